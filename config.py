@@ -1,0 +1,438 @@
+"""Configuration: typed sections <-> YAML, with the official section and key names.
+
+`load_config(path, overrides)` reads a YAML file (with `_base_` inheritance), applies `section.key=value` overrides, checks
+every name, type and combination, and returns a `Config`. Every mistake is a UserError: one line that names the key, the value
+and the remedy.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; the message is one line naming the option, the value and the remedy."""
+
+
+# ------------------------------------------------------------------------------------------------------------- sections
+
+
+@dataclass
+class HNetConfig:
+    arch_layout: list = field(default_factory=lambda: ["c2", ["D12"], "c2"])  # [encoder, [main network], decoder]
+    d_model: list[int] = field(default_factory=lambda: [768, 768])  # per stage; equal at all stages
+    num_heads: list[int] = field(default_factory=lambda: [12, 12])
+    tie_embeddings: bool = False  # of the official files; only false has a meaning here
+    enc_dec_dim_factor: list[int | None] | None = None  # encoder width = d_model[0] // factor[0]
+    dechunk_kernel_sigma: float = 1.0  # in latent cells; 2.0 at 512 px
+    fp32_router_dechunk: bool = True  # router, residual projection and dechunk in float32 under autocast too
+
+
+@dataclass
+class ModelConfig:
+    name: str = "DC-DiT"
+    mlp_ratio: float = 4.0
+    init: str = "adaln_zero"  # or "released": what the official code really does
+    attention: str = "auto"  # or "flash", "varlen", "sdpa"
+    hnet: HNetConfig = field(default_factory=HNetConfig)
+
+
+@dataclass
+class TrainingConfig:
+    epochs: int = 80
+    max_steps: int | None = None  # optimizer steps; when set, replaces epochs
+    global_batch_size: int = 256  # per micro-step over all processes
+    learning_rate: float = 1e-4
+    lr_warmup_steps: int = 0
+    weight_decay: float = 0.0
+    ema_decay: float = 0.9999
+    max_grad_norm: float = 1.0
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    class_dropout_prob: float = 0.1
+    learn_sigma: bool = True
+    ratio_loss_weight: float = 0.03
+    ratio_batch_size: int | None = 16  # null: the whole local batch is one group
+    downsample_factor: float | list[float] = 4.0  # N: about 1 token in N is kept
+    downsample_factor_start: float | list[float] | None = None
+    downsample_factor_warmup_steps: int = 0
+    multi_budget_training: bool = False
+    multi_budget_drop_fractions: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3])
+    multi_budget_start_step: int | None = None  # null: downsample_factor_warmup_steps
+    seed: int = 0
+    profile: bool = False
+    profile_steps: list[int] = field(default_factory=lambda: [10, 20])
+    resume_from_ckpt: str | None = None  # start a new run from this checkpoint
+
+
+@dataclass
+class DataConfig:
+    feature_path: str = "features"
+    image_size: int = 256  # pixels
+    num_classes: int = 1000
+    num_workers: int = 32  # loader processes per training process
+    vae: str = "ema"  # "ema", "mse" or a local diffusers folder; decodes samples
+    latent_stride: int = 8  # pixels per latent cell
+    latent_channels: int = 4
+
+
+@dataclass
+class DiffusionConfig:
+    noise_schedule: str = "linear"  # or "squaredcos_cap_v2"
+    diffusion_steps: int = 1000
+
+
+@dataclass
+class LoggingConfig:
+    results_dir: str = "results"
+    log_every: int = 100  # optimizer steps, as all below
+    ckpt_every: int = 10000
+    ckpt_keep: int = 5  # how many of the newest checkpoints stay on disk; 0 keeps all
+    sample_every: int = 0  # sample grids from the EMA; 0: none
+    sample_cfg_scale: float = 4.0
+    trackers: list[str] = field(default_factory=list)  # "wandb", "tensorboard", ... (Accelerate's names)
+    wandb_project: str = "Dynamic-Chunking-DiT"
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    ckpt: str | None = None  # checkpoint to sample from when --ckpt is not given
+
+    @property
+    def latent_size(self) -> int:
+        """Side S of the square latent; the model sees L = S * S tokens."""
+        return self.data.image_size // self.data.latent_stride
+
+    @property
+    def d_model(self) -> int:
+        return self.model.hnet.d_model[-1]
+
+    @property
+    def encoder_width(self) -> int:
+        """Width E of the convolutions: d_model over the reduction factor of the outer stage."""
+        factors = self.model.hnet.enc_dec_dim_factor
+        return self.d_model // (factors[0] if factors and factors[0] else 1)
+
+
+class Layout(typing.NamedTuple):
+    """What `arch_layout` says: numbers of convolution blocks, and a letter (d or D) per transformer block."""
+
+    encoder_blocks: int
+    main_blocks: str
+    decoder_blocks: int
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file (none: all defaults), apply `section.key=value` overrides, and check the result.
+
+    Raises:
+        UserError: unreadable file, unknown key, wrong type, or a combination that cannot work.
+    """
+    raw = _read_yaml(Path(path), ()) if path else {}
+    for override in overrides:
+        raw = _merge(raw, _parse_override(override))
+    return config_from_dict(raw)
+
+
+def config_from_dict(raw: dict) -> Config:
+    """Build and check a Config from nested plain data (as in a checkpoint)."""
+    config = _build(Config, raw, "")
+    validate(config)
+    return config
+
+
+def to_dict(config: Config) -> dict:
+    """The configuration as nested plain data; `config_from_dict` inverts it."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, which YAML itself would silently let win."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"key '{key}' is given twice (line {node.start_mark.line + 1}); remove one")
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict:
+    path = path.resolve()
+    if path in seen:
+        raise UserError(f"_base_: '{path}' inherits from itself through {' -> '.join(p.name for p in seen)}; break the cycle")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except OSError as error:
+        raise UserError(f"--config '{path}' cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except UserError as error:
+        raise UserError(f"--config '{path}': {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"--config '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
+    raw = _mapping(raw, f"--config '{path}'")
+    base = raw.pop("_base_", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise UserError(f"_base_: {base!r} in '{path}' is not a path; give one file name")
+    return _merge(_read_yaml(path.parent / base, (*seen, path)), raw)
+
+
+def _mapping(raw, where: str) -> dict:
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise UserError(f"{where} must hold 'key: value' lines, not {type(raw).__name__} {raw!r}")
+    return raw
+
+
+def _merge(base: dict, change: dict) -> dict:
+    """`change` over `base`: mappings key by key, everything else replaced."""
+    merged = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _parse_override(override: str) -> dict:
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise UserError(f"--set '{override}' must have the form section.key=value")
+    try:
+        value = yaml.load(text, _UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"--set '{override}': '{text}' is not a valid YAML value") from None
+    for part in reversed(name.strip().split(".")):
+        value = {part: value}
+    return value
+
+
+# --------------------------------------------------------------------------------------------------------------- types
+
+
+def _build(cls, raw, where: str):
+    raw = _mapping(raw, f"section '{where.rstrip('.')}'")
+    hints = typing.get_type_hints(cls)
+    for key in raw:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            remedy = f"did you mean '{where}{near[0]}'?" if near else f"known keys: {', '.join(hints)}"
+            raise UserError(f"unknown key '{where}{key}'; {remedy}")
+    return cls(**{key: _coerce(value, hints[key], where + key) for key, value in raw.items()})
+
+
+def _coerce(value, hint, key: str):
+    """`value` as the annotated type, or a UserError naming the key."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, key + ".")
+    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        try:
+            return _coerce_one(value, option, key)
+        except TypeError:
+            continue
+    raise UserError(f"{key}: {value!r} is not {_describe(hint)}")
+
+
+def _coerce_one(value, hint, key: str):
+    if typing.get_origin(hint) is list and isinstance(value, list):
+        return [_coerce(item, typing.get_args(hint)[0], f"{key}[{i}]") for i, item in enumerate(value)]
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return _number(value)
+    if hint is type(None) and value is None or hint in (str, int, bool, list) and type(value) is hint:
+        return value
+    raise TypeError
+
+
+def _number(value) -> float:
+    """A finite float; YAML 1.1 reads 1e-4 (without a dot) as text, so text that spells a number counts as one."""
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise TypeError from None
+    if number != number or number in (float("inf"), float("-inf")):
+        raise TypeError
+    return number
+
+
+def _describe(hint) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return f"a list of {_describe(typing.get_args(hint)[0])}"
+    names = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", list: "a list"}
+    return "null" if hint is type(None) else names[hint]
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def parse_layout(layout: list) -> Layout:
+    """`[encoder, [main], decoder]` such as ["c2", ["D12"], "c2"]: c = convolution block, D = attention + MLP, d = attention only.
+
+    Raises:
+        UserError: another nesting, another letter, or no blocks.
+    """
+    key = "model.hnet.arch_layout"
+    if len(layout) != 3 or not isinstance(layout[1], list):
+        raise UserError(f"{key}: {layout!r} must be [encoder, [main], decoder], e.g. [c2, [D12], c2]")
+    if len(layout[1]) == 3:
+        raise UserError(f"{key}: {layout!r} has more than one chunking stage, and only one is supported")
+    if len(layout[1]) != 1:
+        raise UserError(f"{key}: the main network {layout[1]!r} must be one string, e.g. [D12]")
+    encoder, main, decoder = _blocks(layout[0], "c"), _blocks(layout[1][0], "dD"), _blocks(layout[2], "c")
+    return Layout(len(encoder), main, len(decoder))
+
+
+def _blocks(text, letters: str) -> str:
+    """"D2d1" -> "DDd"."""
+    if not isinstance(text, str) or not re.fullmatch(rf"([{letters}][0-9]{{1,3}})+", text):
+        wanted = " or ".join(f"'{letter}<number>'" for letter in letters)
+        raise UserError(f"model.hnet.arch_layout: {text!r} must be {wanted}, e.g. '{letters[-1]}2'")
+    blocks = "".join(letter * int(count) for letter, count in re.findall(r"([a-zA-Z])(\d+)", text))
+    if not blocks:
+        raise UserError(f"model.hnet.arch_layout: {text!r} has no blocks; give at least one")
+    return blocks
+
+
+def downsample_factors(value: float | list[float]) -> float:
+    """N of the one stage; the official files may give it as a list."""
+    return value[0] if isinstance(value, list) else value
+
+
+def validate(config: Config) -> None:
+    """Check everything that needs neither files nor the number of processes. Raises UserError."""
+    _check_model(config)
+    _check_training(config.training)
+    data, logging = config.data, config.logging
+    _positive(data, "data", "image_size", "num_classes", "latent_stride", "latent_channels")
+    _at_least(data, "data", 0, "num_workers")
+    if data.image_size % data.latent_stride or config.latent_size < 2:
+        raise UserError(
+            f"data.image_size: {data.image_size} must be a multiple of data.latent_stride ({data.latent_stride}) and hold "
+            f"at least 2 latent cells; try {max(2, round(data.image_size / data.latent_stride)) * data.latent_stride}"
+        )
+    _choice("diffusion.noise_schedule", config.diffusion.noise_schedule, ("linear", "squaredcos_cap_v2"))
+    if config.diffusion.noise_schedule == "linear" and 0 < config.diffusion.diffusion_steps <= 20:
+        raise UserError(
+            f"diffusion.diffusion_steps: {config.diffusion.diffusion_steps} puts a beta of the linear schedule at 1 or above; "
+            "take at least 21"
+        )
+    _positive(config.diffusion, "diffusion", "diffusion_steps")
+    _positive(logging, "logging", "log_every", "ckpt_every")
+    _at_least(logging, "logging", 0, "ckpt_keep", "sample_every")
+    _at_least(logging, "logging", 1.0, "sample_cfg_scale")
+
+
+def validate_processes(config: Config, processes: int) -> int:
+    """Check the batch sizes for this number of processes; return the local batch size."""
+    training = config.training
+    if training.global_batch_size % processes:
+        raise UserError(
+            f"training.global_batch_size: {training.global_batch_size} is not a multiple of the {processes} processes; "
+            f"try {-(-training.global_batch_size // processes) * processes}"
+        )
+    local = training.global_batch_size // processes
+    group = training.ratio_batch_size
+    if training.ratio_loss_weight > 0 and group and local % group:
+        raise UserError(
+            f"training.ratio_batch_size: {group} does not divide the local batch of {local} "
+            f"({training.global_batch_size} over {processes} processes); try {_largest_divisor(local, group)}"
+        )
+    return local
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(d for d in range(1, limit + 1) if number % d == 0)
+
+
+def _check_model(config: Config) -> None:
+    model, hnet = config.model, config.model.hnet
+    parse_layout(hnet.arch_layout)
+    _choice("model.init", model.init, ("adaln_zero", "released"))
+    _choice("model.attention", model.attention, ("auto", "flash", "varlen", "sdpa"))
+    _positive(model, "model", "mlp_ratio")
+    _positive(hnet, "model.hnet", "dechunk_kernel_sigma")
+    if hnet.tie_embeddings:
+        raise UserError("model.hnet.tie_embeddings: true has no meaning for images; set it to false or leave it out")
+    factors = hnet.enc_dec_dim_factor if hnet.enc_dec_dim_factor is not None else [None, None]
+    for key, values in (("d_model", hnet.d_model), ("num_heads", hnet.num_heads), ("enc_dec_dim_factor", factors)):
+        if len(values) != 2:
+            raise UserError(f"model.hnet.{key}: {values} must have 2 entries, one for the scaffold and one for the main network")
+    for key, values in (("d_model", hnet.d_model), ("num_heads", hnet.num_heads)):
+        if min(values) < 1:
+            raise UserError(f"model.hnet.{key}: {values} must be positive")
+    if hnet.d_model[0] != hnet.d_model[1]:
+        raise UserError(f"model.hnet.d_model: {hnet.d_model} must be equal at both entries; try {[hnet.d_model[1]] * 2}")
+    if factors[1] or (factors[0] or 0) < 0:
+        raise UserError(f"model.hnet.enc_dec_dim_factor: {factors} must be [positive or null, null]")
+    for name, width in (("d_model", config.d_model), ("d_model / enc_dec_dim_factor", config.encoder_width)):
+        if width % 32 or width == 0:
+            raise UserError(f"model.hnet.{name}: {width} is not a multiple of 32, which the GroupNorms need")
+    if config.d_model % hnet.num_heads[1]:
+        raise UserError(f"model.hnet.num_heads: {hnet.num_heads[1]} does not divide d_model {config.d_model}")
+
+
+def _check_training(training: TrainingConfig) -> None:
+    _positive(training, "training", "epochs", "global_batch_size", "learning_rate", "max_grad_norm", "gradient_accumulation_steps")
+    _at_least(training, "training", 0, "lr_warmup_steps", "weight_decay", "downsample_factor_warmup_steps", "seed")
+    _fraction("training.class_dropout_prob", training.class_dropout_prob)
+    _fraction("training.ema_decay", training.ema_decay)
+    for key in ("max_steps", "ratio_batch_size"):
+        if getattr(training, key) is not None:
+            _positive(training, "training", key)
+    for key in ("downsample_factor", "downsample_factor_start"):
+        value = getattr(training, key)
+        if isinstance(value, list) and len(value) != 1:
+            raise UserError(f"training.{key}: {value} must be one number, as there is one chunking stage")
+        if value is not None and downsample_factors(value) <= 1:
+            raise UserError(f"training.{key}: {value} must be greater than 1; N = 4 keeps about 1 token in 4")
+    if not training.multi_budget_drop_fractions:
+        raise UserError("training.multi_budget_drop_fractions: the list is empty; give fractions in [0, 1)")
+    for fraction in training.multi_budget_drop_fractions:
+        _fraction("training.multi_budget_drop_fractions", fraction)
+    if training.multi_budget_start_step is not None:
+        _at_least(training, "training", 0, "multi_budget_start_step")
+    start_end = training.profile_steps
+    if len(start_end) != 2 or not 1 <= start_end[0] <= start_end[1]:
+        raise UserError(f"training.profile_steps: {start_end} must be [first, last] with 1 <= first <= last")
+
+
+def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{key}: '{value}' is not one of {', '.join(choices)}")
+
+
+def _fraction(key: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise UserError(f"{key}: {value} is outside [0, 1)")
+
+
+def _positive(section, where: str, *keys: str) -> None:
+    for key in keys:
+        if getattr(section, key) <= 0:
+            raise UserError(f"{where}.{key}: {getattr(section, key)} must be greater than 0")
+
+
+def _at_least(section, where: str, least: float, *keys: str) -> None:
+    for key in keys:
+        if getattr(section, key) < least:
+            raise UserError(f"{where}.{key}: {getattr(section, key)} must be at least {least}")

@@ -1,0 +1,55 @@
+"""Samplers as generators: each yields one Step per evaluation of the network and ends with the sample in `x_next`.
+
+`denoise(x_t, t)` is any function from noised latents (B, C, S, S) and original timesteps (B,) to a prediction; guidance and
+recording wrap it from outside.
+"""
+
+from typing import Callable, Iterator, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion.gaussian import GaussianDiffusion
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+
+
+class Step(NamedTuple):
+    """One reverse step."""
+
+    i: int  # step of the respaced process, counting down to 0
+    t: int  # the original timestep that the network saw
+    x_t: Tensor  # (B, C, S, S), the input of the network
+    x0_hat: Tensor  # (B, C, S, S), the x_0 it implies
+    x_next: Tensor  # (B, C, S, S), the result of the step; the sample after the last one
+
+
+def ddpm(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, noise: Callable[[], Tensor]) -> Iterator[Step]:
+    """Ancestral sampling (DDPM, algorithm 2). `noise()` returns the next standard normal draw, shaped like x."""
+    for i in reversed(range(diffusion.steps)):
+        t, index, prediction = _evaluate(diffusion, denoise, x, i)
+        mean, log_variance, x0_hat = diffusion.reverse(prediction, x, index)
+        x_next = mean + torch.exp(0.5 * log_variance) * noise() if i else mean
+        yield Step(i, t, x, x0_hat, x_next)
+        x = x_next
+
+
+def ddim(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, noise: Callable[[], Tensor]) -> Iterator[Step]:
+    """Deterministic sampling (DDIM, arXiv 2010.02502, equation 12 with eta = 0); `noise` is not called."""
+    for i in reversed(range(diffusion.steps)):
+        t, index, prediction = _evaluate(diffusion, denoise, x, i)
+        epsilon, _ = diffusion.split(prediction)
+        x0_hat = diffusion.predict_x0(x, index, epsilon)
+        previous = diffusion.table("alpha_bar_previous", index, x.ndim)
+        x_next = previous.sqrt() * x0_hat + (1 - previous).sqrt() * epsilon
+        yield Step(i, t, x, x0_hat, x_next)
+        x = x_next
+
+
+def _evaluate(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, i: int) -> tuple[int, Tensor, Tensor]:
+    index = torch.full((len(x),), i, device=x.device)
+    t = int(diffusion.timesteps[i])
+    return t, index, denoise(x, torch.full_like(index, t)).float()
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim}

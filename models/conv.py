@@ -1,0 +1,64 @@
+"""Convolutional encoder and decoder of the scaffold, at full latent resolution.
+
+Images are in channels_last memory, so that `to_tokens` is a view and each token is contiguous.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.blocks import RMSNorm
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, S, S) -> (B, L, C)."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_grid(tokens: Tensor) -> Tensor:
+    """(B, L, C) -> (B, C, S, S)."""
+    side = int(tokens.shape[1] ** 0.5)
+    return tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+
+
+class ConvBlock(nn.Module):
+    """Residual block with additive conditioning: (B, width_in, S, S), (B, D) -> (B, width_out, S, S)."""
+
+    def __init__(self, width_in: int, width_out: int, conditioning: int):
+        super().__init__()
+        inner = min(width_in, width_out)
+        self.norm1 = nn.GroupNorm(32, width_in)
+        self.conv1 = nn.Conv2d(width_in, inner, 3, padding=1)
+        self.cond_proj = nn.Sequential(nn.SiLU(), nn.Linear(conditioning, inner))
+        self.norm2 = nn.GroupNorm(32, inner)
+        self.conv2 = nn.Conv2d(inner, width_out, 3, padding=1)
+        self.skip_proj = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.cond_proj(c)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + self.skip_proj(x)
+
+
+class ConvStack(nn.Module):
+    """ConvBlocks of the given widths [in, ..., out], then RMSNorm over channels."""
+
+    def __init__(self, widths: list[int], conditioning: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(ConvBlock(a, b, conditioning) for a, b in zip(widths, widths[1:]))
+        self.norm = RMSNorm(widths[-1])
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, c)
+        return to_grid(self.norm(to_tokens(x)))
+
+
+def build_encoder(blocks: int, width: int, d_model: int) -> ConvStack:
+    """width -> width -> ... -> d_model: the last block widens."""
+    return ConvStack([width] * blocks + [d_model], d_model)
+
+
+def build_decoder(blocks: int, width: int, d_model: int) -> ConvStack:
+    """d_model -> width -> ... -> width: the first block narrows."""
+    return ConvStack([d_model] + [width] * blocks, d_model)

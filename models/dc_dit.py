@@ -1,0 +1,132 @@
+"""DC-DiT: a Diffusion Transformer over learned chunks (arXiv 2603.06351), one chunking stage."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.blocks import DiTBlock, FinalLayer, RMSNorm
+from models.conv import build_decoder, build_encoder, to_grid, to_tokens
+from models.dechunk import Dechunk
+from models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
+from models.packing import pack, plan_packing
+from models.router import INITIAL_BIAS, Router
+from models.types import DenoiserOutput
+
+
+class DCDiT(nn.Module):
+    """Noised latents -> epsilon and variance logits, with a learned number of tokens in the transformer.
+
+    Args:
+        side: latent side S.
+        channels: latent channels C.
+        num_classes: class labels; label `num_classes` is the null label when `null_label` is true.
+        encoder_blocks, main_blocks, decoder_blocks: the layout; main_blocks has a letter per block, D = attention and MLP,
+            d = attention only.
+        width: D of the transformer. conv_width: E of encoder and decoder.
+        learn_sigma: predict variance logits beside epsilon.
+        sigma: standard deviation of the dechunk smoothing, in latent cells.
+        fp32_scaffold: router, residual projection and dechunk in float32 under autocast too.
+        attention: "auto" or a kernel of models/attention.py.
+        init: "adaln_zero" or "released" (see `init_weights`).
+    """
+
+    def __init__(
+        self,
+        side: int,
+        channels: int,
+        num_classes: int,
+        null_label: bool,
+        encoder_blocks: int,
+        main_blocks: str,
+        decoder_blocks: int,
+        width: int,
+        conv_width: int,
+        heads: int,
+        mlp_ratio: float,
+        learn_sigma: bool,
+        sigma: float,
+        fp32_scaffold: bool,
+        attention: str,
+        init: str,
+        gradient_checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.fp32_scaffold, self.gradient_checkpointing = fp32_scaffold, gradient_checkpointing
+        self.x_embedder = nn.Conv2d(channels, conv_width, 3, padding=1)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes, width, null_label)
+        self.register_buffer("pos_embed", sincos_positions(width, side))  # (L, D)
+        self.encoder = build_encoder(encoder_blocks, conv_width, width)
+        self.router = Router(width)
+        self.residual_proj = nn.Linear(width, width)
+        ratios = [mlp_ratio if letter == "D" else 0.0 for letter in main_blocks]
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, ratio, attention) for ratio in ratios)
+        self.norm = RMSNorm(width)
+        self.dechunk = Dechunk(side, sigma)
+        self.decoder = build_decoder(decoder_blocks, conv_width, width)
+        self.final_layer = FinalLayer(conv_width, width, 2 * channels if learn_sigma else channels)
+        init_weights(self, init)
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, drop: Tensor | float | None = None) -> DenoiserOutput:
+        """Predict the noise in x_t.
+
+        Args:
+            x_t: (B, C, S, S). t: (B,) timesteps. labels: (B,) int64.
+            drop: fraction of the kept tokens to drop, in [0, 1): one number, one per sample (B,), or None.
+        """
+        c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
+        x = self.x_embedder(x_t.contiguous(memory_format=torch.channels_last))  # (B, E, S, S)
+        features = self.encoder(x, c)  # (B, D, S, S)
+        with self.scaffold_precision(features):
+            features = features.float() if self.fp32_scaffold else features
+            routing = self.router(features, drop)  # (B, L)
+            residual = self.residual_proj(to_tokens(features))  # (B, L, D)
+        packing = plan_packing(routing.keep)
+        u = pack(to_tokens(features) + self.pos_embed, packing)  # (T, D)
+        u = self.norm(self.run_blocks(u, c, packing))
+        with self.scaffold_precision(u):
+            u = u.float() if self.fp32_scaffold else u
+            h = self.dechunk(u, routing, packing) + residual  # (B, L, D)
+        h = self.decoder(to_grid(h), c)  # (B, E, S, S)
+        prediction = to_grid(self.final_layer(to_tokens(h), c))  # (B, 2C, S, S)
+        return DenoiserOutput(prediction, routing)
+
+    def run_blocks(self, u: Tensor, c: Tensor, packing) -> Tensor:
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                u = checkpoint(block, u, c, packing, use_reentrant=False)
+            else:
+                u = block(u, c, packing)
+        return u
+
+    def scaffold_precision(self, x: Tensor):
+        """Switch autocast off around router, residual projection and dechunk when they are to run in float32."""
+        enabled = torch.is_autocast_enabled(x.device.type) and not self.fp32_scaffold
+        return torch.autocast(x.device.type, enabled=enabled)
+
+
+@torch.no_grad()
+def init_weights(model: DCDiT, init: str) -> None:
+    """Initialise every parameter that does not keep PyTorch's own start.
+
+    "adaln_zero": the DiT blocks' modulation and the residual projection start at zero, as the DiT and H-Net papers intend.
+    "released": they start Xavier-uniform, which is what the official code really does.
+    Both: linear layers Xavier-uniform with zero bias, tables and timestep MLP N(0, 0.02), the final layer zero, the router's
+    last bias so that about one token in four scores as a boundary.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.x_embedder.weight.view(len(model.x_embedder.weight), -1))
+    nn.init.zeros_(model.x_embedder.bias)
+    nn.init.normal_(model.y_embedder.table.weight, std=0.02)
+    for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
+        nn.init.normal_(layer.weight, std=0.02)
+    nn.init.constant_(model.router.residual_scorer[-1].bias, INITIAL_BIAS)
+    zero = [model.final_layer.linear, model.final_layer.adaLN_modulation[1]]
+    if init == "adaln_zero":
+        zero += [model.residual_proj, *(block.adaLN_modulation[1] for block in model.blocks)]
+    for layer in zero:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)

@@ -1,0 +1,43 @@
+"""Conditioning and positions: timestep, class label (which owns the null label) and fixed 2-D sin-cos positions."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+FREQUENCIES = 128  # sinusoidal features per timestep: 128 cosines and 128 sines
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (B,) -> (B, D): sinusoidal features through a two-layer MLP (DiT, section 3.2)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        exponent = torch.arange(FREQUENCIES, dtype=torch.float32, device=t.device) / FREQUENCIES
+        angle = t.float()[:, None] * torch.exp(-math.log(10000) * exponent)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (B,) -> (B, D). With `has_null`, label `num_classes` is the unconditional one of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, width: int, has_null: bool):
+        super().__init__()
+        self.null_label = num_classes if has_null else None
+        self.table = nn.Embedding(num_classes + has_null, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.table(labels)
+
+
+def sincos_positions(width: int, side: int) -> Tensor:
+    """Fixed 2-D positions (side * side, width): sin and cos of the column in the first half, of the row in the second."""
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, width / 2)
+    column = axis[None, :, :].expand(side, side, -1)
+    row = axis[:, None, :].expand(side, side, -1)
+    return torch.cat([column, row], dim=-1).flatten(0, 1).float()

@@ -1,0 +1,55 @@
+"""Keep mask -> packed tokens and back. No padding exists anywhere between the two."""
+
+import torch
+from torch import Tensor
+
+from models.types import Packing
+
+
+def plan_packing(keep: Tensor) -> Packing:
+    """Turn a keep mask (B, L) bool into a Packing; every sample must keep a token.
+
+    Reading the B lengths is the only host synchronisation of a forward pass: with T known, the indices come from a
+    running count and a scatter.
+    """
+    batch, tokens = keep.shape
+    counts = keep.sum(1)
+    lengths = counts.tolist()
+    total = sum(lengths)
+    flat = keep.flatten()
+    slot = torch.where(flat, flat.cumsum(0) - 1, total)  # tokens that are not kept share the spare slot at the end
+    source = torch.arange(batch * tokens, device=keep.device)
+    index = source.new_empty(total + 1).scatter_(0, slot, source)[:total]
+    cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=keep.device)
+    cu_seqlens[1:] = counts.cumsum(0)
+    return Packing(index, index // tokens, cu_seqlens, lengths)
+
+
+def pack(x: Tensor, packing: Packing) -> Tensor:
+    """(B, L, D) -> (T, D)."""
+    return x.flatten(0, 1).index_select(0, packing.index)
+
+
+def unpack(tokens: Tensor, packing: Packing, length: int) -> Tensor:
+    """(T, D) -> (B, L, D) with zeros at the tokens that were not kept."""
+    batch = len(packing.lengths)
+    grid = tokens.new_zeros(batch * length, tokens.shape[1]).index_copy(0, packing.index, tokens)
+    return grid.view(batch, length, -1)
+
+
+class _PerToken(torch.autograd.Function):
+    """Repeat each sample's row for its tokens; the gradient is a sum over contiguous segments, not a scatter."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, sample: Tensor, lengths: list[int]) -> Tensor:
+        ctx.lengths = lengths
+        return rows.index_select(0, sample)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return torch.stack([segment.sum(0) for segment in grad.split(ctx.lengths)]), None, None
+
+
+def per_token(rows: Tensor, packing: Packing) -> Tensor:
+    """One row per sample (B, D) -> one row per kept token (T, D)."""
+    return _PerToken.apply(rows, packing.sample, packing.lengths)

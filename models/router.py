@@ -1,0 +1,63 @@
+"""The router: a boundary probability for every token, the keep decision, and the elastic budget.
+
+A token is a boundary where the encoder's features are hard to predict from their surroundings (DC-DiT, section 3).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.conv import to_tokens
+from models.types import Routing
+
+INITIAL_BIAS = -1.1  # sigmoid(-1.1) is about 0.25: the scores start near the usual target
+
+
+class Router(nn.Module):
+    """Encoder output (B, D, S, S) -> Routing over its L tokens."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        inner = width // 4
+        self.proj = nn.Conv2d(width, inner, 1)
+        self.context_predictor = nn.Conv2d(inner, inner, 3, padding=1)
+        self.residual_scorer = nn.Sequential(
+            nn.Conv2d(inner, inner, 3, padding=1), nn.GroupNorm(8, inner), nn.SiLU(), nn.Conv2d(inner, 1, 1)
+        )
+
+    def forward(self, features: Tensor, drop: Tensor | float | None = None) -> Routing:
+        z = self.proj(features)
+        surprise = z - self.context_predictor(z)
+        score = to_tokens(self.residual_scorer(surprise)).squeeze(2)  # (B, L)
+        prob = force_ends(score.sigmoid())
+        natural = prob > 1 - prob
+        keep = natural if drop is None else drop_tail(prob, natural, drop)
+        return Routing(prob, natural, keep)
+
+
+def force_ends(prob: Tensor) -> Tensor:
+    """Set the first and last token's probability to 1, so that no sample is ever empty; no gradient flows there."""
+    ends = torch.zeros_like(prob, dtype=torch.bool)
+    ends[:, 0] = ends[:, -1] = True
+    return prob.masked_fill(ends, 1.0)
+
+
+def drop_tail(prob: Tensor, natural: Tensor, drop: Tensor | float) -> Tensor:
+    """Drop the least probable share of each sample's naturally kept tokens (DC-DiT, elastic inference).
+
+    Args:
+        prob, natural: (B, L).
+        drop: fraction in [0, 1), one number or one per sample (B,).
+
+    Returns:
+        (B, L) bool. trunc(count * drop) tokens are dropped, in float32 as the official code does; equal probabilities go
+        lowest raster index first; the first and last token stay.
+    """
+    drop = torch.as_tensor(drop, dtype=torch.float32, device=prob.device)
+    count = natural.sum(1)
+    dropped = torch.minimum((count.float() * drop).long(), count - 2)  # the two ends stay
+    key = prob.detach().masked_fill(~natural, 3.0)
+    key[:, 0] = key[:, -1] = 2.0  # above every probability, below every token that is not a candidate
+    order = key.argsort(dim=1, stable=True)
+    places = torch.arange(prob.shape[1], device=prob.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places)
+    return natural & (rank >= dropped[:, None])

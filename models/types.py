@@ -1,0 +1,33 @@
+"""The shape legend of the package.
+
+B batch, S latent side, L = S * S tokens in raster order (index = row * S + column), C latent channels, E width of the
+convolutions, D model width, T = kept tokens of the whole batch.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """What the router decided for every token."""
+
+    prob: Tensor  # (B, L) float32, boundary probability p; the first and last token have p = 1
+    natural: Tensor  # (B, L) bool, p > 0.5: the network's own decision
+    keep: Tensor  # (B, L) bool, what is kept after tail dropping; a subset of natural
+
+
+class Packing(NamedTuple):
+    """Where each kept token comes from: samples one after another, tokens in raster order, no padding."""
+
+    index: Tensor  # (T,) int64, row of the flattened (B * L) tokens
+    sample: Tensor  # (T,) int64, which sample a token belongs to
+    cu_seqlens: Tensor  # (B + 1,) int32, first token of each sample
+    lengths: list[int]  # B kept-token counts, on the host
+
+
+class DenoiserOutput(NamedTuple):
+    """What a denoiser returns."""
+
+    prediction: Tensor  # (B, C or 2C, S, S): epsilon, then the variance logits
+    routing: Routing | None  # None for a static DiT
