@@ -1,13 +1,24 @@
 """What every command line shares: one-line errors with exit status 2, and the process group of torchrun."""
 
+import argparse
 import os
 import sys
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from config import UserError
+from config import Config, UserError, to_yaml, validate_processes
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line, like all others; options must be written out in full."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 class Processes(NamedTuple):
@@ -47,3 +58,51 @@ def start_processes() -> Processes:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Processes(rank, world, device)
+
+
+def add_config_arguments(parser: Parser) -> None:
+    """--config, --set and --dry-run."""
+    parser.add_argument("--config", help="YAML file, e.g. configs/DCDiT-B-N4.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key; repeatable")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+    return text.lower() == "true"
+
+
+def validate_world(config: Config) -> int:
+    """Check the batch sizes against the number of processes that the launcher announces; return the local batch size."""
+    return validate_processes(config, int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def describe(config: Config) -> str:
+    """What --dry-run prints: the resolved configuration, parameters, tokens and batch sizes."""
+    from models import build_model  # here, because scripts without a model need not wait for this import
+
+    with torch.device("meta"):
+        model = build_model(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    local, world = validate_world(config), int(os.environ.get("WORLD_SIZE", 1))
+    accumulation = config.training.gradient_accumulation_steps
+    return (
+        f"{to_yaml(config)}\n"
+        f"parameters    {parameters:,}\n"
+        f"tokens        {config.latent_size**2} per image ({config.latent_size} x {config.latent_size})\n"
+        f"processes     {world}\n"
+        f"local batch   {local} of {config.training.global_batch_size}\n"
+        f"effective     {config.training.global_batch_size * accumulation} images per optimizer step"
+    )
+
+
+def flatten(nested: dict, where: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}, lists as text: what experiment trackers take."""
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{where}{key}."))
+        else:
+            flat[where + key] = str(value) if isinstance(value, list) else value
+    return flat

@@ -86,6 +86,7 @@ class DataConfig:
 class DiffusionConfig:
     noise_schedule: str = "linear"  # or "squaredcos_cap_v2"
     diffusion_steps: int = 1000
+    cfg_channels: int | str = 3  # latent channels that guidance changes: the first n (3: DiT's convention), or "all"
 
 
 @dataclass
@@ -142,14 +143,13 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
     Raises:
         UserError: unreadable file, unknown key, wrong type, or a combination that cannot work.
     """
-    raw = _read_yaml(Path(path), ()) if path else {}
+    return config_from_dict(_read_yaml(Path(path), ()) if path else {}, overrides)
+
+
+def config_from_dict(raw: dict, overrides: typing.Sequence[str] = ()) -> Config:
+    """Build and check a Config from nested plain data (as in a checkpoint) with overrides."""
     for override in overrides:
         raw = _merge(raw, _parse_override(override))
-    return config_from_dict(raw)
-
-
-def config_from_dict(raw: dict) -> Config:
-    """Build and check a Config from nested plain data (as in a checkpoint)."""
     config = _build(Config, raw, "")
     validate(config)
     return config
@@ -162,6 +162,18 @@ def to_dict(config: Config) -> dict:
 
 def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def differences(ours: dict, theirs: dict, where: str = "") -> list[str]:
+    """Keys, as `section.key`, at which two configurations in plain data differ."""
+    keys = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys += differences(a, b, f"{where}{key}.")
+        elif a != b:
+            keys.append(where + key)
+    return keys
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -337,6 +349,9 @@ def validate(config: Config) -> None:
             "take at least 21"
         )
     _positive(config.diffusion, "diffusion", "diffusion_steps")
+    guided = config.diffusion.cfg_channels
+    if guided != "all" and not (isinstance(guided, int) and 1 <= guided <= data.latent_channels):
+        raise UserError(f"diffusion.cfg_channels: {guided!r} must be 'all' or a number from 1 to {data.latent_channels}")
     _positive(logging, "logging", "log_every", "ckpt_every")
     _at_least(logging, "logging", 0, "ckpt_keep", "sample_every")
     _at_least(logging, "logging", 1.0, "sample_cfg_scale")

@@ -1,0 +1,37 @@
+"""The sampling options, the same on every script that samples."""
+
+import argparse
+import dataclasses
+
+import torch
+
+from config import UserError, load_config
+from diffusion.samplers import SAMPLERS
+from evaluation.generate import Run, SamplingOptions, load_run
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float, seed: int) -> None:
+    """The options of every script that samples; the two defaults are those of the official scripts."""
+    parser.add_argument("--ckpt", help="checkpoint that train.py wrote (default: `ckpt` of --config)")
+    parser.add_argument("--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)")
+    parser.add_argument("--cfg-scale", type=float, default=cfg_scale, help="guidance scale; 1 is no guidance (default: %(default)s)")
+    parser.add_argument("--num-sampling-steps", type=int, default=250, help="(default: %(default)s)")
+    parser.add_argument("--sampler", default="ddpm", choices=SAMPLERS, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=seed, help="(default: %(default)s)")
+    parser.add_argument("--tail-dropping-fraction", type=float, default=0.0, help="share of the kept tokens to drop, in [0, 1)")
+    parser.add_argument("--lite-cfg", action="store_true", help="give the unconditional branch a budget of its own")
+    parser.add_argument("--uncond-tail-dropping-fraction", type=float, default=0.0, help="its share to drop, with --lite-cfg")
+    parser.add_argument("--bf16", action="store_true", help="run the network in bfloat16")
+
+
+def sampling_options(args: argparse.Namespace) -> SamplingOptions:
+    return SamplingOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingOptions)})
+
+
+def load_run_from(args: argparse.Namespace, device: torch.device) -> Run:
+    """The model that --ckpt, --config, --set and --vae describe."""
+    config = load_config(args.config, args.set) if args.config else None
+    ckpt = args.ckpt or (config and config.ckpt)
+    if not ckpt:
+        raise UserError("--ckpt is missing; give a checkpoint that train.py wrote, such as results/000-DC-DiT/checkpoints/0400000.pt")
+    return load_run(ckpt, device, args.vae, config, args.set)

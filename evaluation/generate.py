@@ -1,0 +1,252 @@
+"""From a checkpoint to images.
+
+    run = load_run("results/shapes/checkpoints/0001500.pt")
+    images = generate_images(run, labels=[0, 1, 2, 3], options=SamplingOptions(cfg_scale=4.0))  # (4, 3, H, W) uint8
+
+Noise and label of sample i are functions of (seed, i): they do not depend on batch size, device or number of processes, and
+different budgets are compared on the same noise.
+"""
+
+import contextlib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import Config, UserError, config_from_dict, differences, to_dict
+from data.autoencoder import Autoencoder
+from data.streams import rng
+from diffusion import create_diffusion
+from diffusion.guidance import condition, guide
+from diffusion.samplers import SAMPLERS, Step
+from models import build_model
+from models.types import Routing
+from training.checkpoint import load_checkpoint
+
+# What may differ between --config and the checkpoint's configuration when sampling.
+_MAY_DIFFER = ("model.name", "model.init", "model.attention", "training.", "data.feature_path", "data.num_workers", "data.vae",
+               "diffusion.cfg_channels", "logging.", "ckpt")  # fmt: skip
+_MUST_AGREE = ("training.learn_sigma", "training.class_dropout_prob")
+
+
+class Run(NamedTuple):
+    """A trained model with all that sampling needs."""
+
+    model: torch.nn.Module  # the EMA weights, in evaluation mode
+    config: Config
+    autoencoder: Autoencoder
+    class_names: list[str] | None
+    step: int  # optimizer steps it was trained for
+    fingerprint: str  # of the weights
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to sample; the names are the command line's.
+
+    Without `lite_cfg` both branches of guidance drop `tail_dropping_fraction`; with it the unconditional one drops
+    `uncond_tail_dropping_fraction`.
+    """
+
+    cfg_scale: float = 1.0
+    num_sampling_steps: int = 250
+    sampler: str = "ddpm"
+    seed: int = 0
+    tail_dropping_fraction: float = 0.0
+    lite_cfg: bool = False
+    uncond_tail_dropping_fraction: float = 0.0
+    bf16: bool = False
+
+    def check(self, config: Config) -> None:
+        """Raise UserError for values out of range and for options that contradict each other or the model."""
+        if self.cfg_scale < 1:
+            raise UserError(f"--cfg-scale {self.cfg_scale}: must be at least 1 (1 is no guidance)")
+        if not 1 <= self.num_sampling_steps <= config.diffusion.diffusion_steps:
+            steps = config.diffusion.diffusion_steps
+            raise UserError(f"--num-sampling-steps {self.num_sampling_steps}: must be from 1 to {steps}, the steps of the process")
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"--sampler '{self.sampler}' is not one of {', '.join(SAMPLERS)}")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: must be 0 or greater")
+        for name in ("tail_dropping_fraction", "uncond_tail_dropping_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be in [0, 1)")
+        if self.lite_cfg and self.cfg_scale == 1:
+            raise UserError("--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; raise the scale")
+        if self.uncond_tail_dropping_fraction and not self.lite_cfg:
+            raise UserError(f"--uncond-tail-dropping-fraction {self.uncond_tail_dropping_fraction}: needs --lite-cfg")
+        if self.cfg_scale > 1 and config.training.class_dropout_prob == 0:
+            raise UserError(f"--cfg-scale {self.cfg_scale}: the model was trained without class dropout; use 1")
+
+
+class Kept(NamedTuple):
+    """Kept tokens of one step."""
+
+    t: int
+    conditional: Tensor  # (B,) int64
+    unconditional: Tensor | None  # (B,) int64, or None without guidance
+
+
+class Batch(NamedTuple):
+    """Samples that were generated together."""
+
+    index: list[int]
+    labels: list[int]
+    images: Tensor  # (B, 3, H, W) uint8, on the CPU
+    kept: list[Kept]  # one per step
+
+
+Observe = Callable[[Step, Routing], None]  # is shown every step and the routing of the conditional branch
+
+
+def load_run(
+    ckpt: str | Path,
+    device: torch.device | str = "cpu",
+    vae: str | None = None,
+    config: Config | None = None,
+    overrides: Sequence[str] = (),
+) -> Run:
+    """Load a checkpoint for sampling.
+
+    Args:
+        ckpt: a file that training wrote.
+        vae: "ema", "mse" or a local folder; default: the autoencoder that the checkpoint names.
+        config: default: the checkpoint's own.
+        overrides: `section.key=value` for the checkpoint's own configuration.
+
+    The configuration in use must agree with the checkpoint's in everything that shapes the model and the process.
+
+    Raises:
+        UserError: unreadable checkpoint, contradicting configuration, or another autoencoder than the one trained with.
+    """
+    state = load_checkpoint(ckpt)
+    config = config or config_from_dict(state["config"], overrides)
+    check_agreement(config, config_from_dict(state["config"]))
+    model = build_model(config)
+    model.load_state_dict(state["ema"])
+    known = state["autoencoder"]
+    autoencoder = Autoencoder.load(vae or (known["name"] if known else config.data.vae), device)
+    check_autoencoder(autoencoder, known, config)
+    return Run(model.to(device).eval(), config, autoencoder, state["class_names"], state["step"], fingerprint(state["ema"]))
+
+
+def fingerprint(state_dict: dict[str, Tensor]) -> str:
+    """SHA-256 of names and values."""
+    digest = hashlib.sha256()
+    for name, value in state_dict.items():
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_agreement(given: Config, own: Config) -> None:
+    """Refuse a configuration that would make another network or process of the checkpoint's weights."""
+    changed = differences(to_dict(given), to_dict(own))
+    contradictions = [key for key in changed if key.startswith(_MUST_AGREE) or not key.startswith(_MAY_DIFFER)]
+    if contradictions:
+        raise UserError(f"--config differs from the checkpoint's configuration in {', '.join(contradictions)}; leave it out")
+
+
+def check_autoencoder(autoencoder: Autoencoder, known: dict | None, config: Config) -> None:
+    """The autoencoder must fit the model, and its scale must be the one the features were made with."""
+    ours = autoencoder.describe()
+    if (ours["stride"], ours["channels"]) != (config.data.latent_stride, config.data.latent_channels):
+        raise UserError(
+            f"--vae '{ours['name']}' has stride {ours['stride']} and {ours['channels']} channels, but the model was trained with "
+            f"{config.data.latent_stride} and {config.data.latent_channels}; give the autoencoder of the features"
+        )
+    if known and (ours["shift"], ours["scale"]) != (known["shift"], known["scale"]):
+        raise UserError(f"--vae '{ours['name']}' scales latents differently from '{known['name']}', which the features were made with")
+
+
+def draw_labels(seed: int, index: list[int], num_classes: int, balanced: bool = False) -> list[int]:
+    """Label of each sample: uniformly random as in DiT, or index modulo classes."""
+    if balanced:
+        return [i % num_classes for i in index]
+    return [int(rng(seed, "sample label", i).integers(num_classes)) for i in index]
+
+
+@torch.inference_mode()
+def generate(
+    run: Run, index: list[int], labels: list[int], options: SamplingOptions, batch_size: int = 32, observe: Observe | None = None
+) -> Iterator[Batch]:
+    """Generate the samples with the given numbers and labels, batch by batch.
+
+    Raises:
+        UserError: options that do not fit, or a label that the model does not know.
+    """
+    options.check(run.config)
+    unknown = [label for label in labels if not 0 <= label < run.config.data.num_classes]
+    if unknown:
+        raise UserError(f"--classes {unknown[0]}: the model knows labels 0 to {run.config.data.num_classes - 1}")
+    for start in range(0, len(index), batch_size):
+        part = slice(start, start + batch_size)
+        latents, kept = sample_latents(run, index[part], labels[part], options, observe)
+        yield Batch(index[part], labels[part], run.autoencoder.decode(latents).cpu(), kept)
+
+
+def generate_images(run: Run, labels: list[int], options: SamplingOptions | None = None) -> Tensor:
+    """One image per label, (B, 3, H, W) uint8; sample i uses the noise of number i."""
+    batches = generate(run, list(range(len(labels))), labels, options or SamplingOptions())
+    return torch.cat([batch.images for batch in batches])
+
+
+def sample_latents(
+    run: Run, index: list[int], labels: list[int], options: SamplingOptions, observe: Observe | None
+) -> tuple[Tensor, list[Kept]]:
+    """The reverse process for one batch: scaled latents (B, C, S, S) and the kept tokens of every step."""
+    config, device = run.config, run.device
+    diffusion = create_diffusion(
+        config.diffusion.noise_schedule, config.diffusion.diffusion_steps, config.training.learn_sigma, options.num_sampling_steps
+    )
+    noise = sample_noise(options.seed, index, (config.data.latent_channels, config.latent_size, config.latent_size), device)
+    watched = Watched(run.model, options.bf16)
+    denoise = guided_denoiser(watched, config, torch.tensor(labels, device=device), options)
+    kept = []
+    for step in SAMPLERS[options.sampler](diffusion, denoise, noise(), noise):
+        count = watched.routing.keep.sum(1)
+        guided = options.cfg_scale > 1
+        kept.append(Kept(step.t, count[: len(index)], count[len(index) :] if guided else None))
+        if observe is not None:
+            observe(step, Routing(*(x[: len(index)] for x in watched.routing)))
+    return step.x_next, kept
+
+
+class Watched:
+    """A model as a function to its prediction; the routing of the last call stays readable from outside."""
+
+    def __init__(self, model: torch.nn.Module, bf16: bool):
+        self.model, self.bf16, self.routing = model, bf16, None
+
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor, drop: Tensor) -> Tensor:
+        autocast = torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+        with autocast:
+            prediction, self.routing = self.model(x, t, labels, drop)
+        return prediction
+
+
+def guided_denoiser(denoise, config: Config, labels: Tensor, options: SamplingOptions):
+    """Bind labels and budgets: one branch at scale 1, two branches in one batch above."""
+    drop = torch.full(labels.shape, options.tail_dropping_fraction, device=labels.device)
+    conditional = {"labels": labels, "drop": drop}
+    if options.cfg_scale == 1:
+        return condition(denoise, conditional)
+    cheap = torch.full_like(drop, options.uncond_tail_dropping_fraction) if options.lite_cfg else drop
+    unconditional = {"labels": torch.full_like(labels, config.data.num_classes), "drop": cheap}
+    guided = config.diffusion.cfg_channels
+    channels = config.data.latent_channels if guided == "all" else guided
+    return guide(denoise, conditional, unconditional, options.cfg_scale, channels)
+
+
+def sample_noise(seed: int, index: list[int], shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:
+    """A function that returns the next standard normal draw (B, *shape), each sample from its own stream."""
+    streams = [rng(seed, "sample", i) for i in index]
+    return lambda: torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams])).to(device)

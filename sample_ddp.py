@@ -1,0 +1,115 @@
+"""Sample many images for evaluation, on any number of processes.
+
+    torchrun --nnodes=1 --nproc_per_node=8 sample_ddp.py --ckpt 0400000.pt --output-dir samples --cfg-scale 1.5
+
+writes samples/NNNNNN.png and samples.npz for the ADM evaluation suite. The same command again goes on where it was.
+"""
+
+import argparse
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+import cli
+from config import UserError
+from evaluation.arguments import add_sampling_arguments, load_run_from, sampling_options
+from evaluation.generate import Batch, Run, draw_labels, generate
+from evaluation.npz import write_npz
+from evaluation.pictures import save_png
+
+WRITERS = 4  # threads per process that compress and write PNG files while the next batch is sampled
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    cli.add_config_arguments(parser)
+    add_sampling_arguments(parser, cfg_scale=1.5, seed=0)
+    parser.add_argument("--output-dir", type=Path, default=Path("samples"), help="folder for the PNG files (default: samples)")
+    parser.add_argument("--per-proc-batch-size", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--num-fid-samples", type=int, default=50000, help="how many images (default: %(default)s)")
+    parser.add_argument("--labels", choices=("uniform", "balanced"), default="uniform", help="random as in DiT, or in turn")
+    args = parser.parse_args(argv)
+    for name in ("per_proc_batch_size", "num_fid_samples"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    processes = cli.start_processes()
+    options, run = sampling_options(args), load_run_from(args, processes.device)
+    options.check(run.config)
+    index = list(range(args.num_fid_samples))
+    labels = draw_labels(options.seed, index, run.config.data.num_classes, args.labels == "balanced")
+    settings = {**asdict(options), "labels": args.labels, "batch": args.per_proc_batch_size, "model": run.fingerprint}
+    if args.dry_run:
+        if processes.rank == 0:
+            print(f"{cli.describe(run.config)}\nsamples       {len(index)} into {args.output_dir}, {settings}")
+        return
+    if processes.rank == 0:
+        prepare_folder(args.output_dir, settings)
+    if processes.world > 1:
+        dist.barrier()
+    sample_missing(run, args, options, index, labels, processes)
+    if processes.world > 1:
+        dist.barrier()
+    if processes.rank == 0:
+        npz = args.output_dir.with_name(args.output_dir.name + ".npz")
+        write_npz(npz, [png_path(args.output_dir, i) for i in index], labels)
+        print(f"{len(index)} images in {args.output_dir} and {npz}")
+
+
+def prepare_folder(folder: Path, settings: dict) -> None:
+    """Note the settings in the folder; refuse a folder that holds samples of other settings."""
+    note = folder / "settings.json"
+    if note.is_file():
+        earlier = json.loads(note.read_text(encoding="utf-8"))
+        changed = [key for key in settings if settings[key] != earlier.get(key)]
+        if changed:
+            raise UserError(f"--output-dir '{folder}' holds samples made with another {', '.join(changed)}; give another folder")
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--output-dir '{folder}' holds files that this script did not write; give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = note.with_suffix(".partial")
+    partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    partial.replace(note)
+
+
+def sample_missing(run: Run, args, options, index: list[int], labels: list[int], processes: cli.Processes) -> None:
+    """Sample every batch of this process that lacks a file. A batch has the same samples for any number of processes."""
+    size = args.per_proc_batch_size
+    starts = range(0, len(index), size)[processes.rank :: processes.world]
+    todo = [s for s in starts if not all(png_path(args.output_dir, i).exists() for i in index[s : s + size])]
+    bar = tqdm(total=len(todo), unit="batch", disable=processes.rank > 0)
+    with ThreadPoolExecutor(WRITERS) as writers, bar:
+        pending = []
+        for start in todo:
+            part = slice(start, start + size)
+            (batch,) = generate(run, index[part], labels[part], options, batch_size=size)
+            finish(pending)  # of the batch before: errors show up here, and at most one batch waits in memory
+            pending = [writers.submit(save_png, *job) for job in png_jobs(batch, args.output_dir)]
+            bar.update()
+        finish(pending)
+
+
+def png_jobs(batch: Batch, folder: Path) -> list[tuple]:
+    return [(image, png_path(folder, i)) for image, i in zip(batch.images, batch.index)]
+
+
+def png_path(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.png"
+
+
+def finish(pending: list) -> None:
+    for job in pending:
+        job.result()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,179 @@
+"""extract_features.py as users run it: in one process, under torchrun, killed, with bad images, with wrong commands."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cli
+import extract_features
+from data.autoencoder import Autoencoder
+from data.features import open_features
+from data.images import ImageFolder
+from data.streams import rng
+
+ROOT = Path(__file__).parent.parent
+
+
+def arguments(images: Path, vae: Path, store: Path, /, **changes) -> list[str]:
+    options = {"data-path": images, "features-path": store, "vae": vae, "image-size": 16, "shard-size": 2, "num-workers": 0}
+    options |= {"global-batch-size": 24} | {name.replace("_", "-"): value for name, value in changes.items()}
+    return [part for name, value in options.items() for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def launch(command: list[str], processes: int | None = None) -> subprocess.CompletedProcess:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *torchrun, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_images, tiny_vae, tmp_path_factory) -> Path:
+    """A store made by one process without interruption."""
+    store = tmp_path_factory.mktemp("store") / "whole"
+    extract_features.main(arguments(tiny_images, tiny_vae, store, num_workers=1))
+    return store
+
+
+def test_store_holds_the_moments_of_diffusers(tiny_images, tiny_vae, whole):
+    from diffusers import AutoencoderKL
+
+    store, images = open_features(whole, 16), ImageFolder(tiny_images, 16)
+    assert len(store) == 10 and store.labels.tolist() == images.labels and store.latent_shape == (4, 4, 4)
+    model = AutoencoderKL.from_pretrained(tiny_vae).eval()
+    pixels = torch.from_numpy(np.stack([images[index][0] for index in range(10)])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        posteriors = [model.encode(view).latent_dist for view in (pixels, pixels.flip(3))]
+    for index in range(10):
+        generator = rng(0, "latent", index)
+        posterior = posteriors[int(generator.integers(2))]
+        noise = generator.standard_normal((4, 4, 4), dtype=np.float32)
+        expected = (posterior.mean[index].numpy() + posterior.std[index].numpy() * noise) * model.config.scaling_factor
+        assert np.allclose(store.latent(index, rng(0, "latent", index)), expected, atol=2e-3, rtol=2e-3)  # stored as float16
+
+
+def test_autoencoder_inverts_its_scale(tiny_vae):
+    autoencoder = Autoencoder.load(str(tiny_vae), "cpu")
+    latents = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pixels = autoencoder.model.decode(latents / autoencoder.model.config.scaling_factor).sample
+    images = autoencoder.decode(latents)
+    assert (autoencoder.stride, autoencoder.channels, images.shape, images.dtype) == (4, 4, (2, 3, 20, 20), torch.uint8)
+    assert ((pixels * 127.5 + 127.5).clamp(0, 255) - images.float()).abs().max() < 0.502  # rounding, half a level
+    assert Autoencoder.load(autoencoder.describe()["name"], "cpu").describe() == autoencoder.describe()
+
+
+def test_per_channel_latent_statistics(tiny_vae):
+    from diffusers import AutoencoderKL
+
+    from data.autoencoder import shift_and_scale
+
+    model = AutoencoderKL.from_pretrained(tiny_vae)
+    model.register_to_config(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0, 4.0, 8.0, 16.0], scaling_factor=0.5)
+    assert shift_and_scale(model.config, 4) == ([1, 2, 3, 4], [0.25, 0.125, 0.0625, 0.03125])
+    model.register_to_config(latents_mean=None, latents_std=None, shift_factor=0.25)
+    assert shift_and_scale(model.config, 4) == ([0.25] * 4, [0.5] * 4)
+
+
+def test_two_processes_make_the_same_store(tiny_images, tiny_vae, whole, tmp_path):
+    result = launch(["extract_features.py", *arguments(tiny_images, tiny_vae, tmp_path / "two")], processes=2)
+    assert result.returncode == 0, result.stderr
+    assert content(tmp_path / "two") == content(whole)
+
+
+KILLED = """
+import os, signal, sys
+import extract_features
+from data.feature_writer import FeatureWriter
+write = FeatureWriter.write
+def killed(writer, shard, *rest):
+    if shard == 2:
+        open(writer._shard_path(shard), "wb").write(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(writer, shard, *rest)
+FeatureWriter.write = killed
+extract_features.main(sys.argv[1:])
+"""
+
+
+def test_three_processes_complete_what_a_killed_one_began(tiny_images, tiny_vae, whole, tmp_path):
+    options = arguments(tiny_images, tiny_vae, tmp_path / "three")
+    assert launch(["-c", KILLED, *options]).returncode == -9
+    assert "shard-00001.json" in content(tmp_path / "three") and "manifest.json" not in content(tmp_path / "three")
+    result = launch(["extract_features.py", *options], processes=3)
+    assert result.returncode == 0, result.stderr
+    assert content(tmp_path / "three") == content(whole)
+
+
+def test_a_complete_store_is_left_alone(tiny_images, tiny_vae, whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
+    extract_features.main(arguments(tiny_images, tiny_vae, whole))
+    assert "already complete" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in whole.iterdir()}
+
+
+def test_unreadable_images_are_listed_and_counted(tiny_images, tiny_vae, tmp_path, capsys):
+    images = shutil.copytree(tiny_images, tmp_path / "images")
+    (images / "b" / "4.png").write_text("not an image")
+    (images / "c" / "late r ü.png").symlink_to("nowhere")
+    options = arguments(images, tiny_vae, tmp_path / "store")
+    with pytest.raises(SystemExit) as caught:
+        extract_features.main(options)
+    assert "--max-bad 0" in caught.value.code
+    assert "unreadable: 'b/4.png'" in capsys.readouterr().err
+    store = open_features(tmp_path / "store", 16)
+    assert len(store) == 9 and len(store.manifest["unreadable"]) == 2
+    extract_features.main([*options, "--max-bad", "2"])
+    assert capsys.readouterr().err.count("unreadable: ") == 2
+
+
+@pytest.mark.parametrize("kind", ["sample", "official"])
+def test_frozen_kinds(tiny_images, tiny_vae, tmp_path, kind):
+    extract_features.main(arguments(tiny_images, tiny_vae, tmp_path, store=kind))
+    store = open_features(tmp_path, 16)
+    latent = store.latent(3, None)
+    assert len(store) == 10 and latent.shape == (4, 4, 4) and latent.dtype == np.float32 and store.labels.max() == 2
+
+
+def test_dry_run_writes_nothing(tiny_images, tiny_vae, tmp_path, capsys):
+    extract_features.main(arguments(tiny_images, tiny_vae, tmp_path / "store", dry_run=True))
+    assert "10 x (2, 8, 4, 4) float16" in capsys.readouterr().out and not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        ({"image_size": 18}, "image size 18"),
+        ({"image_size": 0}, "--image-size 0"),
+        ({"data_path": "nowhere"}, "--data-path nowhere"),
+        ({"vae": "nothing"}, "--vae nothing"),
+        ({"features_path": "README.md/x"}, "--features-path"),
+        ({"features_path": "data"}, "--features-path data: holds"),
+        ({"global_batch_size": 0}, "--global-batch-size 0"),
+        ({"store": "official", "dtype": "float16"}, "--dtype float16"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(tiny_images, tiny_vae, tmp_path, monkeypatch, capsys, changes, part):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "file").write_text("x")
+    changes = {name: str(value).replace("README.md", str(tmp_path / "file")) for name, value in changes.items()}
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda: extract_features.main(arguments(tiny_images, tiny_vae, tmp_path / "store", **changes)))
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and part in lines[0]
+    assert not (tmp_path / "store").exists()
+
+
+def test_batch_must_be_a_multiple_of_the_processes():
+    args = extract_features.parse_arguments(["--data-path", "x", "--global-batch-size", "100"])
+    with pytest.raises(ValueError, match="--global-batch-size 100: .* 3 processes; use 99"):
+        extract_features.check_arguments(args, world=3)

@@ -1,0 +1,335 @@
+"""Feature stores: content, kills at every write, damage, and the official layout. A stand-in encodes, so that all is fast."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from config import UserError
+from data import feature_writer
+from data.feature_writer import FeatureWriter, encode_images, make_settings
+from data.features import damaged_files, item_shape, open_features
+from data.images import ImageFolder
+from data.streams import rng
+
+SIZE = 8
+
+
+class StandIn:
+    """An "autoencoder" of stride 4 and 2 channels whose mean is a pixel and whose deviation is constant."""
+
+    name = "stand-in"
+
+    def latent_shape(self, image_size):
+        return 2, image_size // 4, image_size // 4
+
+    def describe(self):
+        return {"name": self.name, "stride": 4, "channels": 2, "shift": [0.0] * 2, "scale": [1.0] * 2, "sha256": "0"}
+
+    def encode(self, images):
+        mean = images[:, :2, ::4, ::4].float() / 256
+        return mean, torch.full_like(mean, 0.25)
+
+
+def make_writer(folder: Path, tiny_images: Path, kind: str = "moments", **changes) -> FeatureWriter:
+    images = ImageFolder(tiny_images, SIZE)
+    choices = {"flip": True, "dtype": "float32", "shard_size": 4, "seed": 3} | changes
+    return FeatureWriter(folder, make_settings(kind, images, StandIn(), **choices), images.labels)
+
+
+def pixels_of(tiny_images: Path, indices) -> torch.Tensor:
+    images = ImageFolder(tiny_images, SIZE)
+    return torch.from_numpy(np.stack([images[index][0] for index in indices])).permute(0, 3, 1, 2)
+
+
+def fill(writer: FeatureWriter, tiny_images: Path, bad: tuple[int, ...] = ()) -> None:
+    """What the script does, in one process."""
+    shards = writer.prepare()
+    for shard in shards or []:
+        good = [index for index in writer.sources(shard) if index not in bad]
+        features = np.empty((0, *item_shape(writer.settings)), writer.settings["dtype"])
+        if good:
+            features = encode_images(StandIn(), pixels_of(tiny_images, good), good, writer.settings)
+        writer.write(shard, features, [[index, f"{index}.png", "why"] for index in writer.sources(shard) if index in bad])
+    if shards is not None:
+        writer.finish()
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_moments_are_those_of_the_image_and_its_mirror_image(tiny_images, tmp_path):
+    fill(make_writer(tmp_path, tiny_images), tiny_images)
+    store = open_features(tmp_path, SIZE)
+    images = ImageFolder(tiny_images, SIZE)
+    assert len(store) == 10 and store.latent_shape == (2, 2, 2) and store.class_names == ["a", "b", "c"]
+    assert (
+        store.labels.tolist() == images.labels and store.labels.dtype == np.int64 and store.autoencoder == StandIn().describe()
+    )
+    seen = set()
+    for draw in range(8):
+        latent = store.latent(7, rng(0, "latent", draw))
+        generator = rng(0, "latent", draw)
+        view = int(generator.integers(2))
+        image = pixels_of(tiny_images, [7])
+        mean = StandIn().encode(image.flip(3) if view else image)[0][0].numpy()
+        noise = generator.standard_normal((2, 2, 2), dtype=np.float32)
+        assert latent.dtype == np.float32 and np.array_equal(latent, mean + np.float32(0.25) * noise)
+        seen.add(view)
+    assert seen == {0, 1}
+
+
+def test_without_flips_there_is_one_view(tiny_images, tmp_path):
+    fill(make_writer(tmp_path, tiny_images, flip=False, dtype="float16"), tiny_images)
+    shard = np.load(tmp_path / "shard-00001.npy", mmap_mode="r")
+    assert shard.shape == (4, 1, 4, 2, 2) and shard.dtype == np.float16
+
+
+def test_samples_are_frozen_functions_of_seed_and_index(tiny_images, tmp_path):
+    for name, seed, shard_size in (("a", 3, 4), ("b", 3, 100), ("c", 4, 4)):
+        fill(make_writer(tmp_path / name, tiny_images, "sample", seed=seed, shard_size=shard_size), tiny_images)
+    a, b, c = (open_features(tmp_path / name, SIZE) for name in "abc")
+    latents = [[store.latent(index, None) for index in range(10)] for store in (a, b, c)]
+    assert np.array_equal(latents[0], latents[1]) and not np.array_equal(latents[0], latents[2])
+    noise = np.stack(latents[0]) - StandIn().encode(pixels_of(tiny_images, range(10)))[0].numpy()
+    mirrored = np.stack(latents[0]) - StandIn().encode(pixels_of(tiny_images, range(10)).flip(3))[0].numpy()
+    flips = [rng(3, "features", index).random() < 0.5 for index in range(10)]
+    assert 0 < sum(flips) < 10
+    assert np.abs(np.where(np.array(flips)[:, None, None, None], mirrored, noise)).max() < 0.25 * 4.5
+
+
+def test_a_kill_at_any_write_leaves_a_folder_from_which_the_same_steps_go_on(tiny_images, tmp_path, monkeypatch):
+    fill(make_writer(tmp_path / "whole", tiny_images), tiny_images, bad=(5,))
+    wanted = content(tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    def killed_at(countdown: list[int], function):
+        def call(*args, **kwargs):
+            countdown[0] -= 1
+            if countdown[0] == 0:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    attempts, survived = 0, False
+    while not survived:
+        attempts += 1
+        folder = tmp_path / f"killed-{attempts}"
+        with monkeypatch.context() as patch:
+            countdown = [attempts]
+            for name in ("replace", "fsync"):
+                patch.setattr(feature_writer.os, name, killed_at(countdown, getattr(os, name)))
+            patch.setattr(Path, "unlink", killed_at(countdown, Path.unlink))
+            patch.setattr(Path, "mkdir", killed_at(countdown, Path.mkdir))
+            try:
+                fill(make_writer(folder, tiny_images), tiny_images, bad=(5,))
+                survived = True
+            except Killed:
+                pass
+        fill(make_writer(folder, tiny_images), tiny_images, bad=(5,))
+        assert content(folder) == wanted
+    assert attempts > 25
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "labels"])
+def test_a_complete_store_is_repaired(tiny_images, tmp_path, damage):
+    fill(make_writer(tmp_path, tiny_images), tiny_images, bad=(1, 9))
+    wanted = content(tmp_path)
+    file = tmp_path / ("labels.npy" if damage == "labels" else "shard-00001.npy")
+    file.write_bytes(file.read_bytes()[:-1]) if damage == "cut" else file.unlink()
+    with pytest.raises(UserError, match=file.name):
+        open_features(tmp_path, SIZE)
+    fill(make_writer(tmp_path, tiny_images), tiny_images, bad=(1, 9))
+    assert content(tmp_path) == wanted
+
+
+def test_unreadable_images_are_left_out_and_listed(tiny_images, tmp_path):
+    fill(make_writer(tmp_path, tiny_images), tiny_images, bad=(0, 4, 5, 6, 7))
+    store, labels = open_features(tmp_path, SIZE), ImageFolder(tiny_images, SIZE).labels
+    assert store.labels.tolist() == [labels[index] for index in (1, 2, 3, 8, 9)]
+    assert [entry[0] for entry in store.manifest["unreadable"]] == [0, 4, 5, 6, 7]
+    noise = rng(0, "latent")
+    view = int(noise.integers(2))
+    image = pixels_of(tiny_images, [8])
+    mean = StandIn().encode(image.flip(3) if view else image)[0][0].numpy()
+    assert np.array_equal(
+        store.latent(3, rng(0, "latent")), mean + np.float32(0.25) * noise.standard_normal((2, 2, 2), np.float32)
+    )
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float16"}, {"shard_size": 5}, {"flip": False}, {"kind": "sample"}])
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_setting_in_the_same_folder_is_named(tiny_images, tmp_path, change, finished):
+    writer = make_writer(tmp_path, tiny_images)
+    fill(writer, tiny_images) if finished else writer.prepare()
+    name = {"flip": "views"}.get(next(iter(change)), next(iter(change)))
+    with pytest.raises(UserError, match=f"--features-path .*: holds features with {name} "):
+        make_writer(tmp_path, tiny_images, **change).prepare()
+
+
+def test_foreign_files_are_never_written_among(tiny_images, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    for kind in ("moments", "official"):
+        with pytest.raises(UserError, match="holds thesis.tex"):
+            make_writer(tmp_path, tiny_images, kind).prepare()
+    assert content(tmp_path) == {"thesis.tex": b"x"}
+
+
+def test_store_survives_pickling_and_opens_few_maps(tiny_images, tmp_path, monkeypatch):
+    fill(make_writer(tmp_path, tiny_images, shard_size=1), tiny_images)
+    monkeypatch.setattr("data.features.MAX_OPEN_SHARDS", 3)
+    store = open_features(tmp_path, SIZE)
+    latents = [store.latent(index, rng(0, "latent", index)) for index in range(10)]
+    assert len(store._maps) == 3
+    copy = pickle.loads(pickle.dumps(store))
+    assert not copy._maps and copy.fingerprint() == store.fingerprint()
+    assert all(np.array_equal(copy.latent(index, rng(0, "latent", index)), latents[index]) for index in range(10))
+    with pytest.raises(IndexError):
+        store.latent(10, rng(0, "latent"))
+
+
+def test_fingerprint_follows_the_content(tiny_images, tmp_path):
+    for name, changes in (("a", {}), ("b", {}), ("c", {"flip": False})):
+        fill(make_writer(tmp_path / name, tiny_images, **changes), tiny_images)
+    a, b, c = (open_features(tmp_path / name, SIZE).fingerprint() for name in "abc")
+    assert a == b != c
+
+
+def test_official_layout_round_trip(tiny_images, tmp_path):
+    fill(make_writer(tmp_path / "sample", tiny_images, "sample"), tiny_images, bad=(2,))
+    fill(make_writer(tmp_path / "official", tiny_images, "official"), tiny_images, bad=(2,))
+    frozen, official = open_features(tmp_path / "sample", SIZE), open_features(tmp_path / "official", SIZE)
+    assert np.load(tmp_path / "official/imagenet8_features/9.npy").shape == (1, 2, 2, 2)
+    assert np.load(tmp_path / "official/imagenet8_labels/9.npy").tolist() == [2]
+    assert len(official) == 9 and official.latent_shape == (2, 2, 2) and official.class_names == frozen.class_names
+    assert official.labels.tolist() == frozen.labels.tolist() and official.autoencoder == frozen.autoencoder
+    for index in range(9):
+        assert np.array_equal(official.latent(index, None), frozen.latent(index, None))
+    (tmp_path / "official/imagenet8_labels/3.npy").unlink()
+    wanted = content(tmp_path / "official")
+    with pytest.raises(UserError, match="3.npy"):
+        open_features(tmp_path / "official", SIZE)
+    fill(make_writer(tmp_path / "official", tiny_images, "official"), tiny_images, bad=(2,))
+    assert content(tmp_path / "official").items() - wanted.items() == {
+        ("imagenet8_labels/3.npy", (tmp_path / "official/imagenet8_labels/3.npy").read_bytes())
+    }
+
+
+def make_official(folder: Path, names: list[int], label_names: list[int] | None = None) -> None:
+    for kind in ("features", "labels"):
+        (folder / f"imagenet8_{kind}").mkdir(parents=True)
+    for name in names:
+        np.save(folder / f"imagenet8_features/{name}.npy", np.full((1, 2, 2, 2), name, np.float32))
+    for name in names if label_names is None else label_names:
+        np.save(folder / f"imagenet8_labels/{name}.npy", np.array([name % 5]))
+
+
+def test_official_layout_is_paired_by_name_in_numeric_order(tmp_path):
+    make_official(tmp_path, [10, 9, 100, 2])
+    store = open_features(tmp_path, SIZE)
+    assert [store.latent(index, None).max() for index in range(4)] == [2, 9, 10, 100] and store.labels.tolist() == [2, 4, 0, 0]
+    assert store.autoencoder is None and store.class_names == ["0", "1", "2", "3", "4"]
+    assert pickle.loads(pickle.dumps(store)).fingerprint() == store.fingerprint()
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [1, 2, 4], []])
+def test_official_layout_with_odd_names_is_refused(tmp_path, labels):
+    make_official(tmp_path, [1, 2, 3], labels)
+    with pytest.raises(UserError, match="data.feature_path: .*counterpart"):
+        open_features(tmp_path, SIZE)
+
+
+def test_official_files_of_others_are_not_overwritten(tiny_images, tmp_path):
+    make_official(tmp_path, [0, 1])
+    with pytest.raises(UserError, match="imagenet8_features"):
+        make_writer(tmp_path, tiny_images, "official").prepare()
+
+
+def test_missing_empty_unfinished_and_mismatching_folders(tiny_images, tmp_path):
+    for folder in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UserError, match=f"data.feature_path: {folder} .*extract_features.py"):
+            open_features(folder, SIZE)
+    make_writer(tmp_path / "begun", tiny_images).prepare()
+    with pytest.raises(UserError, match="data.feature_path: .* unfinished"):
+        open_features(tmp_path / "begun", SIZE)
+    fill(make_writer(tmp_path / "store", tiny_images), tiny_images)
+    with pytest.raises(UserError, match="data.image_size: 16"):
+        open_features(tmp_path / "store", 16)
+    with pytest.raises(UserError, match="holds no image"):
+        fill(make_writer(tmp_path / "none", tiny_images), tiny_images, bad=tuple(range(10)))
+        open_features(tmp_path / "none", SIZE)
+
+
+HOSTILE = [
+    {"shards": [{"file": "../shard-00000.npy", "count": 10, "bytes": 1, "sha256": ""}]},
+    {"shards": [{"file": "/etc/passwd", "count": 10, "bytes": 1, "sha256": ""}]},
+    {"shards": [{"file": "shard-00000.npy", "count": -1, "bytes": 1, "sha256": ""}]},
+    {"shards": None},
+    {"latent_shape": [4, 2**40, 2]},
+    {"latent_shape": "abc"},
+    {"kind": ["moments"]},
+    {"views": 0},
+    {"dtype": "O"},
+    {"count": 11},
+    {"class_names": ["a"]},
+    {"class_names": 7},
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_hostile_manifests_are_refused(tiny_images, tmp_path, change):
+    fill(make_writer(tmp_path, tiny_images), tiny_images)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(UserError):
+        open_features(tmp_path, SIZE)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "{}", '{"format": 1}', "\0"])
+def test_manifests_that_are_none_are_refused(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="manifest.json"):
+        open_features(tmp_path, SIZE)
+
+
+def test_pickles_in_place_of_arrays_are_refused(tiny_images, tmp_path):
+    fill(make_writer(tmp_path, tiny_images), tiny_images)
+    shard = tmp_path / "shard-00000.npy"
+    payload = pickle.dumps([1, 2, 3])
+    shard.write_bytes(payload + b"\0" * (shard.stat().st_size - len(payload)))
+    with pytest.raises(UserError, match="shard-00000.npy"):
+        open_features(tmp_path, SIZE).latent(0, rng(0, "latent"))
+    np.save(tmp_path / "labels.npy", np.array([{}] * 10, dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="labels.npy"):
+        open_features(tmp_path, SIZE)
+
+
+def test_verify_finds_a_flipped_bit(tiny_images, tmp_path):
+    fill(make_writer(tmp_path, tiny_images), tiny_images)
+    assert damaged_files(tmp_path) == []
+    file = tmp_path / "shard-00002.npy"
+    damaged = bytearray(file.read_bytes())
+    damaged[-5] ^= 1
+    file.write_bytes(damaged)
+    (tmp_path / "shard-00000.npy").unlink()
+    command = [sys.executable, "-m", "data.features", "--verify", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert result.returncode == 1
+    assert result.stdout.splitlines() == ["shard-00000.npy: missing", "shard-00002.npy: differs from its checksum"]
+    file.unlink()
+    fill(make_writer(tmp_path, tiny_images), tiny_images)
+    assert damaged_files(tmp_path) == []
+    shutil.rmtree(tmp_path)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1

@@ -1,0 +1,168 @@
+"""Train a DC-DiT on extracted features.
+
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 train.py --config configs/DCDiT-B-N4.yaml
+    accelerate launch train.py --config configs/shapes.yaml --output results/shapes
+
+The same command again, with the same --output, goes on from the newest checkpoint there.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+import cli
+from config import Config, UserError, differences, load_config, to_dict, to_yaml
+from data.autoencoder import Autoencoder
+from data.features import open_features
+from evaluation import flops
+from evaluation.generate import Run, SamplingOptions, generate_images
+from evaluation.pictures import save_grid
+from training.checkpoint import list_checkpoints, load_checkpoint
+from training.trainer import Trainer, total_steps
+
+# Keys that may change when a run goes on: they do not touch what was learned so far.
+MAY_CHANGE = ("training.epochs", "training.max_steps", "training.profile", "training.resume_from_ckpt", "data.num_workers",
+              "data.feature_path", "data.vae", "logging.", "ckpt")  # fmt: skip
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    cli.add_config_arguments(parser)
+    parser.add_argument("--output", help="folder of the run; if it holds checkpoints, the run goes on (default: a new one)")
+    parser.add_argument("--resume", metavar="EXP_DIR", help="go on with the run in this folder, with its own configuration")
+    parser.add_argument("--same_wandb", type=cli.boolean, default=True, help="go on in the same wandb run (default: true)")
+    args = parser.parse_args(argv)
+    if args.resume and args.output:
+        raise UserError(f"--resume '{args.resume}' and --output '{args.output}' both name the run's folder; give one")
+    if args.resume and not (Path(args.resume) / "config.yaml").is_file():
+        raise UserError(f"--resume '{args.resume}' is not the folder of a run (it has no config.yaml); start one with --config")
+    if not args.config and not args.resume:
+        raise UserError("--config is missing; give a file of configs/, or --resume with the folder of a run")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    config = load_config(args.config or Path(args.resume) / "config.yaml", args.set)
+    if args.dry_run:
+        print(cli.describe(config))
+        return
+    store = open_checked_features(config)
+    folder = Path(args.resume or args.output) if args.resume or args.output else None
+    state = find_state(config, folder)  # before the processes meet: every one of them finds the same mistakes
+    accelerator = Accelerator(log_with=config.logging.trackers or None, project_dir=folder)
+    folder = folder or new_folder(config, accelerator)
+    prepare_folder(folder, config, accelerator)
+    start_trackers(accelerator, config, folder, args.same_wandb)
+    trainer = Trainer(config, accelerator, store, folder, state, flops_function(config), sample_grids(config, store, folder, accelerator))
+    report_start(trainer, config, store)
+    finished = trainer.train()
+    accelerator.end_training()
+    trainer.log.line(f"{'finished' if finished else 'stopped by a signal'} at step {trainer.step} of {trainer.last_step}: {folder}")
+
+
+def open_checked_features(config: Config):
+    """The feature store, checked against the configuration."""
+    cli.validate_world(config)
+    data = config.data
+    store = open_features(data.feature_path, data.image_size)
+    expected = (data.latent_channels, config.latent_size, config.latent_size)
+    if tuple(store.latent_shape) != expected:
+        raise UserError(
+            f"data.feature_path: '{data.feature_path}' holds latents of shape {tuple(store.latent_shape)}, but image_size, "
+            f"latent_stride and latent_channels make {expected}; change those keys or extract again"
+        )
+    if store.labels.max() >= data.num_classes:
+        raise UserError(f"data.num_classes: {data.num_classes} is too small for label {store.labels.max()} in the features")
+    if len(store) < config.training.global_batch_size:
+        raise UserError(
+            f"training.global_batch_size: {config.training.global_batch_size} is more than the {len(store)} images of "
+            f"'{data.feature_path}'; make it smaller"
+        )
+    if total_steps(config, len(store)) == 0:
+        raise UserError("training.epochs: no optimizer step fits into the run; raise it or lower gradient_accumulation_steps")
+    return store
+
+
+def find_state(config: Config, folder: Path | None) -> dict | None:
+    """The checkpoint to go on from: the folder's newest, else `training.resume_from_ckpt`, else None."""
+    if folder is not None and (folder / "config.yaml").is_file():
+        saved = load_config(folder / "config.yaml")
+        changed = [key for key in differences(to_dict(config), to_dict(saved)) if not key.startswith(MAY_CHANGE)]
+        if changed:
+            raise UserError(f"'{folder}' holds a run with other values of {', '.join(changed)}; use another --output")
+    checkpoints = list_checkpoints(folder / "checkpoints") if folder is not None else []
+    if checkpoints:
+        return load_checkpoint(checkpoints[-1], "--output")
+    if config.training.resume_from_ckpt:
+        return load_checkpoint(config.training.resume_from_ckpt, "training.resume_from_ckpt")
+    return None
+
+
+def new_folder(config: Config, accelerator: Accelerator) -> Path:
+    """`results_dir/NNN-name`, one above the highest number there; the main process decides."""
+    results = Path(config.logging.results_dir)
+    taken = [int(found[1]) for path in results.glob("*") if (found := re.match(r"(\d{3,})-", path.name))]
+    name = f"{max(taken, default=-1) + 1:03d}-{config.model.name.replace('/', '-')}"
+    return Path(broadcast_object_list([str(results / name)])[0])
+
+
+def prepare_folder(folder: Path, config: Config, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "config.yaml.partial"
+        partial.write_text(to_yaml(config), encoding="utf-8")
+        partial.replace(folder / "config.yaml")
+    accelerator.wait_for_everyone()
+
+
+def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_wandb: bool) -> None:
+    """Start Accelerate's trackers; the wandb run's id is kept in the folder so that a resumed run goes on in it."""
+    if not config.logging.trackers:
+        return
+    options = {"name": f"{folder.name}-{config.model.name}", "dir": str(folder)}
+    id_file = folder / "wandb_id.txt"
+    if same_wandb and id_file.is_file():
+        options.update(id=id_file.read_text().strip(), resume="allow")
+    init_kwargs = {"wandb": options} if "wandb" in config.logging.trackers else {}
+    accelerator.init_trackers(config.logging.wandb_project, config=cli.flatten(to_dict(config)), init_kwargs=init_kwargs)
+    if init_kwargs and accelerator.is_main_process:
+        id_file.write_text(accelerator.get_tracker("wandb", unwrap=True).id)
+
+
+def flops_function(config: Config):
+    """FLOPs of a forward pass as a function of the kept tokens."""
+    return lambda count, squared: sum(flops.forward_flops(config, flops.Kept(count, squared)).values())
+
+
+def sample_grids(config: Config, store, folder: Path, accelerator: Accelerator):
+    """A function that draws a grid of samples from the EMA with the main process."""
+
+    def draw(model: torch.nn.Module, step: int) -> None:
+        if accelerator.is_main_process:
+            vae = store.autoencoder["name"] if store.autoencoder else config.data.vae
+            autoencoder = Autoencoder.load(vae, accelerator.device)
+            run = Run(model, config, autoencoder, None, step, fingerprint="")
+            options = SamplingOptions(cfg_scale=config.logging.sample_cfg_scale, num_sampling_steps=50, sampler="ddim")
+            labels = [k % config.data.num_classes for k in range(16)]
+            save_grid(generate_images(run, labels, options), folder / "samples" / f"{step:07d}.png", columns=8)
+        accelerator.wait_for_everyone()
+
+    return draw
+
+
+def report_start(trainer: Trainer, config: Config, store) -> None:
+    parameters = sum(p.numel() for p in trainer.ema.module.parameters())
+    start = f"going on from step {trainer.step}" if trainer.step else "from the start"
+    trainer.log.line(
+        f"{config.model.name}: {parameters:,} parameters, {len(store):,} images, {trainer.last_step:,} steps {start}, "
+        f"{trainer.accelerator.num_processes} x {trainer.accelerator.device}, {trainer.accelerator.mixed_precision}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

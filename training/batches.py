@@ -1,0 +1,80 @@
+"""Training samples as a function of (seed, micro-step, image), for any number of processes.
+
+A micro-step is one forward and backward pass over a global batch. Its images, their order, latents, timesteps, noise and label
+dropout follow from the seed and its number, so a resumed run or one on other processes sees the same batches and nothing
+about randomness is ever stored.
+"""
+
+from typing import Iterator, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.features import FeatureStore
+from data.streams import rng
+
+
+class Batch(NamedTuple):
+    """One process's share of a global batch."""
+
+    x0: Tensor  # (B, C, S, S) scaled latents
+    noise: Tensor  # (B, C, S, S)
+    t: Tensor  # (B,) int64
+    labels: Tensor  # (B,) int64, the null label where dropped
+    index: Tensor  # (B,) int64, image numbers in the feature store
+
+
+class Order(Sampler):
+    """Lists of (micro_step, image) keys, one list per micro-step, for this process.
+
+    Each epoch is a permutation of the images; a last incomplete batch is left out. Process r takes the r-th of `world` equal
+    parts of the global batch, so groups of neighbours stay together for any number of processes.
+    """
+
+    def __init__(self, images: int, global_batch: int, seed: int, first: int, last: int, rank: int, world: int):
+        self.images, self.global_batch, self.seed = images, global_batch, seed
+        self.micro_steps = range(first, last)
+        local = global_batch // world
+        self.part = slice(rank * local, (rank + 1) * local)
+
+    def __len__(self) -> int:
+        return len(self.micro_steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batches_per_epoch, epoch, permutation = self.images // self.global_batch, -1, None
+        for micro_step in self.micro_steps:
+            if micro_step // batches_per_epoch != epoch:
+                epoch = micro_step // batches_per_epoch
+                permutation = rng(self.seed, "order", epoch).permutation(self.images)
+            start = micro_step % batches_per_epoch * self.global_batch
+            batch = permutation[start : start + self.global_batch][self.part]
+            yield [(micro_step, image) for image in batch.tolist()]
+
+
+class Samples(Dataset):
+    """A training sample for a (micro_step, image) key."""
+
+    def __init__(self, store: FeatureStore, seed: int, diffusion_steps: int, dropout: float, null_label: int):
+        self.store, self.seed, self.diffusion_steps = store, seed, diffusion_steps
+        self.dropout, self.null_label = dropout, null_label
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int, int, int]:
+        micro_step, image = key
+        draw = rng(self.seed, "train", micro_step, image)
+        x0 = self.store.latent(image, draw)
+        noise = draw.standard_normal(x0.shape, dtype=np.float32)
+        t = int(draw.integers(self.diffusion_steps))
+        dropped = draw.random() < self.dropout
+        return x0, noise, t, self.null_label if dropped else int(self.store.labels[image]), image
+
+
+def collate(samples: list[tuple]) -> Batch:
+    x0, noise, *numbers = zip(*samples)
+    return Batch(*(torch.from_numpy(np.stack(x)) for x in (x0, noise)), *(torch.tensor(x) for x in numbers))
+
+
+def make_loader(order: Order, samples: Samples, workers: int, pin_memory: bool) -> DataLoader:
+    """A loader of one Batch per micro-step."""
+    return DataLoader(samples, batch_sampler=order, collate_fn=collate, num_workers=workers, pin_memory=pin_memory)

@@ -1,0 +1,107 @@
+"""What a run reports: scalars summed on the device, reduced over processes, and written to every log at once."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from models.types import Routing
+
+
+class Averages:
+    """Running sums of per-sample values between two log lines, kept on the device: adding never waits for it.
+
+    `mean` of a name averages over all samples of all processes since the last reset; names of the routing statistics also
+    have a standard deviation, minimum and maximum over samples.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.values: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """values: (B,) or a scalar. Kept as (sum, sum of squares, min, max, count)."""
+        values = values.detach().float().flatten()
+        row = torch.stack([values.sum(), values.square().sum(), values.min(), values.max(), values.new_tensor(len(values))])
+        self.values.setdefault(name, []).append(row)
+
+    def reduce(self) -> dict[str, dict[str, float]]:
+        """Statistics over all processes, then start anew. Collective: every process must call it."""
+        rows = torch.stack([_combine(torch.stack(rows)) for rows in self.values.values()])  # (names, 5)
+        everywhere = self.accelerator.gather(rows[None])  # (world, names, 5)
+        combined = torch.stack([_combine(everywhere[:, k]) for k in range(len(rows))]).double().tolist()
+        names, self.values = list(self.values), {}
+        return {name: _statistics(*row) for name, row in zip(names, combined)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows of all processes, name -> (world, n, 5): a resumed run reports what an uninterrupted one does. Collective."""
+        return {name: self.accelerator.gather(torch.stack(rows)[None]).cpu() for name, rows in self.values.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict`; with another number of processes the first one takes all rows."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        for name, rows in state.items():
+            if len(rows) == world:
+                own = rows[rank]
+            else:
+                own = _combine(rows.flatten(0, 1)).float()[None] if rank == 0 else rows.new_zeros(0, 5)
+            self.values[name] = list(own.to(self.accelerator.device))
+
+
+def _combine(rows: Tensor) -> Tensor:
+    """(n, 5) -> (5,)."""
+    rows = rows.double() if rows.device.type != "mps" else rows
+    return torch.stack([rows[:, 0].sum(), rows[:, 1].sum(), rows[:, 2].amin(), rows[:, 3].amax(), rows[:, 4].sum()])
+
+
+def _statistics(total: float, squares: float, least: float, most: float, count: float) -> dict[str, float]:
+    mean = total / count
+    return {"mean": mean, "std": max(squares / count - mean**2, 0.0) ** 0.5, "min": least, "max": most}
+
+
+def kept_fractions(routing: Routing) -> dict[str, Tensor]:
+    """Share of tokens kept per sample (B,): by the network's own decision, and after tail dropping."""
+    return {"kept_natural": routing.natural.float().mean(1), "kept_effective": routing.keep.float().mean(1)}
+
+
+class RunLog:
+    """`log.txt` for people, `metrics.jsonl` for programs, and Accelerate's trackers. Only the main process writes."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, step: int):
+        self.accelerator, self.folder = accelerator, folder
+        if accelerator.is_main_process:
+            _truncate_metrics(folder / "metrics.jsonl", step)
+
+    def line(self, text: str) -> None:
+        """Append a time-stamped line to log.txt and print it above the progress bar."""
+        if self.accelerator.is_main_process:
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+                file.write(f"[{stamp}] {text}\n")
+            tqdm.write(text)
+
+    def metrics(self, step: int, scalars: dict[str, float]) -> None:
+        """Write one row of scalars; values that depend on the clock go to the trackers and log.txt only."""
+        if self.accelerator.is_main_process:
+            timeless = {key: value for key, value in scalars.items() if not key.endswith("_per_sec")}
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **timeless}) + "\n")
+        self.accelerator.log({f"train/{key}": value for key, value in scalars.items()}, step=step)
+
+
+def _truncate_metrics(path: Path, step: int) -> None:
+    """Drop rows after `step`, which a resumed run writes again, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)

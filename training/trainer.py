@@ -1,0 +1,251 @@
+"""The training loop: micro-steps, optimizer steps, EMA, logging, checkpoints. `Trainer.train` is the place to start reading."""
+
+import contextlib
+import signal
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Config, to_dict, validate_processes
+from data.features import FeatureStore
+from diffusion import create_diffusion
+from models import build_model
+from training import schedules
+from training.batches import Batch, Order, Samples, make_loader
+from training.checkpoint import save_checkpoint
+from training.losses import ratio_loss
+from training.tracking import Averages, RunLog, kept_fractions
+
+
+class Trainer:
+    """One run in one folder.
+
+    Args:
+        config: checked configuration.
+        accelerator: device, precision, processes and trackers.
+        store: the features to train on.
+        folder: gets log.txt, metrics.jsonl and checkpoints/.
+        state: a checkpoint to go on from, or None.
+        flops_per_image: of one forward pass, given mean and mean square of the kept tokens; only reported.
+        draw_samples: called as (ema_model, step) on every process every `logging.sample_every` steps.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        store: FeatureStore,
+        folder: Path,
+        state: dict | None,
+        flops_per_image: Callable[[float, float], float],
+        draw_samples: Callable[[torch.nn.Module, int], None],
+    ):
+        self.config, self.accelerator, self.store, self.folder = config, accelerator, store, folder
+        self.flops_per_image, self.draw_samples = flops_per_image, draw_samples
+        validate_processes(config, accelerator.num_processes)
+        self.diffusion = create_diffusion(
+            config.diffusion.noise_schedule, config.diffusion.diffusion_steps, config.training.learn_sigma
+        )
+        self.build(state)
+        self.averages = Averages(accelerator)
+        if state is not None and "averages" in state:
+            self.averages.load_state_dict(state["averages"])
+        self.log = RunLog(folder, accelerator, self.step)
+        self.last_step = total_steps(config, len(store))
+        self.stop = StopRequest(accelerator)
+
+    def build(self, state: dict | None) -> None:
+        """Model, EMA and optimizer, fresh from the seed or from a checkpoint; the same on every process."""
+        training = self.config.training
+        torch.manual_seed(training.seed)
+        model = build_model(self.config).to(self.accelerator.device)
+        self.ema = ModelEmaV3(model, decay=training.ema_decay)
+        fused = self.accelerator.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused
+        )
+        if state is not None:
+            model.load_state_dict(state["model"])
+            self.ema.module.load_state_dict(state["ema"])
+            optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"] if state is not None else 0
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+
+    def train(self) -> bool:
+        """Train to the last step. Returns False when a signal ended it early (a checkpoint is written then too)."""
+        logging = self.config.logging
+        bar = tqdm(total=self.last_step, initial=self.step, unit="step", disable=not self.accelerator.is_main_process)
+        self.window_start = time.perf_counter(), self.step
+        batches = iter(self.batches())
+        saved = self.step
+        with bar, self.profiler() as profiler:
+            while self.step < self.last_step and not self.stop.requested():
+                self.optimizer_step(batches)
+                bar.update()
+                if profiler is not None:
+                    profiler.step()
+                if self.step % logging.log_every == 0 or self.step == self.last_step:
+                    bar.set_postfix_str(self.report())
+                if self.step % logging.ckpt_every == 0:
+                    saved = self.save()
+                if logging.sample_every and self.step % logging.sample_every == 0:
+                    self.draw_samples(self.ema.module, self.step)
+        if saved != self.step:
+            self.save()
+        return self.step == self.last_step
+
+    def batches(self):
+        """Micro-batches from the current step to the last."""
+        training, data, accelerator = self.config.training, self.config.data, self.accelerator
+        accumulation = training.gradient_accumulation_steps
+        order = Order(
+            len(self.store), training.global_batch_size, training.seed, self.step * accumulation, self.last_step * accumulation,
+            accelerator.process_index, accelerator.num_processes,
+        )  # fmt: skip
+        samples = Samples(
+            self.store, training.seed, self.config.diffusion.diffusion_steps, training.class_dropout_prob, data.num_classes
+        )
+        return make_loader(order, samples, data.num_workers, pin_memory=accelerator.device.type == "cuda")
+
+    def optimizer_step(self, batches) -> None:
+        """Accumulate gradients over the micro-batches, then update weights and EMA."""
+        training = self.config.training
+        for group in self.optimizer.param_groups:
+            group["lr"] = schedules.learning_rate(self.step, training)
+        accumulation = training.gradient_accumulation_steps
+        for micro_step in range(accumulation):
+            last = micro_step == accumulation - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                self.accelerator.backward(self.loss(next(batches)) / accumulation)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm)
+        self.averages.add("grad_norm", norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.accelerator.unwrap_model(self.model))
+        self.step += 1
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Forward pass and loss of one micro-batch; its terms go to the averages."""
+        training = self.config.training
+        x0, noise, t, labels, _ = (x.to(self.accelerator.device, non_blocking=True) for x in batch)
+        x_t = self.diffusion.add_noise(x0, t, noise)
+        fraction = schedules.drop_fraction(self.step, training)
+        drop = x0.new_full((len(x0),), fraction) if fraction else None
+        prediction, routing = self.model(x_t, t, labels, drop)
+        terms = self.diffusion.losses(prediction.float(), x0, x_t, t, noise)
+        diffusion_loss = sum(terms.values())
+        loss = diffusion_loss.mean()
+        logged = {**terms, "diffusion_loss": diffusion_loss, **kept_fractions(routing)}
+        if training.ratio_loss_weight > 0:
+            factor = schedules.downsample_factor(self.step, training)
+            ratio = ratio_loss(routing, factor, training.ratio_batch_size)
+            loss = loss + training.ratio_loss_weight * ratio
+            logged["ratio_loss"] = ratio
+        for name, values in {"loss": loss, **logged}.items():
+            self.averages.add(name, values)
+        return loss
+
+    def report(self) -> str:
+        """Reduce what was measured since the last report, write it to every log, and return a short summary."""
+        statistics = self.averages.reduce()
+        training, tokens = self.config.training, self.config.latent_size**2
+        scalars = {name: values["mean"] for name, values in statistics.items()}
+        for name in ("kept_natural", "kept_effective"):
+            scalars.update({f"{name}_{key}": value for key, value in statistics[name].items()})
+            del scalars[name]
+        kept = statistics["kept_effective"]
+        squared = (kept["mean"] ** 2 + kept["std"] ** 2) * tokens**2
+        scalars["tflop_per_image"] = 3 * self.flops_per_image(kept["mean"] * tokens, squared) / 1e12  # backward costs two forwards
+        scalars["downsample_factor"] = schedules.downsample_factor(self.step - 1, training)
+        scalars["drop_fraction"] = schedules.drop_fraction(self.step - 1, training)
+        scalars["learning_rate"] = schedules.learning_rate(self.step - 1, training)
+        now, (since, first) = time.perf_counter(), self.window_start
+        self.window_start = now, self.step
+        scalars["steps_per_sec"] = (self.step - first) / (now - since)
+        images = training.global_batch_size * training.gradient_accumulation_steps
+        scalars["images_per_sec"] = scalars["steps_per_sec"] * images
+        self.log.metrics(self.step, scalars)
+        summary = " ".join(f"{key}={scalars[key]:.4g}" for key in SUMMARY if key in scalars)
+        if self.accelerator.is_main_process:
+            self.log.line(f"step {self.step:7d}: {summary}")
+        return f"loss={scalars['loss']:.4f} kept={kept['mean']:.3f}"
+
+    def save(self) -> int:
+        """Write a checkpoint from the main process; returns the step."""
+        averages = self.averages.state_dict()
+        if self.accelerator.is_main_process:
+            state = {
+                "step": self.step,
+                "config": to_dict(self.config),
+                "autoencoder": self.store.autoencoder,
+                "class_names": self.store.class_names,
+                "model": self.accelerator.unwrap_model(self.model).state_dict(),
+                "ema": self.ema.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "averages": averages,
+            }
+            path = save_checkpoint(self.folder / "checkpoints", state, self.config.logging.ckpt_keep)
+            self.log.line(f"step {self.step:7d}: saved {path}")
+        self.accelerator.wait_for_everyone()
+        return self.step
+
+    def profiler(self):
+        """A torch profiler over `training.profile_steps` of the main process, writing Chrome traces to profiler/; or nothing."""
+        if not (self.config.training.profile and self.accelerator.is_main_process):
+            return contextlib.nullcontext()
+        first, last = self.config.training.profile_steps
+        schedule = torch.profiler.schedule(wait=max(first - 1, 0), warmup=1, active=last - first + 1, repeat=1)
+        write = torch.profiler.tensorboard_trace_handler(str(self.folder / "profiler"))
+        return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
+
+
+SUMMARY = (
+    "loss", "diffusion_loss", "ratio_loss", "grad_norm", "kept_natural_mean", "kept_effective_mean", "tflop_per_image",
+    "steps_per_sec", "images_per_sec",
+)  # fmt: skip
+
+
+def total_steps(config: Config, images: int) -> int:
+    """Optimizer steps of the whole run."""
+    training = config.training
+    if training.max_steps is not None:
+        return training.max_steps
+    micro_steps = training.epochs * (images // training.global_batch_size)
+    return micro_steps // training.gradient_accumulation_steps
+
+
+class StopRequest:
+    """SIGTERM or SIGINT, agreed on by all processes, so that all of them stop after the same step.
+
+    The agreement is a sum over a process group on the host, started at one step and read at the next: the device never waits.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.received = False
+        self.group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.flag, self.pending = torch.zeros(1), None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame) -> None:
+        self.received = True
+        signal.signal(number, signal.SIG_DFL)  # a second signal quits at once
+
+    def requested(self) -> bool:
+        """Collective: every process calls it once per step and gets the same answer."""
+        if self.group is None:
+            return self.received
+        if self.pending is not None:
+            self.pending.wait()
+            if self.flag.item():
+                return True
+        self.flag = torch.tensor([float(self.received)])
+        self.pending = dist.all_reduce(self.flag, group=self.group, async_op=True)
+        return False
