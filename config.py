@@ -409,6 +409,8 @@ def _check_model(config: Config) -> None:
 def _check_training(training: TrainingConfig) -> None:
     _positive(training, "training", "epochs", "global_batch_size", "learning_rate", "max_grad_norm", "gradient_accumulation_steps")
     _at_least(training, "training", 0, "lr_warmup_steps", "weight_decay", "downsample_factor_warmup_steps", "seed")
+    if training.seed >= 2**63:
+        raise UserError(f"training.seed: {training.seed} must be below 2**63")
     _fraction("training.class_dropout_prob", training.class_dropout_prob)
     _fraction("training.ema_decay", training.ema_decay)
     for key in ("max_steps", "ratio_batch_size"):

@@ -74,8 +74,8 @@ class SamplingOptions:
             raise UserError(f"--num-sampling-steps {self.num_sampling_steps}: must be from 1 to {steps}, the steps of the process")
         if self.sampler not in SAMPLERS:
             raise UserError(f"--sampler '{self.sampler}' is not one of {', '.join(SAMPLERS)}")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed}: must be 0 or greater")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed {self.seed}: must be 0 or greater, and below 2**63")
         for name in ("tail_dropping_fraction", "uncond_tail_dropping_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be in [0, 1)")

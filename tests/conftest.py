@@ -8,6 +8,12 @@ import torch
 from PIL import Image
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory) -> Path:
     """Folder of a random AutoencoderKL with stride 4 and 4 latent channels."""

@@ -1,0 +1,320 @@
+"""Configuration: what loads, what is refused, and how a mistake is reported."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import (
+    Config, UserError, config_from_dict, differences, load_config, parse_layout, to_dict, to_yaml, validate_processes
+)  # fmt: skip
+from models import build_model
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+OFFICIAL_B = """\
+model:
+  hnet:
+    arch_layout: ["c2", ["D12"], "c2"]
+    d_model: [768, 768]
+    num_heads: [12, 12]
+    enc_dec_dim_factor: [4, null]
+    fp32_router_dechunk: true
+training:
+  multi_budget_training: true
+  multi_budget_drop_fractions: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+  multi_budget_start_step: 50000
+  downsample_factor: 4.0
+  ratio_loss_weight: 0.03
+data:
+  feature_path: "../imagenet/features_train/"
+  image_size: 256
+"""
+
+# Parameters with the table of positions, which the official code stores as a frozen parameter and we as a buffer.
+OFFICIAL_SIZES = {"S": 34_760_457, "B": 137_129_481, "L": 469_612_553, "XL": 689_589_513}
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def refusal(function, *args) -> str:
+    """The message of the UserError, which must be one line."""
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+# ------------------------------------------------------------------------------------------------------------ what loads
+
+
+def test_defaults():
+    config = load_config()
+    assert config == Config()
+    assert (config.latent_size, config.d_model, config.encoder_width) == (32, 768, 768)
+    assert config.model.hnet.arch_layout == ["c2", ["D12"], "c2"] and config.model.init == "adaln_zero"
+    assert config.training.learning_rate == 1e-4 and config.training.ratio_batch_size == 16
+    assert config.training.multi_budget_drop_fractions == [0, 0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "model:\ntraining:\ndata: {}\n"])
+def test_missing_and_empty_sections_are_defaults(tmp_path, text):
+    assert load_config(write(tmp_path, "a.yaml", text)) == Config()
+
+
+def test_official_file_loads_unchanged(tmp_path):
+    config = load_config(write(tmp_path, "DCDiT-B-N4.yaml", OFFICIAL_B))
+    assert config.encoder_width == 192
+    assert config.training.multi_budget_start_step == 50000
+    assert config.data.feature_path == "../imagenet/features_train/"
+    assert config.training.downsample_factor_start is None
+
+
+def test_every_official_key_is_known():
+    keys = {
+        "model": "name mlp_ratio hnet",
+        "training": "epochs global_batch_size learning_rate weight_decay ema_decay max_grad_norm gradient_accumulation_steps "
+        "class_dropout_prob learn_sigma ratio_loss_weight ratio_batch_size downsample_factor downsample_factor_start "
+        "downsample_factor_warmup_steps multi_budget_training multi_budget_drop_fractions multi_budget_start_step profile "
+        "profile_steps resume_from_ckpt",
+        "data": "feature_path image_size num_classes num_workers",
+        "diffusion": "noise_schedule diffusion_steps",
+        "logging": "results_dir log_every ckpt_every wandb_project",
+    }
+    hnet = "arch_layout d_model num_heads tie_embeddings enc_dec_dim_factor dechunk_kernel_sigma fp32_router_dechunk"
+    defaults = to_dict(Config())
+    assert set(defaults) == {*keys, "ckpt"}
+    assert all(set(names.split()) <= set(defaults[section]) for section, names in keys.items())
+    assert set(hnet.split()) == set(defaults["model"]["hnet"])
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_files(file):
+    config = load_config(file)
+    with torch.device("meta"):
+        model = build_model(config)
+    name, _, rest = file.stem.partition("-")
+    if name != "DCDiT":
+        return
+    size, factor, *pixels = rest.split("-")
+    assert config.model.name == f"DC-DiT-{rest}"
+    assert config.training.downsample_factor == float(factor[1:])
+    assert (config.data.image_size, config.model.hnet.dechunk_kernel_sigma) == ((512, 2.0) if pixels else (256, 1.0))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert parameters == OFFICIAL_SIZES[size] - 32 * 32 * config.d_model
+
+
+def test_inheritance(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, "a.yaml", "training: {epochs: 7, seed: 1, multi_budget_drop_fractions: [0.1, 0.2]}\nckpt: x.pt\n")
+    write(tmp_path / "sub", "b.yaml", "_base_: ../a.yaml\ntraining: {seed: 2}\n")
+    child = write(
+        tmp_path, "c.yaml", f"_base_: {tmp_path}/sub/b.yaml\ntraining: {{multi_budget_drop_fractions: [0.5]}}\nckpt: null\n"
+    )
+    config = load_config(child)
+    assert (config.training.epochs, config.training.seed, config.ckpt) == (7, 2, None)
+    assert config.training.multi_budget_drop_fractions == [0.5]  # lists are replaced, not joined
+
+
+def test_inheritance_cycles_are_named(tmp_path):
+    itself = write(tmp_path, "a.yaml", "_base_: a.yaml\n")
+    assert "a.yaml' inherits from itself" in refusal(load_config, itself)
+    write(tmp_path, "b.yaml", "_base_: c.yaml\n")
+    pair = write(tmp_path, "c.yaml", "_base_: b.yaml\n")
+    message = refusal(load_config, pair)
+    assert "_base_" in message and "c.yaml -> b.yaml" in message
+
+
+def test_overrides():
+    overrides = [
+        "training.learning_rate=3e-4", "data.image_size=512", "model.hnet.d_model=[384, 384]", "model.hnet.num_heads=[6,6]",
+        "training.max_steps=5", "training.max_steps=null", "ckpt=a=b.pt", "logging.trackers=[wandb]",
+        "training.multi_budget_training=true",
+    ]  # fmt: skip
+    config = load_config(None, overrides)
+    assert config.training.learning_rate == 3e-4 and config.training.max_steps is None
+    assert config.data.image_size == 512 and config.d_model == 384
+    assert config.ckpt == "a=b.pt" and config.logging.trackers == ["wandb"] and config.training.multi_budget_training is True
+
+
+@pytest.mark.parametrize("text, number", [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("'0.5'", 0.5), ("2", 2.0), ("1E+1", 10.0)])
+def test_numbers_as_text(tmp_path, text, number):
+    """YAML 1.1 reads 1e-4 as text; a learning rate is a number all the same."""
+    value = load_config(write(tmp_path, "a.yaml", f"training: {{learning_rate: {text}}}\n")).training.learning_rate
+    assert type(value) is float and value == number
+
+
+def test_downsample_factor_may_be_a_list():
+    assert load_config(None, ["training.downsample_factor=[4]"]).training.downsample_factor == [4.0]
+
+
+def test_round_trip(tmp_path):
+    config = load_config(CONFIGS / "DCDiT-XL-N16-512.yaml", ["training.downsample_factor_start=2", "diffusion.cfg_channels=all"])
+    assert config_from_dict(to_dict(config)) == config
+    assert load_config(write(tmp_path, "a.yaml", to_yaml(config))) == config
+    assert differences(to_dict(config), to_dict(config)) == []
+    other = config_from_dict(to_dict(config), ["training.seed=3", "model.hnet.dechunk_kernel_sigma=1"])
+    assert differences(to_dict(config), to_dict(other)) == ["model.hnet.dechunk_kernel_sigma", "training.seed"]
+
+
+def test_a_config_does_not_share_lists_with_another():
+    Config().training.multi_budget_drop_fractions.append(0.9)
+    assert Config().training.multi_budget_drop_fractions == [0, 0.1, 0.2, 0.3]
+
+
+def test_layouts():
+    assert parse_layout(["c2", ["D12"], "c3"]) == (2, "D" * 12, 3)
+    assert parse_layout(["c1c1", ["d1D2d1"], "c1"]) == (2, "dDDd", 1)
+
+
+# --------------------------------------------------------------------------------------------------------- what is refused
+
+MISTAKES = [
+    # unknown keys
+    ("training: {learning_rates: 1}", "unknown key 'training.learning_rates'; did you mean 'training.learning_rate'?"),
+    ("training: {epoch: 1}", "did you mean 'training.epochs'?"),
+    ("model: {hnet: {dmodel: [1, 1]}}", "did you mean 'model.hnet.d_model'?"),
+    ("trainings: {}", "unknown key 'trainings'; did you mean 'training'?"),
+    ("zzz: 1", "unknown key 'zzz'; known keys: model, training, data, diffusion, logging, ckpt"),
+    ("1: 2", "unknown key '1'"),
+    # wrong types
+    ("training: {learn_sigma: 'false'}", "training.learn_sigma: 'false' is not true or false"),
+    ("training: {learn_sigma: 0}", "training.learn_sigma: 0 is not true or false"),
+    ("training: {epochs: 1.5}", "training.epochs: 1.5 is not a whole number"),
+    ("training: {epochs: '3'}", "training.epochs: '3' is not a whole number"),
+    ("training: {epochs: true}", "training.epochs: True is not a whole number"),
+    ("training: {epochs: null}", "training.epochs: None is not a whole number"),
+    ("training: {learning_rate: fast}", "training.learning_rate: 'fast' is not a finite number"),
+    ("training: {learning_rate: true}", "training.learning_rate: True is not a finite number"),
+    ("training: {learning_rate: .inf}", "training.learning_rate: inf is not a finite number"),
+    ("training: {weight_decay: .nan}", "training.weight_decay: nan is not a finite number"),
+    ("training: {max_grad_norm: 'inf'}", "training.max_grad_norm: 'inf' is not a finite number"),
+    (f"training: {{learning_rate: 1{'0' * 400}}}", "is not a finite number"),
+    ("training: {downsample_factor: [x]}", "training.downsample_factor[0]: 'x' is not a finite number"),
+    ("training: {multi_budget_drop_fractions: 0.5}", "training.multi_budget_drop_fractions: 0.5 is not a list"),
+    ("training: {multi_budget_drop_fractions: [0, x]}", "training.multi_budget_drop_fractions[1]: 'x' is not a finite number"),
+    ("data: {feature_path: 3}", "data.feature_path: 3 is not text"),
+    ("model: {hnet: 3}", "section 'model.hnet' must hold 'key: value' lines, not int 3"),
+    ("training: [1]", "section 'training' must hold 'key: value' lines, not list"),
+    ("- 1\n", "must hold 'key: value' lines, not list"),
+    ("just text", "must hold 'key: value' lines, not str"),
+    ("ckpt: 3", "ckpt: 3 is not text or null"),
+    # YAML itself
+    ("a: [1", "is not valid YAML"),
+    ("training: {seed: 1, seed: 2}", "key 'seed' is given twice (line 1); remove one"),
+    ("ckpt: a\nckpt: b", "key 'ckpt' is given twice"),
+    ("a: !!python/object/apply:os.getcwd []", "is not valid YAML"),
+    ("_base_: [a.yaml]", "_base_: ['a.yaml'] in"),
+    ("_base_: nowhere.yaml", "nowhere.yaml' cannot be read (No such file or directory)"),
+    # layouts
+    ("model: {hnet: {arch_layout: [D12]}}", "must be [encoder, [main], decoder], e.g. [c2, [D12], c2]"),
+    ("model: {hnet: {arch_layout: []}}", "must be [encoder, [main], decoder]"),
+    ("model: {hnet: {arch_layout: [c2, D12, c2]}}", "must be [encoder, [main], decoder]"),
+    ("model: {hnet: {arch_layout: [c2, [], c2]}}", "model.hnet.arch_layout: the main network [] must be one string"),
+    ("model: {hnet: {arch_layout: [c2, [c2, [D12], c2], c2]}}", "has more than one chunking stage, and only one is supported"),
+    ("model: {hnet: {arch_layout: [c2, [m4], c2]}}", "model.hnet.arch_layout: 'm4' must be 'd<number>' or 'D<number>', e.g. 'D2'"),
+    ("model: {hnet: {arch_layout: [c2, [12D], c2]}}", "'12D' must be"),
+    ("model: {hnet: {arch_layout: [c2, [D], c2]}}", "'D' must be"),
+    ("model: {hnet: {arch_layout: [c2, [D2x3], c2]}}", "'D2x3' must be"),
+    ("model: {hnet: {arch_layout: [c2, [t2], c2]}}", "'t2' must be"),
+    ("model: {hnet: {arch_layout: [C2, [D2], c2]}}", "'C2' must be 'c<number>', e.g. 'c2'"),
+    ("model: {hnet: {arch_layout: [D2, [D2], c2]}}", "'D2' must be 'c<number>'"),
+    ("model: {hnet: {arch_layout: [c2, [c2], c2]}}", "'c2' must be 'd<number>' or 'D<number>'"),
+    ("model: {hnet: {arch_layout: [c0, [D2], c2]}}", "'c0' has no blocks; give at least one"),
+    ("model: {hnet: {arch_layout: [c2, [2], c2]}}", "2 must be 'd<number>'"),
+    # widths
+    ("model: {hnet: {d_model: [100, 100]}}", "model.hnet.d_model: 100 is not a multiple of 32, which the GroupNorms need"),
+    ("model: {hnet: {enc_dec_dim_factor: [5, null]}}", "d_model / enc_dec_dim_factor: 153 is not a multiple of 32"),
+    ("model: {hnet: {enc_dec_dim_factor: [4, 2]}}", "enc_dec_dim_factor: [4, 2] must be [positive or null, null]"),
+    ("model: {hnet: {enc_dec_dim_factor: [-4, null]}}", "must be [positive or null, null]"),
+    ("model: {hnet: {enc_dec_dim_factor: [4]}}", "enc_dec_dim_factor: [4] must have 2 entries"),
+    ("model: {hnet: {num_heads: [7, 7]}}", "model.hnet.num_heads: 7 does not divide d_model 768"),
+    ("model: {hnet: {num_heads: [12, 0]}}", "model.hnet.num_heads: [12, 0] must be positive"),
+    ("model: {hnet: {num_heads: []}}", "model.hnet.num_heads: [] must have 2 entries"),
+    ("model: {hnet: {d_model: []}}", "model.hnet.d_model: [] must have 2 entries"),
+    ("model: {hnet: {d_model: [384, 768]}}", "must be equal at both entries; try [768, 768]"),
+    ("model: {hnet: {d_model: [768, 768, 768]}}", "must have 2 entries"),
+    ("model: {hnet: {tie_embeddings: true}}", "model.hnet.tie_embeddings: true has no meaning for images; set it to false"),
+    ("model: {hnet: {dechunk_kernel_sigma: 0}}", "model.hnet.dechunk_kernel_sigma: 0.0 must be greater than 0"),
+    ("model: {init: zero}", "model.init: 'zero' is not one of adaln_zero, released"),
+    ("model: {attention: xformers}", "model.attention: 'xformers' is not one of auto, flash, varlen, sdpa"),
+    ("model: {mlp_ratio: 0}", "model.mlp_ratio: 0.0 must be greater than 0"),
+    # training
+    ("training: {downsample_factor: 1}", "training.downsample_factor: 1.0 must be greater than 1"),
+    ("training: {downsample_factor: 0.5}", "must be greater than 1"),
+    ("training: {downsample_factor: []}", "training.downsample_factor: [] must be one number"),
+    ("training: {downsample_factor: [4, 4]}", "must be one number, as there is one chunking stage"),
+    ("training: {downsample_factor_start: 1}", "training.downsample_factor_start: 1.0 must be greater than 1"),
+    ("training: {multi_budget_drop_fractions: []}", "the list is empty; give fractions in [0, 1)"),
+    ("training: {multi_budget_drop_fractions: [0, 1]}", "multi_budget_drop_fractions: 1.0 is outside [0, 1)"),
+    ("training: {multi_budget_drop_fractions: [-0.1]}", "-0.1 is outside [0, 1)"),
+    ("training: {class_dropout_prob: 1}", "training.class_dropout_prob: 1.0 is outside [0, 1)"),
+    ("training: {ema_decay: 1.5}", "training.ema_decay: 1.5 is outside [0, 1)"),
+    ("training: {epochs: 0}", "training.epochs: 0 must be greater than 0"),
+    ("training: {max_steps: 0}", "training.max_steps: 0 must be greater than 0"),
+    ("training: {ratio_batch_size: 0}", "training.ratio_batch_size: 0 must be greater than 0"),
+    ("training: {learning_rate: -1}", "training.learning_rate: -1.0 must be greater than 0"),
+    ("training: {seed: -1}", "training.seed: -1 must be at least 0"),
+    ("training: {seed: 9223372036854775808}", "training.seed: 9223372036854775808 must be below 2**63"),
+    ("training: {profile_steps: []}", "training.profile_steps: [] must be [first, last]"),
+    ("training: {profile_steps: [5, 2]}", "must be [first, last] with 1 <= first <= last"),
+    # data, diffusion, logging
+    ("data: {image_size: 250}", "data.image_size: 250 must be a multiple of data.latent_stride (8)"),
+    ("data: {image_size: 250}", "try 248"),
+    ("data: {image_size: 8}", "hold at least 2 latent cells; try 16"),
+    ("data: {image_size: 0}", "data.image_size: 0 must be greater than 0"),
+    ("data: {num_classes: 0}", "data.num_classes: 0 must be greater than 0"),
+    ("data: {num_workers: -1}", "data.num_workers: -1 must be at least 0"),
+    ("diffusion: {noise_schedule: cosine}", "diffusion.noise_schedule: 'cosine' is not one of linear, squaredcos_cap_v2"),
+    ("diffusion: {diffusion_steps: 0}", "diffusion.diffusion_steps: 0 must be greater than 0"),
+    ("diffusion: {diffusion_steps: 10}", "diffusion.diffusion_steps: 10 puts a beta of the linear schedule at 1 or above"),
+    ("diffusion: {cfg_channels: 5}", "diffusion.cfg_channels: 5 must be 'all' or a number from 1 to 4"),
+    ("diffusion: {cfg_channels: some}", "diffusion.cfg_channels: 'some' must be 'all'"),
+    ("logging: {log_every: 0}", "logging.log_every: 0 must be greater than 0"),
+    ("logging: {ckpt_keep: -1}", "logging.ckpt_keep: -1 must be at least 0"),
+    ("logging: {sample_cfg_scale: 0.5}", "logging.sample_cfg_scale: 0.5 must be at least 1.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, part", MISTAKES, ids=[text[:60] for text, _ in MISTAKES])
+def test_mistakes(tmp_path, text, part):
+    assert part in refusal(load_config, write(tmp_path, "a.yaml", text))
+
+
+@pytest.mark.parametrize(
+    "override, part",
+    [
+        ("training.epochs", "--set 'training.epochs' must have the form section.key=value"),
+        ("=3", "--set '=3' must have the form section.key=value"),
+        ("training.epochs=[1", "--set 'training.epochs=[1': '[1' is not a valid YAML value"),
+        ("training.epoch=3", "unknown key 'training.epoch'; did you mean 'training.epochs'?"),
+        ("epochs=3", "unknown key 'epochs'"),
+        ("training=3", "section 'training' must hold"),
+        ("training.epochs.x=3", "training.epochs: {'x': 3} is not a whole number"),
+        ("training.learn_sigma=no way", "is not true or false"),
+    ],
+)
+def test_bad_overrides(override, part):
+    assert part in refusal(load_config, None, [override])
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert "cannot be read (No such file or directory)" in refusal(load_config, tmp_path / "nothing.yaml")
+    assert "cannot be read" in refusal(load_config, tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    assert "is not valid YAML" in refusal(load_config, tmp_path / "binary.yaml")
+
+
+def test_batches_and_processes():
+    config = load_config(None, ["training.global_batch_size=96", "training.ratio_batch_size=16"])
+    assert [validate_processes(config, n) for n in (1, 2, 3, 6)] == [96, 48, 32, 16]
+    message = refusal(validate_processes, config, 5)
+    assert "training.global_batch_size: 96 is not a multiple of the 5 processes; try 100" in message
+    message = refusal(validate_processes, config, 4)
+    assert "training.ratio_batch_size: 16 does not divide the local batch of 24" in message and "try 12" in message
+    for harmless in ("training.ratio_batch_size=null", "training.ratio_loss_weight=0"):
+        assert validate_processes(config_from_dict(to_dict(config), [harmless]), 4) == 24

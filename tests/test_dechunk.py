@@ -1,0 +1,163 @@
+"""Dechunk: smoothing against the dense formula, plug-back against a search, and where the router's gradient comes from."""
+
+import pytest
+import torch
+
+from models.dechunk import Dechunk, nearest_kept, nearest_token, straight_through
+from models.packing import pack, plan_packing
+from models.router import drop_tail, force_ends
+from models.types import Routing
+
+SIDE = 5
+LENGTH = SIDE * SIDE
+
+
+def squared_distances(side: int) -> torch.Tensor:
+    """(L, L) between all cells of the grid."""
+    cell = torch.arange(side * side)
+    place = torch.stack([cell // side, cell % side], dim=1)
+    return (place[:, None] - place).square().sum(-1)
+
+
+def nearest_by_search(keep: torch.Tensor, side: int) -> torch.Tensor:
+    """argmin returns the first of equals, which is the lowest raster index."""
+    distance = squared_distances(side)
+    return torch.stack([distance.masked_fill(~sample, 10**6).argmin(1) for sample in keep])
+
+
+def random_routing(batch=3, drop=None, seed=0, dtype=torch.float32) -> Routing:
+    generator = torch.Generator().manual_seed(seed)
+    prob = force_ends(torch.rand(batch, LENGTH, generator=generator, dtype=torch.float64).to(dtype))
+    natural = prob > 1 - prob
+    return Routing(prob, natural, natural if drop is None else drop_tail(prob, natural, drop))
+
+
+def dechunk_densely(tokens, routing, sigma):
+    """Every sample by itself with an (M, M) matrix, as the formulas say."""
+    length = routing.prob.shape[1]
+    distance = squared_distances(int(length**0.5))
+    outputs, start = [], 0
+    for prob, natural, keep in zip(*routing):
+        cells = keep.nonzero().flatten()
+        u, start = tokens[start : start + len(cells)], start + len(cells)
+        p = prob[cells].clamp(1e-4, 1 - 1e-4)
+        weight = torch.exp(-distance[cells][:, cells].to(u.dtype) / (2 * sigma**2)) * p
+        smooth = (weight / (weight.sum(1, keepdim=True) + 1e-8)) @ u
+        mixed = p[:, None] * u + (1 - p)[:, None] * smooth
+        plugged = mixed[distance[:, cells].argmin(1)]
+        selected = torch.where(natural, prob, 1 - prob)
+        outputs.append(plugged * (selected + (1 - selected).detach())[:, None])
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("drop", [None, 0.5, torch.tensor([0.0, 0.9, 0.3])])
+def test_equal_to_the_dense_formula_with_gradients(sigma, drop):
+    routing = random_routing(drop=drop, dtype=torch.float64)
+    packing = plan_packing(routing.keep)
+    dechunk = Dechunk(SIDE, sigma)
+    offset = torch.arange(SIDE, dtype=torch.float64)
+    dechunk.kernel = torch.exp(-((offset[:, None] - offset) ** 2) / (2 * sigma**2))  # float64: nothing hides in rounding
+    tokens = torch.randn(sum(packing.lengths), 4, dtype=torch.float64, requires_grad=True)
+    prob = routing.prob.clone().requires_grad_()
+    weights = torch.randn(3, LENGTH, 4, dtype=torch.float64)
+    results = []
+    for function in (lambda r: dechunk(tokens, r, packing), lambda r: dechunk_densely(tokens, r, sigma)):
+        output = function(routing._replace(prob=prob))
+        results.append((output, *torch.autograd.grad((output * weights).sum(), (tokens, prob))))
+    for ours, dense in zip(*results):
+        torch.testing.assert_close(ours, dense, rtol=1e-9, atol=1e-9)
+
+
+def test_in_float32():
+    routing = random_routing(seed=3)
+    packing = plan_packing(routing.keep)
+    tokens = torch.randn(sum(packing.lengths), 4)
+    torch.testing.assert_close(
+        Dechunk(SIDE, 1.0)(tokens, routing, packing), dechunk_densely(tokens, routing, 1.0), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_lonely_tokens_are_not_smoothed():
+    """With all tokens far apart, v = p u + (1 - p) u: each cell gets its nearest token unchanged."""
+    prob, natural = force_ends(torch.full((1, LENGTH), 0.3)), torch.zeros(1, LENGTH, dtype=torch.bool)
+    natural[:, 0] = natural[:, -1] = True
+    routing = Routing(prob, natural, natural)
+    packing = plan_packing(natural)
+    tokens = torch.randn(2, 4)
+    output = Dechunk(SIDE, 0.3)(tokens, routing, packing)
+    torch.testing.assert_close(output, tokens[nearest_token(natural)])
+
+
+def test_a_sample_does_not_see_its_batch_mates():
+    routing = random_routing()
+    packing = plan_packing(routing.keep)
+    grid = torch.randn(3, LENGTH, 4)
+    together = Dechunk(SIDE, 1.0)(pack(grid, packing), routing, packing)
+    for k in range(3):
+        alone = Routing(*(x[k : k + 1] for x in routing))
+        single = plan_packing(alone.keep)
+        torch.testing.assert_close(Dechunk(SIDE, 1.0)(pack(grid[k : k + 1], single), alone, single)[0], together[k])
+
+
+@pytest.mark.parametrize("side", [2, 3, 7, 16])
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.1, 0.3, 0.8, 1.0])
+def test_nearest_kept_against_a_search(side, share):
+    """A share of 0 keeps the two ends only; ties are everywhere, and go to the lowest raster index."""
+    keep = torch.rand(40, side * side, generator=torch.Generator().manual_seed(side)) < share
+    keep[:, 0] = keep[:, -1] = True
+    assert torch.equal(nearest_kept(keep), nearest_by_search(keep, side))
+
+
+def test_nearest_kept_for_a_single_token_anywhere():
+    """Nothing depends on the ends being kept."""
+    keep = torch.eye(16, dtype=torch.bool)
+    assert torch.equal(nearest_kept(keep), torch.arange(16)[:, None].expand(16, 16))
+
+
+def test_nearest_token_counts_over_the_batch():
+    keep = random_routing().keep
+    packing = plan_packing(keep)
+    where = packing.index[nearest_token(keep)]  # row of the flattened tokens
+    assert torch.equal(where - torch.arange(3)[:, None] * LENGTH, nearest_kept(keep))
+
+
+def test_straight_through_is_one_with_the_gradient_of_the_confidence():
+    routing = random_routing(drop=0.6)
+    assert (routing.natural & ~routing.keep).any()
+    score = torch.logit(routing.prob.clamp(0.01, 0.99)).requires_grad_()
+    prob = force_ends(score.sigmoid())
+    prob.retain_grad()
+    output = straight_through(routing._replace(prob=prob))
+    assert (output == 1).all()
+    gradient = torch.rand(prob.shape) + 1
+    output.backward(gradient)
+    sign = torch.where(routing.natural, 1.0, -1.0)  # the natural decision, also for tokens that the budget dropped
+    torch.testing.assert_close(prob.grad, sign * gradient)
+    assert (score.grad[:, [0, -1]] == 0).all() and (score.grad[:, 1:-1] != 0).all()
+
+
+def test_straight_through_gradient_is_the_plugged_token():
+    """d loss / d confidence = sum over channels of gradient times v, at every cell, kept or not."""
+    routing = random_routing(batch=1)
+    packing = plan_packing(routing.keep)
+    tokens = torch.randn(sum(packing.lengths), 4)
+    dechunk = Dechunk(SIDE, 1.0)
+    prob = routing.prob.clone().requires_grad_()
+    gradient = torch.randn(1, LENGTH, 4)
+    output = dechunk(tokens, routing._replace(prob=prob), packing)
+    (grad,) = torch.autograd.grad(output, prob, gradient)
+    unkept = ~routing.natural[0]
+    want = -(gradient * output.detach()).sum(-1)[0]
+    torch.testing.assert_close(grad[0, unkept], want[unkept])
+
+
+def test_clamped_probabilities_have_no_gradient_as_weights():
+    """The forced tokens mix with 0.9999, and their p is outside the clamp: only the straight-through path reaches it."""
+    routing = random_routing(batch=1)
+    packing = plan_packing(routing.keep)
+    tokens = torch.randn(sum(packing.lengths), 4)
+    prob = routing.prob.clone().requires_grad_()
+    output = Dechunk(SIDE, 1.0)(tokens, routing._replace(prob=prob), packing)
+    (grad,) = torch.autograd.grad(output.sum(), prob)
+    torch.testing.assert_close(grad[0, 0], output[0, 0].sum().detach())

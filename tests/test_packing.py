@@ -1,0 +1,54 @@
+"""Packing: the kept tokens of a batch in one row, and back."""
+
+import pytest
+import torch
+
+from models.packing import pack, per_token, plan_packing, unpack
+
+
+def random_masks(batch: int, length: int, share: float, seed: int = 0) -> torch.Tensor:
+    """Keep masks in which, as in the router's, the first and last token are kept."""
+    keep = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < share
+    keep[:, 0] = keep[:, -1] = True
+    return keep
+
+
+@pytest.mark.parametrize("batch, share", [(1, 0.3), (5, 0.0), (5, 0.3), (5, 1.0)])
+def test_plan_is_boolean_indexing(batch, share):
+    keep = random_masks(batch, 16, share)
+    packing = plan_packing(keep)
+    sample, token = keep.nonzero(as_tuple=True)  # in raster order, sample after sample
+    assert torch.equal(packing.index, sample * 16 + token)
+    assert torch.equal(packing.sample, sample)
+    assert packing.lengths == keep.sum(1).tolist()
+    assert packing.cu_seqlens.dtype == torch.int32
+    assert packing.cu_seqlens.tolist() == [sum(packing.lengths[:k]) for k in range(batch + 1)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_pack_and_unpack(share):
+    keep = random_masks(3, 25, share)
+    packing, x = plan_packing(keep), torch.randn(3, 25, 6)
+    tokens = pack(x, packing)
+    assert torch.equal(tokens, x[keep])
+    assert torch.equal(unpack(tokens, packing, 25), x * keep[:, :, None])
+    assert torch.equal(pack(unpack(tokens, packing, 25), packing), tokens)
+
+
+def test_gradients():
+    packing = plan_packing(random_masks(3, 9, 0.4))
+    x = torch.randn(3, 9, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: pack(x, packing), x)
+    tokens = torch.randn(sum(packing.lengths), 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda tokens: unpack(tokens, packing, 9), tokens)
+
+
+def test_per_token_is_indexing_by_sample():
+    packing = plan_packing(random_masks(4, 16, 0.3))
+    rows = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(per_token(rows, packing), rows[packing.sample])
+    assert torch.autograd.gradcheck(lambda rows: per_token(rows, packing), rows)
+    weights = torch.randn(sum(packing.lengths), 3, dtype=torch.float64)
+    (ours,) = torch.autograd.grad((per_token(rows, packing) * weights).sum(), rows)
+    (theirs,) = torch.autograd.grad((rows[packing.sample] * weights).sum(), rows)
+    torch.testing.assert_close(ours, theirs)
