@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from typing import Callable, NamedTuple, NoReturn
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist

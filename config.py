@@ -298,7 +298,9 @@ def _describe(hint) -> str:
 
 
 def parse_layout(layout: list) -> Layout:
-    """`[encoder, [main], decoder]` such as ["c2", ["D12"], "c2"]: c = convolution block, D = attention + MLP, d = attention only.
+    """Read `[encoder, [main], decoder]` such as ["c2", ["D12"], "c2"].
+
+    c is a convolution block, D attention and MLP, d attention only.
 
     Raises:
         UserError: another nesting, another letter, or no blocks.
@@ -315,7 +317,7 @@ def parse_layout(layout: list) -> Layout:
 
 
 def _blocks(text, letters: str) -> str:
-    """"D2d1" -> "DDd"."""
+    """ "D2d1" -> "DDd"."""
     if not isinstance(text, str) or not re.fullmatch(rf"([{letters}][0-9]{{1,3}})+", text):
         wanted = " or ".join(f"'{letter}<number>'" for letter in letters)
         raise UserError(f"model.hnet.arch_layout: {text!r} must be {wanted}, e.g. '{letters[-1]}2'")
@@ -391,7 +393,7 @@ def _check_model(config: Config) -> None:
     factors = hnet.enc_dec_dim_factor if hnet.enc_dec_dim_factor is not None else [None, None]
     for key, values in (("d_model", hnet.d_model), ("num_heads", hnet.num_heads), ("enc_dec_dim_factor", factors)):
         if len(values) != 2:
-            raise UserError(f"model.hnet.{key}: {values} must have 2 entries, one for the scaffold and one for the main network")
+            raise UserError(f"model.hnet.{key}: {values} must have 2 entries, for the scaffold and for the main network")
     for key, values in (("d_model", hnet.d_model), ("num_heads", hnet.num_heads)):
         if min(values) < 1:
             raise UserError(f"model.hnet.{key}: {values} must be positive")
@@ -407,7 +409,9 @@ def _check_model(config: Config) -> None:
 
 
 def _check_training(training: TrainingConfig) -> None:
-    _positive(training, "training", "epochs", "global_batch_size", "learning_rate", "max_grad_norm", "gradient_accumulation_steps")
+    _positive(
+        training, "training", "epochs", "global_batch_size", "learning_rate", "max_grad_norm", "gradient_accumulation_steps"
+    )
     _at_least(training, "training", 0, "lr_warmup_steps", "weight_decay", "downsample_factor_warmup_steps", "seed")
     if training.seed >= 2**63:
         raise UserError(f"training.seed: {training.seed} must be below 2**63")

@@ -15,8 +15,8 @@ from tqdm import tqdm
 import cli
 from config import Config
 from evaluation import flops
-from evaluation.chunk_maps import Trace, draw_chunking, draw_summary
 from evaluation.arguments import add_sampling_arguments, load_run_from, sampling_options
+from evaluation.chunk_maps import Trace, draw_chunking, draw_summary
 from evaluation.generate import Batch, Kept, Run, generate
 from evaluation.pictures import save_grid
 
@@ -74,7 +74,9 @@ def report(run: Run, batch: Batch, seconds: float) -> str:
         counts = [getattr(step, branch) for step in batch.kept]
         if counts[0] is not None:
             share = torch.stack(counts).float() / tokens
-            lines.append(f"{branch} branch: {share.mean():.1%} of {tokens} tokens kept (from {share.min():.1%} to {share.max():.1%})")
+            lines.append(
+                f"{branch} branch: {share.mean():.1%} of {tokens} tokens kept (from {share.min():.1%} to {share.max():.1%})"
+            )
     lines.append(f"{tflop_per_image(run.config, batch.kept):.4f} TFLOP per image over {len(batch.kept)} steps")
     return "\n".join(lines)
 
@@ -86,7 +88,9 @@ def tflop_per_image(config: Config, kept: list[Kept]) -> float:
         for counts in (step.conditional, step.unconditional):
             if counts is not None:
                 counts = counts.double()
-                total += sum(flops.forward_flops(config, flops.Kept(counts.mean().item(), counts.square().mean().item())).values())
+                total += sum(
+                    flops.forward_flops(config, flops.Kept(counts.mean().item(), counts.square().mean().item())).values()
+                )
     return total / 1e12
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import cli
 from config import UserError
+from data.files import write_file
 from evaluation.arguments import add_sampling_arguments, load_run_from, sampling_options
 from evaluation.generate import Batch, Run, draw_labels, generate
 from evaluation.npz import write_npz
@@ -71,14 +72,12 @@ def prepare_folder(folder: Path, settings: dict) -> None:
         earlier = json.loads(note.read_text(encoding="utf-8"))
         changed = [key for key in settings if settings[key] != earlier.get(key)]
         if changed:
-            raise UserError(f"--output-dir '{folder}' holds samples made with another {', '.join(changed)}; give another folder")
+            raise UserError(f"--output-dir '{folder}' holds samples of another {', '.join(changed)}; give another folder")
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--output-dir '{folder}' holds files that this script did not write; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    partial.replace(note)
+    write_file(note, lambda stream: stream.write(json.dumps(settings, indent=1).encode()))
 
 
 def sample_missing(run: Run, args, options, index: list[int], labels: list[int], processes: cli.Processes) -> None:

@@ -18,6 +18,7 @@ import cli
 from config import Config, UserError, differences, load_config, to_dict, to_yaml
 from data.autoencoder import Autoencoder
 from data.features import open_features
+from data.files import write_file
 from evaluation import flops
 from evaluation.generate import Run, SamplingOptions, generate_images
 from evaluation.pictures import save_grid
@@ -58,11 +59,12 @@ def main(argv: list[str] | None = None) -> None:
     folder = folder or new_folder(config, accelerator)
     prepare_folder(folder, config, accelerator)
     start_trackers(accelerator, config, folder, args.same_wandb)
-    trainer = Trainer(config, accelerator, store, folder, state, flops_function(config), sample_grids(config, store, folder, accelerator))
+    grids = sample_grids(config, store, folder, accelerator)
+    trainer = Trainer(config, accelerator, store, folder, state, flops_function(config), grids)
     report_start(trainer, config, store)
-    finished = trainer.train()
+    end = "finished" if trainer.train() else "stopped by a signal"
     accelerator.end_training()
-    trainer.log.line(f"{'finished' if finished else 'stopped by a signal'} at step {trainer.step} of {trainer.last_step}: {folder}")
+    trainer.log.line(f"{end} at step {trainer.step} of {trainer.last_step}: {folder}")
 
 
 def open_checked_features(config: Config):
@@ -114,9 +116,7 @@ def new_folder(config: Config, accelerator: Accelerator) -> Path:
 def prepare_folder(folder: Path, config: Config, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "config.yaml.partial"
-        partial.write_text(to_yaml(config), encoding="utf-8")
-        partial.replace(folder / "config.yaml")
+        write_file(folder / "config.yaml", lambda stream: stream.write(to_yaml(config).encode()))
     accelerator.wait_for_everyone()
 
 

@@ -4,9 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from config import UserError
 from data.features import FORMAT, MAX_OPEN_SHARDS, list_numbered, read_json, sha256_of
+from data.files import write_file
 from data.streams import rng
 
 KINDS = ("moments", "sample", "official")
@@ -231,21 +230,6 @@ def write_official(folders: tuple[Path, Path], indices: list[int], latents: np.n
         np.save(folders[0] / f"{index}.npy", latent)
         np.save(folders[1] / f"{index}.npy", np.array([source_labels[index]], dtype=np.int64))
     os.sync()  # a record that follows must not outlive these files in a power cut; one fsync per file would take hours
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a file that appears under its name only when it is complete and on the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as stream:
-        write(stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, must survive a power cut
-    finally:
-        os.close(folder)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -2,13 +2,12 @@
 
     python -m data.shapes --output DIR --image-size 64 --num-images 4096 --seed 0 --start 0
 
-Image i is a function of (seed, i) alone. The detail is all in the object: its outline and a two-colour texture. The background is
-a gentle grey gradient, so a router that drops redundant tokens has something to find. Colours follow the class and the mean
+Image i is a function of (seed, i) alone. The detail is all in the object: its outline and a two-colour texture. The background
+is a gentle grey gradient, so a router that drops redundant tokens has something to find. Colours follow the class and the mean
 colour hardly varies: that mean is what a small diffusion model learns last.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import UserError
+from data.files import write_file
 from data.streams import rng
 
 SUPERSAMPLING = 3  # subpixels per pixel and axis
@@ -175,9 +175,7 @@ def write_image(folder: Path, index: int, image_size: int, seed: int) -> None:
     if path.exists():
         return
     image, _, _ = render(index, image_size, seed)
-    unfinished = path.with_suffix(".unfinished")
-    Image.fromarray(image).save(unfinished, format="PNG")
-    os.replace(unfinished, path)
+    write_file(path, lambda stream: Image.fromarray(image).save(stream, format="PNG"))
 
 
 def write_images(folder: str | Path, num_images: int, image_size: int = 64, seed: int = 0, start: int = 0) -> None:
@@ -185,7 +183,12 @@ def write_images(folder: str | Path, num_images: int, image_size: int = 64, seed
 
     Finished images are kept as they are, so the same call again continues an interrupted one.
     """
-    for option, value, least in (("num-images", num_images, 1), ("image-size", image_size, 1), ("seed", seed, 0), ("start", start, 0)):
+    for option, value, least in (
+        ("num-images", num_images, 1),
+        ("image-size", image_size, 1),
+        ("seed", seed, 0),
+        ("start", start, 0),
+    ):
         if value < least:
             raise UserError(f"--{option} {value}: must be at least {least}")
     folder = Path(folder)

@@ -4,7 +4,7 @@ The two branches differ in their conditioning alone, be it the label or how much
 function serves both; they run as one batch.
 """
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

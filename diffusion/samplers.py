@@ -4,7 +4,8 @@
 recording wrap it from outside.
 """
 
-from typing import Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

@@ -14,7 +14,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float, se
     """The options of every script that samples; the two defaults are those of the official scripts."""
     parser.add_argument("--ckpt", help="checkpoint that train.py wrote (default: `ckpt` of --config)")
     parser.add_argument("--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)")
-    parser.add_argument("--cfg-scale", type=float, default=cfg_scale, help="guidance scale; 1 is no guidance (default: %(default)s)")
+    parser.add_argument("--cfg-scale", type=float, default=cfg_scale, help="guidance scale, 1 is none (default: %(default)s)")
     parser.add_argument("--num-sampling-steps", type=int, default=250, help="(default: %(default)s)")
     parser.add_argument("--sampler", default="ddpm", choices=SAMPLERS, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=seed, help="(default: %(default)s)")
@@ -33,5 +33,5 @@ def load_run_from(args: argparse.Namespace, device: torch.device) -> Run:
     config = load_config(args.config, args.set) if args.config else None
     ckpt = args.ckpt or (config and config.ckpt)
     if not ckpt:
-        raise UserError("--ckpt is missing; give a checkpoint that train.py wrote, such as results/000-DC-DiT/checkpoints/0400000.pt")
+        raise UserError("--ckpt is missing; give a checkpoint of train.py, e.g. results/000-DC-DiT/checkpoints/0400000.pt")
     return load_run(ckpt, device, args.vae, config, args.set)

@@ -1,6 +1,5 @@
 """Pictures of the chunking: what the network saw, how it scored, and what it kept, from noise to image."""
 
-import os
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from data.autoencoder import Autoencoder
+from data.files import write_file
 from diffusion.samplers import Step
 from evaluation.generate import Kept
 from models.types import Routing
@@ -107,8 +107,5 @@ def draw_summary(kept: list[list[Kept]], tokens: int, path: Path) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG so that the name never shows an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    write_file(path, lambda stream: figure.savefig(stream, format="png"))

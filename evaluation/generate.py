@@ -9,9 +9,10 @@ different budgets are compared on the same noise.
 
 import contextlib
 import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class SamplingOptions:
             raise UserError(f"--cfg-scale {self.cfg_scale}: must be at least 1 (1 is no guidance)")
         if not 1 <= self.num_sampling_steps <= config.diffusion.diffusion_steps:
             steps = config.diffusion.diffusion_steps
-            raise UserError(f"--num-sampling-steps {self.num_sampling_steps}: must be from 1 to {steps}, the steps of the process")
+            raise UserError(f"--num-sampling-steps {self.num_sampling_steps}: must be from 1 to {steps}")
         if self.sampler not in SAMPLERS:
             raise UserError(f"--sampler '{self.sampler}' is not one of {', '.join(SAMPLERS)}")
         if not 0 <= self.seed < 2**63:
@@ -160,11 +161,13 @@ def check_autoencoder(autoencoder: Autoencoder, known: dict | None, config: Conf
     ours = autoencoder.describe()
     if (ours["stride"], ours["channels"]) != (config.data.latent_stride, config.data.latent_channels):
         raise UserError(
-            f"--vae '{ours['name']}' has stride {ours['stride']} and {ours['channels']} channels, but the model was trained with "
+            f"--vae '{ours['name']}' has stride {ours['stride']} and {ours['channels']} channels, but the model's are "
             f"{config.data.latent_stride} and {config.data.latent_channels}; give the autoencoder of the features"
         )
     if known and (ours["shift"], ours["scale"]) != (known["shift"], known["scale"]):
-        raise UserError(f"--vae '{ours['name']}' scales latents differently from '{known['name']}', which the features were made with")
+        raise UserError(
+            f"--vae '{ours['name']}' scales latents differently from '{known['name']}', which the model was trained on"
+        )
 
 
 def draw_labels(seed: int, index: list[int], num_classes: int, balanced: bool = False) -> list[int]:
@@ -176,7 +179,12 @@ def draw_labels(seed: int, index: list[int], num_classes: int, balanced: bool = 
 
 @torch.inference_mode()
 def generate(
-    run: Run, index: list[int], labels: list[int], options: SamplingOptions, batch_size: int = 32, observe: Observe | None = None
+    run: Run,
+    index: list[int],
+    labels: list[int],
+    options: SamplingOptions,
+    batch_size: int = 32,
+    observe: Observe | None = None,
 ) -> Iterator[Batch]:
     """Generate the samples with the given numbers and labels, batch by batch.
 
@@ -205,7 +213,10 @@ def sample_latents(
     """The reverse process for one batch: scaled latents (B, C, S, S) and the kept tokens of every step."""
     config, device = run.config, run.device
     diffusion = create_diffusion(
-        config.diffusion.noise_schedule, config.diffusion.diffusion_steps, config.training.learn_sigma, options.num_sampling_steps
+        config.diffusion.noise_schedule,
+        config.diffusion.diffusion_steps,
+        config.training.learn_sigma,
+        options.num_sampling_steps,
     )
     noise = sample_noise(options.seed, index, (config.data.latent_channels, config.latent_size, config.latent_size), device)
     watched = Watched(run.model, options.bf16)

@@ -1,19 +1,24 @@
 """The sample batch that the ADM evaluation suite reads: `arr_0` images (N, H, W, 3) uint8, `arr_1` labels (N,) int64."""
 
-import os
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
+from data.files import write_file
+
 
 def write_npz(path: Path, pngs: list[Path], labels: list[int]) -> None:
-    """Collect PNG files of one size into a .npz, one image in memory at a time; the name never shows an incomplete file."""
+    """Collect PNG files of one size into a .npz, one image in memory at a time."""
+    write_file(path, lambda stream: _write(stream, pngs, labels))
+
+
+def _write(stream: BinaryIO, pngs: list[Path], labels: list[int]) -> None:
     height, width = np.asarray(Image.open(pngs[0])).shape[:2]
-    partial = path.with_suffix(".npz.partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(pngs), height, width, 3)}
             npy.write_array_header_1_0(file, header)
@@ -21,4 +26,3 @@ def write_npz(path: Path, pngs: list[Path], labels: list[int]) -> None:
                 file.write(np.asarray(Image.open(png).convert("RGB")).tobytes())
         with archive.open("arr_1.npy", "w", force_zip64=True) as file:
             npy.write_array(file, np.array(labels, dtype=np.int64))
-    os.replace(partial, path)

@@ -1,6 +1,5 @@
 """Sample grids as PNG files."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -8,13 +7,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from data.files import write_file
+
 
 def save_png(image: Tensor, path: Path) -> None:
-    """Write (3, H, W) uint8 so that the name never shows an incomplete file."""
+    """Write (3, H, W) uint8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(partial, format="PNG")
-    os.replace(partial, path)
+    write_file(path, lambda stream: Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, format="PNG"))
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:

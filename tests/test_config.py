@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from config import (
-    Config, UserError, config_from_dict, differences, load_config, parse_layout, to_dict, to_yaml, validate_processes
+    Config,
+    UserError,
+    config_from_dict,
+    differences,
+    load_config,
+    parse_layout,
+    to_dict,
+    to_yaml,
+    validate_processes,
 )  # fmt: skip
 from models import build_model
 

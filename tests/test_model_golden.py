@@ -24,7 +24,7 @@ class Golden:
 
     def __init__(self, name: str):
         with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             meta = {}
             for key, value in file.metadata().items():
                 try:

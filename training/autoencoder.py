@@ -24,7 +24,7 @@ from data.images import ImageFolder, UnreadableImage
 from data.streams import rng
 
 STRIDE = 4  # pixels per latent cell and axis: two of the three blocks halve the size
-CHANNELS = (8, 16, 64)  # per block; few at full resolution, where they cost most
+CHANNELS = (8, 16, 32)  # per block; few at full resolution, where they cost most
 PEAK_LEARNING_RATE = 4e-3
 KL_WEIGHT = 2e-4  # posterior noise of a few per cent of a channel's spread: a decoder that forgives small errors
 CROP_SHARE = 0.75  # the first steps see crops of half the size, which cost a quarter; the last ones whole images

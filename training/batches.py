@@ -5,7 +5,8 @@ dropout follow from the seed and its number, so a resumed run or one on other pr
 about randomness is ever stored.
 """
 
-from typing import Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch

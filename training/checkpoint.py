@@ -9,8 +9,6 @@ A checkpoint is a dictionary:
     model, ema  state dicts; optimizer: the optimizer's state dict
 """
 
-import contextlib
-import os
 import pickle
 import re
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 import torch
 
 from config import UserError
+from data.files import write_file
 
 FORMAT = 1
 
@@ -26,25 +25,11 @@ def save_checkpoint(folder: Path, state: dict, keep: int) -> Path:
     """Write `folder/NNNNNNN.pt` so that the name never shows an incomplete file, then remove all but the newest `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{state['step']:07d}.pt"
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync_folder(folder)
+    write_file(path, lambda stream: torch.save({"format": FORMAT, **state}, stream))
     if keep:
         for old in list_checkpoints(folder)[:-keep]:
             old.unlink()
     return path
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, where the platform lets a folder be synced."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

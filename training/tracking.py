@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from data.files import write_file
 from models.types import Routing
 
 
@@ -38,7 +39,10 @@ class Averages:
         return {name: _statistics(*row) for name, row in zip(names, combined)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The rows of all processes, name -> (world, n, 5): a resumed run reports what an uninterrupted one does. Collective."""
+        """The rows of all processes, name -> (world, n, 5), so that a resumed run reports what an uninterrupted one does.
+
+        Collective: every process must call it.
+        """
         return {name: self.accelerator.gather(torch.stack(rows)[None]).cpu() for name, rows in self.values.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -48,7 +52,8 @@ class Averages:
             if len(rows) == world:
                 own = rows[rank]
             else:
-                own = _combine(rows.flatten(0, 1)).float()[None] if rank == 0 else rows.new_zeros(0, 5)
+                nothing = rows.new_tensor([0.0, 0.0, float("inf"), float("-inf"), 0.0])  # as many rows on every process
+                own = (_combine(rows.flatten(0, 1)).float() if rank == 0 else nothing)[None]
             self.values[name] = list(own.to(self.accelerator.device))
 
 
@@ -102,6 +107,4 @@ def _truncate_metrics(path: Path, step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    write_file(path, lambda stream: stream.write("".join(kept).encode()))

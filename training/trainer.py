@@ -3,8 +3,8 @@
 import contextlib
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -162,7 +162,8 @@ class Trainer:
             del scalars[name]
         kept = statistics["kept_effective"]
         squared = (kept["mean"] ** 2 + kept["std"] ** 2) * tokens**2
-        scalars["tflop_per_image"] = 3 * self.flops_per_image(kept["mean"] * tokens, squared) / 1e12  # backward costs two forwards
+        forward = self.flops_per_image(kept["mean"] * tokens, squared)
+        scalars["tflop_per_image"] = 3 * forward / 1e12  # the backward pass costs two forward passes
         scalars["downsample_factor"] = schedules.downsample_factor(self.step - 1, training)
         scalars["drop_fraction"] = schedules.drop_fraction(self.step - 1, training)
         scalars["learning_rate"] = schedules.learning_rate(self.step - 1, training)
@@ -197,7 +198,7 @@ class Trainer:
         return self.step
 
     def profiler(self):
-        """A torch profiler over `training.profile_steps` of the main process, writing Chrome traces to profiler/; or nothing."""
+        """A torch profiler over `training.profile_steps` of the main process, with traces in profiler/; or nothing."""
         if not (self.config.training.profile and self.accelerator.is_main_process):
             return contextlib.nullcontext()
         first, last = self.config.training.profile_steps

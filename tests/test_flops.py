@@ -1,0 +1,85 @@
+"""Closed-form FLOPs against torch's counter, component by component, and against the recorded table."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import config_from_dict, load_config
+from evaluation.flops import Kept, forward_flops
+from models import build_model
+
+# GFLOP per image at 256 of 1024 tokens, recorded from the official code. Its DiT blocks include attention; its router figure
+# is whole for B only; it left out the residual projection.
+TABLE = {
+    "S": (0.00757, 1.26473, None, 12.11498, 1.26473, 0.00172),
+    "B": (0.01573, 5.05892, 1.66134, 46.01571, 5.05892, 0.00374),
+    "L": (0.02150, 8.99364, None, 161.43876, 8.99364, 0.00524),
+    "XL": (0.02448, 11.38257, None, 237.29406, 11.38257, 0.00605),
+}
+COLUMNS = ("embeddings", "encoder", "router", "blocks", "decoder", "final_layer")
+
+
+@pytest.mark.parametrize("size", TABLE)
+def test_recorded_table(size):
+    config = load_config(f"configs/DCDiT-{size}-N4.yaml")
+    ours = forward_flops(config, Kept(256, 256**2))
+    ours["blocks"] += ours["attention"]
+    for column, recorded in zip(COLUMNS, TABLE[size]):
+        if recorded is not None:
+            assert ours[column] / 1e9 == pytest.approx(recorded, abs=6e-6), column
+    # Two products with (S, S) kernels cost what the dense one does at 256 tokens, and one channel more for the weights.
+    assert ours["dechunk"] == pytest.approx(2 * 256**2 * (config.d_model + 1))
+    if size == "B":
+        assert ours["residual_proj"] / 1e9 == pytest.approx(1.208, abs=1e-3)
+
+
+def test_paper_table():
+    """TFLOP per image over 250 steps without guidance, as read off the paper's figure (to its reading error)."""
+    config = load_config("configs/DCDiT-B-N4.yaml")
+    for kept, recorded in ((256, 14.3), (256 * 0.4, 7.5)):
+        assert sum(forward_flops(config, Kept(kept, kept**2)).values()) * 250 / 1e12 == pytest.approx(recorded, rel=0.07)
+
+
+def tiny(factor="null", learn_sigma=True):
+    hnet = {"arch_layout": ["c2", ["D1d2"], "c1"], "d_model": [64, 64], "num_heads": [4, 4]}
+    hnet["enc_dec_dim_factor"] = None if factor == "null" else [factor, None]
+    return config_from_dict(
+        {
+            "model": {"hnet": hnet, "mlp_ratio": 2.5},
+            "training": {"learn_sigma": learn_sigma},
+            "data": {"image_size": 6, "latent_stride": 1, "num_classes": 3, "latent_channels": 3},
+            "diffusion": {"cfg_channels": 3},
+        }
+    )
+
+
+@pytest.mark.parametrize("factor, learn_sigma", [("null", True), (2, True), (2, False)])
+def test_against_the_counter(factor, learn_sigma):
+    """The counter knows products only, so attention is compared without its softmax (3 per head and pair)."""
+    config = tiny(factor, learn_sigma)
+    model = build_model(config)
+    with torch.no_grad():
+        model.router.residual_scorer[-1].weight.normal_(std=3)
+    batch = 3
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        out = model(torch.randn(batch, 3, 6, 6), torch.arange(batch), torch.arange(batch), torch.tensor([0.0, 0.3, 0.6]))
+    counts = out.routing.keep.sum(1).double()
+    assert counts.min() < counts.max()
+    ours = forward_flops(config, Kept(counts.mean().item(), counts.square().mean().item()))
+    parts = {name: sum(operations.values()) / batch for name, operations in counter.get_flop_counts().items()}
+
+    for name in ("encoder", "decoder", "router", "residual_proj", "final_layer", "dechunk"):
+        assert ours[name] == pytest.approx(parts[f"DCDiT.{name}"]), name
+    assert ours["embeddings"] == pytest.approx(parts["DCDiT.x_embedder"] + parts["DCDiT.t_embedder"])
+    blocks = sum(parts[f"DCDiT.blocks.{k}"] for k in range(3))
+    softmax = 3 * 3 * 4 * counts.square().mean().item()
+    assert ours["blocks"] + ours["attention"] - softmax == pytest.approx(blocks)
+    assert sum(ours.values()) - softmax == pytest.approx(parts["Global"])
+
+
+def test_fewer_tokens_cost_less_in_the_transformer_only():
+    config = tiny()
+    full, half = forward_flops(config, Kept(36, 36**2)), forward_flops(config, Kept(18, 18**2))
+    assert {name for name in full if full[name] != half[name]} == {"blocks", "attention"}
+    assert half["attention"] == full["attention"] / 4

@@ -1,0 +1,355 @@
+"""The parts of a training step: batches, schedules, the ratio loss, checkpoints, and what is logged."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from config import TrainingConfig, UserError, load_config
+from models.types import Routing
+from training import checkpoint, schedules
+from training.batches import Order, Samples, collate, make_loader
+from training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from training.losses import ratio_loss
+from training.tracking import Averages, RunLog, kept_fractions
+from training.trainer import total_steps
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+
+def global_batches(world: int, first=0, last=12, images=23, seed=0) -> list[list[tuple[int, int]]]:
+    """The parts of all processes, put together again."""
+    parts = [list(Order(images, 6, seed, first, last, rank, world)) for rank in range(world)]
+    assert all(len(part) == 6 // world for order in parts for part in order)
+    return [sum(step, []) for step in zip(*parts)]
+
+
+@pytest.mark.parametrize("world", [2, 3, 6])
+def test_global_batches_do_not_depend_on_the_processes(world):
+    assert global_batches(world) == global_batches(1)
+
+
+def test_epochs_are_permutations():
+    batches = global_batches(1)  # 3 whole batches of 6 in an epoch of 23 images
+    assert [batch[0][0] for batch in batches] == list(range(12))
+    epochs = [[image for batch in batches[k : k + 3] for _, image in batch] for k in range(0, 12, 3)]
+    assert all(len(set(epoch)) == 18 and set(epoch) <= set(range(23)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4  # each in another order
+    assert global_batches(1, seed=1) != batches
+
+
+@pytest.mark.parametrize("first", [1, 3, 7])
+def test_order_goes_on_anywhere(first):
+    assert global_batches(1, first=first) == global_batches(1)[first:]
+    assert len(Order(23, 6, 0, first, 12, 0, 1)) == 12 - first
+
+
+class FakeStore:
+    """Latents that say which image they are of, plus noise from the generator as in a real store."""
+
+    labels = np.arange(100) % 7
+
+    def latent(self, index, generator):
+        return np.full((4, 2, 2), index, dtype=np.float32) + generator.standard_normal((4, 2, 2), dtype=np.float32) / 100
+
+
+def make_samples(seed=0, dropout=0.5):
+    return Samples(FakeStore(), seed, diffusion_steps=1000, dropout=dropout, null_label=7)
+
+
+def test_a_sample_is_a_function_of_its_key():
+    one, other = make_samples(), make_samples()
+    other[3, 5], other[9, 9]  # what was drawn before does not matter
+    for a, b in zip(one[2, 50], other[2, 50]):
+        assert np.array_equal(a, b)
+    for key in ((3, 50), (2, 51)):
+        assert not np.array_equal(one[2, 50][1], one[key][1])
+    assert not np.array_equal(one[2, 50][1], make_samples(seed=1)[2, 50][1])
+
+
+def test_samples_have_the_right_distribution():
+    samples = [make_samples(dropout=0.25)[step, image] for step in range(10) for image in range(100)]
+    batch = collate(samples)
+    assert batch.x0.shape == batch.noise.shape == (1000, 4, 2, 2) and batch.x0.dtype == batch.noise.dtype == torch.float32
+    assert batch.t.dtype == batch.labels.dtype == torch.int64
+    assert (batch.x0.mean((1, 2, 3)) - batch.index).abs().max() < 0.1
+    assert batch.noise.mean().abs() < 0.03 and abs(batch.noise.std() - 1) < 0.03
+    assert 0 <= batch.t.min() < 20 and 980 < batch.t.max() < 1000 and abs(batch.t.float().mean() - 499.5) < 30
+    dropped = batch.labels == 7
+    assert abs(dropped.float().mean() - 0.25) < 0.05
+    assert torch.equal(batch.labels[~dropped], batch.index[~dropped] % 7)
+    assert not (collate([make_samples(dropout=0)[0, k] for k in range(100)]).labels == 7).any()
+
+
+def test_loader_gives_a_batch_per_micro_step():
+    order = Order(23, 6, 0, 2, 6, 1, 2)
+    batches = list(make_loader(order, make_samples(), workers=0, pin_memory=False))
+    assert [batch.index.tolist() for batch in batches] == [[image for _, image in keys] for keys in order]
+
+
+# ------------------------------------------------------------------------------------------------------------ schedules
+
+
+@pytest.mark.parametrize(
+    "fractions, indices",
+    [(range(4), [0, 1, 0, 2, 2, 3, 2, 3, 3, 2]), (range(7), [4, 0, 2, 5, 3, 1, 2, 5, 1, 4])],
+)
+def test_multi_budget_draws_are_the_official_ones(fractions, indices):
+    fractions = [k / 10 for k in fractions]
+    training = TrainingConfig(multi_budget_training=True, multi_budget_drop_fractions=fractions)
+    before = torch.get_rng_state()
+    assert [schedules.drop_fraction(step, training) for step in range(10)] == [fractions[k] for k in indices]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_when_multi_budget_training_starts():
+    training = TrainingConfig(multi_budget_training=True, multi_budget_drop_fractions=[0.5])
+    assert schedules.drop_fraction(0, training) == 0.5
+    training.downsample_factor_warmup_steps = 10  # the default start
+    assert [schedules.drop_fraction(step, training) for step in (9, 10)] == [0, 0.5]
+    training.multi_budget_start_step = 3
+    assert [schedules.drop_fraction(step, training) for step in (2, 3)] == [0, 0.5]
+    training.multi_budget_training = False
+    assert schedules.drop_fraction(100, training) == 0
+
+
+def test_downsample_factor():
+    training = TrainingConfig(downsample_factor=[16.0])
+    assert schedules.downsample_factor(0, training) == 16
+    training.downsample_factor_start = 4.0
+    assert schedules.downsample_factor(0, training) == 16  # without warm-up steps there is nothing to start from
+    training.downsample_factor_warmup_steps = 100
+    assert [schedules.downsample_factor(step, training) for step in (0, 25, 50, 100, 1000)] == [4, 7, 10, 16, 16]
+
+
+def test_learning_rate():
+    training = TrainingConfig(learning_rate=0.1)
+    assert schedules.learning_rate(0, training) == 0.1
+    training.lr_warmup_steps = 9
+    rates = [schedules.learning_rate(step, training) for step in range(12)]
+    assert rates == pytest.approx([0.1 * min(1, (k + 1) / 10) for k in range(12)])
+
+
+def test_total_steps():
+    config = load_config(None, ["training.global_batch_size=4", "training.ratio_batch_size=4", "training.epochs=3"])
+    assert total_steps(config, 10) == 6
+    config.training.gradient_accumulation_steps = 4
+    assert total_steps(config, 10) == 1
+    config.training.max_steps = 77
+    assert total_steps(config, 10) == 77
+
+
+# ----------------------------------------------------------------------------------------------------------- ratio loss
+
+
+def make_routing(kept, prob):
+    """Rows of 12 tokens with the given numbers kept, and constant probabilities per row."""
+    natural = torch.arange(12)[None] < torch.tensor(kept)[:, None]
+    prob = torch.tensor(prob)[:, None].expand(-1, 12).clone().requires_grad_()
+    return Routing(prob, natural, torch.zeros_like(natural))  # what is kept after dropping must not matter
+
+
+@pytest.mark.parametrize("n", [2.0, 4.0, 12.0])
+def test_ratio_loss_is_one_on_target(n):
+    assert ratio_loss(make_routing([12 / n], [1 / n]), n).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kept, prob", [(3, 0.1), (0, 0.3), (12, 0.9), (6, 0.5)])
+def test_ratio_loss_value_and_gradient(kept, prob):
+    routing, n, f = make_routing([kept], [prob]), 4.0, kept / 12
+    loss = ratio_loss(routing, n)
+    assert loss.item() == pytest.approx(n / (n - 1) * ((1 - f) * (1 - prob) + f * prob * (n - 1)))
+    (gradient,) = torch.autograd.grad(loss, routing.prob)
+    assert gradient.sum().item() == pytest.approx(n / (n - 1) * (n * f - 1), abs=1e-6)  # zero where F = 1 / N
+
+
+def test_ratio_loss_averages_over_groups():
+    kept, prob = [0, 3, 6, 12], [0.1, 0.4, 0.2, 0.9]
+    whole = ratio_loss(make_routing(kept, prob), 4.0)
+    pairs = ratio_loss(make_routing(kept, prob), 4.0, group_size=2)
+    halves = [ratio_loss(make_routing(kept[k : k + 2], prob[k : k + 2]), 4.0).item() for k in (0, 2)]
+    assert pairs.item() == pytest.approx(sum(halves) / 2)
+    assert pairs.item() != pytest.approx(whole.item())
+    assert ratio_loss(make_routing(kept, prob), 4.0, group_size=4).item() == pytest.approx(whole.item())
+
+
+def test_ratio_loss_trains_the_probability_only():
+    prob = torch.full((2, 6), 0.4, requires_grad=True)
+    ratio_loss(Routing(prob, prob > 0.3, prob > 2), 4.0).backward()
+    assert prob.grad.isfinite().all() and (prob.grad > 0).all()  # all kept: every probability goes down
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_checkpoints_are_numbered_pruned_and_plain(tmp_path):
+    for step in (5, 10, 999, 12345678):
+        path = save_checkpoint(tmp_path, {"step": step, "model": {"w": torch.full((2,), step)}}, keep=2)
+    assert path.name == "12345678.pt"
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["0000999.pt", "12345678.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["0000999.pt", "12345678.pt"]
+    assert torch.load(path, weights_only=True)["step"] == 12345678
+    state = load_checkpoint(path)
+    assert state["format"] == 1 and torch.equal(state["model"]["w"], torch.full((2,), 12345678))
+    for step in (20, 30):
+        save_checkpoint(tmp_path, {"step": step}, keep=0)
+    assert len(list_checkpoints(tmp_path)) == 4
+
+
+def test_other_files_are_no_checkpoints(tmp_path):
+    for name in ("best.pt", "12.pt", "0000001.partial", "0000001.pt.bak", "-000001.pt"):
+        (tmp_path / name).touch()
+    assert list_checkpoints(tmp_path) == [] and list_checkpoints(tmp_path / "nowhere") == []
+
+
+def test_an_interrupted_save_leaves_the_earlier_files(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, {"step": 1}, keep=1)
+
+    def cut_off(state, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoint.torch, "save", cut_off)
+        save_checkpoint(tmp_path, {"step": 2}, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["0000001.pt"]
+    save_checkpoint(tmp_path, {"step": 2}, keep=1)
+    assert os.listdir(tmp_path) == ["0000002.pt"]
+
+
+class Malicious:
+    """Makes a folder when unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_loading_executes_nothing(tmp_path, zipped):
+    torch.save({"format": 1, "x": Malicious(tmp_path / "executed")}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="is not a readable checkpoint of this repository"):
+        load_checkpoint(tmp_path / "a.pt")
+    assert not (tmp_path / "executed").exists()
+    torch.load(tmp_path / "a.pt", weights_only=False)
+    assert (tmp_path / "executed").exists()  # the file is what the test believes it is
+
+
+def test_unreadable_checkpoints(tmp_path):
+    path = save_checkpoint(tmp_path, {"step": 1, "w": torch.zeros(1000)}, keep=0)
+    whole = path.read_bytes()
+    wrong = {
+        "truncated": whole[:2000],
+        "cut in the middle of the index": whole[:-10],
+        "empty": b"",
+        "text": b"hello\nworld\n" * 100,
+    }
+    for name, content in wrong.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save([1], tmp_path / "a list")
+    torch.save({"step": 1}, tmp_path / "without format")
+    torch.save({"format": 2}, tmp_path / "of another format")
+    (tmp_path / "folder").mkdir()
+    for name in (*wrong, "a list", "without format", "of another format", "folder", "nowhere"):
+        with pytest.raises(UserError) as caught:
+            load_checkpoint(tmp_path / name, "--option")
+        message = str(caught.value)
+        assert message.startswith(f"--option '{tmp_path / name}'") and "\n" not in message, name
+
+
+# ---------------------------------------------------------------------------------------------------------------- logs
+
+
+def one_process(**changes) -> SimpleNamespace:
+    """What Averages and RunLog need of an accelerator."""
+    logged = []
+    names = {"gather": lambda x: x, "num_processes": 1, "process_index": 0, "device": torch.device("cpu"), "is_main_process": True}
+    return SimpleNamespace(**names | changes, log=lambda scalars, step: logged.append((step, scalars)), logged=logged)
+
+
+def test_averages_against_numpy():
+    averages, seen = Averages(one_process()), []
+    for _ in range(5):
+        seen.append(torch.rand(7) * 3 - 1)
+        averages.add("x", seen[-1])
+        averages.add("scalar", seen[-1].sum())
+    values = torch.cat(seen).double().numpy()
+    reduced = averages.reduce()
+    want = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
+    assert reduced["x"] == pytest.approx(want, rel=1e-5)
+    assert reduced["scalar"]["mean"] == pytest.approx(values.sum() / 5, rel=1e-5)
+    averages.add("x", torch.tensor([2.0]))
+    assert averages.reduce() == {"x": {"mean": 2, "std": 0, "min": 2, "max": 2}}  # it started anew
+
+
+def test_averages_over_processes():
+    """Two processes with different values report what one with all of them reports."""
+    values = torch.rand(2, 6)
+    single, rows = Averages(one_process()), []
+    single.add("x", values.flatten())
+    for part in values:
+        other = Averages(one_process())
+        other.add("x", part)
+        rows.append(torch.stack(other.values["x"]))
+    pair = Averages(one_process(gather=lambda x: torch.stack([row.sum(0, keepdim=True) for row in rows]).to(x)))
+    pair.add("x", values[0])
+    assert pair.reduce()["x"] == pytest.approx(single.reduce()["x"], rel=1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_averages_go_on_after_a_resume(world):
+    """Also on another number of processes, and there every process has as many rows as the others."""
+    whole, first = Averages(one_process()), Averages(one_process())
+    for averages in (whole, first):
+        averages.add("x", torch.tensor([1.0, 5.0]))
+        averages.add("x", torch.tensor([-2.0]))
+    state = first.state_dict()
+    assert state["x"].shape == (1, 2, 5)
+    whole.add("x", torch.tensor([3.0, 4.0]))
+    rows = []
+    for rank in range(world):
+        resumed = Averages(one_process(num_processes=world, process_index=rank))
+        resumed.load_state_dict(state)
+        resumed.add("x", torch.tensor([3.0, 4.0]).chunk(world)[rank])
+        rows.append(torch.stack(resumed.values["x"]))
+    assert len({len(part) for part in rows}) == 1
+    together = Averages(one_process())
+    together.values["x"] = list(torch.cat(rows))
+    assert together.reduce()["x"] == pytest.approx(whole.reduce()["x"])
+
+
+def test_kept_fractions():
+    natural = torch.tensor([[True, True, False, True], [True, False, False, True]])
+    keep = torch.tensor([[True, False, False, True], [True, False, False, True]])
+    fractions = kept_fractions(Routing(natural.float(), natural, keep))
+    assert fractions["kept_natural"].tolist() == [0.75, 0.5] and fractions["kept_effective"].tolist() == [0.5, 0.5]
+
+
+def test_metrics(tmp_path):
+    accelerator = one_process()
+    log = RunLog(tmp_path, accelerator, step=0)
+    log.metrics(5, {"loss": 1.5, "steps_per_sec": 3.0})
+    log.line("hello")
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [{"step": 5, "loss": 1.5}]
+    assert accelerator.logged == [(5, {"train/loss": 1.5, "train/steps_per_sec": 3.0})]
+    assert (tmp_path / "log.txt").read_text().endswith("] hello\n")
+    quiet = tmp_path / "other process"
+    quiet.mkdir()
+    RunLog(quiet, one_process(is_main_process=False), step=0).line("hello")
+    assert os.listdir(quiet) == []
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 40, "lo', "\x00\x00"])
+def test_a_resumed_run_drops_later_rows(tmp_path, tail):
+    rows = [json.dumps({"step": step}) + "\n" for step in (10, 20, 30)]
+    (tmp_path / "metrics.jsonl").write_text("".join(rows) + tail)
+    RunLog(tmp_path, one_process(), step=20)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(rows[:2])
+    RunLog(tmp_path, one_process(), step=100)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(rows[:2])
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
