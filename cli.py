@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -72,6 +73,13 @@ def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
     return text.lower() == "true"
+
+
+def check_output(option: str, folder: Path | str) -> None:
+    """UserError unless files can be written into this folder, which need not exist yet."""
+    existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{option} '{folder}': '{existing}' is not a folder that can be written to; give another")
 
 
 def validate_world(config: Config) -> int:

@@ -17,7 +17,7 @@ from config import Config
 from evaluation import flops
 from evaluation.arguments import add_sampling_arguments, load_run_from, sampling_options
 from evaluation.chunk_maps import Trace, draw_chunking, draw_summary
-from evaluation.generate import Batch, Kept, Run, generate
+from evaluation.generate import Batch, Kept, Run, check_labels, generate
 from evaluation.pictures import save_grid
 
 IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]  # those of the DiT paper's figures
@@ -30,7 +30,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--classes", type=int, nargs="+", help="one image per label (default: eight of them)")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for the pictures (default: this one)")
     parser.add_argument("--no-visualize", action="store_true", help="write sample.png only")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    cli.check_output("--output", args.output)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     run = load_run_from(args, device)
     options.check(run.config)
     labels = args.classes or default_labels(run.config)
+    check_labels(labels, run.config)
     if args.dry_run:
         print(f"{cli.describe(run.config)}\nsamples       {len(labels)} of classes {labels}, {options}")
         return

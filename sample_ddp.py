@@ -37,6 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("per_proc_batch_size", "num_fid_samples"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    cli.check_output("--output-dir", args.output_dir)
     return args
 
 
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     index = list(range(args.num_fid_samples))
     labels = draw_labels(options.seed, index, run.config.data.num_classes, args.labels == "balanced")
     settings = {**asdict(options), "labels": args.labels, "batch": args.per_proc_batch_size, "model": run.fingerprint}
+    settings |= {"vae": run.autoencoder.sha256, "cfg_channels": run.config.diffusion.cfg_channels}
     if args.dry_run:
         if processes.rank == 0:
             print(f"{cli.describe(run.config)}\nsamples       {len(index)} into {args.output_dir}, {settings}")
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     if processes.world > 1:
         dist.barrier()
     if processes.rank == 0:
-        npz = args.output_dir.with_name(args.output_dir.name + ".npz")
+        npz = args.output_dir.resolve().with_suffix(args.output_dir.resolve().suffix + ".npz")
         write_npz(npz, [png_path(args.output_dir, i) for i in index], labels)
         print(f"{len(index)} images in {args.output_dir} and {npz}")
 

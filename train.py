@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import LoggerType, broadcast_object_list
 
 import cli
 from config import Config, UserError, differences, load_config, to_dict, to_yaml
@@ -22,12 +22,17 @@ from data.files import write_file
 from evaluation import flops
 from evaluation.generate import Run, SamplingOptions, generate_images
 from evaluation.pictures import save_grid
+from models import build_model
 from training.checkpoint import list_checkpoints, load_checkpoint
 from training.trainer import Trainer, total_steps
 
 # Keys that may change when a run goes on: they do not touch what was learned so far.
 MAY_CHANGE = ("training.epochs", "training.max_steps", "training.profile", "training.resume_from_ckpt", "data.num_workers",
               "data.feature_path", "data.vae", "logging.", "ckpt")  # fmt: skip
+
+# Keys that give the network its tensors.
+SHAPE = ("model.hnet.", "model.mlp_ratio", "training.learn_sigma", "training.class_dropout_prob", "data.image_size",
+         "data.num_classes", "data.latent_")  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -52,6 +57,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(cli.describe(config))
         return
+    unknown = set(config.logging.trackers) - set(LoggerType.list())
+    if unknown:
+        raise UserError(f"logging.trackers: {', '.join(unknown)} is not one of {', '.join(LoggerType.list())}")
+    cli.check_output("--output", args.resume or args.output or config.logging.results_dir)
     store = open_checked_features(config)
     folder = Path(args.resume or args.output) if args.resume or args.output else None
     state = find_state(config, folder)  # before the processes meet: every one of them finds the same mistakes
@@ -99,10 +108,21 @@ def find_state(config: Config, folder: Path | None) -> dict | None:
             raise UserError(f"'{folder}' holds a run with other values of {', '.join(changed)}; use another --output")
     checkpoints = list_checkpoints(folder / "checkpoints") if folder is not None else []
     if checkpoints:
-        return load_checkpoint(checkpoints[-1], "--output")
+        return load_fitting(config, checkpoints[-1], "--output")
     if config.training.resume_from_ckpt:
-        return load_checkpoint(config.training.resume_from_ckpt, "training.resume_from_ckpt")
+        return load_fitting(config, config.training.resume_from_ckpt, "training.resume_from_ckpt")
     return None
+
+
+def load_fitting(config: Config, path: Path | str, option: str) -> dict:
+    """A checkpoint whose weights have the names and shapes of the network that the configuration describes."""
+    state = load_checkpoint(path, option)
+    with torch.device("meta"):
+        model = build_model(config)
+    if {name: x.shape for name, x in model.state_dict().items()} != {name: x.shape for name, x in state["model"].items()}:
+        keys = [key for key in differences(to_dict(config), state["config"]) if key.startswith(SHAPE)]
+        raise UserError(f"{option} '{path}' holds another network than the configuration describes; see {', '.join(keys)}")
+    return state
 
 
 def new_folder(config: Config, accelerator: Accelerator) -> Path:

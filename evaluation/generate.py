@@ -68,8 +68,8 @@ class SamplingOptions:
 
     def check(self, config: Config) -> None:
         """Raise UserError for values out of range and for options that contradict each other or the model."""
-        if self.cfg_scale < 1:
-            raise UserError(f"--cfg-scale {self.cfg_scale}: must be at least 1 (1 is no guidance)")
+        if not 1 <= self.cfg_scale < float("inf"):
+            raise UserError(f"--cfg-scale {self.cfg_scale}: must be a number of at least 1 (1 is no guidance)")
         if not 1 <= self.num_sampling_steps <= config.diffusion.diffusion_steps:
             steps = config.diffusion.diffusion_steps
             raise UserError(f"--num-sampling-steps {self.num_sampling_steps}: must be from 1 to {steps}")
@@ -170,6 +170,13 @@ def check_autoencoder(autoencoder: Autoencoder, known: dict | None, config: Conf
         )
 
 
+def check_labels(labels: list[int], config: Config) -> None:
+    """Refuse labels that the model does not know; the null label is not one to ask for."""
+    unknown = [label for label in labels if not 0 <= label < config.data.num_classes]
+    if unknown:
+        raise UserError(f"--classes {unknown[0]}: the model knows labels 0 to {config.data.num_classes - 1}")
+
+
 def draw_labels(seed: int, index: list[int], num_classes: int, balanced: bool = False) -> list[int]:
     """Label of each sample: uniformly random as in DiT, or index modulo classes."""
     if balanced:
@@ -192,9 +199,7 @@ def generate(
         UserError: options that do not fit, or a label that the model does not know.
     """
     options.check(run.config)
-    unknown = [label for label in labels if not 0 <= label < run.config.data.num_classes]
-    if unknown:
-        raise UserError(f"--classes {unknown[0]}: the model knows labels 0 to {run.config.data.num_classes - 1}")
+    check_labels(labels, run.config)
     for start in range(0, len(index), batch_size):
         part = slice(start, start + batch_size)
         latents, kept = sample_latents(run, index[part], labels[part], options, observe)

@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: a tiny autoencoder in diffusers format and a tiny folder of images."""
+"""Fixtures shared by the tests: a tiny autoencoder in diffusers format, a tiny folder of images, and a run's configuration."""
 
 from pathlib import Path
 
@@ -43,3 +43,35 @@ def tiny_images(tmp_path_factory) -> Path:
         file.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels.integers(0, 256, (40, 52, 3), dtype=np.uint8)).save(file)
     return folder
+
+
+TINY_CONFIG = """\
+model:
+  name: tiny
+  hnet: {{arch_layout: [c1, [D1], c1], d_model: [32, 32], num_heads: [2, 2]}}
+training:
+  max_steps: 8
+  global_batch_size: 4
+  gradient_accumulation_steps: 2
+  ratio_batch_size: 2
+  learning_rate: 1e-3
+  lr_warmup_steps: 3
+  ema_decay: 0.9
+  downsample_factor_start: 2
+  downsample_factor_warmup_steps: 4
+  multi_budget_training: true
+data: {{feature_path: {folder}/features, image_size: 32, num_classes: 3, num_workers: 0, vae: {vae}, latent_stride: 4}}
+logging: {{results_dir: {folder}/results, log_every: 4, ckpt_every: 3, ckpt_keep: 0}}
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_images, tiny_vae, tmp_path_factory) -> Path:
+    """Configuration file that trains on features of the tiny images in milliseconds a step."""
+    import extract_features
+
+    folder = tmp_path_factory.mktemp("tiny")
+    paths = ["--data-path", str(tiny_images), "--features-path", str(folder / "features"), "--vae", str(tiny_vae)]
+    extract_features.main([*paths, "--image-size", "32", "--num-workers", "0"])
+    (folder / "tiny.yaml").write_text(TINY_CONFIG.format(folder=folder, vae=tiny_vae))
+    return folder / "tiny.yaml"

@@ -15,7 +15,7 @@ from config import (
     to_dict,
     to_yaml,
     validate_processes,
-)  # fmt: skip
+)
 from models import build_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -161,7 +161,8 @@ def test_downsample_factor_may_be_a_list():
 
 
 def test_round_trip(tmp_path):
-    config = load_config(CONFIGS / "DCDiT-XL-N16-512.yaml", ["training.downsample_factor_start=2", "diffusion.cfg_channels=all"])
+    overrides = ["training.downsample_factor_start=2", "diffusion.cfg_channels=all"]
+    config = load_config(CONFIGS / "DCDiT-XL-N16-512.yaml", overrides)
     assert config_from_dict(to_dict(config)) == config
     assert load_config(write(tmp_path, "a.yaml", to_yaml(config))) == config
     assert differences(to_dict(config), to_dict(config)) == []
@@ -224,7 +225,7 @@ MISTAKES = [
     ("model: {hnet: {arch_layout: [c2, D12, c2]}}", "must be [encoder, [main], decoder]"),
     ("model: {hnet: {arch_layout: [c2, [], c2]}}", "model.hnet.arch_layout: the main network [] must be one string"),
     ("model: {hnet: {arch_layout: [c2, [c2, [D12], c2], c2]}}", "has more than one chunking stage, and only one is supported"),
-    ("model: {hnet: {arch_layout: [c2, [m4], c2]}}", "model.hnet.arch_layout: 'm4' must be 'd<number>' or 'D<number>', e.g. 'D2'"),
+    ("model: {hnet: {arch_layout: [c2, [m4], c2]}}", "arch_layout: 'm4' must be 'd<number>' or 'D<number>', e.g. 'D2'"),
     ("model: {hnet: {arch_layout: [c2, [12D], c2]}}", "'12D' must be"),
     ("model: {hnet: {arch_layout: [c2, [D], c2]}}", "'D' must be"),
     ("model: {hnet: {arch_layout: [c2, [D2x3], c2]}}", "'D2x3' must be"),

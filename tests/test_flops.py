@@ -1,5 +1,7 @@
 """Closed-form FLOPs against torch's counter, component by component, and against the recorded table."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -7,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import config_from_dict, load_config
 from evaluation.flops import Kept, forward_flops
 from models import build_model
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 # GFLOP per image at 256 of 1024 tokens, recorded from the official code. Its DiT blocks include attention; its router figure
 # is whole for B only; it left out the residual projection.
@@ -21,7 +25,7 @@ COLUMNS = ("embeddings", "encoder", "router", "blocks", "decoder", "final_layer"
 
 @pytest.mark.parametrize("size", TABLE)
 def test_recorded_table(size):
-    config = load_config(f"configs/DCDiT-{size}-N4.yaml")
+    config = load_config(CONFIGS / f"DCDiT-{size}-N4.yaml")
     ours = forward_flops(config, Kept(256, 256**2))
     ours["blocks"] += ours["attention"]
     for column, recorded in zip(COLUMNS, TABLE[size]):
@@ -35,7 +39,7 @@ def test_recorded_table(size):
 
 def test_paper_table():
     """TFLOP per image over 250 steps without guidance, as read off the paper's figure (to its reading error)."""
-    config = load_config("configs/DCDiT-B-N4.yaml")
+    config = load_config(CONFIGS / "DCDiT-B-N4.yaml")
     for kept, recorded in ((256, 14.3), (256 * 0.4, 7.5)):
         assert sum(forward_flops(config, Kept(kept, kept**2)).values()) * 250 / 1e12 == pytest.approx(recorded, rel=0.07)
 

@@ -268,8 +268,9 @@ def test_unreadable_checkpoints(tmp_path):
 def one_process(**changes) -> SimpleNamespace:
     """What Averages and RunLog need of an accelerator."""
     logged = []
-    names = {"gather": lambda x: x, "num_processes": 1, "process_index": 0, "device": torch.device("cpu"), "is_main_process": True}
-    return SimpleNamespace(**names | changes, log=lambda scalars, step: logged.append((step, scalars)), logged=logged)
+    place = {"num_processes": 1, "process_index": 0, "device": torch.device("cpu"), "is_main_process": True}
+    functions = {"gather": lambda x: x, "log": lambda scalars, step: logged.append((step, scalars))}
+    return SimpleNamespace(**place | functions | changes, logged=logged)
 
 
 def test_averages_against_numpy():

@@ -1,0 +1,1 @@
+"""A training step and what it leaves behind. `trainer.py` is the place to start reading."""

@@ -125,7 +125,7 @@ class Trainer:
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 self.accelerator.backward(self.loss(next(batches)) / accumulation)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm)
-        self.averages.add("grad_norm", norm)
+        self.averages.add("grad_norm", norm.expand(training.global_batch_size // self.accelerator.num_processes))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.accelerator.unwrap_model(self.model))
@@ -149,7 +149,7 @@ class Trainer:
             loss = loss + training.ratio_loss_weight * ratio
             logged["ratio_loss"] = ratio
         for name, values in {"loss": loss, **logged}.items():
-            self.averages.add(name, values)
+            self.averages.add(name, values.expand(len(x0)))  # a scalar weighs as many samples as it stands for
         return loss
 
     def report(self) -> str:

@@ -1,0 +1,58 @@
+"""The small autoencoder: a command that leaves a diffusers model, is done at once when repeated; its latents are white."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from config import UserError
+from data import shapes
+from training import autoencoder
+
+ROOT = Path(__file__).parents[1]
+
+
+def train_by_command(images: Path, output: Path) -> str:
+    options = ["--images", images, "--output", output, "--image-size", "16", "--steps", "4", "--batch-size", "2"]
+    command = [sys.executable, "-m", "training.autoencoder", *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def test_command_saves_a_diffusers_model_once(tmp_path):
+    shapes.write_images(tmp_path / "images", 32, image_size=16)
+    assert "PSNR" in train_by_command(tmp_path / "images", tmp_path / "model")
+    weights = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
+    written = weights.stat().st_mtime_ns
+
+    model = AutoencoderKL.from_pretrained(tmp_path / "model")
+    assert len(model.config.latents_mean) == len(model.config.latents_std) == 4 and model.config.scaling_factor == 1
+    x = torch.zeros(1, 3, 16, 16)
+    assert model.encode(x).latent_dist.mean.shape == (1, 4, 4, 4)
+    assert model(x).sample.shape == x.shape
+
+    assert "finished" in train_by_command(tmp_path / "images", tmp_path / "model")
+    assert weights.stat().st_mtime_ns == written
+    assert [path.name for path in tmp_path.iterdir() if "unfinished" in path.name] == []
+
+
+def test_decorrelated_latents_are_white_and_decode_to_the_same_picture():
+    images = torch.stack([torch.from_numpy(shapes.render(index, 16)[0]).permute(2, 0, 1) for index in range(32)])
+    model = autoencoder.build_autoencoder(seed=0).eval()
+    x = autoencoder.to_signed(images)
+    with torch.no_grad():
+        before = model(x).sample
+        autoencoder.decorrelate_latents(model, images)
+        autoencoder.store_latent_statistics(model, images)
+        assert torch.allclose(model(x).sample, before, atol=1e-4)
+        mean, std = (torch.tensor(model.config[key])[:, None, None] for key in ("latents_mean", "latents_std"))
+        z = (autoencoder.posterior_means(model, images) - mean) / std
+    assert torch.allclose(torch.cov(z.transpose(0, 1).flatten(1)), torch.eye(4), atol=1e-2)
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="--output"):
+        autoencoder.main(["--images", str(tmp_path), "--output", str(tmp_path)])

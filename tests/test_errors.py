@@ -1,0 +1,259 @@
+"""Mistakes on the command line: one line on stderr, exit status 2, no traceback, and nothing written."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cli
+import quickstart
+import sample
+import sample_ddp
+import train
+from config import load_config, to_dict
+from data.features import open_features
+from models import build_model
+from training.checkpoint import save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(tiny_config, tmp_path_factory) -> Path:
+    """A folder to be wrong in: run/ of an untrained model, and files that are not what they seem."""
+    folder, config = tmp_path_factory.mktemp("errors"), load_config(tiny_config)
+    state = build_model(config).state_dict()
+    store = open_features(config.data.feature_path, 32)
+    common = {"autoencoder": store.autoencoder, "class_names": store.class_names, "optimizer": {}, "step": 1}
+    save_checkpoint(folder / "run" / "checkpoints", common | {"config": to_dict(config), "model": state, "ema": state}, keep=0)
+    (folder / "run" / "config.yaml").write_text(tiny_config.read_text())
+
+    config.training.class_dropout_prob = 0.0
+    state = build_model(config).state_dict()
+    save_checkpoint(folder / "unguided", common | {"config": to_dict(config), "model": state, "ema": state}, keep=0)
+
+    (folder / "broken" / "checkpoints").mkdir(parents=True)
+    whole = (folder / "run" / "checkpoints" / "0000001.pt").read_bytes()
+    (folder / "broken" / "checkpoints" / "0000002.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty").mkdir()
+    (folder / "photos").mkdir()
+    (folder / "photos" / "holiday.png").touch()
+    (folder / "a_file").write_text("not a checkpoint, not a folder")
+    return folder
+
+
+def files(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def refusal(script, argv, capsys) -> str:
+    """Run a script's main as its command line does; the one line it prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda: script.main([str(part) for part in argv]))
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+TRAIN = [
+    ("", "--config is missing; give a file of configs/, or --resume with the folder of a run"),
+    ("--config {place}/nowhere.yaml", "nowhere.yaml' cannot be read (No such file or directory)"),
+    ("--config {place}", "cannot be read (Is a directory)"),
+    ("--config {config} --bogus", "unrecognized arguments: --bogus; see --help"),
+    ("--conf {config}", "unrecognized arguments: --conf"),
+    ("--config", "argument --config: expected one argument"),
+    ("--config {config} --set training.seed", "must have the form section.key=value"),
+    ("--config {config} --set training.sed=1", "unknown key 'training.sed'; did you mean 'training.seed'?"),
+    ("--config {config} --same_wandb maybe", "'maybe' is neither true nor false"),
+    ("--resume {place}/nowhere", "is not the folder of a run (it has no config.yaml); start one with --config"),
+    ("--resume {place}/empty", "is not the folder of a run"),
+    ("--resume {place}/run --output {place}/run", "both name the run's folder; give one"),
+    ("--config {config} --set data.feature_path={place}/nowhere", "nowhere is not a folder; make features with"),
+    ("--config {config} --set data.feature_path={place}/empty", "holds no 32-pixel features; make features with"),
+    ("--config {config} --set data.feature_path={place}/a_file", "a_file is not a folder"),
+    ("--config {config} --set data.image_size=64", "data.image_size: 64, but"),
+    ("--config {config} --set data.latent_stride=8", "holds latents of shape (4, 8, 8), but image_size, latent_stride"),
+    ("--config {config} --set data.num_classes=2", "data.num_classes: 2 is too small for label 2"),
+    ("--config {config} --set training.global_batch_size=16", "16 is more than the 10 images of"),
+    ("--config {config} --set training.ratio_batch_size=3", "ratio_batch_size: 3 does not divide the local batch of 4"),
+    ("--config {config} --set training.max_steps=null --set training.epochs=1 --set training.gradient_accumulation_steps=3",
+     "training.epochs: no optimizer step fits into the run"),
+    ("--config {config} --set logging.trackers=[notebook]", "logging.trackers: notebook is not one of all, "),
+    ("--config {config} --output {place}/a_file", "--output '{place}/a_file': '{place}/a_file' is not a folder"),
+    ("--config {config} --output {place}/a_file/run", "'{place}/a_file' is not a folder"),
+    ("--config {config} --set logging.results_dir={place}/a_file", "'{place}/a_file' is not a folder"),
+    ("--config {config} --output {place}/run --set training.seed=1", "holds a run with other values of training.seed"),
+    ("--config {config} --output {place}/broken", "0000002.pt' is not a readable checkpoint of this repository"),
+    ("--config {config} --set training.resume_from_ckpt=nowhere.pt", "training.resume_from_ckpt 'nowhere.pt' does not exist"),
+    ("--config {config} --set training.resume_from_ckpt={ckpt} --set model.mlp_ratio=2",
+     "holds another network than the configuration describes; see model.mlp_ratio"),
+    ("--config {config} --set training.resume_from_ckpt={ckpt} --set training.class_dropout_prob=0",
+     "see training.class_dropout_prob"),
+]  # fmt: skip
+
+# What both samplers refuse.
+SAMPLING = [
+    ("", "--ckpt is missing; give a checkpoint of train.py"),
+    ("--config {config}", "--ckpt is missing"),
+    ("--ckpt {place}/nowhere.pt", "--ckpt '{place}/nowhere.pt' does not exist; give the path of a checkpoint"),
+    ("--ckpt {place}/a_file", "is not a readable checkpoint of this repository"),
+    ("--ckpt {place}", "is not a readable checkpoint of this repository"),
+    ("--ckpt {ckpt} --bogus 1", "unrecognized arguments: --bogus 1"),
+    ("--ckpt {ckpt} --cfg-scale 1 --lite-cfg", "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1"),
+    ("--ckpt {ckpt} --uncond-tail-dropping-fraction 0.5", "--uncond-tail-dropping-fraction 0.5: needs --lite-cfg"),
+    ("--ckpt {ckpt} --tail-dropping-fraction 1", "--tail-dropping-fraction 1.0: must be in [0, 1)"),
+    ("--ckpt {ckpt} --tail-dropping-fraction nan", "--tail-dropping-fraction nan: must be in [0, 1)"),
+    ("--ckpt {ckpt} --lite-cfg --uncond-tail-dropping-fraction -0.1", "-fraction -0.1: must be in [0, 1)"),
+    ("--ckpt {ckpt} --cfg-scale 0.9", "--cfg-scale 0.9: must be a number of at least 1"),
+    ("--ckpt {ckpt} --cfg-scale nan", "--cfg-scale nan: must be a number of at least 1"),
+    ("--ckpt {ckpt} --cfg-scale strong", "argument --cfg-scale: invalid float value: 'strong'"),
+    ("--ckpt {place}/unguided/0000001.pt --cfg-scale 2", "the model was trained without class dropout; use 1"),
+    ("--ckpt {ckpt} --num-sampling-steps 0", "--num-sampling-steps 0: must be from 1 to 1000"),
+    ("--ckpt {ckpt} --num-sampling-steps 1001", "--num-sampling-steps 1001: must be from 1 to 1000"),
+    ("--ckpt {ckpt} --sampler euler", "argument --sampler: invalid choice: 'euler'"),
+    ("--ckpt {ckpt} --seed -1", "--seed -1: must be 0 or greater"),
+    ("--ckpt {ckpt} --seed 9223372036854775808", "and below 2**63"),
+    ("--ckpt {ckpt} --vae {place}/nowhere", "--vae {place}/nowhere: neither ema, mse nor the folder of a diffusers"),
+    ("--ckpt {ckpt} --set model.hnet.num_heads=[4,4]", "differs from the checkpoint's configuration in model.hnet.num_heads"),
+    ("--ckpt {ckpt} --config {config} --set model.hnet.dechunk_kernel_sigma=2",
+     "--config differs from the checkpoint's configuration in model.hnet.dechunk_kernel_sigma; leave it out"),
+    ("--ckpt {ckpt} --config {config} --set diffusion.noise_schedule=squaredcos_cap_v2 --set data.num_classes=5",
+     "in data.num_classes, diffusion.noise_schedule; leave it out"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def fill(place, tiny_config):
+    """Put paths into an entry of the tables."""
+    names = {"place": place, "config": tiny_config, "ckpt": place / "run" / "checkpoints" / "0000001.pt"}
+    return lambda text: text.format(**names)
+
+
+def check(script, fill, place, capsys, line: str, part: str) -> None:
+    before = files(place)
+    assert fill(part) in refusal(script, fill(line).split(), capsys)
+    assert files(place) == before
+
+
+@pytest.mark.parametrize("line, part", TRAIN, ids=[line or "nothing" for line, _ in TRAIN])
+def test_train(fill, place, capsys, line, part):
+    check(train, fill, place, capsys, line, part)
+
+
+@pytest.mark.parametrize("line, part", SAMPLING, ids=[line or "nothing" for line, _ in SAMPLING])
+@pytest.mark.parametrize("script", [sample, sample_ddp], ids=["sample", "sample_ddp"])
+def test_both_samplers(fill, place, capsys, script, line, part, monkeypatch):
+    monkeypatch.chdir(place / "empty")  # where the default output folders would be
+    check(script, fill, place, capsys, line, part)
+
+
+@pytest.mark.parametrize(
+    "line, part",
+    [
+        ("--ckpt {ckpt} --classes 3", "--classes 3: the model knows labels 0 to 2"),
+        ("--ckpt {ckpt} --classes 0 -1", "--classes -1: the model knows labels 0 to 2"),
+        ("--ckpt {ckpt} --classes", "argument --classes: expected at least one argument"),
+        ("--ckpt {ckpt} --output {place}/a_file", "--output '{place}/a_file': '{place}/a_file' is not a folder"),
+    ],
+)
+def test_sample(fill, place, capsys, line, part):
+    check(sample, fill, place, capsys, line, part)
+
+
+@pytest.mark.parametrize(
+    "line, part",
+    [
+        ("--per-proc-batch-size 0", "--per-proc-batch-size 0: must be at least 1"),
+        ("--num-fid-samples 0", "--num-fid-samples 0: must be at least 1"),
+        ("--labels sorted", "argument --labels: invalid choice: 'sorted'"),
+        (
+            "--output-dir {place}/photos",
+            "--output-dir '{place}/photos' holds files that this script did not write; give another",
+        ),
+        ("--output-dir {place}/a_file", "--output-dir '{place}/a_file': '{place}/a_file' is not a folder"),
+    ],
+)
+def test_sample_ddp(fill, place, capsys, line, part):
+    check(sample_ddp, fill, place, capsys, f"--ckpt {{ckpt}} {line}", part)
+
+
+def test_samples_of_other_settings_are_not_mixed(fill, tmp_path, capsys):
+    few = fill("--ckpt {ckpt} --num-fid-samples 2 --num-sampling-steps 1 --output-dir").split()
+    sample_ddp.main([*few, str(tmp_path / "images")])
+    before = files(tmp_path)
+    for change, key in (("--seed 1", "seed"), ("--cfg-scale 2", "cfg_scale"), ("--labels balanced", "labels")):
+        line = refusal(sample_ddp, [*few, tmp_path / "images", *change.split()], capsys)
+        assert f"holds samples of another {key}; give another folder" in line
+    assert files(tmp_path) == before
+
+
+def test_quickstart(capsys):
+    assert "unrecognized arguments: --fast" in refusal(quickstart, ["--fast"], capsys)
+
+
+def test_batches_are_checked_against_the_launcher(fill, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    line = refusal(train, fill("--config {config}").split(), capsys)
+    assert "training.global_batch_size: 4 is not a multiple of the 3 processes; try 6" in line
+
+
+def test_only_the_first_process_speaks(fill, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda: train.main([]))
+    assert caught.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_dry_runs_print_and_write_nothing(fill, place, capsys, monkeypatch):
+    monkeypatch.chdir(place / "empty")
+    before = files(place)
+    train.main(fill("--config {config} --dry-run --set data.feature_path=not_needed_yet").split())
+    printed = capsys.readouterr().out
+    parameters = sum(value.numel() for value in build_model(load_config(fill("{config}"))).parameters())
+    for part in (
+        f"parameters    {parameters:,}",
+        "tokens        64 per image (8 x 8)",
+        "local batch   4 of 4",
+        "effective     8",
+    ):
+        assert part in printed
+    assert "not_needed_yet" in printed
+    sample.main(fill("--ckpt {ckpt} --dry-run").split())
+    assert "samples       8 of classes [0, 1, 2, 0, 1, 2, 0, 1]" in capsys.readouterr().out
+    sample_ddp.main(fill("--ckpt {ckpt} --dry-run").split())
+    assert "samples       50000 into samples" in capsys.readouterr().out
+    assert files(place) == before
+
+
+COMMANDS = {
+    "train.py": "--config is missing",
+    "sample.py": "--ckpt is missing",
+    "sample_ddp.py": "--ckpt is missing",
+    "extract_features.py": "the following arguments are required: --data-path",
+}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_scripts_report_their_own_mistakes(script, capsys, monkeypatch):
+    """What `python script.py` runs, without waiting for its imports again."""
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and COMMANDS[script] in lines[0]
+
+
+def test_a_real_command():
+    done = subprocess.run([sys.executable, "train.py"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: --config is missing")
+
+
+def test_the_untrained_checkpoint_is_sound(place, fill):
+    """The other tests are about what is wrong with the command, so nothing may be wrong with the file."""
+    state = torch.load(fill("{ckpt}"), weights_only=True)
+    assert state["step"] == 1 and state["config"]["model"]["name"] == "tiny"

@@ -1,0 +1,380 @@
+"""Images to samples as users run it: extraction, training under real launchers, resuming, and both samplers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cli
+import sample
+import sample_ddp
+from config import load_config
+from evaluation.generate import SamplingOptions, draw_labels, generate, load_run
+from models import build_model
+from training import schedules
+
+ROOT = Path(__file__).parent.parent
+STEPS = 8  # of the tiny configuration
+PICTURES = ["chunking_summary.png", "chunking_viz.png", "sample.png"]
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",  # sums in one order, whatever the machine
+    "CUDA_VISIBLE_DEVICES": "",
+    "ACCELERATE_USE_CPU": "true",
+    "PYTHONPATH": str(ROOT),
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_one_thread_of_the_cpu():
+    """What runs in this process computes exactly like the subprocesses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "default_device", lambda local_rank=0: torch.device("cpu"))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
+def launch(command: list, **options) -> subprocess.CompletedProcess:
+    command = [str(part) for part in command]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config) -> Path:
+    """The folder of an uninterrupted run under `accelerate launch`, with sample grids on the way."""
+    folder = tiny_config.parent / "whole"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    done = launch([*accelerate, "train.py", "--config", tiny_config, "--output", folder, "--set", "logging.sample_every=4"])
+    assert f"finished at step {STEPS} of {STEPS}: {folder}" in done.stdout
+    return folder
+
+
+def newest(folder: Path) -> Path:
+    return max((folder / "checkpoints").glob("*.pt"))
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(state: dict, *keys: str) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint under flat names."""
+    flat = {}
+    for key in keys or state:
+        value = state[key]
+        if isinstance(value, dict):
+            flat.update({f"{key}.{name}": tensor for name, tensor in tensors(value).items()})
+        elif isinstance(value, torch.Tensor):
+            flat[str(key)] = value
+    return flat
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bitwise the same weights, EMA, optimizer and metrics."""
+    states = [torch.load(newest(folder), weights_only=True) for folder in (one, other)]
+    assert states[0]["step"] == states[1]["step"]
+    ours, theirs = (tensors(state, "model", "ema", "optimizer") for state in states)
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_what_a_run_leaves_behind(trained, tiny_config, tiny_vae):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {"checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "samples"}
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["0000003.pt", "0000006.pt", "0000008.pt"]
+    assert load_config(trained / "config.yaml") == load_config(tiny_config, ["logging.sample_every=4"])
+    state = torch.load(newest(trained), weights_only=True)
+    assert state["class_names"] == ["a", "b", "c"] and state["autoencoder"]["name"] == str(tiny_vae)
+    assert state["config"]["training"]["learning_rate"] == 1e-3
+
+    config, rows = load_config(tiny_config).training, read_metrics(trained)
+    assert [row["step"] for row in rows] == [4, 8]
+    for row in rows:
+        done = row["step"] - 1
+        assert row["drop_fraction"] == schedules.drop_fraction(done, config)
+        assert row["downsample_factor"] == schedules.downsample_factor(done, config)
+        assert row["learning_rate"] == schedules.learning_rate(done, config)
+        assert row["loss"] == pytest.approx(row["mse"] + row["vb"] + 0.03 * row["ratio_loss"], rel=1e-5)
+        assert row["kept_effective_mean"] <= row["kept_natural_mean"] <= 1
+        assert row["kept_natural_min"] <= row["kept_natural_mean"] <= row["kept_natural_max"]
+        assert 0 < row["grad_norm"] < 1e3 and row["tflop_per_image"] > 0
+        assert not any(key.endswith("_per_sec") for key in row)  # the clock would make equal runs differ
+    assert rows[0]["mse"] == pytest.approx(1, abs=0.2)  # the first output is zero
+
+    for step in (4, 8):
+        grid = np.asarray(Image.open(trained / "samples" / f"{step:07d}.png"))
+        assert grid.shape == (2 * 34 + 2, 8 * 34 + 2, 3) and grid.std() > 1
+
+
+IN_ONE_PROCESS = """
+import os, shutil, signal, sys
+from pathlib import Path
+import train
+from training import schedules
+
+config, folder = sys.argv[1], Path(sys.argv[2])
+
+def run(output, *changes):
+    changes = [part for change in changes for part in ("--set", change)]
+    train.main(["--config", config, *(["--output", str(folder / output)] if output else []), *changes])
+
+rate = schedules.learning_rate
+def interrupted(step, training):
+    if step == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return rate(step, training)
+
+schedules.learning_rate = interrupted
+run("stopped")
+schedules.learning_rate = rate
+shutil.copytree(folder / "stopped", folder / "copied")
+run("stopped", "data.num_workers=1")
+
+run("pieces", "training.max_steps=4", "logging.ckpt_every=100")
+run("pieces", "training.max_steps=4", "logging.ckpt_every=100")
+train.main(["--resume", str(folder / "pieces"), "--set", f"training.max_steps={STEPS}"])
+
+once = ["training.max_steps=1"]
+run(None, *once)
+os.makedirs(folder / "results" / "007-mine")
+run(None, *once)
+run("branch", "training.max_steps=5", f"training.resume_from_ckpt={folder}/copied/checkpoints/0000003.pt")
+run("tracked", "training.max_steps=1", "logging.trackers=[wandb]")
+run("tracked", "training.max_steps=2", "logging.trackers=[wandb]")
+"""
+
+
+@pytest.fixture(scope="module")
+def in_one_process(tiny_config) -> subprocess.CompletedProcess:
+    """Many runs in one process; `tiny_config.parent` holds their folders."""
+    script = tiny_config.parent / "in_one_process.py"
+    script.write_text(IN_ONE_PROCESS.replace("{STEPS}", str(STEPS)))
+    return launch([sys.executable, script, tiny_config, tiny_config.parent])
+
+
+def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_bitwise(in_one_process, trained, tiny_config):
+    """The signal falls into the middle of a log window and between two regular checkpoints."""
+    stopped = tiny_config.parent / "stopped"
+    assert f"stopped by a signal at step 5 of {STEPS}: {stopped}" in in_one_process.stdout
+    assert max(path.name for path in (tiny_config.parent / "copied" / "checkpoints").iterdir()) == "0000005.pt"
+    assert "8 steps going on from step 5" in (stopped / "log.txt").read_text()
+    assert_same_run(stopped, trained)
+
+
+def test_a_run_in_pieces_is_the_same_run(in_one_process, trained, tiny_config):
+    """First with fewer steps, then the finished run again, then on with --resume, which knows its own configuration."""
+    pieces = tiny_config.parent / "pieces"
+    lines = [line for line in in_one_process.stdout.splitlines() if line.endswith(str(pieces))]
+    assert lines == ["finished at step 4 of 4: " + str(pieces)] * 2 + [f"finished at step {STEPS} of {STEPS}: {pieces}"]
+    assert_same_run(pieces, trained)
+
+
+def test_new_runs_are_numbered_after_the_highest(in_one_process, tiny_config):
+    names = sorted(path.name for path in (tiny_config.parent / "results").iterdir())
+    assert names == ["000-tiny", "007-mine", "008-tiny"]
+
+
+def test_ema_of_the_first_step(in_one_process, tiny_config):
+    config = load_config(tiny_config)
+    torch.manual_seed(config.training.seed)
+    start = build_model(config).state_dict()
+    state = torch.load(newest(tiny_config.parent / "results" / "000-tiny"), weights_only=True)
+    assert state["step"] == 1
+    for name, value in state["model"].items():
+        torch.testing.assert_close(state["ema"][name], 0.9 * start[name] + 0.1 * value, rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(start[name], value) for name, value in state["model"].items())
+
+
+def test_a_new_run_from_a_checkpoint(in_one_process, tiny_config):
+    """It starts at the checkpoint's step, and so arrives where the run that was stopped at step 5 was."""
+    branch, copied = (tiny_config.parent / name for name in ("branch", "copied"))
+    states = [torch.load(newest(folder), weights_only=True) for folder in (branch, copied)]
+    ours, theirs = (tensors(state, "model", "ema", "optimizer") for state in states)
+    assert len(ours) > 100 and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert "5 steps going on from step 3" in (branch / "log.txt").read_text()
+
+
+def test_wandb_offline(in_one_process, tiny_config):
+    """One wandb run over both pieces: the second has the id of the first."""
+    folder = tiny_config.parent / "tracked"
+    identity = (folder / "wandb_id.txt").read_text().strip()
+    runs = list((folder / "wandb").glob("offline-run-*"))
+    assert runs and {path.name.rsplit("-", 1)[1] for path in runs} == {identity}
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2]
+
+
+ON_TWO_PROCESSES = """
+import sys
+from accelerate import Accelerator
+import cli
+import train
+
+config, folder = sys.argv[1:]
+Accelerator.end_training = lambda self: None  # it ends the process group, which the next run needs
+
+def all_runs():
+    for output in ("two", "copied"):
+        train.main(["--config", config, "--output", f"{folder}/{output}"])
+    endless = ["--set", "training.max_steps=1000000", "--set", "logging.ckpt_every=1000000", "--set", "logging.log_every=5"]
+    train.main(["--config", config, "--output", f"{folder}/endless", *endless])
+
+cli.run(all_runs)
+"""
+
+
+def test_two_processes(in_one_process, trained, tiny_config, tmp_path):
+    """torchrun with gloo: the losses of one process, also from a checkpoint of one process, and a stop on SIGTERM."""
+    folder, script = tiny_config.parent, tmp_path / "on_two_processes.py"
+    script.write_text(ON_TWO_PROCESSES)
+    with open(tmp_path / "output", "w") as output:
+        command = [*TORCHRUN, script, tiny_config, folder]
+        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
+        patience = time.monotonic() + 200
+        while not (folder / "endless" / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < patience:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)  # torchrun passes it on
+        process.wait(60)
+    printed = (tmp_path / "output").read_text()
+    for name in ("two", "copied"):
+        assert f"finished at step {STEPS} of {STEPS}: {folder / name}" in printed, printed[-4000:]
+        rows, alone = read_metrics(folder / name), read_metrics(trained)
+        assert len(rows) == len(alone)
+        for row, other in zip(rows, alone):
+            assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
+    assert "2 x cpu" in (folder / "two" / "log.txt").read_text()
+    checkpoints = list((folder / "endless" / "checkpoints").iterdir())
+    assert len(checkpoints) == 1 and int(checkpoints[0].stem) >= 5
+    last = (folder / "endless" / "log.txt").read_text().splitlines()[-1]
+    assert f"stopped by a signal at step {int(checkpoints[0].stem)} of 1000000" in last
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+LITE = ["--lite-cfg", "--uncond-tail-dropping-fraction", "0.5"]
+
+
+@pytest.mark.parametrize("extra", [[], LITE, ["--sampler", "ddim", "--bf16"]], ids=["plain", "lite", "ddim"])
+def test_sample_writes_its_pictures(trained, tmp_path, capsys, extra):
+    fixed = ["--ckpt", str(newest(trained)), "--num-sampling-steps", "5", "--classes", "0", "1", "2", "--output", str(tmp_path)]
+    sample.main([*fixed, "--cfg-scale", "2", *extra])
+    assert sorted(os.listdir(tmp_path)) == PICTURES
+    pixels = np.asarray(Image.open(tmp_path / "sample.png"))
+    assert pixels.shape == (36, 3 * 34 + 2, 3) and pixels.std() > 1
+    printed = capsys.readouterr().out
+    assert "unconditional branch" in printed and "TFLOP per image over 5 steps" in printed
+
+
+def test_sample_without_pictures_of_the_chunking(trained, tmp_path, tiny_config):
+    """--config may say what the checkpoint says already; without guidance there is one branch, and one step is enough."""
+    options = ["--cfg-scale", "1", "--num-sampling-steps", "1", "--no-visualize", "--output", str(tmp_path)]
+    sample.main(["--config", str(tiny_config), "--ckpt", str(newest(trained)), *options])
+    assert os.listdir(tmp_path) == ["sample.png"]
+
+
+def test_a_sample_is_a_function_of_seed_and_number(trained):
+    """Not of the batch it is in; budgets are compared on the same noise; the routing that is shown is the conditional one."""
+    run = load_run(newest(trained))
+    options = SamplingOptions(num_sampling_steps=3, cfg_scale=2.0, seed=5)
+    labels = draw_labels(5, list(range(5)), 3)
+
+    def images(index, batch_size, options=options):
+        batches = list(generate(run, index, [labels[i] for i in index], options, batch_size))
+        assert [i for batch in batches for i in batch.index] == index
+        return torch.cat([batch.images for batch in batches]).float()
+
+    whole = images([0, 1, 2, 3, 4], 5)
+    assert whole.shape == (5, 3, 32, 32)
+    for same in (images([0, 1, 2, 3, 4], 2), images([4, 3, 2, 1, 0], 3).flip(0)):
+        assert (whole - same).abs().max() <= 1  # a level, where rounding falls the other way
+    assert (whole[0] - whole[1]).abs().max() > 10
+    other = images([0], 1, SamplingOptions(num_sampling_steps=3, cfg_scale=2.0, seed=6))
+    assert (whole[0] - other[0]).abs().max() > 10
+
+    shown = []
+    (batch,) = generate(run, [0, 1], labels[:2], options, observe=lambda step, routing: shown.append((step, routing)))
+    assert [step.t for step, _ in shown] == [999, 500, 0] == [kept.t for kept in batch.kept]
+    for (_, routing), kept in zip(shown, batch.kept):
+        assert routing.keep.sum(1).tolist() == kept.conditional.tolist() and len(kept.unconditional) == 2
+
+
+def test_budgets_change_the_kept_tokens(trained):
+    """A dropped share for both branches, and with Lite-CFG one of its own for the unconditional branch."""
+    run = load_run(newest(trained))
+    run.model.router.residual_scorer[-1].bias.data.fill_(20.0)  # keep all 64 tokens
+
+    def kept(**changes):
+        options = SamplingOptions(num_sampling_steps=1, cfg_scale=2.0, **changes)
+        (batch,) = generate(run, [0], [0], options)
+        return batch.kept[0].conditional.item(), batch.kept[0].unconditional.item()
+
+    assert kept() == (64, 64)
+    assert kept(tail_dropping_fraction=0.5) == (32, 32)
+    assert kept(lite_cfg=True, uncond_tail_dropping_fraction=0.75) == (64, 16)
+    assert kept(lite_cfg=True, tail_dropping_fraction=0.25) == (48, 64)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_many_samples_on_one_and_two_processes(trained, tmp_path):
+    count, options = 7, ["--ckpt", str(newest(trained)), "--num-sampling-steps", "3", "--num-fid-samples", "7"]
+    options += ["--per-proc-batch-size", "2", "--cfg-scale", "1.5", "--seed", "3"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    sample_ddp.main([*options, "--output-dir", str(one)])
+    whole, npz = content(one), (tmp_path / "one.npz").read_bytes()
+    assert whole.keys() == {"settings.json", *(f"{i:06d}.png" for i in range(count))}
+    with np.load(tmp_path / "one.npz") as arrays:
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    assert images.shape == (count, 32, 32, 3) and images.dtype == np.uint8
+    for i in range(count):
+        assert np.array_equal(images[i], np.asarray(Image.open(one / f"{i:06d}.png")))
+    assert labels.dtype == np.int64 and labels.tolist() == draw_labels(3, list(range(count)), 3)
+
+    launch([*TORCHRUN, "sample_ddp.py", *options, "--output-dir", two])
+    assert content(two) == whole and (tmp_path / "two.npz").read_bytes() == npz
+
+    for name in ("000000.png", "000003.png", "000006.png"):
+        (one / name).unlink()
+    (tmp_path / "one.npz").unlink()
+    kept = {path.name: path.stat().st_mtime_ns for path in one.iterdir() if path.name in ("000004.png", "000005.png")}
+    sample_ddp.main([*options, "--output-dir", str(one)])
+    assert content(one) == whole and (tmp_path / "one.npz").read_bytes() == npz
+    assert kept == {name: (one / name).stat().st_mtime_ns for name in kept}  # a whole batch is not sampled again
+
+
+def test_balanced_labels(trained, tmp_path):
+    fixed = ["--ckpt", str(newest(trained)), "--num-sampling-steps", "1", "--num-fid-samples", "5", "--cfg-scale", "1"]
+    sample_ddp.main([*fixed, "--labels", "balanced", "--output-dir", str(tmp_path / "images")])
+    with np.load(tmp_path / "images.npz") as arrays:
+        assert arrays["arr_1"].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_a_moved_run_still_samples(trained, tiny_vae, tmp_path):
+    """A checkpoint is one file that knows its configuration; only the autoencoder must be found."""
+    shutil.copy(newest(trained), tmp_path / "model.pt")
+    run = load_run(tmp_path / "model.pt", vae=str(tiny_vae))
+    assert run.step == STEPS and run.class_names == ["a", "b", "c"] and not run.model.training
+    state = torch.load(newest(trained), weights_only=True)
+    assert all(torch.equal(value, state["ema"][name]) for name, value in run.model.state_dict().items())

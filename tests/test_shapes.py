@@ -1,0 +1,70 @@
+"""The embedded data set: a function of (seed, index), masks that fit, and a writer that continues."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from config import UserError
+from data import shapes
+
+
+def test_image_is_a_function_of_seed_and_index():
+    image, mask, label = shapes.render(5, image_size=32, seed=3)
+    again, mask_again, label_again = shapes.render(5, image_size=32, seed=3)
+    assert np.array_equal(image, again) and np.array_equal(mask, mask_again) and label == label_again
+    assert image.shape == (32, 32, 3) and image.dtype == np.uint8 and mask.shape == (32, 32) and mask.dtype == bool
+    assert not np.array_equal(image, shapes.render(5, image_size=32, seed=4)[0])
+    assert not np.array_equal(image, shapes.render(13, image_size=32, seed=3)[0])  # the same class
+
+
+def test_every_class_occurs_and_names_are_in_folder_order():
+    assert [shapes.render(index, 16)[2] for index in range(16)] == 2 * list(range(8))
+    assert len(shapes.CLASS_NAMES) == 8 and list(shapes.CLASS_NAMES) == sorted(shapes.CLASS_NAMES)
+
+
+def grow(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """The mask and everything at most so many pixels away, along either axis."""
+    for axis in (0, 1):
+        mask = np.any([np.roll(mask, shift, axis) for shift in range(-pixels, pixels + 1)], axis=0)
+    return mask
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_mask_is_where_the_image_leaves_its_smooth_background(index):
+    """A plane fitted to the pixels well outside of the mask is the background everywhere; the object differs from it."""
+    image, mask, _ = shapes.render(index)
+    y, x = np.indices(mask.shape)
+    plane = np.stack([np.ones(mask.size), x.ravel(), y.ravel()], axis=1)
+    outside = ~grow(mask, 1)
+    fit, *_ = np.linalg.lstsq(plane[outside.ravel()], image[outside].astype(float), rcond=None)
+    difference = np.abs(image - (plane @ fit).reshape(image.shape)).max(axis=2)
+    assert difference[outside].max() < 2  # rounding
+    assert (difference[mask] > 10).mean() > 0.95
+    assert 0.05 < mask.mean() < 0.4
+
+
+def test_writing_continues_and_leaves_no_partial_file(tmp_path, monkeypatch):
+    shapes.write_images(tmp_path, 8, image_size=16)
+    first = tmp_path / "cross" / "000000.png"
+    finished = first.stat().st_mtime_ns
+
+    def fail_midway(self, stream, format):
+        stream.write(b"half a picture")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", fail_midway)
+        with pytest.raises(OSError, match="no space left"):
+            shapes.write_images(tmp_path, 16, image_size=16)
+    assert len(list(tmp_path.glob("*/*.png"))) == 8
+
+    shapes.main(["--output", str(tmp_path), "--num-images", "16", "--image-size", "16"])
+    assert first.stat().st_mtime_ns == finished
+    assert len(list(tmp_path.glob("*/*.png"))) == 16
+    written = np.asarray(Image.open(tmp_path / shapes.CLASS_NAMES[1] / "000009.png"))
+    assert np.array_equal(written, shapes.render(9, 16)[0])
+
+
+def test_bad_numbers_name_the_option(tmp_path):
+    with pytest.raises(UserError, match="--num-images 0"):
+        shapes.write_images(tmp_path, 0)
