@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -32,11 +33,11 @@ class Processes(NamedTuple):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr (from rank 0) and exit status 2."""
+    """Call `main`; a UserError becomes one line on stderr (once per machine) and exit status 2."""
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -58,7 +59,8 @@ def start_processes() -> Processes:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # a slow process is not a dead one; torchrun ends those
     return Processes(rank, world, device)
 
 
@@ -88,22 +90,31 @@ def validate_world(config: Config) -> int:
 
 
 def describe(config: Config) -> str:
-    """What --dry-run prints: the resolved configuration, parameters, tokens and batch sizes."""
+    """The resolved configuration, parameters and tokens."""
     from models import build_model  # here, because scripts without a model need not wait for this import
 
     with torch.device("meta"):
         model = build_model(config)
     parameters = sum(p.numel() for p in model.parameters())
+    tokens = f"{config.latent_size**2} per image ({config.latent_size} x {config.latent_size})"
+    return f"{to_yaml(config)}\nparameters    {parameters:,}\ntokens        {tokens}"
+
+
+def describe_batches(config: Config) -> str:
+    """Batch sizes for the number of processes that the launcher announces."""
     local, world = validate_world(config), int(os.environ.get("WORLD_SIZE", 1))
-    accumulation = config.training.gradient_accumulation_steps
+    effective = config.training.global_batch_size * config.training.gradient_accumulation_steps
     return (
-        f"{to_yaml(config)}\n"
-        f"parameters    {parameters:,}\n"
-        f"tokens        {config.latent_size**2} per image ({config.latent_size} x {config.latent_size})\n"
         f"processes     {world}\n"
         f"local batch   {local} of {config.training.global_batch_size}\n"
-        f"effective     {config.training.global_batch_size * accumulation} images per optimizer step"
+        f"effective     {effective} images per optimizer step"
     )
+
+
+def print_once(text: str) -> None:
+    """Print from the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text)
 
 
 def flatten(nested: dict, where: str = "") -> dict:

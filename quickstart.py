@@ -6,6 +6,7 @@ runs this file in a virtual environment. Each part is the script of the real wor
 it again goes on where it was, or finishes at once.
 """
 
+import sys
 import time
 from pathlib import Path
 
@@ -17,19 +18,24 @@ import extract_features
 import sample
 import train
 from data import shapes
+from data.files import write_file
 from evaluation.generate import load_run
 from evaluation.routing_stats import RoutingStats, measure_routing
 from training import autoencoder
 from training.checkpoint import list_checkpoints
 
 CONFIG = "configs/shapes.yaml"
-TRAIN_IMAGES, HELD_OUT_IMAGES = 4096, 64
+IMAGE_SIZE = 48  # pixels, as in CONFIG
+TRAIN_IMAGES, HELD_OUT_IMAGES = 2048, 64
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for everything (default: %(default)s)")
     out = parser.parse_args(argv).output
+    if (out / "table.txt").is_file():
+        print(f"{(out / 'table.txt').read_text(encoding='utf-8')}\n{out} is complete; remove it to start anew")
+        return
     seconds = {}
     for name, part in PARTS.items():
         print(f"\n=== {name}", flush=True)
@@ -37,26 +43,27 @@ def main(argv: list[str] | None = None) -> None:
         result = part(out)
         seconds[name] = time.perf_counter() - started
     table = format_table(result, seconds)
-    (out / "table.txt").write_text(table + "\n", encoding="utf-8")
+    write_file(out / "table.txt", lambda stream: stream.write(f"{table}\n".encode()))
     print(f"\n{table}\n\n{out}/sample.png and {out}/chunking_viz.png show the samples and what the router kept.")
 
 
 def write_images(out: Path) -> None:
-    shapes.main(["--output", str(out / "images"), "--image-size", "64", "--num-images", str(TRAIN_IMAGES)])
+    shapes.main(["--output", str(out / "images"), "--image-size", str(IMAGE_SIZE), "--num-images", str(TRAIN_IMAGES)])
 
 
 def train_autoencoder(out: Path) -> None:
-    autoencoder.main(["--images", str(out / "images"), "--output", str(out / "autoencoder"), "--image-size", "64"])
+    autoencoder.main(["--images", str(out / "images"), "--output", str(out / "autoencoder"), "--image-size", str(IMAGE_SIZE)])
 
 
 def extract(out: Path) -> None:
     paths = ["--data-path", str(out / "images"), "--features-path", str(out / "features"), "--vae", str(out / "autoencoder")]
-    extract_features.main([*paths, "--image-size", "64", "--num-workers", "0"])
+    extract_features.main([*paths, "--image-size", str(IMAGE_SIZE), "--num-workers", "0"])
 
 
 def train_model(out: Path) -> None:
     paths = [f"data.feature_path={out / 'features'}", f"data.vae={out / 'autoencoder'}"]
-    train.main(["--config", CONFIG, "--output", str(out / "run"), "--set", paths[0], "--set", paths[1]])
+    if not train.main(["--config", CONFIG, "--output", str(out / "run"), "--set", paths[0], "--set", paths[1]]):
+        sys.exit(130)  # interrupted: run it again to go on
 
 
 def draw_samples(out: Path) -> None:
@@ -65,7 +72,7 @@ def draw_samples(out: Path) -> None:
 
 def measure(out: Path) -> RoutingStats:
     """On images that no training has seen."""
-    images, masks, labels = zip(*(shapes.render(TRAIN_IMAGES + k) for k in range(HELD_OUT_IMAGES)))
+    images, masks, labels = zip(*(shapes.render(TRAIN_IMAGES + k, IMAGE_SIZE) for k in range(HELD_OUT_IMAGES)))
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     run = load_run(newest(out), cli.default_device())
     return measure_routing(run, pixels, torch.from_numpy(np.stack(masks)), list(labels))

@@ -90,7 +90,7 @@ def tflop_per_image(config: Config, kept: list[Kept]) -> float:
     for step in kept:
         for counts in (step.conditional, step.unconditional):
             if counts is not None:
-                counts = counts.double()
+                counts = counts.cpu().double()
                 total += sum(
                     flops.forward_flops(config, flops.Kept(counts.mean().item(), counts.square().mean().item())).values()
                 )

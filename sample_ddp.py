@@ -51,8 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {**asdict(options), "labels": args.labels, "batch": args.per_proc_batch_size, "model": run.fingerprint}
     settings |= {"vae": run.autoencoder.sha256, "cfg_channels": run.config.diffusion.cfg_channels}
     if args.dry_run:
-        if processes.rank == 0:
-            print(f"{cli.describe(run.config)}\nsamples       {len(index)} into {args.output_dir}, {settings}")
+        cli.print_once(f"{cli.describe(run.config)}\nsamples       {len(index)} into {args.output_dir}, {settings}")
         return
     if processes.rank == 0:
         prepare_folder(args.output_dir, settings)

@@ -7,12 +7,13 @@ The same command again, with the same --output, goes on from the newest checkpoi
 """
 
 import argparse
+import contextlib
 import re
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import LoggerType, broadcast_object_list
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, broadcast_object_list
 
 import cli
 from config import Config, UserError, differences, load_config, to_dict, to_yaml
@@ -23,6 +24,7 @@ from evaluation import flops
 from evaluation.generate import Run, SamplingOptions, generate_images
 from evaluation.pictures import save_grid
 from models import build_model
+from models.attention import check_kernel
 from training.checkpoint import list_checkpoints, load_checkpoint
 from training.trainer import Trainer, total_steps
 
@@ -51,29 +53,46 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> bool:
+    """Returns whether the run is finished; False when a signal ended it early."""
     args = parse(argv)
     config = load_config(args.config or Path(args.resume) / "config.yaml", args.set)
     if args.dry_run:
-        print(cli.describe(config))
-        return
+        cli.print_once(f"{cli.describe(config)}\n{cli.describe_batches(config)}")
+        return True
     unknown = set(config.logging.trackers) - set(LoggerType.list())
     if unknown:
         raise UserError(f"logging.trackers: {', '.join(unknown)} is not one of {', '.join(LoggerType.list())}")
     cli.check_output("--output", args.resume or args.output or config.logging.results_dir)
     store = open_checked_features(config)
     folder = Path(args.resume or args.output) if args.resume or args.output else None
-    state = find_state(config, folder)  # before the processes meet: every one of them finds the same mistakes
-    accelerator = Accelerator(log_with=config.logging.trackers or None, project_dir=folder)
-    folder = folder or new_folder(config, accelerator)
+    state = find_state(config, folder, store)  # before the processes meet: every one of them finds the same mistakes
+    PartialState()  # the processes meet
+    folder = folder or new_folder(config)
+    accelerator = make_accelerator(config, folder)
+    grids = sample_grids(config, store, folder, accelerator)
     prepare_folder(folder, config, accelerator)
     start_trackers(accelerator, config, folder, args.same_wandb)
-    grids = sample_grids(config, store, folder, accelerator)
     trainer = Trainer(config, accelerator, store, folder, state, flops_function(config), grids)
     report_start(trainer, config, store)
-    end = "finished" if trainer.train() else "stopped by a signal"
+    finished = trainer.train()
+    end = "finished" if finished else "stopped by a signal"
     accelerator.end_training()
     trainer.log.line(f"{end} at step {trainer.step} of {trainer.last_step}: {folder}")
+    return finished
+
+
+def make_accelerator(config: Config, folder: Path) -> Accelerator:
+    """Device, precision and trackers, checked."""
+    buffers_are_constant = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    trackers = config.logging.trackers
+    accelerator = Accelerator(log_with=trackers or None, project_dir=folder, kwargs_handlers=[buffers_are_constant])
+    if missing := set(trackers) - {str(tracker) for tracker in accelerator.log_with}:
+        raise UserError(f"logging.trackers: {', '.join(missing)} is not installed; install it or leave it out")
+    if accelerator.mixed_precision == "fp16":
+        raise UserError("--mixed_precision fp16: is not supported, because its loss scale is no part of a checkpoint; use bf16")
+    check_kernel(config.model.attention, accelerator.device, accelerator.mixed_precision == "bf16")
+    return accelerator
 
 
 def open_checked_features(config: Config):
@@ -99,7 +118,7 @@ def open_checked_features(config: Config):
     return store
 
 
-def find_state(config: Config, folder: Path | None) -> dict | None:
+def find_state(config: Config, folder: Path | None, store) -> dict | None:
     """The checkpoint to go on from: the folder's newest, else `training.resume_from_ckpt`, else None."""
     if folder is not None and (folder / "config.yaml").is_file():
         saved = load_config(folder / "config.yaml")
@@ -108,9 +127,15 @@ def find_state(config: Config, folder: Path | None) -> dict | None:
             raise UserError(f"'{folder}' holds a run with other values of {', '.join(changed)}; use another --output")
     checkpoints = list_checkpoints(folder / "checkpoints") if folder is not None else []
     if checkpoints:
-        return load_fitting(config, checkpoints[-1], "--output")
+        state = load_fitting(config, checkpoints[-1], "--output")
+        if state["features"] != store.fingerprint():
+            raise UserError(
+                f"data.feature_path: '{config.data.feature_path}' holds other features than '{folder}' was trained on"
+            )
+        return state
     if config.training.resume_from_ckpt:
-        return load_fitting(config, config.training.resume_from_ckpt, "training.resume_from_ckpt")
+        state = load_fitting(config, config.training.resume_from_ckpt, "training.resume_from_ckpt")
+        return {**state, "averages": {}}  # a new run reports its own steps
     return None
 
 
@@ -125,12 +150,16 @@ def load_fitting(config: Config, path: Path | str, option: str) -> dict:
     return state
 
 
-def new_folder(config: Config, accelerator: Accelerator) -> Path:
-    """`results_dir/NNN-name`, one above the highest number there; the main process decides."""
-    results = Path(config.logging.results_dir)
-    taken = [int(found[1]) for path in results.glob("*") if (found := re.match(r"(\d{3,})-", path.name))]
-    name = f"{max(taken, default=-1) + 1:03d}-{config.model.name.replace('/', '-')}"
-    return Path(broadcast_object_list([str(results / name)])[0])
+def new_folder(config: Config) -> Path:
+    """Make `results_dir/NNN-name`, one above the highest number there; the main process decides."""
+    results, made = Path(config.logging.results_dir), None
+    while made is None and PartialState().is_main_process:
+        taken = [int(found[1]) for path in results.glob("*") if (found := re.match(r"(\d{3,})-", path.name))]
+        folder = results / f"{max(taken, default=-1) + 1:03d}-{config.model.name.replace('/', '-')}"
+        with contextlib.suppress(FileExistsError):  # another run took the number meanwhile
+            folder.mkdir(parents=True)
+            made = str(folder)
+    return Path(broadcast_object_list([made])[0])
 
 
 def prepare_folder(folder: Path, config: Config, accelerator: Accelerator) -> None:
@@ -160,14 +189,21 @@ def flops_function(config: Config):
 
 
 def sample_grids(config: Config, store, folder: Path, accelerator: Accelerator):
-    """A function that draws a grid of samples from the EMA with the main process."""
+    """A function that draws a grid of samples from the EMA with the main process; what it needs is checked at once."""
+    options = SamplingOptions(
+        cfg_scale=config.logging.sample_cfg_scale,
+        num_sampling_steps=min(50, config.diffusion.diffusion_steps),
+        sampler="ddim",
+        bf16=accelerator.mixed_precision == "bf16",
+    )
+    if config.logging.sample_every:
+        options.check(config)
+        vae = store.autoencoder["name"] if store.autoencoder else config.data.vae
+        autoencoder = Autoencoder.load(vae, accelerator.device)
 
     def draw(model: torch.nn.Module, step: int) -> None:
         if accelerator.is_main_process:
-            vae = store.autoencoder["name"] if store.autoencoder else config.data.vae
-            autoencoder = Autoencoder.load(vae, accelerator.device)
             run = Run(model, config, autoencoder, None, step, fingerprint="")
-            options = SamplingOptions(cfg_scale=config.logging.sample_cfg_scale, num_sampling_steps=50, sampler="ddim")
             labels = [k % config.data.num_classes for k in range(16)]
             save_grid(generate_images(run, labels, options), folder / "samples" / f"{step:07d}.png", columns=8)
         accelerator.wait_for_everyone()

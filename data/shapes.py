@@ -175,7 +175,7 @@ def write_image(folder: Path, index: int, image_size: int, seed: int) -> None:
     if path.exists():
         return
     image, _, _ = render(index, image_size, seed)
-    write_file(path, lambda stream: Image.fromarray(image).save(stream, format="PNG"))
+    write_file(path, lambda stream: Image.fromarray(image).save(stream, format="PNG"), durable=False)
 
 
 def write_images(folder: str | Path, num_images: int, image_size: int = 64, seed: int = 0, start: int = 0) -> None:
@@ -210,4 +210,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from cli import run
+
+    run(main)

@@ -25,6 +25,7 @@ from diffusion import create_diffusion
 from diffusion.guidance import condition, guide
 from diffusion.samplers import SAMPLERS, Step
 from models import build_model
+from models.attention import check_kernel
 from models.types import Routing
 from training.checkpoint import load_checkpoint
 
@@ -217,6 +218,7 @@ def sample_latents(
 ) -> tuple[Tensor, list[Kept]]:
     """The reverse process for one batch: scaled latents (B, C, S, S) and the kept tokens of every step."""
     config, device = run.config, run.device
+    check_kernel(config.model.attention, device, options.bf16)
     diffusion = create_diffusion(
         config.diffusion.noise_schedule,
         config.diffusion.diffusion_steps,
@@ -242,21 +244,24 @@ class Watched:
     def __init__(self, model: torch.nn.Module, bf16: bool):
         self.model, self.bf16, self.routing = model, bf16, None
 
-    def __call__(self, x: Tensor, t: Tensor, labels: Tensor, drop: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor, drop: Tensor | None = None) -> Tensor:
         autocast = torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
         with autocast:
             prediction, self.routing = self.model(x, t, labels, drop)
-        return prediction
+        return prediction.float()  # guidance takes differences, which bfloat16 would round away
 
 
 def guided_denoiser(denoise, config: Config, labels: Tensor, options: SamplingOptions):
     """Bind labels and budgets: one branch at scale 1, two branches in one batch above."""
-    drop = torch.full(labels.shape, options.tail_dropping_fraction, device=labels.device)
-    conditional = {"labels": labels, "drop": drop}
+    fraction = options.tail_dropping_fraction
+    cheap = options.uncond_tail_dropping_fraction if options.lite_cfg else fraction
+    conditional = {"labels": labels}
+    unconditional = {"labels": torch.full_like(labels, config.data.num_classes)}
+    if fraction or cheap:  # without a budget the router need not sort
+        conditional["drop"] = torch.full(labels.shape, fraction, device=labels.device)
+        unconditional["drop"] = torch.full(labels.shape, cheap, device=labels.device)
     if options.cfg_scale == 1:
         return condition(denoise, conditional)
-    cheap = torch.full_like(drop, options.uncond_tail_dropping_fraction) if options.lite_cfg else drop
-    unconditional = {"labels": torch.full_like(labels, config.data.num_classes), "drop": cheap}
     guided = config.diffusion.cfg_channels
     channels = config.data.latent_channels if guided == "all" else guided
     return guide(denoise, conditional, unconditional, options.cfg_scale, channels)

@@ -13,7 +13,7 @@ from data.files import write_file
 def save_png(image: Tensor, path: Path) -> None:
     """Write (3, H, W) uint8."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, lambda stream: Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, format="PNG"))
+    write_file(path, lambda stream: Image.fromarray(image.permute(1, 2, 0).numpy()).save(stream, format="PNG"), durable=False)
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config import UserError
 from models.types import Packing
+
+HAS_FLASH = importlib.util.find_spec("flash_attn") is not None
 
 
 class Attention(nn.Module):
@@ -30,10 +33,21 @@ class Attention(nn.Module):
 
 
 def pick_kernel(q: Tensor) -> str:
-    """The fastest kernel that works for this device and precision."""
-    if not q.is_cuda or q.dtype == torch.float32:
+    """The fastest kernel that works for this device, precision and head size."""
+    head_size = q.shape[-1]
+    if not q.is_cuda or q.dtype == torch.float32 or head_size % 8 or head_size > 256:
         return "sdpa"
-    return "flash" if importlib.util.find_spec("flash_attn") else "varlen"
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "sdpa"
+    return "flash" if HAS_FLASH else "varlen"
+
+
+def check_kernel(kernel: str, device: torch.device, half: bool) -> None:
+    """UserError for a kernel that cannot run on this device or in this precision."""
+    if kernel in ("flash", "varlen") and (device.type != "cuda" or not half):
+        raise UserError(f"model.attention: '{kernel}' needs a CUDA device and bfloat16; use auto or sdpa")
+    if kernel == "flash" and not HAS_FLASH:
+        raise UserError("model.attention: 'flash' needs the package flash-attn; install it, or use auto")
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

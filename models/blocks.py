@@ -39,12 +39,12 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor, packing: Packing) -> Tensor:
-        modulators = self.adaLN_modulation(c).chunk(6, dim=1)  # six of (B, D); the last three unused without an MLP
-        shift, scale, gate = (per_token(m, packing) for m in modulators[:3])
+        for_attention, for_mlp = self.adaLN_modulation(c).chunk(2, dim=1)  # (B, 3D) each; the second unused without an MLP
+        shift, scale, gate = per_token(for_attention, packing).chunk(3, dim=1)  # (T, D)
         x = x + gate * self.attn(modulated_norm(x, shift, scale), packing)
         if self.mlp is None:
             return x
-        shift, scale, gate = (per_token(m, packing) for m in modulators[3:])
+        shift, scale, gate = per_token(for_mlp, packing).chunk(3, dim=1)
         return x + gate * self.mlp(modulated_norm(x, shift, scale))
 
 

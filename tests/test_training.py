@@ -297,7 +297,9 @@ def test_averages_over_processes():
         other = Averages(one_process())
         other.add("x", part)
         rows.append(torch.stack(other.values["x"]))
-    pair = Averages(one_process(gather=lambda x: torch.stack([row.sum(0, keepdim=True) for row in rows]).to(x)))
+    pair = Averages(
+        one_process(num_processes=2, gather=lambda x: torch.stack([row.sum(0, keepdim=True) for row in rows]).to(x))
+    )
     pair.add("x", values[0])
     assert pair.reduce()["x"] == pytest.approx(single.reduce()["x"], rel=1e-6)
 

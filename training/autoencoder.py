@@ -29,6 +29,7 @@ GROUPS = 8  # of each group normalization; with one channel per group, every cha
 PEAK_LEARNING_RATE = 4e-3
 KL_WEIGHT = 5e-5  # posterior noise of a few per cent of a channel's spread: a decoder that forgives small errors
 CROP_SHARE = 0.75  # the first steps see crops of half the size, which cost a quarter; the last ones whole images
+LATENT_SCALE = 5.0  # std of a latent channel; at 1 a small network errs by more than the mean colour varies at high noise
 STATISTICS_IMAGES = 512  # training images, evenly spread, behind the axes, means and deviations of the latents
 HELD_OUT = 16  # one image in so many measures the reconstruction and trains nothing
 
@@ -45,7 +46,7 @@ def build_autoencoder(seed: int) -> AutoencoderKL:
             norm_num_groups=GROUPS,
             mid_block_add_attention=False,
             latent_channels=4,
-            scaling_factor=1.0,
+            scaling_factor=LATENT_SCALE,
         )
 
 
@@ -123,7 +124,7 @@ def decorrelate_latents(model: AutoencoderKL, images: Tensor) -> None:
     channel, would show in the picture. The posterior's log variance is averaged with the squared weights of the rotation.
     """
     z = posterior_means(model, images)
-    axes = torch.linalg.eigh(torch.cov(z.transpose(0, 1).flatten(1))).eigenvectors  # (4, 4), one axis per column
+    axes = torch.linalg.eigh(torch.cov(z.transpose(0, 1).flatten(1)).cpu()).eigenvectors.to(z)  # (4, 4), one axis per column
     into, out_of = model.quant_conv, model.post_quant_conv
     turn = torch.block_diag(axes.T, axes.T.square())  # of the moments: mean and log variance
     into.weight.copy_(torch.einsum("ij,jkhw->ikhw", turn, into.weight))
@@ -143,7 +144,7 @@ def reconstruction_psnr(model: AutoencoderKL, images: Tensor) -> float:
 
 
 def store_latent_statistics(model: AutoencoderKL, images: Tensor) -> None:
-    """Put each latent channel's mean and standard deviation into the configuration: (z - mean) / std has unit variance."""
+    """Put each latent channel's mean and standard deviation into the configuration, with which loaders whiten the latents."""
     z = posterior_means(model, images)
     mean, std = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3))
     model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())

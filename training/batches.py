@@ -5,6 +5,7 @@ dropout follow from the seed and its number, so a resumed run or one on other pr
 about randomness is ever stored.
 """
 
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -76,6 +77,19 @@ def collate(samples: list[tuple]) -> Batch:
     return Batch(*(torch.from_numpy(np.stack(x)) for x in (x0, noise)), *(torch.tensor(x) for x in numbers))
 
 
+def leave_signals(worker: int) -> None:
+    """A signal to the whole process group must not end a worker while the training process writes its last checkpoint."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(order: Order, samples: Samples, workers: int, pin_memory: bool) -> DataLoader:
     """A loader of one Batch per micro-step."""
-    return DataLoader(samples, batch_sampler=order, collate_fn=collate, num_workers=workers, pin_memory=pin_memory)
+    return DataLoader(
+        samples,
+        batch_sampler=order,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=leave_signals,
+    )

@@ -5,6 +5,7 @@ A checkpoint is a dictionary:
     step        optimizer steps done
     config      the configuration as nested plain data
     autoencoder what `Autoencoder.describe` says of the one behind the features, or None
+    features    fingerprint of the feature store
     class_names list of str, or None
     model, ema  state dicts; optimizer: the optimizer's state dict
 """

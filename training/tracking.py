@@ -27,14 +27,16 @@ class Averages:
     def add(self, name: str, values: Tensor) -> None:
         """values: (B,) or a scalar. Kept as (sum, sum of squares, min, max, count)."""
         values = values.detach().float().flatten()
-        row = torch.stack([values.sum(), values.square().sum(), values.min(), values.max(), values.new_tensor(len(values))])
+        count = torch.full_like(values[0], len(values))  # made on the device: new_tensor would copy from the host and wait
+        row = torch.stack([values.sum(), values.square().sum(), values.min(), values.max(), count])
         self.values.setdefault(name, []).append(row)
 
     def reduce(self) -> dict[str, dict[str, float]]:
         """Statistics over all processes, then start anew. Collective: every process must call it."""
-        rows = torch.stack([_combine(torch.stack(rows)) for rows in self.values.values()])  # (names, 5)
-        everywhere = self.accelerator.gather(rows[None])  # (world, names, 5)
-        combined = torch.stack([_combine(everywhere[:, k]) for k in range(len(rows))]).double().tolist()
+        rows = torch.stack([_combine(torch.stack(rows).cpu()) for rows in self.values.values()])[None]  # (1, names, 5) float64
+        if self.accelerator.num_processes > 1:
+            rows = self.accelerator.gather(rows.to(self.accelerator.device)).cpu()  # (world, names, 5)
+        combined = [_combine(rows[:, k]).tolist() for k in range(rows.shape[1])]
         names, self.values = list(self.values), {}
         return {name: _statistics(*row) for name, row in zip(names, combined)}
 
@@ -58,8 +60,8 @@ class Averages:
 
 
 def _combine(rows: Tensor) -> Tensor:
-    """(n, 5) -> (5,)."""
-    rows = rows.double() if rows.device.type != "mps" else rows
+    """(n, 5) on the host -> (5,) float64."""
+    rows = rows.double()
     return torch.stack([rows[:, 0].sum(), rows[:, 1].sum(), rows[:, 2].amin(), rows[:, 3].amax(), rows[:, 4].sum()])
 
 

@@ -75,6 +75,8 @@ class Trainer:
             model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
             optimizer.load_state_dict(state["optimizer"])
+            for group in optimizer.param_groups:  # loading brings the saved options back; these are the configuration's
+                group.update(weight_decay=training.weight_decay, fused=fused)
         self.step = state["step"] if state is not None else 0
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
@@ -99,7 +101,8 @@ class Trainer:
                     self.draw_samples(self.ema.module, self.step)
         if saved != self.step:
             self.save()
-        return self.step == self.last_step
+        self.stop.restore()
+        return self.step >= self.last_step
 
     def batches(self):
         """Micro-batches from the current step to the last."""
@@ -163,7 +166,7 @@ class Trainer:
         kept = statistics["kept_effective"]
         squared = (kept["mean"] ** 2 + kept["std"] ** 2) * tokens**2
         forward = self.flops_per_image(kept["mean"] * tokens, squared)
-        scalars["tflop_per_image"] = 3 * forward / 1e12  # the backward pass costs two forward passes
+        scalars["tflop_per_image"] = 3 * forward / 1e12  # a backward pass costs two forward passes; recomputation not counted
         scalars["downsample_factor"] = schedules.downsample_factor(self.step - 1, training)
         scalars["drop_fraction"] = schedules.drop_fraction(self.step - 1, training)
         scalars["learning_rate"] = schedules.learning_rate(self.step - 1, training)
@@ -186,6 +189,7 @@ class Trainer:
                 "step": self.step,
                 "config": to_dict(self.config),
                 "autoencoder": self.store.autoencoder,
+                "features": self.store.fingerprint(),
                 "class_names": self.store.class_names,
                 "model": self.accelerator.unwrap_model(self.model).state_dict(),
                 "ema": self.ema.module.state_dict(),
@@ -232,12 +236,16 @@ class StopRequest:
         self.received = False
         self.group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self.flag, self.pending = torch.zeros(1), None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+        self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _receive(self, number: int, frame) -> None:
         self.received = True
         signal.signal(number, signal.SIG_DFL)  # a second signal quits at once
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def requested(self) -> bool:
         """Collective: every process calls it once per step and gets the same answer."""
