@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, LoggerType, broadcast_object_list
 
 import cli
@@ -24,7 +24,7 @@ from evaluation import flops
 from evaluation.generate import Run, SamplingOptions, generate_images
 from evaluation.pictures import save_grid
 from models import build_model
-from models.attention import check_kernel
+from models.attention import kernel_problem
 from training.checkpoint import list_checkpoints, load_checkpoint
 from training.trainer import Trainer, total_steps
 
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> bool:
     store = open_checked_features(config)
     folder = Path(args.resume or args.output) if args.resume or args.output else None
     state = find_state(config, folder, store)  # before the processes meet: every one of them finds the same mistakes
-    PartialState()  # the processes meet
-    folder = folder or new_folder(config)
-    accelerator = make_accelerator(config, folder)
+    accelerator = make_accelerator(config)
+    folder = folder or new_folder(config, accelerator)
+    accelerator.project_configuration.set_directories(str(folder))
     grids = sample_grids(config, store, folder, accelerator)
     prepare_folder(folder, config, accelerator)
     start_trackers(accelerator, config, folder, args.same_wandb)
@@ -82,16 +82,21 @@ def main(argv: list[str] | None = None) -> bool:
     return finished
 
 
-def make_accelerator(config: Config, folder: Path) -> Accelerator:
+def make_accelerator(config: Config) -> Accelerator:
     """Device, precision and trackers, checked."""
     buffers_are_constant = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     trackers = config.logging.trackers
-    accelerator = Accelerator(log_with=trackers or None, project_dir=folder, kwargs_handlers=[buffers_are_constant])
-    if missing := set(trackers) - {str(tracker) for tracker in accelerator.log_with}:
+    accelerator = Accelerator(
+        log_with=trackers or None,
+        project_dir=config.logging.results_dir,  # until the run's own folder is known
+        kwargs_handlers=[buffers_are_constant],
+    )
+    if missing := set(trackers) - {"all"} - {str(tracker) for tracker in accelerator.log_with}:
         raise UserError(f"logging.trackers: {', '.join(missing)} is not installed; install it or leave it out")
     if accelerator.mixed_precision == "fp16":
         raise UserError("--mixed_precision fp16: is not supported, because its loss scale is no part of a checkpoint; use bf16")
-    check_kernel(config.model.attention, accelerator.device, accelerator.mixed_precision == "bf16")
+    if problem := kernel_problem(config.model.attention, accelerator.device, accelerator.mixed_precision == "bf16"):
+        raise UserError(f"model.attention: {problem}")
     return accelerator
 
 
@@ -150,10 +155,10 @@ def load_fitting(config: Config, path: Path | str, option: str) -> dict:
     return state
 
 
-def new_folder(config: Config) -> Path:
+def new_folder(config: Config, accelerator: Accelerator) -> Path:
     """Make `results_dir/NNN-name`, one above the highest number there; the main process decides."""
     results, made = Path(config.logging.results_dir), None
-    while made is None and PartialState().is_main_process:
+    while made is None and accelerator.is_main_process:
         taken = [int(found[1]) for path in results.glob("*") if (found := re.match(r"(\d{3,})-", path.name))]
         folder = results / f"{max(taken, default=-1) + 1:03d}-{config.model.name.replace('/', '-')}"
         with contextlib.suppress(FileExistsError):  # another run took the number meanwhile

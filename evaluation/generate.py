@@ -25,7 +25,7 @@ from diffusion import create_diffusion
 from diffusion.guidance import condition, guide
 from diffusion.samplers import SAMPLERS, Step
 from models import build_model
-from models.attention import check_kernel
+from models.attention import kernel_problem
 from models.types import Routing
 from training.checkpoint import load_checkpoint
 
@@ -218,7 +218,8 @@ def sample_latents(
 ) -> tuple[Tensor, list[Kept]]:
     """The reverse process for one batch: scaled latents (B, C, S, S) and the kept tokens of every step."""
     config, device = run.config, run.device
-    check_kernel(config.model.attention, device, options.bf16)
+    if problem := kernel_problem(config.model.attention, device, options.bf16):
+        raise UserError(f"model.attention: {problem}")
     diffusion = create_diffusion(
         config.diffusion.noise_schedule,
         config.diffusion.diffusion_steps,

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import UserError
 from models.types import Packing
 
 HAS_FLASH = importlib.util.find_spec("flash_attn") is not None
@@ -42,12 +41,13 @@ def pick_kernel(q: Tensor) -> str:
     return "flash" if HAS_FLASH else "varlen"
 
 
-def check_kernel(kernel: str, device: torch.device, half: bool) -> None:
-    """UserError for a kernel that cannot run on this device or in this precision."""
+def kernel_problem(kernel: str, device: torch.device, half: bool) -> str | None:
+    """Why a kernel cannot run on this device or in this precision, or None."""
     if kernel in ("flash", "varlen") and (device.type != "cuda" or not half):
-        raise UserError(f"model.attention: '{kernel}' needs a CUDA device and bfloat16; use auto or sdpa")
+        return f"'{kernel}' needs a CUDA device and bfloat16; use auto or sdpa"
     if kernel == "flash" and not HAS_FLASH:
-        raise UserError("model.attention: 'flash' needs the package flash-attn; install it, or use auto")
+        return "'flash' needs the package flash-attn; install it, or use auto"
+    return None
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.attention import KERNELS, Attention, pick_kernel
+from models.attention import KERNELS, Attention, kernel_problem, pick_kernel
 from models.packing import plan_packing
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -69,3 +69,11 @@ def test_auto_on_cuda_depends_on_the_precision():
     with torch.autocast("cuda", torch.bfloat16):
         ours, dense = attention(x, packing), attend_densely(attention, x, packing)
     torch.testing.assert_close(ours.float(), dense.float(), rtol=0.02, atol=0.02)
+
+
+def test_forced_kernels_say_what_they_lack():
+    cpu = torch.device("cpu")
+    assert kernel_problem("sdpa", cpu, half=False) is None and kernel_problem("auto", cpu, half=True) is None
+    for kernel in ("varlen", "flash"):
+        assert "CUDA" in kernel_problem(kernel, cpu, half=True)
+        assert "bfloat16" in kernel_problem(kernel, torch.device("cuda"), half=False)

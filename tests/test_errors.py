@@ -201,8 +201,8 @@ def test_batches_are_checked_against_the_launcher(fill, capsys, monkeypatch):
     assert "training.global_batch_size: 4 is not a multiple of the 3 processes; try 6" in line
 
 
-def test_only_the_first_process_speaks(fill, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+def test_only_the_first_process_of_a_machine_speaks(fill, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as caught:
         cli.run(lambda: train.main([]))
     assert caught.value.code == 2 and capsys.readouterr().err == ""
