@@ -8,6 +8,7 @@ The same command again, with the same --output, goes on from the newest checkpoi
 
 import argparse
 import contextlib
+import os
 import re
 from pathlib import Path
 
@@ -87,10 +88,16 @@ def make_accelerator(config: Config) -> Accelerator:
     buffers_are_constant = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     trackers = config.logging.trackers
     accelerator = Accelerator(
+        cpu=cli.default_device().type == "cpu",  # else Accelerate takes torchrun's processes on a CPU for separate runs
         log_with=trackers or None,
         project_dir=config.logging.results_dir,  # until the run's own folder is known
         kwargs_handlers=[buffers_are_constant],
     )
+    announced = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != announced:
+        raise UserError(
+            f"WORLD_SIZE {announced}: Accelerate found {accelerator.num_processes}; use accelerate launch or torchrun"
+        )
     if missing := set(trackers) - {"all"} - {str(tracker) for tracker in accelerator.log_with}:
         raise UserError(f"logging.trackers: {', '.join(missing)} is not installed; install it or leave it out")
     if accelerator.mixed_precision == "fp16":
