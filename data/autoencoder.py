@@ -27,7 +27,7 @@ class Autoencoder:
         sha256: hash of the weights; two autoencoders with the same hash, shift and scale are the same.
     """
 
-    def __init__(self, model: torch.nn.Module, name: str, device: torch.device | str, dtype: torch.dtype):
+    def __init__(self, model: torch.nn.Module, name: str, device: torch.device | str):
         config = model.config
         self.name = name
         self.stride = 2 ** (len(config.down_block_types) - 1)  # every down block but the last one halves
@@ -38,11 +38,9 @@ class Autoencoder:
             torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1) for values in (self.shift, self.scale)
         )
         self.model = model.requires_grad_(False).eval().to(device)
-        if dtype != torch.float32:
-            self.model.to(dtype)
 
     @classmethod
-    def load(cls, name_or_path: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Autoencoder":
+    def load(cls, name_or_path: str, device: torch.device | str) -> "Autoencoder":
         """Load "ema" or "mse" (stabilityai/sd-vae-ft-*, from the local cache or the hub) or a local diffusers folder.
 
         Raises UserError where that fails.
@@ -61,7 +59,7 @@ class Autoencoder:
                 remedy = "give a folder that AutoencoderKL.save_pretrained wrote"
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"--vae {name_or_path}: cannot load {source} ({reason[:200]}); {remedy}") from None
-        return cls(model, name_or_path if on_hub else os.path.abspath(name_or_path), device, dtype)
+        return cls(model, name_or_path if on_hub else os.path.abspath(name_or_path), device)
 
     def describe(self) -> dict:
         """Plain data that identifies this autoencoder in manifests and checkpoints."""
@@ -92,14 +90,14 @@ class Autoencoder:
             mean and standard deviation, each (B, C, H / stride, W / stride) float32, in scaled latent units.
         """
         pixels = images.to(self.shift_map.device).float() / 127.5 - 1
-        posterior = self.model.encode(pixels.to(self.model.dtype)).latent_dist
+        posterior = self.model.encode(pixels).latent_dist
         return (posterior.mean.float() - self.shift_map) * self.scale_map, posterior.std.float() * self.scale_map
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, s, s) in scaled units to images (B, 3, s * stride, s * stride) uint8."""
         raw = latents.to(self.shift_map.device).float() / self.scale_map + self.shift_map
-        pixels = self.model.decode(raw.to(self.model.dtype)).sample.float()
+        pixels = self.model.decode(raw).sample
         return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)  # truncation after + 128: rounds, as in ADM and DiT
 
 

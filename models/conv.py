@@ -1,6 +1,6 @@
 """Convolutional encoder and decoder of the scaffold, at full latent resolution.
 
-Images are in channels_last memory, so that `to_tokens` is a view and each token is contiguous.
+The network's input is in channels_last memory; where the layers keep it, `to_tokens` is a view and each token contiguous.
 """
 
 import torch.nn.functional as F

@@ -12,7 +12,7 @@ from torch import Tensor
 class Routing(NamedTuple):
     """What the router decided for every token."""
 
-    prob: Tensor  # (B, L) float32, boundary probability p; the first and last token have p = 1
+    prob: Tensor  # (B, L) boundary probability p, float32 unless fp32_scaffold is off; 1 at the first and last token
     natural: Tensor  # (B, L) bool, p > 0.5: the network's own decision
     keep: Tensor  # (B, L) bool, what is kept after tail dropping; a subset of natural
 
