@@ -2,9 +2,9 @@
 
     python -m data.shapes --output DIR --image-size 64 --num-images 4096 --seed 0 --start 0
 
-Image i is a function of (seed, i) alone. The detail is all in the object: its outline and a two-colour texture. The background
-is a gentle grey gradient, so a router that drops redundant tokens has something to find. Colours follow the class and the mean
-colour hardly varies: that mean is what a small diffusion model learns last.
+Image i is a function of (seed, i) alone. The detail is all in the object: its outline and a two-colour texture, whose colours
+follow the class. The background is a smooth gradient between two random colours: a router that drops redundant tokens has
+something to find, and since the colours are not known beforehand, the network has to look at background and object alike.
 """
 
 import argparse
@@ -123,17 +123,19 @@ CLASS_NAMES = tuple(CLASSES)  # sorted, so that label = position, as in any imag
 
 
 def background(draw: np.random.Generator, image_size: int) -> np.ndarray:
-    """A linear gradient of light grey, slightly warm or cool: (H, W, 3) float32 in [0, 1]."""
-    level, warmth, angle = draw.uniform(0.66, 0.72), draw.uniform(-0.025, 0.025), draw.uniform(0, 2 * np.pi)
+    """A linear gradient between two random colours, across the image: (H, W, 3) float32 in [0, 1]."""
+    angle = draw.uniform(0, 2 * np.pi)
+    first, second = draw.uniform(0.15, 0.9, size=(2, 3)).astype(np.float32)
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size - 0.5
-    ramp = 0.16 * (np.float32(np.cos(angle)) * axis[None, :] + np.float32(np.sin(angle)) * axis[:, None])
-    return ramp[:, :, None] + np.array([level + warmth, level, level - warmth], dtype=np.float32)
+    along = np.float32(np.cos(angle)) * axis[None, :] + np.float32(np.sin(angle)) * axis[:, None]
+    ramp = np.clip(along + 0.5, 0, 1)[:, :, None]
+    return first * (1 - ramp) + second * ramp
 
 
 def object_coordinates(draw: np.random.Generator, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Object coordinates u, v of every subpixel, (H', W') float32 with H' = H * SUPERSAMPLING."""
-    centre_x, centre_y = draw.uniform(0.42, 0.58, size=2)  # in units of the image, as is the radius
-    radius, angle = draw.uniform(0.24, 0.30), np.deg2rad(draw.uniform(-20, 20))
+    centre_x, centre_y = draw.uniform(0.44, 0.56, size=2)  # in units of the image, as is the radius
+    radius, angle = draw.uniform(0.31, 0.37), np.deg2rad(draw.uniform(-20, 20))
     subpixels = image_size * SUPERSAMPLING
     axis = (np.arange(subpixels, dtype=np.float32) + 0.5) / subpixels
     x, y = (axis[None, :] - centre_x) / radius, (axis[:, None] - centre_y) / radius

@@ -28,7 +28,8 @@ def test_command_saves_a_diffusers_model_once(tmp_path):
     written = weights.stat().st_mtime_ns
 
     model = AutoencoderKL.from_pretrained(tmp_path / "model")
-    assert len(model.config.latents_mean) == len(model.config.latents_std) == 4 and model.config.scaling_factor == 5
+    assert len(model.config.latents_mean) == len(model.config.latents_std) == 4
+    assert model.config.scaling_factor == autoencoder.LATENT_SCALE
     x = torch.zeros(1, 3, 16, 16)
     assert model.encode(x).latent_dist.mean.shape == (1, 4, 4, 4)
     assert model(x).sample.shape == x.shape

@@ -6,6 +6,7 @@ from PIL import Image
 
 from config import UserError
 from data import shapes
+from data.streams import rng
 
 
 def test_image_is_a_function_of_seed_and_index():
@@ -30,17 +31,20 @@ def grow(mask: np.ndarray, pixels: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("index", range(8))
-def test_mask_is_where_the_image_leaves_its_smooth_background(index):
-    """A plane fitted to the pixels well outside of the mask is the background everywhere; the object differs from it."""
+def test_mask_is_where_the_image_leaves_its_background(index):
     image, mask, _ = shapes.render(index)
-    y, x = np.indices(mask.shape)
-    plane = np.stack([np.ones(mask.size), x.ravel(), y.ravel()], axis=1)
-    outside = ~grow(mask, 1)
-    fit, *_ = np.linalg.lstsq(plane[outside.ravel()], image[outside].astype(float), rcond=None)
-    difference = np.abs(image - (plane @ fit).reshape(image.shape)).max(axis=2)
-    assert difference[outside].max() < 2  # rounding
+    background = shapes.background(rng(0, "shapes", index), 64) * 255
+    difference = np.abs(image - background).max(axis=2)
+    assert difference[~grow(mask, 1)].max() < 1  # rounding
     assert (difference[mask] > 10).mean() > 0.95
-    assert 0.05 < mask.mean() < 0.4
+    assert 0.05 < mask.mean() < 0.5
+
+
+def test_backgrounds_are_smooth_and_differ():
+    images = [shapes.background(rng(0, "shapes", index), 64) for index in range(4)]
+    for image in images:
+        assert max(np.abs(np.diff(image, axis=axis)).max() for axis in (0, 1)) < 0.02
+    assert np.ptp([image.mean(axis=(0, 1)) for image in images], axis=0).max() > 0.2
 
 
 def test_writing_continues_and_leaves_no_partial_file(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ GROUPS = 8  # of each group normalization; with one channel per group, every cha
 PEAK_LEARNING_RATE = 4e-3
 KL_WEIGHT = 5e-5  # posterior noise of a few per cent of a channel's spread: a decoder that forgives small errors
 CROP_SHARE = 0.75  # the first steps see crops of half the size, which cost a quarter; the last ones whole images
-LATENT_SCALE = 5.0  # std of a latent channel; at 1 a small network errs by more than the mean colour varies at high noise
+LATENT_SCALE = 3.5  # std of a latent channel; at 1 a small network errs by more than the mean colour varies at high noise
 STATISTICS_IMAGES = 512  # training images, evenly spread, behind the axes, means and deviations of the latents
 HELD_OUT = 16  # one image in so many measures the reconstruction and trains nothing
 
