@@ -44,6 +44,14 @@ class ModelConfig:
 
 
 @dataclass
+class FractionRange:
+    """Any fraction from min to max, uniformly."""
+
+    min: float
+    max: float
+
+
+@dataclass
 class TrainingConfig:
     epochs: int = 80
     max_steps: int | None = None  # optimizer steps; when set, replaces epochs
@@ -63,7 +71,7 @@ class TrainingConfig:
     downsample_factor_start: float | list[float] | None = None
     downsample_factor_warmup_steps: int = 0
     multi_budget_training: bool = False
-    multi_budget_drop_fractions: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3])
+    multi_budget_drop_fractions: list[float] | FractionRange = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3])
     multi_budget_start_step: int | None = None  # null: downsample_factor_warmup_steps
     seed: int = 0
     profile: bool = False
@@ -267,6 +275,8 @@ def _coerce(value, hint, key: str):
 def _coerce_one(value, hint, key: str):
     if typing.get_origin(hint) is list and isinstance(value, list):
         return [_coerce(item, typing.get_args(hint)[0], f"{key}[{i}]") for i, item in enumerate(value)]
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _build(hint, value, key + ".")
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return _number(value)
     if hint is type(None) and value is None or hint in (str, int, bool, list) and type(value) is hint:
@@ -288,6 +298,8 @@ def _number(value) -> float:
 def _describe(hint) -> str:
     if isinstance(hint, types.UnionType):
         return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if dataclasses.is_dataclass(hint):
+        return f"{{{', '.join(typing.get_type_hints(hint))}}}"
     if typing.get_origin(hint) is list:
         return f"a list of {_describe(typing.get_args(hint)[0])}"
     names = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", list: "a list"}
@@ -426,15 +438,21 @@ def _check_training(training: TrainingConfig) -> None:
             raise UserError(f"training.{key}: {value} must be one number, as there is one chunking stage")
         if value is not None and downsample_factors(value) <= 1:
             raise UserError(f"training.{key}: {value} must be greater than 1; N = 4 keeps about 1 token in 4")
-    if not training.multi_budget_drop_fractions:
-        raise UserError("training.multi_budget_drop_fractions: the list is empty; give fractions in [0, 1)")
-    for fraction in training.multi_budget_drop_fractions:
-        _fraction("training.multi_budget_drop_fractions", fraction)
+    _check_drop_fractions("training.multi_budget_drop_fractions", training.multi_budget_drop_fractions)
     if training.multi_budget_start_step is not None:
         _at_least(training, "training", 0, "multi_budget_start_step")
     start_end = training.profile_steps
     if len(start_end) != 2 or not 1 <= start_end[0] <= start_end[1]:
         raise UserError(f"training.profile_steps: {start_end} must be [first, last] with 1 <= first <= last")
+
+
+def _check_drop_fractions(key: str, fractions: list[float] | FractionRange) -> None:
+    if not fractions:
+        raise UserError(f"{key}: the list is empty; give fractions in [0, 1)")
+    for fraction in fractions if isinstance(fractions, list) else (fractions.min, fractions.max):
+        _fraction(key, fraction)
+    if isinstance(fractions, FractionRange) and fractions.min > fractions.max:
+        raise UserError(f"{key}: min {fractions.min} is above max {fractions.max}; exchange them")
 
 
 def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:

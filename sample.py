@@ -2,22 +2,22 @@
 
     python sample.py --ckpt results/000-DC-DiT/checkpoints/0400000.pt --cfg-scale 4.0
 
-writes sample.png, chunking_viz.png and chunking_summary.png into --output.
+writes sample.png, summary.json (what the images cost), chunking_viz.png and chunking_summary.png into --output.
 """
 
 import argparse
-import time
+import dataclasses
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import cli
 from config import Config
-from evaluation import flops
+from evaluation.accounting import report, save_summary, stack_kept, summarise
 from evaluation.arguments import add_sampling_arguments, load_run_from, sampling_options
-from evaluation.chunk_maps import Trace, draw_chunking, draw_summary
-from evaluation.generate import Batch, Kept, Run, check_labels, generate
+from evaluation.charts import draw_kept
+from evaluation.chunk_maps import Trace, draw_chunking
+from evaluation.generate import Batch, Run, SamplingOptions, check_labels, describe_choice, generate, settle_budgets
 from evaluation.pictures import save_grid
 
 IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]  # those of the DiT paper's figures
@@ -29,7 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_sampling_arguments(parser, cfg_scale=4.0, seed=1)
     parser.add_argument("--classes", type=int, nargs="+", help="one image per label (default: eight of them)")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for the pictures (default: this one)")
-    parser.add_argument("--no-visualize", action="store_true", help="write sample.png only")
+    parser.add_argument("--no-visualize", action="store_true", help="write sample.png and summary.json only")
     args = parser.parse_args(argv)
     cli.check_output("--output", args.output)
     return args
@@ -45,56 +45,39 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(f"{cli.describe(run.config)}\nsamples       {len(labels)} of classes {labels}, {options}")
         return
+    index = list(range(len(labels)))
+    options, prediction = settle_budgets(run, index, labels, options)
+    if prediction:
+        print(describe_choice(options, prediction))
     trace = Trace(options.num_sampling_steps)
-    started = time.perf_counter()
     with tqdm(total=options.num_sampling_steps, unit="step") as bar:
 
         def observe(step, routing):
             bar.update()
             trace.observe(step, routing)
 
-        (batch,) = generate(run, list(range(len(labels))), labels, options, batch_size=len(labels), observe=observe)
-    seconds = time.perf_counter() - started
+        (batch,) = generate(run, index, labels, options, batch_size=len(labels), observe=observe)
+    summary = account(run, batch, options)
     save_grid(batch.images, args.output / "sample.png", columns=4)
+    save_summary(summary, args.output / "summary.json")
     if not args.no_visualize:
         draw_chunking(trace, run.autoencoder, args.output / "chunking_viz.png")
-        draw_summary([batch.kept], run.config.latent_size**2, args.output / "chunking_summary.png")
-    print(report(run, batch, seconds))
+        draw_kept(summary, args.output / "chunking_summary.png")
+    print(report(summary))
     print(f"written to {args.output.resolve()}")
+
+
+def account(run: Run, batch: Batch, options: SamplingOptions) -> dict:
+    timesteps = [step.t for step in batch.kept]
+    decoder, counts = run.autoencoder.model.config, stack_kept(batch.kept)
+    summary = summarise(run.config, decoder, timesteps, counts, batch.labels, run.class_names, batch.seconds)
+    return {"options": dataclasses.asdict(options), **summary}
 
 
 def default_labels(config: Config) -> list[int]:
     if config.data.num_classes == 1000:
         return IMAGENET_CLASSES
     return [k % config.data.num_classes for k in range(8)]
-
-
-def report(run: Run, batch: Batch, seconds: float) -> str:
-    """Kept tokens, cost and time in words."""
-    tokens = run.config.latent_size**2
-    lines = [f"{len(batch.labels)} images of {seconds / len(batch.labels):.2f} s each (autoencoder included)"]
-    for branch in ("conditional", "unconditional"):
-        counts = [getattr(step, branch) for step in batch.kept]
-        if counts[0] is not None:
-            share = torch.stack(counts).float() / tokens
-            lines.append(
-                f"{branch} branch: {share.mean():.1%} of {tokens} tokens kept (from {share.min():.1%} to {share.max():.1%})"
-            )
-    lines.append(f"{tflop_per_image(run.config, batch.kept):.4f} TFLOP per image over {len(batch.kept)} steps")
-    return "\n".join(lines)
-
-
-def tflop_per_image(config: Config, kept: list[Kept]) -> float:
-    """Mean cost of the denoiser over all steps and branches."""
-    total = 0.0
-    for step in kept:
-        for counts in (step.conditional, step.unconditional):
-            if counts is not None:
-                counts = counts.cpu().double()
-                total += sum(
-                    flops.forward_flops(config, flops.Kept(counts.mean().item(), counts.square().mean().item())).values()
-                )
-    return total / 1e12
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
     torchrun --nnodes=1 --nproc_per_node=8 sample_ddp.py --ckpt 0400000.pt --output-dir samples --cfg-scale 1.5
 
-writes samples/NNNNNN.png and samples.npz for the ADM evaluation suite. The same command again goes on where it was.
+writes samples/NNNNNN.png, samples/summary.json (what the images cost) and samples.npz for the ADM evaluation suite. The same
+command again goes on where it was.
 """
 
 import argparse
+import dataclasses
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,11 +19,14 @@ from tqdm import tqdm
 import cli
 from config import UserError
 from data.files import write_file
+from evaluation.accounting import read_records, report, save_record, save_summary, summarise
 from evaluation.arguments import add_sampling_arguments, load_run_from, sampling_options
-from evaluation.generate import Batch, Run, draw_labels, generate
+from evaluation.budgets import UNITS
+from evaluation.generate import Batch, Run, SamplingOptions, describe_choice, draw_labels, generate, settle_budgets
 from evaluation.npz import write_npz
 from evaluation.pictures import save_png
 
+NOTE, RECORDS = "settings.json", "records"
 WRITERS = 4  # threads per process that compress and write PNG files while the next batch is sampled
 
 
@@ -48,54 +53,87 @@ def main(argv: list[str] | None = None) -> None:
     options.check(run.config)
     index = list(range(args.num_fid_samples))
     labels = draw_labels(options.seed, index, run.config.data.num_classes, args.labels == "balanced")
-    settings = {**asdict(options), "labels": args.labels, "batch": args.per_proc_batch_size, "model": run.fingerprint}
-    settings |= {"vae": run.autoencoder.sha256, "cfg_channels": run.config.diffusion.cfg_channels}
+    settings = {**dataclasses.asdict(options), "labels": args.labels, "batch": args.per_proc_batch_size}
+    settings |= {"model": run.fingerprint, "vae": run.autoencoder.sha256, "cfg_channels": run.config.diffusion.cfg_channels}
     if args.dry_run:
         cli.print_once(f"{cli.describe(run.config)}\nsamples       {len(index)} into {args.output_dir}, {settings}")
         return
     if processes.rank == 0:
-        prepare_folder(args.output_dir, settings)
+        prepare_folder(args.output_dir, settings, lambda: settle(run, index, labels, options))
     if processes.world > 1:
         dist.barrier()
+    options = dataclasses.replace(options, **read_note(args.output_dir)["settled"])
     sample_missing(run, args, options, index, labels, processes)
     if processes.world > 1:
         dist.barrier()
     if processes.rank == 0:
         npz = args.output_dir.resolve().with_suffix(args.output_dir.resolve().suffix + ".npz")
         write_npz(npz, [png_path(args.output_dir, i) for i in index], labels)
+        print(account(run, args, options, labels))
         print(f"{len(index)} images in {args.output_dir} and {npz}")
 
 
-def prepare_folder(folder: Path, settings: dict) -> None:
-    """Note the settings in the folder; refuse a folder that holds samples of other settings."""
-    note = folder / "settings.json"
-    if note.is_file():
-        earlier = json.loads(note.read_text(encoding="utf-8"))
+def settle(run: Run, index: list[int], labels: list[int], options: SamplingOptions) -> dict:
+    """The budgets with fractions in place of limits on the cost, as options."""
+    settled, prediction = settle_budgets(run, index, labels, options)
+    if prediction:
+        print(describe_choice(settled, prediction))
+    return {name: value for name, value in dataclasses.asdict(settled).items() if name.endswith(UNITS)}
+
+
+def prepare_folder(folder: Path, settings: dict, settle: Callable[[], dict]) -> None:
+    """Note the settings and the settled budgets in the folder; refuse a folder that holds samples of other settings."""
+    settings = json.loads(json.dumps(settings))
+    if (folder / NOTE).is_file():
+        earlier = read_note(folder)
         changed = [key for key in settings if settings[key] != earlier.get(key)]
         if changed:
             raise UserError(f"--output-dir '{folder}' holds samples of another {', '.join(changed)}; give another folder")
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--output-dir '{folder}' holds files that this script did not write; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(note, lambda stream: stream.write(json.dumps(settings, indent=1).encode()))
+    note = {**settings, "settled": settle()}
+    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+    write_file(folder / NOTE, lambda stream: stream.write(json.dumps(note, indent=1).encode()))
+
+
+def read_note(folder: Path) -> dict:
+    return json.loads((folder / NOTE).read_text(encoding="utf-8"))
+
+
+def account(run: Run, args, options: SamplingOptions, labels: list[int]) -> str:
+    """Write the folder's summary.json from the records of all batches; returns it in words."""
+    starts = range(0, args.num_fid_samples, args.per_proc_batch_size)
+    timesteps, counts, seconds = read_records([record_path(args.output_dir, start) for start in starts])
+    counts = counts[: len(labels)]  # the last batch was larger if more samples were asked for earlier
+    summary = summarise(run.config, run.autoencoder.model.config, timesteps, counts, labels, run.class_names, seconds)
+    save_summary({"options": dataclasses.asdict(options), **summary}, args.output_dir / "summary.json")
+    return report(summary)
 
 
 def sample_missing(run: Run, args, options, index: list[int], labels: list[int], processes: cli.Processes) -> None:
     """Sample every batch of this process that lacks a file. A batch has the same samples for any number of processes."""
     size = args.per_proc_batch_size
     starts = range(0, len(index), size)[processes.rank :: processes.world]
-    todo = [s for s in starts if not all(png_path(args.output_dir, i).exists() for i in index[s : s + size])]
+    todo = [s for s in starts if not is_done(args.output_dir, s, index[s : s + size])]
     bar = tqdm(total=len(todo), unit="batch", disable=processes.rank > 0)
     with ThreadPoolExecutor(WRITERS) as writers, bar:
         pending = []
         for start in todo:
             part = slice(start, start + size)
             (batch,) = generate(run, index[part], labels[part], options, batch_size=size)
+            save_record(
+                batch.kept, batch.seconds, record_path(args.output_dir, start)
+            )  # before its images, which say that the batch is done
             finish(pending)  # of the batch before: errors show up here, and at most one batch waits in memory
             pending = [writers.submit(save_png, *job) for job in png_jobs(batch, args.output_dir)]
             bar.update()
         finish(pending)
+
+
+def is_done(folder: Path, start: int, index: list[int]) -> bool:
+    """Whether the batch that begins at `start` has its record and all images."""
+    return record_path(folder, start).exists() and all(png_path(folder, i).exists() for i in index)
 
 
 def png_jobs(batch: Batch, folder: Path) -> list[tuple]:
@@ -104,6 +142,10 @@ def png_jobs(batch: Batch, folder: Path) -> list[tuple]:
 
 def png_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
+
+
+def record_path(folder: Path, start: int) -> Path:
+    return folder / RECORDS / f"{start:06d}.npz"
 
 
 def finish(pending: list) -> None:

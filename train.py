@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> bool:
     grids = sample_grids(config, store, folder, accelerator)
     prepare_folder(folder, config, accelerator)
     start_trackers(accelerator, config, folder, args.same_wandb)
-    trainer = Trainer(config, accelerator, store, folder, state, flops_function(config), grids)
+    trainer = Trainer(config, accelerator, store, folder, state, flops_function(config), total_peak(accelerator), grids)
     report_start(trainer, config, store)
     finished = trainer.train()
     end = "finished" if finished else "stopped by a signal"
@@ -198,6 +198,14 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_
 def flops_function(config: Config):
     """FLOPs of a forward pass as a function of the kept tokens."""
     return lambda count, squared: sum(flops.forward_flops(config, flops.Kept(count, squared)).values())
+
+
+def total_peak(accelerator: Accelerator) -> float | None:
+    """Peak FLOP/s of all devices; known for half precision on common GPUs."""
+    if accelerator.device.type != "cuda" or accelerator.mixed_precision != "bf16":
+        return None
+    peak = flops.peak_flops(torch.cuda.get_device_name(accelerator.device))
+    return peak and peak * accelerator.num_processes
 
 
 def sample_grids(config: Config, store, folder: Path, accelerator: Accelerator):

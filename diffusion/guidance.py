@@ -13,31 +13,52 @@ from diffusion.samplers import Denoise
 
 ConditionedDenoise = Callable[..., Tensor]  # (x, t, **conditioning) -> prediction
 
+# What one branch of the network is given beside x and t: under each name a tensor (B, ...) or a list of B numbers, or a
+# function of the timesteps (B,) that returns one.
+Conditioning = dict[str, Tensor | list | Callable[[Tensor], Tensor]]
 
-def condition(denoise: ConditionedDenoise, conditioning: dict[str, Tensor]) -> Denoise:
-    """Fix the conditioning: a dictionary of tensors with a row per sample."""
-    return lambda x, t: denoise(x, t, **conditioning)
+
+def condition(denoise: ConditionedDenoise, conditioning: Conditioning) -> Denoise:
+    """Fix the conditioning."""
+    return lambda x, t: denoise(x, t, **_at(t, conditioning))
 
 
 def guide(
     denoise: ConditionedDenoise,
-    conditional: dict[str, Tensor],
-    unconditional: dict[str, Tensor],
+    conditional: Conditioning,
+    unconditional: Conditioning,
     scale: float,
     channels: int,
+    interval: tuple[float, float] | None = None,
 ) -> Denoise:
     """Classifier-free guidance (arXiv 2207.12598, equation 6 with scale = 1 + w): u + scale * (c - u).
 
     Args:
-        conditional, unconditional: conditioning of the two branches, tensors (B, ...) under the same names.
+        conditional, unconditional: conditioning of the two branches. Under the same names they run as one batch, else one after
+            the other.
         channels: how many leading channels are guided; the others come from the conditional branch.
+        interval: guide only at lowest <= t <= highest (guidance interval, arXiv 2404.07724); elsewhere the unconditional branch
+            is not computed. None: always.
     """
-    both = {name: torch.cat([conditional[name], unconditional[name]]) for name in conditional}
 
     def denoise_guided(x: Tensor, t: Tensor) -> Tensor:
-        prediction = denoise(torch.cat([x, x]), torch.cat([t, t]), **both)
-        with_condition, without = prediction.chunk(2)
+        ours, theirs = _at(t, conditional), _at(t, unconditional)
+        if interval is not None and not interval[0] <= t[0].item() <= interval[1]:  # samplers give a batch one timestep
+            return denoise(x, t, **ours)
+        if ours.keys() == theirs.keys():
+            both = {name: _join(ours[name], theirs[name]) for name in ours}
+            with_condition, without = denoise(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
+        else:
+            with_condition, without = denoise(x, t, **ours), denoise(x, t, **theirs)
         guided = without + scale * (with_condition - without)
         return torch.cat([guided[:, :channels], with_condition[:, channels:]], dim=1)
 
     return denoise_guided
+
+
+def _at(t: Tensor, conditioning: Conditioning) -> dict[str, Tensor | list]:
+    return {name: value(t) if callable(value) else value for name, value in conditioning.items()}
+
+
+def _join(a: Tensor | list, b: Tensor | list) -> Tensor | list:
+    return a + b if isinstance(a, list) else torch.cat([a, b])

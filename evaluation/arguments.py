@@ -10,22 +10,40 @@ from diffusion.samplers import SAMPLERS
 from evaluation.generate import Run, SamplingOptions, load_run
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float, seed: int) -> None:
-    """The options of every script that samples; the two defaults are those of the official scripts."""
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model: --ckpt and --vae."""
     parser.add_argument("--ckpt", help="checkpoint that train.py wrote (default: `ckpt` of --config)")
     parser.add_argument("--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float, seed: int) -> None:
+    """The options of every script that samples; the two defaults are those of the official scripts."""
+    add_run_arguments(parser)
     parser.add_argument("--cfg-scale", type=float, default=cfg_scale, help="guidance scale, 1 is none (default: %(default)s)")
     parser.add_argument("--num-sampling-steps", type=int, default=250, help="(default: %(default)s)")
     parser.add_argument("--sampler", default="ddpm", choices=SAMPLERS, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=seed, help="(default: %(default)s)")
-    parser.add_argument("--tail-dropping-fraction", type=float, default=0.0, help="share of the kept tokens to drop, in [0, 1)")
+    parser.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide at LO <= t <= HI only (default: always)"
+    )
+    parser.add_argument("--tail-dropping-fraction", type=float, metavar="F", help="budget: share of the kept tokens to drop")
+    parser.add_argument("--token-budget", type=int, metavar="K", help="budget: exactly K tokens per image, the most probable")
+    parser.add_argument("--tflops-per-image", type=float, metavar="X", help="budget: drop what is needed to cost X at most")
+    parser.add_argument(
+        "--budget-schedule", metavar="T:F,...", help="budget: fraction by t, linear between, 1000:0.6,300:0.2,0:0"
+    )
     parser.add_argument("--lite-cfg", action="store_true", help="give the unconditional branch a budget of its own")
-    parser.add_argument("--uncond-tail-dropping-fraction", type=float, default=0.0, help="its share to drop, with --lite-cfg")
+    parser.add_argument("--uncond-tail-dropping-fraction", type=float, metavar="F", help="its budget, with --lite-cfg")
+    parser.add_argument("--uncond-token-budget", type=int, metavar="K", help="its budget, with --lite-cfg")
+    parser.add_argument("--uncond-tflops-per-image", type=float, metavar="X", help="its budget (its share), with --lite-cfg")
+    parser.add_argument("--uncond-budget-schedule", metavar="T:F,...", help="its budget, with --lite-cfg")
     parser.add_argument("--bf16", action="store_true", help="run the network in bfloat16")
 
 
 def sampling_options(args: argparse.Namespace) -> SamplingOptions:
-    return SamplingOptions(**{field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingOptions)})
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingOptions)}
+    interval = values.pop("guidance_interval")
+    return SamplingOptions(**values, guidance_interval=tuple(interval) if interval else None)
 
 
 def load_run_from(args: argparse.Namespace, device: torch.device) -> Run:

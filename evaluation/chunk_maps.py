@@ -2,18 +2,14 @@
 
 from pathlib import Path
 
-import matplotlib
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from data.autoencoder import Autoencoder
-from data.files import write_file
 from diffusion.samplers import Step
-from evaluation.generate import Kept
+from evaluation.charts import save_figure
 from models.types import Routing
 
-matplotlib.rcParams["font.size"] = 8
 ROWS = ("noisy input", "boundary probability", "kept tokens")
 
 
@@ -75,37 +71,3 @@ def overlay(image, keep):
     stride = len(image) // len(keep)
     mask = keep.repeat(stride, 0).repeat(stride, 1)[:, :, None]
     return (image * (0.25 + 0.75 * mask) + 255 * 0.75 * (1 - mask)).astype("uint8")
-
-
-def draw_summary(kept: list[list[Kept]], tokens: int, path: Path) -> None:
-    """Kept share against the timestep: mean over samples, with one standard deviation and the extremes.
-
-    Args:
-        kept: the record of each batch.
-        tokens: L, all tokens of an image.
-    """
-    figure = Figure(figsize=(5, 3), dpi=120, layout="constrained")
-    axis = figure.subplots()
-    t = [step.t for step in kept[0]]
-    branches = {"conditional": "tab:blue", "unconditional": "tab:orange"}
-    for branch, colour in branches.items():
-        if getattr(kept[0][0], branch) is None:
-            continue
-        counts = torch.cat([torch.stack([getattr(step, branch) for step in batch], dim=1) for batch in kept])
-        share = counts.float().cpu() / tokens  # (samples, steps)
-        mean, std = share.mean(0), share.std(0, correction=0)
-        axis.plot(t, mean, color=colour, label=branch)
-        axis.fill_between(t, mean - std, mean + std, color=colour, alpha=0.25, linewidth=0)
-        axis.plot(t, share.amin(0), color=colour, linewidth=0.5, linestyle=":")
-        axis.plot(t, share.amax(0), color=colour, linewidth=0.5, linestyle=":")
-    axis.set_xlim(max(t), 0)
-    axis.set_ylim(0, None)
-    axis.set_xlabel("timestep t (noise at the left, image at the right)")
-    axis.set_ylabel("share of tokens kept")
-    axis.legend(title="mean, std, min and max over samples", fontsize=7, title_fontsize=7)
-    save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, lambda stream: figure.savefig(stream, format="png"))

@@ -1,17 +1,35 @@
-"""Closed-form FLOPs of one forward pass, per component.
+"""Closed-form FLOPs of one forward pass, per component, and a table of them for a configuration, with no weights.
+
+    python -m evaluation.flops --config configs/DCDiT-B-N4.yaml
 
 Convention: 2 per multiply-add; convolutions, matrix products and linear layers only (no norms, activations or additions);
 attention scores and values at 2 * 2 * D per token pair plus 3 per head and pair for the softmax; every sample's own token
 pairs. Published DiT figures count multiply-adds: half of these.
 """
 
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from config import Config, parse_layout
+import cli
+from config import Config, UserError, downsample_factors, load_config, parse_layout
+
+# Dense half-precision peak of one GPU in FLOP/s, from the makers' data sheets; the longest name that is part of the device's.
+HALF_PRECISION_PEAKS = {
+    "A100": 312e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "B200": 2250e12, "L4": 121e12,
+    "L40S": 362e12, "A10": 125e12, "A40": 150e12, "RTX A6000": 155e12, "RTX 3090": 71e12, "RTX 4090": 165e12,
+    "RTX 5090": 210e12, "MI250X": 383e12, "MI300X": 1307e12,
+}  # fmt: skip
+
+# What the autoencoder needs to be known by, of the published ones that the configurations name.
+STABLE_DIFFUSION = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "out_channels": 3,
+}  # fmt: skip
 
 
 class Kept(NamedTuple):
-    """Kept tokens per image: the mean count, and the mean squared count, which attention grows with."""
+    """Kept tokens per image: the mean count, and the mean squared count, which attention grows with. Numbers or arrays."""
 
     count: float
     squared: float
@@ -23,21 +41,77 @@ def forward_flops(config: Config, kept: Kept) -> dict[str, float]:
     d, e, length = config.d_model, config.encoder_width, config.latent_size**2
     channels = config.data.latent_channels
     out = channels * (2 if config.training.learn_sigma else 1)
+    ratios = [config.model.mlp_ratio if kind == "D" else 0 for kind in layout.main_blocks]
     return {
-        "embeddings": _conv(length, channels, e, 3) + 2 * (256 * d + d * d),
+        "embeddings": _conv(length, channels, e, 3) + _timestep(d),
         "encoder": _stack(length, [e] * layout.encoder_blocks + [d], d),
         "router": _router(length, d),
         "residual_proj": 2 * length * d * d,
-        "blocks": sum(_block(d, kept.count, config.model.mlp_ratio if kind == "D" else 0) for kind in layout.main_blocks),
-        "attention": len(layout.main_blocks) * hnet.num_heads[1] * kept.squared * (4 * d / hnet.num_heads[1] + 3),
+        "blocks": sum(_block(d, kept.count, ratio) for ratio in ratios),
+        "attention": len(ratios) * _attention(d, hnet.num_heads[1], kept.squared),
         "dechunk": 2 * 2 * length * config.latent_size * (d + 1),
         "decoder": _stack(length, [d] + [e] * layout.decoder_blocks, d),
-        "final_layer": 2 * length * e * out + 2 * d * 2 * e,
+        "final_layer": _final_layer(length, e, out, d),
     }
+
+
+def static_dit_flops(
+    width: int,
+    blocks: int,
+    heads: int,
+    patch: int,
+    side: int,
+    channels: int = 4,
+    learn_sigma: bool = True,
+    mlp_ratio: float = 4,
+) -> dict[str, float]:
+    """FLOPs per image and forward pass of a static DiT (arXiv 2212.09748) on (channels, side, side) latents, by component.
+
+    The published multiply-adds are half of this without the softmax, plus one per element and LayerNorm.
+    """
+    tokens, pixels = (side // patch) ** 2, channels * patch**2
+    return {
+        "embeddings": 2 * tokens * pixels * width + _timestep(width),
+        "blocks": blocks * _block(width, tokens, mlp_ratio),
+        "attention": blocks * _attention(width, heads, tokens**2),
+        "final_layer": _final_layer(tokens, width, pixels * (2 if learn_sigma else 1), width),
+    }
+
+
+def decoder_flops(vae: Mapping, side: int) -> dict[str, float]:
+    """FLOPs to decode one latent of side x side cells, from the configuration of a diffusers AutoencoderKL.
+
+    Its decoder is [1x1 convolution], 3x3 convolution, two residual blocks around an attention over all cells, and
+    `layers_per_block` + 1 residual blocks per resolution, with nearest-neighbour upsampling and a 3x3 convolution between.
+    """
+    widths, layers = list(vae["block_out_channels"])[::-1], vae["layers_per_block"] + 1
+    latent, cells, top = vae["latent_channels"], side * side, widths[0]
+    quantised = _conv(cells, latent, latent, 1) if vae.get("use_post_quant_conv", True) else 0
+    parts = {"input": quantised + _conv(cells, latent, top, 3), "middle": 2 * _residual_block(cells, top, top)}
+    if vae.get("mid_block_add_attention", True):
+        parts["middle"] += 2 * cells * 4 * top**2 + _attention(top, 1, cells**2)
+    parts["blocks"] = parts["upsampling"] = 0
+    for before, width, following in zip([top, *widths], widths, [*widths[1:], None]):
+        parts["blocks"] += _residual_block(cells, before, width) + (layers - 1) * _residual_block(cells, width, width)
+        if following is not None:
+            cells *= 4
+            parts["upsampling"] += _conv(cells, width, width, 3)
+    parts["output"] = _conv(cells, widths[-1], vae["out_channels"], 3)
+    return parts
+
+
+def peak_flops(device: str) -> float | None:
+    """Half-precision peak of a GPU by the name that the driver gives it, or None where it is not known."""
+    found = [name for name in HALF_PRECISION_PEAKS if set(name.split()) <= set(device.replace("-", " ").split())]
+    return HALF_PRECISION_PEAKS[max(found, key=len)] if found else None
 
 
 def _conv(length: int, width_in: int, width_out: int, kernel: int) -> float:
     return 2 * length * width_in * width_out * kernel**2
+
+
+def _timestep(d: int) -> float:
+    return 2 * (256 * d + d * d)
 
 
 def _stack(length: int, widths: list[int], d: int) -> float:
@@ -58,3 +132,76 @@ def _router(length: int, d: int) -> float:
 def _block(d: int, tokens: float, mlp_ratio: float) -> float:
     """qkv, output projection and MLP per kept token; the modulation once per image."""
     return 2 * tokens * (4 * d * d + 2 * d * int(d * mlp_ratio)) + 2 * d * 6 * d
+
+
+def _attention(d: int, heads: int, pairs: float) -> float:
+    """Scores, softmax and values for so many token pairs."""
+    return pairs * (4 * d + 3 * heads)
+
+
+def _final_layer(length: int, width: int, out: int, d: int) -> float:
+    return 2 * length * width * out + 2 * d * 2 * width
+
+
+def _residual_block(cells: int, width_in: int, width_out: int) -> float:
+    """Of the autoencoder: two 3x3 convolutions, and a 1x1 skip where the width changes."""
+    skip = _conv(cells, width_in, width_out, 1) if width_in != width_out else 0
+    return _conv(cells, width_in, width_out, 3) + _conv(cells, width_out, width_out, 3) + skip
+
+
+def table(config: Config, fractions: Sequence[float], natural: float, steps: int) -> str:
+    """GFLOP of one forward pass by component (rows) at several dropped fractions (columns), and TFLOP per image below.
+
+    Args:
+        natural: share of the tokens that the router keeps by itself; every image is taken to keep the same number.
+        steps: of the sampler.
+    """
+    counts = [max(2, round(natural * config.latent_size**2 * (1 - fraction))) for fraction in fractions]
+    columns = [forward_flops(config, Kept(count, count**2)) for count in counts]
+    totals = [sum(column.values()) for column in columns]
+    rows = [("dropped", [f"{fraction:g}" for fraction in fractions]), ("kept tokens", [str(count) for count in counts])]
+    rows += [(name, [f"{column[name] / 1e9:.3f}" for column in columns]) for name in columns[0]]
+    rows += [("GFLOP per forward pass", [f"{total / 1e9:.3f}" for total in totals])]
+    rows += [(f"TFLOP per image, {steps} steps", [f"{total * steps / 1e12:.3f}" for total in totals])]
+    rows += [("the same with guidance", [f"{2 * total * steps / 1e12:.3f}" for total in totals])]
+    return "\n".join(f"{name:<28}" + "".join(f"{value:>12}" for value in values) for name, values in rows)
+
+
+def decoder_config(vae: str) -> Mapping:
+    """Configuration of an autoencoder by its name, or of a local diffusers folder."""
+    if vae in ("ema", "mse"):
+        return STABLE_DIFFUSION
+    try:
+        return json.loads((Path(vae) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"data.vae: '{vae}' is neither ema, mse nor a diffusers folder; make one, or name another") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(__doc__)
+    cli.add_config_arguments(parser)
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=[0, 0.2, 0.4, 0.6], help="dropped fractions (default: 0 0.2 0.4 0.6)"
+    )
+    parser.add_argument("--kept", type=float, help="share of the tokens that the router keeps by itself (default: 1 / N)")
+    parser.add_argument("--num-sampling-steps", type=int, default=250, help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    config = load_config(args.config, args.set)
+    kept = 1 / downsample_factors(config.training.downsample_factor) if args.kept is None else args.kept
+    for option, value, fits in (
+        *(("--budgets", fraction, 0 <= fraction < 1) for fraction in args.budgets),
+        ("--kept", kept, 0 < kept <= 1),
+        ("--num-sampling-steps", args.num_sampling_steps, args.num_sampling_steps >= 1),
+    ):
+        if not fits:
+            raise UserError(
+                f"{option} {value}: is out of range; dropped fractions are in [0, 1), a share in (0, 1], steps >= 1"
+            )
+    decoding = sum(decoder_flops(decoder_config(config.data.vae), config.latent_size).values())
+    print(f"{config.model.name}: {config.latent_size**2} tokens per image, 2 FLOP per multiply-add, GFLOP per forward pass\n")
+    print(table(config, args.budgets, kept, args.num_sampling_steps))
+    print(f"\nautoencoder: {decoding / 1e12:.3f} TFLOP more to decode an image")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -8,7 +8,9 @@ different budgets are compared on the same noise.
 """
 
 import contextlib
+import dataclasses
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +23,11 @@ from torch import Tensor
 from config import Config, UserError, config_from_dict, differences, to_dict
 from data.autoencoder import Autoencoder
 from data.streams import rng
-from diffusion import create_diffusion
+from diffusion import GaussianDiffusion, create_diffusion
 from diffusion.guidance import condition, guide
 from diffusion.samplers import SAMPLERS, Step
+from evaluation import budgets
+from evaluation.accounting import Kept, Seconds
 from models import build_model
 from models.attention import kernel_problem
 from models.types import Routing
@@ -32,6 +36,7 @@ from training.checkpoint import load_checkpoint
 # What may differ between --config and the checkpoint's configuration when sampling.
 _MAY_DIFFER = ("model.name", "model.init", "model.attention", "training.", "data.feature_path", "data.num_workers", "data.vae",
                "diffusion.cfg_channels", "logging.", "ckpt")  # fmt: skip
+PROBE_SAMPLES, PROBE_STEPS = 4, 10  # to predict what a budget costs
 _MUST_AGREE = ("training.learn_sigma", "training.class_dropout_prob")
 
 
@@ -54,17 +59,24 @@ class Run(NamedTuple):
 class SamplingOptions:
     """How to sample; the names are the command line's.
 
-    Without `lite_cfg` both branches of guidance drop `tail_dropping_fraction`; with it the unconditional one drops
-    `uncond_tail_dropping_fraction`.
+    At most one of the four budgets (see evaluation/budgets.py) holds for both branches of guidance; with `lite_cfg` it holds
+    for the conditional one, and the unconditional one has its own.
     """
 
     cfg_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None  # guide at these timesteps t only, both ends included
     num_sampling_steps: int = 250
     sampler: str = "ddpm"
     seed: int = 0
-    tail_dropping_fraction: float = 0.0
+    tail_dropping_fraction: float | None = None
+    token_budget: int | None = None
+    tflops_per_image: float | None = None
+    budget_schedule: str | None = None
     lite_cfg: bool = False
-    uncond_tail_dropping_fraction: float = 0.0
+    uncond_tail_dropping_fraction: float | None = None
+    uncond_token_budget: int | None = None
+    uncond_tflops_per_image: float | None = None
+    uncond_budget_schedule: str | None = None
     bf16: bool = False
 
     def check(self, config: Config) -> None:
@@ -78,23 +90,20 @@ class SamplingOptions:
             raise UserError(f"--sampler '{self.sampler}' is not one of {', '.join(SAMPLERS)}")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: must be 0 or greater, and below 2**63")
-        for name in ("tail_dropping_fraction", "uncond_tail_dropping_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be in [0, 1)")
         if self.lite_cfg and self.cfg_scale == 1:
             raise UserError("--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; raise the scale")
-        if self.uncond_tail_dropping_fraction and not self.lite_cfg:
-            raise UserError(f"--uncond-tail-dropping-fraction {self.uncond_tail_dropping_fraction}: needs --lite-cfg")
         if self.cfg_scale > 1 and config.training.class_dropout_prob == 0:
             raise UserError(f"--cfg-scale {self.cfg_scale}: the model was trained without class dropout; use 1")
-
-
-class Kept(NamedTuple):
-    """Kept tokens of one step."""
-
-    t: int
-    conditional: Tensor  # (B,) int64
-    unconditional: Tensor | None  # (B,) int64, or None without guidance
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not 0 <= low <= high <= config.diffusion.diffusion_steps:
+                steps = config.diffusion.diffusion_steps
+                raise UserError(
+                    f"--guidance-interval {low:g} {high:g}: must be two timesteps from 0 to {steps}, the lower first"
+                )
+            if self.cfg_scale == 1:
+                raise UserError(f"--guidance-interval {low:g} {high:g}: --cfg-scale 1 is no guidance; raise the scale")
+        budgets.check(self, config)
 
 
 class Batch(NamedTuple):
@@ -104,6 +113,7 @@ class Batch(NamedTuple):
     labels: list[int]
     images: Tensor  # (B, 3, H, W) uint8, on the CPU
     kept: list[Kept]  # one per step
+    seconds: Seconds
 
 
 Observe = Callable[[Step, Routing], None]  # is shown every step and the routing of the conditional branch
@@ -201,16 +211,61 @@ def generate(
     """
     options.check(run.config)
     check_labels(labels, run.config)
+    options, _ = settle_budgets(run, index, labels, options)
     for start in range(0, len(index), batch_size):
         part = slice(start, start + batch_size)
+        started = time.perf_counter()
         latents, kept = sample_latents(run, index[part], labels[part], options, observe)
-        yield Batch(index[part], labels[part], run.autoencoder.decode(latents).cpu(), kept)
+        if latents.device.type != "cpu":
+            torch.accelerator.synchronize()
+        denoised = time.perf_counter()
+        images = run.autoencoder.decode(latents).cpu()
+        yield Batch(index[part], labels[part], images, kept, Seconds(denoised - started, time.perf_counter() - denoised))
 
 
 def generate_images(run: Run, labels: list[int], options: SamplingOptions | None = None) -> Tensor:
     """One image per label, (B, 3, H, W) uint8; sample i uses the noise of number i."""
     batches = generate(run, list(range(len(labels))), labels, options or SamplingOptions())
     return torch.cat([batch.images for batch in batches])
+
+
+@torch.inference_mode()
+def settle_budgets(
+    run: Run, index: list[int], labels: list[int], options: SamplingOptions
+) -> tuple[SamplingOptions, budgets.Prediction | None]:
+    """Turn limits on the cost into fractions to drop, and predict the cost; other options pass through with None.
+
+    A few of the samples are drawn in a few steps with nothing dropped, to see what the router keeps by itself at each t.
+    """
+    if options.tflops_per_image is None and options.uncond_tflops_per_image is None:
+        return options, None
+    free = {prefix + unit: None for prefix in ("", "uncond_") for unit in budgets.UNITS}
+    few = min(options.num_sampling_steps, PROBE_STEPS)
+    natural = dataclasses.replace(options, **free, lite_cfg=False, guidance_interval=None, num_sampling_steps=few)
+    _, kept = sample_latents(run, index[:PROBE_SAMPLES], labels[:PROBE_SAMPLES], natural, None)
+    branches = [[getattr(step, branch) for step in kept] for branch in ("conditional", "unconditional")]
+    counts = [torch.stack(branch, 1).cpu() if branch[0] is not None else None for branch in branches]
+    probe = budgets.Probe(torch.tensor([step.t for step in kept]), *counts)
+    steps = sampling_process(run.config, options).timesteps
+    return budgets.choose_fractions(options, run.config, probe, steps)
+
+
+def describe_choice(options: SamplingOptions, prediction: budgets.Prediction) -> str:
+    """What `settle_budgets` chose, in words."""
+    ours, theirs = options.tail_dropping_fraction or 0.0, options.uncond_tail_dropping_fraction
+    choice = f"drops {ours:g} of the kept tokens" + (
+        f", of the unconditional branch's {theirs:g}" if theirs is not None else ""
+    )
+    return f"budget: {choice}; predicted {prediction.total:.4g} TFLOP per image ({prediction.unconditional:.4g} unconditional)"
+
+
+def sampling_process(config: Config, options: SamplingOptions) -> GaussianDiffusion:
+    return create_diffusion(
+        config.diffusion.noise_schedule,
+        config.diffusion.diffusion_steps,
+        config.training.learn_sigma,
+        options.num_sampling_steps,
+    )
 
 
 def sample_latents(
@@ -220,52 +275,57 @@ def sample_latents(
     config, device = run.config, run.device
     if problem := kernel_problem(config.model.attention, device, options.bf16):
         raise UserError(f"model.attention: {problem}")
-    diffusion = create_diffusion(
-        config.diffusion.noise_schedule,
-        config.diffusion.diffusion_steps,
-        config.training.learn_sigma,
-        options.num_sampling_steps,
-    )
+    diffusion = sampling_process(config, options)
     noise = sample_noise(options.seed, index, (config.data.latent_channels, config.latent_size, config.latent_size), device)
     watched = Watched(run.model, options.bf16)
     denoise = guided_denoiser(watched, config, torch.tensor(labels, device=device), options)
     kept = []
     for step in SAMPLERS[options.sampler](diffusion, denoise, noise(), noise):
-        count = watched.routing.keep.sum(1)
-        guided = options.cfg_scale > 1
-        kept.append(Kept(step.t, count[: len(index)], count[len(index) :] if guided else None))
+        routing = watched.take()  # rows of the conditional branch, then of the unconditional one where it was computed
+        count = routing.keep.sum(1)
+        kept.append(Kept(step.t, count[: len(index)], count[len(index) :] if len(count) > len(index) else None))
         if observe is not None:
-            observe(step, Routing(*(x[: len(index)] for x in watched.routing)))
+            observe(step, Routing(*(x[: len(index)] for x in routing)))
     return step.x_next, kept
 
 
 class Watched:
-    """A model as a function to its prediction; the routing of the last call stays readable from outside."""
+    """A model as a function to its prediction; `take` gives the routing of the calls since it was last asked."""
 
     def __init__(self, model: torch.nn.Module, bf16: bool):
-        self.model, self.bf16, self.routing = model, bf16, None
+        self.model, self.bf16, self.seen = model, bf16, []
 
-    def __call__(self, x: Tensor, t: Tensor, labels: Tensor, drop: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, **conditioning) -> Tensor:
         autocast = torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
         with autocast:
-            prediction, self.routing = self.model(x, t, labels, drop)
+            prediction, routing = self.model(x, t, **conditioning)
+        self.seen.append(routing)
         return prediction.float()  # guidance takes differences, which bfloat16 would round away
+
+    def take(self) -> Routing:
+        seen, self.seen = self.seen, []
+        return Routing(*(torch.cat(rows) for rows in zip(*seen))) if len(seen) > 1 else seen[0]
 
 
 def guided_denoiser(denoise, config: Config, labels: Tensor, options: SamplingOptions):
-    """Bind labels and budgets: one branch at scale 1, two branches in one batch above."""
-    fraction = options.tail_dropping_fraction
-    cheap = options.uncond_tail_dropping_fraction if options.lite_cfg else fraction
-    conditional = {"labels": labels}
-    unconditional = {"labels": torch.full_like(labels, config.data.num_classes)}
-    if fraction or cheap:  # without a budget the router need not sort
-        conditional["drop"] = torch.full(labels.shape, fraction, device=labels.device)
-        unconditional["drop"] = torch.full(labels.shape, cheap, device=labels.device)
+    """Bind labels and budgets: one branch at scale 1, two branches above."""
+    ours, theirs = budgets.resolve(options, config)
+    sort = ours.drops or theirs.drops  # without a fraction the router need not sort
+    conditional = {"labels": labels, **conditioning(ours, labels, sort)}
     if options.cfg_scale == 1:
         return condition(denoise, conditional)
+    null = torch.full_like(labels, config.data.num_classes)
+    unconditional = {"labels": null, **conditioning(theirs, null, sort)}
     guided = config.diffusion.cfg_channels
     channels = config.data.latent_channels if guided == "all" else guided
-    return guide(denoise, conditional, unconditional, options.cfg_scale, channels)
+    return guide(denoise, conditional, unconditional, options.cfg_scale, channels, options.guidance_interval)
+
+
+def conditioning(budget: budgets.Budget, labels: Tensor, sort: bool) -> dict:
+    """What a branch tells the network of its budget."""
+    if budget.tokens is not None:
+        return {"tokens": [budget.tokens] * len(labels)}
+    return {"drop": budget.drop} if sort else {}
 
 
 def sample_noise(seed: int, index: list[int], shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:

@@ -67,21 +67,30 @@ class DCDiT(nn.Module):
         self.final_layer = FinalLayer(conv_width, width, 2 * channels if learn_sigma else channels)
         init_weights(self, init)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor, drop: Tensor | float | None = None) -> DenoiserOutput:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        drop: Tensor | float | None = None,
+        tokens: int | list[int] | None = None,
+    ) -> DenoiserOutput:
         """Predict the noise in x_t.
 
         Args:
             x_t: (B, C, S, S). t: (B,) timesteps. labels: (B,) int64.
             drop: fraction of the kept tokens to drop, in [0, 1): one number, one per sample (B,), or None.
+            tokens: keep exactly so many instead, in [2, L]: one number, one per sample, or None. Nothing then waits for the
+                device to say how many tokens there are.
         """
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
         x = self.x_embedder(x_t.contiguous(memory_format=torch.channels_last))  # (B, E, S, S)
         features = self.encoder(x, c)  # (B, D, S, S)
         with self.scaffold_precision(features):
             features = features.float() if self.fp32_scaffold else features
-            routing = self.router(features, drop)  # (B, L)
+            routing = self.router(features, drop, tokens)  # (B, L)
             residual = self.residual_proj(to_tokens(features))  # (B, L, D)
-        packing = plan_packing(routing.keep)
+        packing = plan_packing(routing.keep, tokens)
         u = pack(to_tokens(features) + self.pos_embed, packing)  # (T, D)
         u = self.norm(self.run_blocks(u, c, packing))
         with self.scaffold_precision(u):

@@ -6,15 +6,18 @@ from torch import Tensor
 from models.types import Packing
 
 
-def plan_packing(keep: Tensor) -> Packing:
+def plan_packing(keep: Tensor, lengths: int | list[int] | None = None) -> Packing:
     """Turn a keep mask (B, L) bool into a Packing; every sample must keep a token.
 
-    Reading the B lengths is the only host synchronisation of a forward pass: with T known, the indices come from a
-    running count and a scatter.
+    Reading the B lengths is the only host synchronisation of a forward pass, and where they are given (a token budget: one
+    number, or one per sample) there is none: with T known, the indices come from a running count and a scatter.
     """
     batch, tokens = keep.shape
     counts = keep.sum(1)
-    lengths = counts.tolist()
+    if lengths is None:
+        lengths = counts.tolist()
+    elif isinstance(lengths, int):
+        lengths = [lengths] * batch
     total = sum(lengths)
     flat = keep.flatten()
     slot = torch.where(flat, flat.cumsum(0) - 1, total)  # tokens that are not kept share the spare slot at the end

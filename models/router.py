@@ -24,14 +24,15 @@ class Router(nn.Module):
             nn.Conv2d(inner, inner, 3, padding=1), nn.GroupNorm(8, inner), nn.SiLU(), nn.Conv2d(inner, 1, 1)
         )
 
-    def forward(self, features: Tensor, drop: Tensor | float | None = None) -> Routing:
+    def forward(self, features: Tensor, drop: Tensor | float | None = None, tokens: int | list[int] | None = None) -> Routing:
         z = self.proj(features)
         surprise = z - self.context_predictor(z)
         score = to_tokens(self.residual_scorer(surprise)).squeeze(2)  # (B, L)
         prob = force_ends(score.sigmoid())
         natural = prob > 1 - prob
-        keep = natural if drop is None else drop_tail(prob, natural, drop)
-        return Routing(prob, natural, keep)
+        if tokens is not None:
+            return Routing(prob, natural, keep_top(prob, tokens))
+        return Routing(prob, natural, natural if drop is None else drop_tail(prob, natural, drop))
 
 
 def force_ends(prob: Tensor) -> Tensor:
@@ -55,9 +56,35 @@ def drop_tail(prob: Tensor, natural: Tensor, drop: Tensor | float) -> Tensor:
     drop = torch.as_tensor(drop, dtype=torch.float32, device=prob.device)
     count = natural.sum(1)
     dropped = torch.minimum((count.float() * drop).long(), count - 2)  # the two ends stay
-    key = prob.detach().masked_fill(~natural, 3.0)
-    key[:, 0] = key[:, -1] = 2.0  # above every probability, below every token that is not a candidate
+    key = prob.detach().masked_fill(~natural, 3.0)  # above every candidate
+    return natural & (_rank(key) >= dropped[:, None])
+
+
+def keep_top(prob: Tensor, tokens: int | list[int]) -> Tensor:
+    """Keep exactly so many tokens: the most probable ones, the first and last token always among them.
+
+    Where that is fewer than the router would keep, it is `drop_tail` with the same count; where it is more, tokens that the
+    router scored below one half stay too. The counts are numbers of the host, so the shapes that follow are known in advance.
+
+    Args:
+        prob: (B, L).
+        tokens: K in [2, L], one number or one per sample.
+
+    Returns:
+        (B, L) bool. Of equal probabilities those with the highest raster index stay, as in `drop_tail`.
+    """
+    length = prob.shape[1]
+    if isinstance(tokens, list):
+        tokens = torch.tensor(tokens).to(prob.device, non_blocking=True)[:, None]
+    return _rank(prob.detach().clone()) >= length - tokens
+
+
+def _rank(key: Tensor) -> Tensor:
+    """Place of each token in its sample by ascending key, lower raster index first; the ends come after all probabilities.
+
+    Changes key (B, L), whose ends are set to 2: above every probability, below the mark of tokens that are no candidates.
+    """
+    key[:, 0] = key[:, -1] = 2.0
     order = key.argsort(dim=1, stable=True)
-    places = torch.arange(prob.shape[1], device=prob.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, places)
-    return natural & (rank >= dropped[:, None])
+    places = torch.arange(key.shape[1], device=key.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)

@@ -14,7 +14,7 @@ class Routing(NamedTuple):
 
     prob: Tensor  # (B, L) boundary probability p, float32 unless fp32_scaffold is off; 1 at the first and last token
     natural: Tensor  # (B, L) bool, p > 0.5: the network's own decision
-    keep: Tensor  # (B, L) bool, what is kept after tail dropping; a subset of natural
+    keep: Tensor  # (B, L) bool, what is kept: a subset of natural under tail dropping, any K tokens under a token budget
 
 
 class Packing(NamedTuple):

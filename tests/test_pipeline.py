@@ -24,7 +24,7 @@ from training import schedules
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8  # of the tiny configuration
-PICTURES = ["chunking_summary.png", "chunking_viz.png", "sample.png"]
+WRITTEN = ["chunking_summary.png", "chunking_viz.png", "sample.png", "summary.json"]
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",  # sums in one order, whatever the machine
     "CUDA_VISIBLE_DEVICES": "",  # on the CPU, as a machine without a GPU finds its way
@@ -277,7 +277,7 @@ LITE = ["--lite-cfg", "--uncond-tail-dropping-fraction", "0.5"]
 def test_sample_writes_its_pictures(trained, tmp_path, capsys, extra):
     fixed = ["--ckpt", str(newest(trained)), "--num-sampling-steps", "5", "--classes", "0", "1", "2", "--output", str(tmp_path)]
     sample.main([*fixed, "--cfg-scale", "2", *extra])
-    assert sorted(os.listdir(tmp_path)) == PICTURES
+    assert sorted(os.listdir(tmp_path)) == WRITTEN
     pixels = np.asarray(Image.open(tmp_path / "sample.png"))
     assert pixels.shape == (36, 3 * 34 + 2, 3) and pixels.std() > 1
     printed = capsys.readouterr().out
@@ -288,7 +288,7 @@ def test_sample_without_pictures_of_the_chunking(trained, tmp_path, tiny_config)
     """--config may say what the checkpoint says already; without guidance there is one branch, and one step is enough."""
     options = ["--cfg-scale", "1", "--num-sampling-steps", "1", "--no-visualize", "--output", str(tmp_path)]
     sample.main(["--config", str(tiny_config), "--ckpt", str(newest(trained)), *options])
-    assert os.listdir(tmp_path) == ["sample.png"]
+    assert sorted(os.listdir(tmp_path)) == ["sample.png", "summary.json"]
 
 
 def test_a_sample_is_a_function_of_seed_and_number(trained):
@@ -334,7 +334,15 @@ def test_budgets_change_the_kept_tokens(trained):
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """All files that equal runs leave equal: those without times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("records", "summary.json")}
+
+
+def account(folder: Path) -> dict:
+    """What a run of sample_ddp.py says that its samples cost, without the times."""
+    summary = json.loads((folder / "summary.json").read_text())
+    assert min(summary.pop("seconds_per_image").values()) > 0
+    return summary
 
 
 def test_many_samples_on_one_and_two_processes(trained, tmp_path):
@@ -342,7 +350,7 @@ def test_many_samples_on_one_and_two_processes(trained, tmp_path):
     options += ["--per-proc-batch-size", "2", "--cfg-scale", "1.5", "--seed", "3"]
     one, two = tmp_path / "one", tmp_path / "two"
     sample_ddp.main([*options, "--output-dir", str(one)])
-    whole, npz = content(one), (tmp_path / "one.npz").read_bytes()
+    whole, npz, costs = content(one), (tmp_path / "one.npz").read_bytes(), account(one)
     assert whole.keys() == {"settings.json", *(f"{i:06d}.png" for i in range(count))}
     with np.load(tmp_path / "one.npz") as arrays:
         images, labels = arrays["arr_0"], arrays["arr_1"]
@@ -352,14 +360,14 @@ def test_many_samples_on_one_and_two_processes(trained, tmp_path):
     assert labels.dtype == np.int64 and labels.tolist() == draw_labels(3, list(range(count)), 3)
 
     launch([*TORCHRUN, "sample_ddp.py", *options, "--output-dir", two])
-    assert content(two) == whole and (tmp_path / "two.npz").read_bytes() == npz
+    assert content(two) == whole and (tmp_path / "two.npz").read_bytes() == npz and account(two) == costs
 
     for name in ("000000.png", "000003.png", "000006.png"):
         (one / name).unlink()
     (tmp_path / "one.npz").unlink()
     kept = {path.name: path.stat().st_mtime_ns for path in one.iterdir() if path.name in ("000004.png", "000005.png")}
     sample_ddp.main([*options, "--output-dir", str(one)])
-    assert content(one) == whole and (tmp_path / "one.npz").read_bytes() == npz
+    assert content(one) == whole and (tmp_path / "one.npz").read_bytes() == npz and account(one) == costs
     assert kept == {name: (one / name).stat().st_mtime_ns for name in kept}  # a whole batch is not sampled again
 
 

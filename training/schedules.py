@@ -2,7 +2,8 @@
 
 import torch
 
-from config import TrainingConfig, downsample_factors
+from config import FractionRange, TrainingConfig, downsample_factors
+from data.streams import rng
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:
@@ -22,12 +23,15 @@ def downsample_factor(step: int, training: TrainingConfig) -> float:
 def drop_fraction(step: int, training: TrainingConfig) -> float:
     """Multi-budget training's fraction of this step, the same on every process (DC-DiT, elastic inference).
 
-    The draw is that of the official code: a generator seeded with the step picks an entry of the list.
+    From a list the draw is that of the official code: a generator seeded with the step picks an entry. From a range it is
+    uniform, a function of the run's seed and the step.
     """
     first = training.multi_budget_start_step
     first = training.downsample_factor_warmup_steps if first is None else first
     if not training.multi_budget_training or step < first:
         return 0.0
     fractions = training.multi_budget_drop_fractions
+    if isinstance(fractions, FractionRange):
+        return float(rng(training.seed, "drop fraction", step).uniform(fractions.min, fractions.max))
     generator = torch.Generator().manual_seed(step)
     return fractions[torch.randint(0, len(fractions), (1,), generator=generator).item()]

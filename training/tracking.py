@@ -12,6 +12,8 @@ from tqdm import tqdm
 from data.files import write_file
 from models.types import Routing
 
+CLOCK = ("_per_sec", "_utilisation")  # endings of values that depend on the clock
+
 
 class Averages:
     """Running sums of per-sample values between two log lines, kept on the device: adding never waits for it.
@@ -94,7 +96,7 @@ class RunLog:
     def metrics(self, step: int, scalars: dict[str, float]) -> None:
         """Write one row of scalars; values that depend on the clock go to the trackers and log.txt only."""
         if self.accelerator.is_main_process:
-            timeless = {key: value for key, value in scalars.items() if not key.endswith("_per_sec")}
+            timeless = {key: value for key, value in scalars.items() if not key.endswith(CLOCK)}
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **timeless}) + "\n")
         self.accelerator.log({f"train/{key}": value for key, value in scalars.items()}, step=step)

@@ -34,6 +34,7 @@ class Trainer:
         folder: gets log.txt, metrics.jsonl and checkpoints/.
         state: a checkpoint to go on from, or None.
         flops_per_image: of one forward pass, given mean and mean square of the kept tokens; only reported.
+        peak_flops: of all devices together in this precision, per second; None where it is not known.
         draw_samples: called as (ema_model, step) on every process every `logging.sample_every` steps.
     """
 
@@ -45,10 +46,11 @@ class Trainer:
         folder: Path,
         state: dict | None,
         flops_per_image: Callable[[float, float], float],
+        peak_flops: float | None,
         draw_samples: Callable[[torch.nn.Module, int], None],
     ):
         self.config, self.accelerator, self.store, self.folder = config, accelerator, store, folder
-        self.flops_per_image, self.draw_samples = flops_per_image, draw_samples
+        self.flops_per_image, self.peak_flops, self.draw_samples = flops_per_image, peak_flops, draw_samples
         validate_processes(config, accelerator.num_processes)
         self.diffusion = create_diffusion(
             config.diffusion.noise_schedule, config.diffusion.diffusion_steps, config.training.learn_sigma
@@ -175,6 +177,8 @@ class Trainer:
         scalars["steps_per_sec"] = (self.step - first) / (now - since)
         images = training.global_batch_size * training.gradient_accumulation_steps
         scalars["images_per_sec"] = scalars["steps_per_sec"] * images
+        if self.peak_flops:
+            scalars["model_flop_utilisation"] = scalars["images_per_sec"] * scalars["tflop_per_image"] * 1e12 / self.peak_flops
         self.log.metrics(self.step, scalars)
         summary = " ".join(f"{key}={scalars[key]:.4g}" for key in SUMMARY if key in scalars)
         if self.accelerator.is_main_process:
@@ -213,7 +217,7 @@ class Trainer:
 
 SUMMARY = (
     "loss", "diffusion_loss", "ratio_loss", "grad_norm", "kept_natural_mean", "kept_effective_mean", "tflop_per_image",
-    "steps_per_sec", "images_per_sec",
+    "steps_per_sec", "images_per_sec", "model_flop_utilisation",
 )  # fmt: skip
 
 
