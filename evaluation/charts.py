@@ -67,7 +67,7 @@ def draw_classes(summary: dict, path: Path) -> None:
     axis = figure.subplots()
     mean, std = ([row["share"][key] for row in rows] for key in ("mean", "std"))
     axis.barh([f"{row['name']} ({row['images']})" for row in rows], mean, xerr=std, color="tab:blue", ecolor="black")
-    axis.set_xlabel("share of tokens kept over all steps, mean and std over the class's images (their number)")
+    axis.set_xlabel("share of tokens kept over all steps (number of images)")
     save_figure(figure, path)
 
 

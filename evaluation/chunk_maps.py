@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -71,3 +72,10 @@ def overlay(image, keep):
     stride = len(image) // len(keep)
     mask = keep.repeat(stride, 0).repeat(stride, 1)[:, :, None]
     return (image * (0.25 + 0.75 * mask) + 255 * 0.75 * (1 - mask)).astype("uint8")
+
+
+def boundary_overlay(image, prob):
+    """The boundary probability (S, S) in colour over a grey version of the image (H, W, 3): (H, W, 3) uint8."""
+    stride = len(image) // len(prob)
+    colour = 255 * colormaps["magma"](prob.repeat(stride, 0).repeat(stride, 1))[:, :, :3]
+    return (0.5 * image.mean(2, keepdims=True) + 0.5 * colour).astype("uint8")

@@ -121,6 +121,38 @@ def test_a_drop_per_sample_is_separate_runs():
     assert (counts < routing.natural.sum(1))[1:].all() and torch.equal(routing.keep[0], routing.natural[0])
 
 
+def test_a_token_budget_is_tail_dropping_to_that_count():
+    model, arguments = tiny_model(), inputs()
+    dropped = model(*arguments, 0.5)
+    counts = dropped.routing.keep.sum(1).tolist()
+    budgeted = model(*arguments, tokens=counts)
+    assert torch.equal(budgeted.routing.keep, dropped.routing.keep)
+    torch.testing.assert_close(budgeted.prediction, dropped.prediction)
+
+
+def test_a_token_budget_above_the_natural_count():
+    """Tokens that score below one half stay too, each sample as if alone; all tokens are the most there are."""
+    model, arguments = tiny_model(), inputs()
+    for tokens in (30, SIDE * SIDE):
+        prediction, routing = model(*arguments, tokens=tokens)
+        assert (routing.natural.sum(1) < tokens).all() and (routing.keep.sum(1) == tokens).all()
+        assert prediction.isfinite().all()
+        for k in range(4):
+            alone = model(*select(arguments, k), tokens=tokens).prediction
+            torch.testing.assert_close(alone[0], prediction[k], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_waits_for_the_device_under_a_token_budget():
+    """On the meta device there are no values: whatever reads one fails."""
+    model = tiny_model().to("meta")
+    arguments = [argument.to("meta") for argument in inputs()]
+    assert model(*arguments, tokens=9).prediction.shape == (4, 8, SIDE, SIDE)
+    assert model(*arguments, tokens=[9, 9, 5, 5]).prediction.shape == (4, 8, SIDE, SIDE)
+    for drop in (None, 0.5):
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            model(*arguments, drop)
+
+
 def test_dropping_changes_the_output_but_not_the_decision():
     model = tiny_model()
     full, cheap = model(*inputs()), model(*inputs(), 0.5)

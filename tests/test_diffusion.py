@@ -130,3 +130,33 @@ def test_guidance_scale_one_is_the_conditional_branch():
     guided = guide(denoise, here, there, 3.0, channels=2)(x, t)
     torch.testing.assert_close(guided[:, 2:], alone[:, 2:])
     torch.testing.assert_close(guided[0, :2], alone[0, :2] + 2 * (1.0 - -3.0))
+
+
+def test_outside_the_guidance_interval_one_branch_is_not_computed():
+    calls = []
+
+    def denoise(x, t, value):
+        calls.append(len(x))
+        return value[:, None].expand_as(x)
+
+    x, here, there = torch.zeros(3, 2), {"value": torch.full((3,), 2.0)}, {"value": torch.full((3,), 1.0)}
+    guided = guide(denoise, here, there, 4.0, channels=2, interval=(100, 500))
+    for t, rows, result in ((99, 3, 2.0), (100, 6, 5.0), (500, 6, 5.0), (501, 3, 2.0)):
+        calls.clear()
+        assert (guided(x, torch.full((3,), t)) == result).all() and calls == [rows]
+
+
+def test_conditioning_may_be_a_list_a_function_of_t_or_of_another_kind():
+    seen = []
+
+    def denoise(x, t, **conditioning):
+        seen.append(conditioning)
+        return x
+
+    x, t = torch.zeros(2, 1), torch.full((2,), 7)
+    guide(denoise, {"drop": lambda t: t / 10, "k": [1, 2]}, {"drop": lambda t: t / 7, "k": [3, 4]}, 2.0, channels=1)(x, t)
+    assert len(seen) == 1 and seen[0]["k"] == [1, 2, 3, 4]
+    torch.testing.assert_close(seen[0]["drop"], torch.tensor([0.7, 0.7, 1.0, 1.0]))
+    seen.clear()
+    guide(denoise, {"drop": lambda t: t / 10}, {"k": [3, 4]}, 2.0, channels=1)(x, t)  # no common batch: one after the other
+    assert [list(conditioning) for conditioning in seen] == [["drop"], ["k"]]

@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import config_from_dict, load_config
-from evaluation.flops import Kept, forward_flops
+from evaluation import flops
+from evaluation.flops import STABLE_DIFFUSION, Kept, decoder_flops, forward_flops, peak_flops, static_dit_flops
 from models import build_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -87,3 +88,84 @@ def test_fewer_tokens_cost_less_in_the_transformer_only():
     full, half = forward_flops(config, Kept(36, 36**2)), forward_flops(config, Kept(18, 18**2))
     assert {name for name in full if full[name] != half[name]} == {"blocks", "attention"}
     assert half["attention"] == full["attention"] / 4
+
+
+@pytest.mark.parametrize("size", TABLE)
+def test_every_component_of_the_paper_sizes_against_the_counter(size):
+    """On the meta device, so that no weights exist; attention is what the counter finds beside its linear layers."""
+    config, batch, tokens = load_config(CONFIGS / f"DCDiT-{size}-N4.yaml"), 2, 256
+    with torch.device("meta"):
+        model = build_model(config)
+        arguments = torch.empty(batch, 4, 32, 32), torch.empty(batch), torch.empty(batch, dtype=torch.int64)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*arguments, tokens=tokens)
+    ours = forward_flops(config, Kept(tokens, tokens**2))
+    parts = {name: sum(operations.values()) / batch for name, operations in counter.get_flop_counts().items()}
+    for name in ("encoder", "decoder", "router", "residual_proj", "final_layer", "dechunk"):
+        assert ours[name] == parts[f"DCDiT.{name}"], name
+    assert ours["embeddings"] == parts["DCDiT.x_embedder"] + parts["DCDiT.t_embedder"]
+    blocks = range(len(model.blocks))
+    linear = sum(
+        parts[f"DCDiT.blocks.{k}.{name}"] for k in blocks for name in ("attn.qkv", "attn.proj", "mlp", "adaLN_modulation")
+    )
+    assert ours["blocks"] == linear
+    softmax = len(blocks) * 3 * config.model.hnet.num_heads[1] * tokens**2
+    assert ours["attention"] - softmax == sum(parts[f"DCDiT.blocks.{k}"] for k in blocks) - linear
+    assert sum(ours.values()) - softmax == parts["Global"]
+
+
+# Multiply-adds of static DiT at 256 px as published (arXiv 2212.09748), in G.
+PUBLISHED = {
+    (384, 12, 6): {2: 6.06, 4: 1.41}, (768, 12, 12): {2: 23.01, 4: 5.56},
+    (1024, 24, 16): {2: 80.71, 4: 19.70}, (1152, 28, 16): {2: 118.64, 4: 29.05},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("patch", [2, 4])
+def test_static_dit_against_the_published_figures(size, patch):
+    """They hold the products and one operation per element of every LayerNorm, but no softmax."""
+    width, blocks, heads = size
+    tokens = (32 // patch) ** 2
+    products = sum(static_dit_flops(width, blocks, heads, patch, side=32).values()) - 3 * heads * blocks * tokens**2
+    norms = (2 * blocks + 1) * tokens * width
+    assert (products / 2 + norms) / 1e9 == pytest.approx(PUBLISHED[size][patch], abs=0.0065)
+
+
+VAES = {
+    "stable diffusion": {**STABLE_DIFFUSION, "latent_channels": 4},
+    "small": {"block_out_channels": (8, 16, 16), "layers_per_block": 1, "latent_channels": 3, "out_channels": 3,
+              "norm_num_groups": 4, "mid_block_add_attention": False, "use_post_quant_conv": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("vae", VAES)
+def test_decoder_against_the_counter(vae):
+    from diffusers import AutoencoderKL
+
+    config, side = VAES[vae], 8
+    stages = len(config["block_out_channels"])
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * stages, "up_block_types": ("UpDecoderBlock2D",) * stages}
+    with torch.device("meta"):
+        model = AutoencoderKL(**config, **blocks)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.decode(torch.empty(1, config["latent_channels"], side, side))
+    softmax = 3 * side**4 if config.get("mid_block_add_attention", True) else 0
+    assert sum(decoder_flops(model.config, side).values()) - softmax == counter.get_total_flops()
+
+
+def test_the_table_needs_no_weights(capsys):
+    flops.main(["--config", str(CONFIGS / "DCDiT-B-N4.yaml"), "--budgets", "0", "0.6", "--num-sampling-steps", "1000"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:28].strip(): line[28:].split() for line in lines}
+    assert rows["kept tokens"] == ["256", "102"] and rows["residual_proj"] == ["1.208", "1.208"]
+    assert rows["GFLOP per forward pass"] == ["59.123", "30.907"] == rows["TFLOP per image, 1000 steps"]
+    assert "autoencoder: 0.622 TFLOP more" in lines[-1]
+
+
+def test_peaks_by_the_drivers_name():
+    peaks = {
+        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA L40S": 362e12,
+        "NVIDIA GeForce RTX 4090": 165e12, "Tesla V100-SXM2-16GB": None, "NVIDIA A1000": None,
+    }  # fmt: skip
+    assert {name: peak_flops(name) for name in peaks} == peaks

@@ -25,6 +25,17 @@ def test_plan_is_boolean_indexing(batch, share):
     assert packing.cu_seqlens.tolist() == [sum(packing.lengths[:k]) for k in range(batch + 1)]
 
 
+def test_lengths_that_are_known_are_not_read():
+    keep = random_masks(3, 16, 0.4)
+    plan = plan_packing(keep)
+    for same in (plan_packing(keep, plan.lengths), plan_packing(keep[:1], plan.lengths[0])):
+        part = slice(0, len(same.index))
+        assert torch.equal(same.index, plan.index[part]) and same.lengths == plan.lengths[: len(same.lengths)]
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        plan_packing(keep.to("meta"))
+    assert plan_packing(keep.to("meta"), 5).index.shape == (15,)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_pack_and_unpack(share):
     keep = random_masks(3, 25, share)

@@ -18,7 +18,8 @@ import cli
 import sample
 import sample_ddp
 from config import load_config
-from evaluation.generate import SamplingOptions, draw_labels, generate, load_run
+from evaluation.accounting import image_tflop
+from evaluation.generate import SamplingOptions, draw_labels, generate, load_run, settle_budgets
 from models import build_model
 from training import schedules
 
@@ -333,6 +334,48 @@ def test_budgets_change_the_kept_tokens(trained):
     assert kept(lite_cfg=True, tail_dropping_fraction=0.25) == (48, 64)
 
 
+def test_budgets_in_every_unit(trained, tmp_path, capsys):
+    """Token budgets are exact, a schedule follows t, branches may differ in kind, an interval leaves one out."""
+    run = load_run(newest(trained))
+    run.model.router.residual_scorer[-1].bias.data.fill_(20.0)  # keep all 64 tokens
+
+    def kept(**changes):
+        (batch,) = generate(run, [0, 1], [0, 1], SamplingOptions(num_sampling_steps=3, cfg_scale=2.0, **changes))
+        assert [step.t for step in batch.kept] == [999, 500, 0]
+        rows = [[x if x is None else x.tolist() for x in step[1:]] for step in batch.kept]
+        assert all(len(set(counts)) == 1 for row in rows for counts in row if counts)
+        return [tuple(counts and counts[0] for counts in row) for row in rows]
+
+    assert kept(token_budget=9) == [(9, 9)] * 3
+    assert kept(token_budget=9, lite_cfg=True, uncond_token_budget=4) == [(9, 4)] * 3
+    assert kept(budget_schedule="999:0.5,500:0.25,0:0") == [(32, 32), (48, 48), (64, 64)]
+    assert kept(tail_dropping_fraction=0.5, lite_cfg=True, uncond_token_budget=4) == [(32, 4)] * 3
+    assert kept(lite_cfg=True, uncond_budget_schedule="999:0.5,0:0") == [(64, 32), (64, 48), (64, 64)]
+    assert kept(guidance_interval=(300, 600)) == [(64, None), (64, 64), (64, None)]
+
+
+def test_a_limit_on_the_cost(trained):
+    """Where the router keeps every token whatever it sees, the prediction is exact."""
+    run = load_run(newest(trained))
+    run.model.router.residual_scorer[-1].bias.data.fill_(20.0)
+
+    def cost(**changes):
+        (batch,) = generate(run, [0], [1], SamplingOptions(num_sampling_steps=12, cfg_scale=2.0, **changes))
+        return float(image_tflop(run.config, batch.kept)[0]), batch.kept
+
+    full, _ = cost()
+    least, _ = cost(tail_dropping_fraction=0.999)
+    limit = (full + least) / 2
+    options, prediction = settle_budgets(run, [0], [1], SamplingOptions(2.0, None, 12, tflops_per_image=limit))
+    chosen, _ = cost(tail_dropping_fraction=options.tail_dropping_fraction)
+    assert prediction.total == pytest.approx(chosen, rel=1e-9) and least < chosen <= limit
+    assert cost(tflops_per_image=limit)[0] == chosen
+    assert cost(tail_dropping_fraction=options.tail_dropping_fraction - 0.017)[0] > limit  # one token of 64 more
+    assert cost(tflops_per_image=2 * full)[0] == full
+    narrow, kept = cost(tflops_per_image=limit, guidance_interval=(0, 300))  # what the other branch saves goes to this one
+    assert narrow <= limit and kept[0].conditional.item() > 64 * (1 - options.tail_dropping_fraction)
+
+
 def content(folder: Path) -> dict[str, bytes]:
     """All files that equal runs leave equal: those without times."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("records", "summary.json")}
@@ -369,6 +412,23 @@ def test_many_samples_on_one_and_two_processes(trained, tmp_path):
     sample_ddp.main([*options, "--output-dir", str(one)])
     assert content(one) == whole and (tmp_path / "one.npz").read_bytes() == npz and account(one) == costs
     assert kept == {name: (one / name).stat().st_mtime_ns for name in kept}  # a whole batch is not sampled again
+
+
+def test_an_interrupted_run_keeps_the_fraction_that_it_chose(trained, tmp_path, capsys):
+    fixed = ["--ckpt", str(newest(trained)), "--num-sampling-steps", "2", "--num-fid-samples", "3", "--cfg-scale", "1"]
+    fixed += ["--per-proc-batch-size", "1", "--output-dir", str(tmp_path / "images"), "--tflops-per-image"]
+    sample_ddp.main([*fixed, "1"])
+    assert "budget: drops 0 of the kept tokens; predicted" in capsys.readouterr().out
+    note = tmp_path / "images" / "settings.json"
+    settings = json.loads(note.read_text())
+    assert settings["tflops_per_image"] == 1.0 and settings["settled"]["tflops_per_image"] is None
+    settings["settled"]["tail_dropping_fraction"] = 0.75
+    note.write_text(json.dumps(settings))
+    for name in ("000001.png", "000002.png"):
+        (tmp_path / "images" / name).unlink()
+    sample_ddp.main([*fixed, "1"])
+    assert account(tmp_path / "images")["options"]["tail_dropping_fraction"] == 0.75
+    assert "budget:" not in capsys.readouterr().out  # nothing is predicted again
 
 
 def test_balanced_labels(trained, tmp_path):

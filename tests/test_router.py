@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models.conv import to_tokens
-from models.router import INITIAL_BIAS, Router, drop_tail, force_ends
+from models.router import INITIAL_BIAS, Router, drop_tail, force_ends, keep_top
 
 
 def drop_tail_slowly(prob, natural, fractions):
@@ -69,6 +69,28 @@ def test_counts_are_exact_for_tenths(tenths):
     prob = torch.full(natural.shape, 0.9)
     dropped = count - drop_tail(prob, natural, tenths / 10).sum(1)
     assert torch.equal(dropped, torch.minimum(count * tenths // 10, count - 2))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("tokens", [2, 3, 17, 40, 63, 64])
+def test_a_token_budget_keeps_the_most_probable(ties, tokens):
+    """Exactly so many, the ends among them, the rest by falling probability and then falling raster index."""
+    prob, natural = random_decisions(ties=ties)
+    keep = keep_top(prob, tokens)
+    for sample in range(len(prob)):
+        inner = sorted(range(1, 63), key=lambda token: (prob[sample, token].item(), token), reverse=True)
+        assert set(keep[sample].nonzero().flatten().tolist()) == {0, 63, *inner[: tokens - 2]}
+    mixed = keep_top(prob, [tokens, 2, 64, tokens, 5, 6, 7, 8])
+    assert mixed.sum(1).tolist() == [tokens, 2, 64, tokens, 5, 6, 7, 8]
+    assert torch.equal(mixed[[0, 3]], keep[[0, 3]])
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("drop", [0.0, 0.3, 0.8])
+def test_a_token_budget_below_the_natural_count_is_tail_dropping(ties, drop):
+    prob, natural = random_decisions(ties=ties)
+    want = drop_tail(prob, natural, drop)
+    assert torch.equal(keep_top(prob, want.sum(1).tolist()), want)
 
 
 def test_zero_drops_nothing_and_nothing_changes_in_place():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from config import TrainingConfig, UserError, load_config
+from config import TrainingConfig, UserError, config_from_dict, load_config, to_dict
 from models.types import Routing
 from training import checkpoint, schedules
 from training.batches import Order, Samples, collate, make_loader
@@ -103,6 +103,19 @@ def test_multi_budget_draws_are_the_official_ones(fractions, indices):
     before = torch.get_rng_state()
     assert [schedules.drop_fraction(step, training) for step in range(10)] == [fractions[k] for k in indices]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_continuous_budget_draw():
+    """Uniform over the range, a function of seed and step; the configuration survives a round trip."""
+    changes = {"multi_budget_training": True, "multi_budget_drop_fractions": {"min": 0.2, "max": 0.6}}
+    config = config_from_dict({"training": changes})
+    assert config_from_dict(to_dict(config)) == config
+    draws = [schedules.drop_fraction(step, config.training) for step in range(2000)]
+    assert draws[:3] == [schedules.drop_fraction(step, config.training) for step in range(3)]
+    assert 0.2 <= min(draws) < 0.21 and 0.59 < max(draws) < 0.6
+    assert np.mean(draws) == pytest.approx(0.4, abs=0.01) and np.std(draws) == pytest.approx(0.4 / 12**0.5, abs=0.01)
+    config.training.seed = 1
+    assert schedules.drop_fraction(0, config.training) != draws[0]
 
 
 def test_when_multi_budget_training_starts():

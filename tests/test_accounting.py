@@ -1,0 +1,105 @@
+"""The account of a sampling run: each image's cost from its own counts, and sums that add up."""
+
+import numpy as np
+import pytest
+import torch
+
+from config import config_from_dict
+from evaluation import charts, flops
+from evaluation.accounting import (
+    Kept,
+    Seconds,
+    image_flops,
+    image_tflop,
+    read_records,
+    report,
+    save_record,
+    save_summary,
+    stack_kept,
+    summarise,
+)
+
+CONFIG = config_from_dict({"data": {"image_size": 64, "num_classes": 3}})  # 64 tokens
+TIMESTEPS = [900, 500, 100]
+
+
+def run(images=6) -> list[Kept]:
+    """Counts of some images; the unconditional branch is computed in the middle step only."""
+    counts = torch.randint(2, 65, (4, images))
+    return [Kept(900, counts[0], None), Kept(500, counts[1], counts[3]), Kept(100, counts[2], None)]
+
+
+def one_pass(count: int) -> float:
+    return sum(flops.forward_flops(CONFIG, flops.Kept(count, count**2)).values())
+
+
+def account(kept: list[Kept]) -> dict:
+    labels = [0, 2, 2, 0, 2, 2]
+    return summarise(CONFIG, flops.STABLE_DIFFUSION, TIMESTEPS, stack_kept(kept), labels, ["a", "b", "c"], Seconds(3.0, 0.6))
+
+
+def test_cost_of_each_image():
+    kept = run()
+    want = [
+        sum(one_pass(int(counts[k])) for step in kept for counts in step[1:] if counts is not None) / 1e12 for k in range(6)
+    ]
+    np.testing.assert_allclose(image_tflop(CONFIG, kept), want, rtol=1e-12)
+
+
+def test_a_branch_without_steps_is_absent():
+    counts = stack_kept(run())
+    assert (counts[:, [0, 2], 1] == 0).all() and (counts[:, 1, 1] > 0).all()
+    assert list(image_flops(CONFIG, counts)) == ["conditional", "unconditional"]
+    assert list(image_flops(CONFIG, counts[:, [0, 2]])) == ["conditional"]
+
+
+def test_summary():
+    kept = run()
+    summary = account(kept)
+    cost = image_tflop(CONFIG, kept)
+    assert summary["tflop_per_image"] == pytest.approx(
+        {"mean": cost.mean(), "std": cost.std(), "min": cost.min(), "max": cost.max()}
+    )
+    for split in ("tflop_by_branch", "tflop_by_component"):
+        assert sum(summary[split].values()) == pytest.approx(cost.mean())
+    assert summary["tflop_decoding"] * 1e12 == sum(flops.decoder_flops(flops.STABLE_DIFFUSION, 8).values())
+    assert summary["seconds_per_image"] == pytest.approx({"denoising": 0.5, "decoding": 0.1})
+    assert [(row["t"], row["unconditional"] is None) for row in summary["kept_by_step"]] == [
+        (900, True),
+        (500, False),
+        (100, True),
+    ]
+    middle = kept[1].conditional.double()
+    assert summary["kept_by_step"][1]["conditional"]["mean"] == pytest.approx(middle.mean().item())
+    assert summary["kept_by_step"][1]["conditional"]["std"] == pytest.approx(middle.std(correction=0).item())
+    rows = {row["name"]: row for row in summary["kept_by_class"]}
+    assert {name: row["images"] for name, row in rows.items()} == {"a": 2, "c": 4}
+    share = torch.stack([step.conditional for step in kept]).double().mean(0) / 64
+    assert rows["a"]["share"]["mean"] == pytest.approx(share[[0, 3]].mean().item())
+    text = report(summary)
+    assert "unconditional branch" in text and "in 1 steps" in text and "6 images, 0.60 s each" in text
+
+
+def test_records_of_batches_make_the_whole(tmp_path):
+    whole = run()
+    parts = [
+        [Kept(t, *(x if x is None else x[part] for x in counts)) for t, *counts in whole] for part in (slice(4), slice(4, 6))
+    ]
+    for k, part in enumerate(parts):
+        save_record(part, Seconds(1.0 + k, 0.5), tmp_path / f"{k}.npz")
+    timesteps, counts, seconds = read_records([tmp_path / "0.npz", tmp_path / "1.npz"])
+    assert timesteps == TIMESTEPS and np.array_equal(counts, stack_kept(whole)) and seconds == Seconds(3.0, 1.0)
+
+
+def test_pictures(tmp_path, capsys):
+    """Drawn from the file alone, also for a run without guidance and with many classes."""
+    save_summary(account(run()), tmp_path / "summary.json")
+    charts.main([str(tmp_path / "summary.json")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*charts.PICTURES, "summary.json"])
+    counts = np.random.default_rng(0).integers(2, 65, (100, 3, 1))
+    counts = np.concatenate([counts, 0 * counts], 2)
+    summary = summarise(CONFIG, flops.STABLE_DIFFUSION, TIMESTEPS, counts, range(100), None, Seconds(1, 1))
+    save_summary(summary, tmp_path / "many" / "summary.json")
+    charts.main([str(tmp_path / "many" / "summary.json"), "--output", str(tmp_path / "pictures")])
+    for name in charts.PICTURES:
+        assert (tmp_path / "pictures" / name).read_bytes() != (tmp_path / name).read_bytes()
