@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import config_from_dict, load_config
@@ -92,9 +93,9 @@ def test_fewer_tokens_cost_less_in_the_transformer_only():
 
 @pytest.mark.parametrize("size", TABLE)
 def test_every_component_of_the_paper_sizes_against_the_counter(size):
-    """On the meta device, so that no weights exist; attention is what the counter finds beside its linear layers."""
+    """With fake tensors, so that no weights exist; attention is what the counter finds beside its linear layers."""
     config, batch, tokens = load_config(CONFIGS / f"DCDiT-{size}-N4.yaml"), 2, 256
-    with torch.device("meta"):
+    with FakeTensorMode():
         model = build_model(config)
         arguments = torch.empty(batch, 4, 32, 32), torch.empty(batch), torch.empty(batch, dtype=torch.int64)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
