@@ -67,7 +67,9 @@ def compare(run: Run, steps: int, sampler: str):
         options = SamplingOptions(guidance, None, steps, sampler, seed, tail_dropping_fraction=dropped)
         return draw(run, label, options)
 
-    def update(label: int, seed: float, guidance: float, dropped: float):
+    def update(label: int, seed: float | None, guidance: float | None, dropped: float | None):
+        if None in (seed, guidance, dropped):  # a field is empty while its number is being typed
+            return import_gradio().skip()
         cheap, full = (sample(label, int(seed), guidance, fraction) for fraction in (dropped, 0.0))
         costs = [f"{each.tflop:.4g} TFLOP, {each.kept:.1%} of the tokens kept" for each in (cheap, full)]
         return (

@@ -108,7 +108,7 @@ def pixels(browser, source: str) -> str:
 
 
 def test_the_slider_changes_picture_and_cost(page, browser):
-    """And nothing of the sample at full cost beside it."""
+    """And nothing of the sample at full cost beside it; another seed changes both."""
     browser.get(page)
     before = wait_for(lambda: look(browser))
     shown = {key: pixels(browser, before[key]) for key in ("image", "boundaries", "full_image")}
@@ -120,3 +120,5 @@ def test_the_slider_changes_picture_and_cost(page, browser):
     assert after["full_cost"] == before["full_cost"]
     wait_for(lambda: pixels(browser, look(browser)["image"]) != shown["image"])
     assert pixels(browser, look(browser)["full_image"]) == shown["full_image"]
+    browser.find_element("css selector", "#seed input").send_keys("\ue0033")  # Backspace: for a moment there is no seed
+    wait_for(lambda: pixels(browser, look(browser)["full_image"]) != shown["full_image"])
