@@ -1,0 +1,181 @@
+"""Features of images in files, and the comparison of two sides.
+
+Features are computed in chunks, and each chunk is a file: processes share the work by writing different ones, an interrupted
+run finds what is done, and no result depends on the number of processes.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from config import UserError
+from data.files import write_file
+from data.streams import rng
+from evaluation import metrics
+from evaluation.extractors import Inception, Outputs, Scripted, Timm
+from evaluation.image_sets import FolderImages, NpzImages, Source
+from evaluation.metrics import Gaussian, Moments
+
+Extractor = Inception | Scripted | Timm
+CHUNK = 256  # images per file
+BATCH = 64  # images per call of the extractor, as in the ADM suite
+PR_REFERENCE_IMAGES = 10_000  # precision and recall compare with this many at most, as in the ADM suite
+
+
+class Chunks:
+    """`folder/NNNNN.npz`, each with the same arrays for `size` consecutive rows of `count`."""
+
+    def __init__(self, folder: Path, count: int, size: int):
+        self.folder, self.count, self.size = folder, count, size
+        self.ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def path(self, chunk: int) -> Path:
+        return self.folder / f"{chunk:05d}.npz"
+
+    def missing(self, rank: int, world: int) -> list[int]:
+        """Chunks that this process has to make."""
+        return [chunk for chunk in range(len(self.ranges))[rank::world] if not self.path(chunk).exists()]
+
+    def write(self, chunk: int, arrays: dict[str, np.ndarray]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_file(self.path(chunk), lambda stream: np.savez(stream, **arrays), durable=False)
+
+    def has(self, name: str) -> bool:
+        with np.load(self.path(0), allow_pickle=False) as arrays:
+            return name in arrays.files
+
+    def parts(self, name: str):
+        for chunk in range(len(self.ranges)):
+            with np.load(self.path(chunk), allow_pickle=False) as arrays:
+                yield arrays[name]
+
+    def read(self, name: str) -> np.ndarray:
+        return np.concatenate(list(self.parts(name)))
+
+    def gaussian(self, name: str) -> Gaussian:
+        """Mean and covariance of all rows, one chunk in memory at a time."""
+        moments = None
+        for rows in self.parts(name):
+            moments = moments or Moments(rows.shape[1])
+            moments.add(rows)
+        return moments.gaussian()
+
+
+def as_arrays(batches: list[Outputs]) -> dict[str, np.ndarray]:
+    """Outputs of consecutive batches as arrays (n, ...), without what the extractor does not give."""
+    columns = {name: [getattr(batch, name) for batch in batches] for name in Outputs._fields}
+    return {name: torch.cat(values).cpu().numpy() for name, values in columns.items() if values[0] is not None}
+
+
+def extract(images: FolderImages | NpzImages, extractor: Extractor, cache: Path, rank: int = 0, world: int = 1) -> Chunks:
+    """Features of all images, in a folder of `cache` named by the content of images and extractor. Collective."""
+    folder = cache / f"{images.digest()[:32]}-{extractor.name.replace(':', '-')[:48]}"
+    chunks = Chunks(folder, len(images), CHUNK)
+    todo = chunks.missing(rank, world)
+    with tqdm(total=sum(len(chunks.ranges[c]) for c in todo), unit="img", disable=rank > 0, desc="features") as bar:
+        for chunk in todo:
+            pixels = torch.from_numpy(images.read(chunks.ranges[chunk]).copy()).permute(0, 3, 1, 2).contiguous()
+            batches = []
+            for batch in pixels.split(BATCH):
+                batches.append(extractor(batch.to(extractor.device)))
+                bar.update(len(batch))
+            chunks.write(chunk, as_arrays(batches))
+    if world > 1:
+        dist.barrier()
+    return chunks
+
+
+class Measured(NamedTuple):
+    """One side of a comparison: features image by image, or stored statistics, or both (which then come first, as in ADM)."""
+
+    name: str
+    chunks: Chunks | None
+    stored: dict[str, Gaussian]
+    labels: np.ndarray | None
+    size: tuple[int, int] | None  # (height, width) where it is known
+
+    def gaussian(self, kind: str) -> Gaussian | None:
+        """Of "features" or "spatial"; None where the side does not have it."""
+        if kind in self.stored:
+            return self.stored[kind]
+        return self.chunks.gaussian(kind) if self.chunks is not None and self.chunks.has(kind) else None
+
+
+def check_source(source: Source, extractor: Extractor) -> None:
+    """Refuse statistics that another extractor made, before any work."""
+    stored = source.inception if extractor.is_inception else source.other
+    made_with = source.meta.get("extractor")
+    if made_with and made_with != extractor.name:
+        raise UserError(
+            f"'{source.path}': was made with the features {made_with[:24]}, not {extractor.name[:24]}; make it again with the "
+            "same --features"
+        )
+    if source.images is None and not stored:
+        raise UserError(f"'{source.path}': holds statistics of other features only; give its images")
+    for mean, _, _ in stored.values():
+        if extractor.is_inception and len(mean) not in (2048, 2023):
+            raise UserError(f"'{source.path}': mu has {len(mean)} values, but Inception gives 2048 and 2023")
+    if source.images is not None and len(source.images) <= metrics.NEIGHBOURS:
+        raise UserError(f"'{source.path}': {len(source.images)} images are too few; give at least {metrics.NEIGHBOURS + 1}")
+
+
+def measure_source(source: Source, extractor: Extractor, cache: Path, rank: int = 0, world: int = 1) -> Measured:
+    """Features and statistics of one side. Collective."""
+    stored = source.inception if extractor.is_inception else source.other
+    chunks = extract(source.images, extractor, cache, rank, world) if source.images is not None else None
+    labels, size = (source.images.labels, source.images.size) if source.images is not None else (None, None)
+    return Measured(str(source.path), chunks, stored, labels, size)
+
+
+def check_sizes(samples: tuple[int, int] | None, reference: tuple[int, int] | None) -> None:
+    if samples and reference and tuple(samples) != tuple(reference):
+        raise UserError(
+            f"the samples are {samples[0]} x {samples[1]} pixels and the reference's images {reference[0]} x {reference[1]}; "
+            "compare images of one size"
+        )
+
+
+def compare(samples: Measured, reference: Measured, extractor: Extractor) -> dict[str, float]:
+    """Every metric that the two sides and the extractor allow.
+
+    Keys: `fid`, `sfid`, `inception_score` of Inception, `frechet_distance` of any other extractor; `precision`, `recall`;
+    `class_accuracy` where the samples have labels and the extractor is a classifier.
+    """
+    found = {}
+    for kind, name in (("features", "fid" if extractor.is_inception else "frechet_distance"), ("spatial", "sfid")):
+        ours, theirs = samples.gaussian(kind), reference.gaussian(kind)
+        if ours is not None and theirs is not None:
+            found[name] = metrics.frechet_distance(ours, theirs)
+    if samples.chunks is None:
+        return found
+    if samples.chunks.has("logits"):
+        logits = samples.chunks.read("logits")
+        if extractor.is_inception:
+            found["inception_score"] = metrics.inception_score(logits)
+        elif samples.labels is not None and samples.labels.max() < logits.shape[1]:
+            found["class_accuracy"] = metrics.class_accuracy(logits, samples.labels)
+    if reference.chunks is not None:
+        known = reference.chunks.read("features")
+        if len(known) > PR_REFERENCE_IMAGES:
+            known = known[np.sort(rng(0, "precision and recall").permutation(len(known))[:PR_REFERENCE_IMAGES])]
+        device = extractor.device if extractor.device.type == "cuda" else "cpu"  # MPS has no float64
+        pair = metrics.precision_recall(known, samples.chunks.read("features"), device)
+        found["precision"], found["recall"] = pair
+    return found
+
+
+def rank_warnings(samples: Measured, reference: Measured) -> list[str]:
+    """A line per covariance that cannot have full rank."""
+    lines = []
+    for side in (samples, reference):
+        gaussian = side.gaussian("features")
+        if gaussian.count is not None and gaussian.count <= len(gaussian.mean):
+            lines.append(
+                f"warning: {side.name}: {gaussian.count} images give {len(gaussian.mean)} features a covariance of rank "
+                f"{gaussian.count - 1} at most; give at least {len(gaussian.mean) + 1} for comparable numbers"
+            )
+    return lines
