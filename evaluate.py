@@ -16,7 +16,7 @@ from config import UserError
 from data.files import write_file
 from evaluation.extractors import load_extractor
 from evaluation.image_sets import FolderImages, open_source
-from evaluation.measure import check_sizes, check_source, compare, extract, measure_source, rank_warnings
+from evaluation.measure import check_sizes, check_source, compare, extract, measure_source, rank_warning
 from evaluation.reference import write_reference
 
 LABELS = {
@@ -79,19 +79,16 @@ def evaluate(args: argparse.Namespace) -> None:
     samples, reference = (measure_source(s, extractor, args.cache, processes.rank, processes.world) for s in sources)
     if processes.rank > 0:
         return
-    for line in rank_warnings(samples, reference):
-        print(line)
+    for side in (samples, reference):
+        if warning := rank_warning(side.name, side.count, side.width):
+            print(warning)
     found = compare(samples, reference, extractor)
     note = {"samples": str(args.samples), "reference": str(args.reference), "features": extractor.name}
-    counts = {"num_samples": count(samples), "num_reference": count(reference)}
+    counts = {"num_samples": samples.count, "num_reference": reference.count}
     output.parent.mkdir(parents=True, exist_ok=True)
     write_file(output, lambda stream: stream.write(json.dumps({**found, **counts, **note}, indent=1).encode()))
     print("\n".join(f"{LABELS[name]:<18}{value:12.4f}" for name, value in found.items()))
     print(f"{counts['num_samples']} samples, reference of {counts['num_reference'] or 'an unknown number of'} images; {output}")
-
-
-def count(side) -> int | None:
-    return side.gaussian("features").count
 
 
 def beside(samples: Path) -> Path:

@@ -128,6 +128,15 @@ class Source(NamedTuple):
     other: dict[str, Gaussian]  # stored statistics of another extractor
     meta: dict  # what --make-reference noted: extractor, images, image_size
 
+    def stored(self, extractor: str) -> dict[str, Gaussian]:
+        """Statistics of this kind of extractor."""
+        return self.inception if extractor.startswith("inception:") else self.other
+
+    def count(self, extractor: str) -> int | None:
+        """Images behind the statistics, where it is known."""
+        stored = self.stored(extractor)
+        return stored["features"].count if "features" in stored else len(self.images)
+
 
 def open_source(path: str | Path) -> Source:
     """Open what SAMPLES or REFERENCE names.

@@ -5,7 +5,6 @@ run finds what is done, and no result depends on the number of processes.
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -89,25 +88,40 @@ def extract(images: FolderImages | NpzImages, extractor: Extractor, cache: Path,
     return chunks
 
 
-class Measured(NamedTuple):
-    """One side of a comparison: features image by image, or stored statistics, or both (which then come first, as in ADM)."""
+class Measured:
+    """One side of a comparison: features image by image, or stored statistics, or both (which then come first, as in ADM).
 
-    name: str
-    chunks: Chunks | None
-    stored: dict[str, Gaussian]
-    labels: np.ndarray | None
-    size: tuple[int, int] | None  # (height, width) where it is known
+    Args:
+        name: for messages.
+        chunks: features of the images, or None.
+        stored: statistics by kind, "features" or "spatial".
+        labels: class of each image (N,), or None.
+    """
+
+    def __init__(self, name: str, chunks: Chunks | None, stored: dict[str, Gaussian], labels: np.ndarray | None):
+        self.name, self.chunks, self.labels = name, chunks, labels
+        self.gaussians = dict(stored)
 
     def gaussian(self, kind: str) -> Gaussian | None:
-        """Of "features" or "spatial"; None where the side does not have it."""
-        if kind in self.stored:
-            return self.stored[kind]
-        return self.chunks.gaussian(kind) if self.chunks is not None and self.chunks.has(kind) else None
+        """Computed once; None where the side does not have this kind."""
+        if kind not in self.gaussians and self.chunks is not None and self.chunks.has(kind):
+            self.gaussians[kind] = self.chunks.gaussian(kind)
+        return self.gaussians.get(kind)
+
+    @property
+    def count(self) -> int | None:
+        """Images behind the statistics, where it is known."""
+        return self.gaussian("features").count
+
+    @property
+    def width(self) -> int:
+        """Features per image."""
+        return len(self.gaussian("features").mean)
 
 
 def check_source(source: Source, extractor: Extractor) -> None:
     """Refuse statistics that another extractor made, before any work."""
-    stored = source.inception if extractor.is_inception else source.other
+    stored = source.stored(extractor.name)
     made_with = source.meta.get("extractor")
     if made_with and made_with != extractor.name:
         raise UserError(
@@ -125,10 +139,9 @@ def check_source(source: Source, extractor: Extractor) -> None:
 
 def measure_source(source: Source, extractor: Extractor, cache: Path, rank: int = 0, world: int = 1) -> Measured:
     """Features and statistics of one side. Collective."""
-    stored = source.inception if extractor.is_inception else source.other
+    stored = source.stored(extractor.name)
     chunks = extract(source.images, extractor, cache, rank, world) if source.images is not None else None
-    labels, size = (source.images.labels, source.images.size) if source.images is not None else (None, None)
-    return Measured(str(source.path), chunks, stored, labels, size)
+    return Measured(str(source.path), chunks, stored, source.images.labels if source.images is not None else None)
 
 
 def check_sizes(samples: tuple[int, int] | None, reference: tuple[int, int] | None) -> None:
@@ -168,14 +181,11 @@ def compare(samples: Measured, reference: Measured, extractor: Extractor) -> dic
     return found
 
 
-def rank_warnings(samples: Measured, reference: Measured) -> list[str]:
-    """A line per covariance that cannot have full rank."""
-    lines = []
-    for side in (samples, reference):
-        gaussian = side.gaussian("features")
-        if gaussian.count is not None and gaussian.count <= len(gaussian.mean):
-            lines.append(
-                f"warning: {side.name}: {gaussian.count} images give {len(gaussian.mean)} features a covariance of rank "
-                f"{gaussian.count - 1} at most; give at least {len(gaussian.mean) + 1} for comparable numbers"
-            )
-    return lines
+def rank_warning(name: str, count: int | None, width: int) -> str | None:
+    """A line where `count` images cannot give `width` features a covariance of full rank."""
+    if count is None or count > width:
+        return None
+    return (
+        f"warning: {name}: {count} images give {width} features a covariance of rank {count - 1} at most; distances are "
+        f"comparable only between sets of this size; give {width + 1} or more"
+    )

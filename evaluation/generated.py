@@ -1,0 +1,61 @@
+"""A trained model measured directly: samples are generated, turned into features and forgotten, batch by batch."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import Config
+from evaluation import flops
+from evaluation.generate import Batch, Kept, Run, SamplingOptions, generate
+from evaluation.measure import Chunks, Extractor, as_arrays
+
+
+def image_tflop(config: Config, kept: list[Kept]) -> np.ndarray:
+    """Cost of the denoiser per image over all steps and branches, (B,)."""
+    total = 0.0
+    for step in kept:
+        for counts in (step.conditional, step.unconditional):
+            if counts is not None:
+                counts = counts.cpu().double().numpy()
+                total = total + sum(flops.forward_flops(config, flops.Kept(counts, counts**2)).values())
+    return total / 1e12
+
+
+def measure_batch(run: Run, batch: Batch, extractor: Extractor) -> dict[str, np.ndarray]:
+    """What is kept of a batch, a row per image: features, cost in TFLOP and kept share of the conditional branch."""
+    share = torch.stack([step.conditional for step in batch.kept]).double().mean(0).cpu().numpy() / run.config.latent_size**2
+    outputs = extractor(batch.images.to(extractor.device))
+    return as_arrays([outputs]) | {"tflop": image_tflop(run.config, batch.kept), "kept": share}
+
+
+def measure_samples(
+    run: Run,
+    options: SamplingOptions,
+    labels: list[int],
+    extractor: Extractor,
+    folder: Path,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    title: str = "samples",
+) -> Chunks:
+    """Sample image i with labels[i] for all i and keep its features in `folder`, a file per batch.
+
+    Batches that have a file are not sampled again, and process `rank` of `world` makes its share. When all processes have
+    returned, the result is complete; it does not depend on their number.
+    """
+    chunks = Chunks(folder, len(labels), batch_size)
+    todo = chunks.missing(rank, world)
+    with tqdm(total=sum(len(chunks.ranges[c]) for c in todo), unit="img", disable=rank > 0, desc=title) as bar:
+        for chunk in todo:
+            index = list(chunks.ranges[chunk])
+            (batch,) = generate(run, index, [labels[i] for i in index], options, batch_size)
+            chunks.write(chunk, measure_batch(run, batch, extractor))
+            bar.update(len(index))
+    return chunks
+
+
+def mean_of(chunks: Chunks, name: str) -> float:
+    return float(chunks.read(name).mean())
