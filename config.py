@@ -110,12 +110,27 @@ class LoggingConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Evaluation of the EMA during training; see evaluation/in_training.py."""
+
+    every: int = 0  # optimizer steps; 0: none
+    num_samples: int = 2048
+    reference: str | None = None  # ADM .npz, folder of images, or what evaluate.py --make-reference wrote
+    features: str = "inception"  # or a TorchScript file, or the folder of a timm model
+    inception_weights: str | None = None  # file; null: torch-fidelity's download
+    cfg_scale: float = 1.0
+    num_sampling_steps: int = 50  # of DDIM
+    batch_size: int = 32  # per process
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     ckpt: str | None = None  # checkpoint to sample from when --ckpt is not given
 
     @property
@@ -369,6 +384,7 @@ def validate(config: Config) -> None:
     _positive(logging, "logging", "log_every", "ckpt_every")
     _at_least(logging, "logging", 0, "ckpt_keep", "sample_every")
     _at_least(logging, "logging", 1.0, "sample_cfg_scale")
+    _check_evaluation(config.evaluation)
 
 
 def validate_processes(config: Config, processes: int) -> int:
@@ -453,6 +469,15 @@ def _check_drop_fractions(key: str, fractions: list[float] | FractionRange) -> N
         _fraction(key, fraction)
     if isinstance(fractions, FractionRange) and fractions.min > fractions.max:
         raise UserError(f"{key}: min {fractions.min} is above max {fractions.max}; exchange them")
+
+
+def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    _at_least(evaluation, "evaluation", 0, "every")
+    _at_least(evaluation, "evaluation", 4, "num_samples")  # precision and recall look at the third neighbour
+    _at_least(evaluation, "evaluation", 1.0, "cfg_scale")
+    _positive(evaluation, "evaluation", "num_sampling_steps", "batch_size")
+    if evaluation.every and evaluation.reference is None:
+        raise UserError("evaluation.reference: is needed with evaluation.every; `evaluate.py --make-reference` writes one")
 
 
 def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:

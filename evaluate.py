@@ -71,7 +71,7 @@ def evaluate(args: argparse.Namespace) -> None:
     output = args.output or beside(Path(args.samples))
     cli.check_output("--output", output.parent)
     cli.check_output("--cache", args.cache)
-    check_sizes(*(source.images.size if source.images is not None else None for source in sources))
+    check_sizes(sources[0].size, sources[1].size)
     processes = cli.start_processes()
     extractor = load_extractor(args.features, args.inception_weights, processes.device)
     for source in sources:

@@ -23,6 +23,7 @@ from data.features import open_features
 from data.files import write_file
 from evaluation import flops
 from evaluation.generate import Run, SamplingOptions, generate_images
+from evaluation.in_training import Evaluation
 from evaluation.pictures import save_grid
 from models import build_model
 from models.attention import kernel_problem
@@ -31,7 +32,7 @@ from training.trainer import Trainer, total_steps
 
 # Keys that may change when a run goes on: they do not touch what was learned so far.
 MAY_CHANGE = ("training.epochs", "training.max_steps", "training.profile", "training.resume_from_ckpt", "data.num_workers",
-              "data.feature_path", "data.vae", "logging.", "ckpt")  # fmt: skip
+              "data.feature_path", "data.vae", "logging.", "evaluation.", "ckpt")  # fmt: skip
 
 # Keys that give the network its tensors.
 SHAPE = ("model.hnet.", "model.mlp_ratio", "training.learn_sigma", "training.class_dropout_prob", "data.image_size",
@@ -71,10 +72,13 @@ def main(argv: list[str] | None = None) -> bool:
     accelerator = make_accelerator(config)
     folder = folder or new_folder(config, accelerator)
     accelerator.project_configuration.set_directories(str(folder))
-    grids = sample_grids(config, store, folder, accelerator)
+    autoencoder = load_autoencoder(config, store, accelerator)
+    grids = sample_grids(config, autoencoder, folder, accelerator)
+    evaluation = make_evaluation(config, autoencoder, folder, accelerator)
     prepare_folder(folder, config, accelerator)
     start_trackers(accelerator, config, folder, args.same_wandb)
-    trainer = Trainer(config, accelerator, store, folder, state, flops_function(config), total_peak(accelerator), grids)
+    flops, peak = flops_function(config), total_peak(accelerator)
+    trainer = Trainer(config, accelerator, store, folder, state, flops, peak, grids, evaluation)
     report_start(trainer, config, store)
     finished = trainer.train()
     end = "finished" if finished else "stopped by a signal"
@@ -208,7 +212,21 @@ def total_peak(accelerator: Accelerator) -> float | None:
     return peak and peak * accelerator.num_processes
 
 
-def sample_grids(config: Config, store, folder: Path, accelerator: Accelerator):
+def load_autoencoder(config: Config, store, accelerator: Accelerator) -> Autoencoder | None:
+    """The decoder of samples, for runs that draw any."""
+    if not (config.logging.sample_every or config.evaluation.every):
+        return None
+    return Autoencoder.load(store.autoencoder["name"] if store.autoencoder else config.data.vae, accelerator.device)
+
+
+def make_evaluation(config: Config, autoencoder: Autoencoder, folder: Path, accelerator: Accelerator) -> Evaluation | None:
+    if not config.evaluation.every:
+        return None
+    bf16, folder = accelerator.mixed_precision == "bf16", folder / "evaluation"
+    return Evaluation(config, autoencoder, bf16, folder, accelerator.process_index, accelerator.num_processes)
+
+
+def sample_grids(config: Config, autoencoder: Autoencoder | None, folder: Path, accelerator: Accelerator):
     """A function that draws a grid of samples from the EMA with the main process; what it needs is checked at once."""
     options = SamplingOptions(
         cfg_scale=config.logging.sample_cfg_scale,
@@ -218,8 +236,6 @@ def sample_grids(config: Config, store, folder: Path, accelerator: Accelerator):
     )
     if config.logging.sample_every:
         options.check(config)
-        vae = store.autoencoder["name"] if store.autoencoder else config.data.vae
-        autoencoder = Autoencoder.load(vae, accelerator.device)
 
     def draw(model: torch.nn.Module, step: int) -> None:
         if accelerator.is_main_process:

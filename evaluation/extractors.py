@@ -62,7 +62,9 @@ class Inception:
         path = Path(weights) if weights else download(inception.URL_INCEPTION_V3)
         try:
             data = path.read_bytes()
-            torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # torch-fidelity's own load would run code
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of files that turn out to be something else
+                torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # torch-fidelity's own load would run code
             network = inception.FeatureExtractorInceptionV3("inception", ["2048"], io.BytesIO(data))
         except OSError as error:
             raise UserError(

@@ -128,6 +128,13 @@ class Source(NamedTuple):
     other: dict[str, Gaussian]  # stored statistics of another extractor
     meta: dict  # what --make-reference noted: extractor, images, image_size
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of the images, where it is known."""
+        if self.images is not None:
+            return tuple(self.images.size)
+        return (self.meta["image_size"],) * 2 if self.meta else None
+
     def stored(self, extractor: str) -> dict[str, Gaussian]:
         """Statistics of this kind of extractor."""
         return self.inception if extractor.startswith("inception:") else self.other

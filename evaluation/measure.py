@@ -145,7 +145,7 @@ def measure_source(source: Source, extractor: Extractor, cache: Path, rank: int 
 
 
 def check_sizes(samples: tuple[int, int] | None, reference: tuple[int, int] | None) -> None:
-    if samples and reference and tuple(samples) != tuple(reference):
+    if samples and reference and samples != reference:
         raise UserError(
             f"the samples are {samples[0]} x {samples[1]} pixels and the reference's images {reference[0]} x {reference[1]}; "
             "compare images of one size"

@@ -149,8 +149,7 @@ def check_runs(runs: dict[str, Run], source: Source) -> None:
             ours, theirs = getattr(run.config.data, key), getattr(first[1].config.data, key)
             if ours != theirs:
                 raise UserError(f"--ckpt '{ckpt}': has data.{key} {ours}, but '{first[0]}' has {theirs}; compare them apart")
-    size = source.images.size if source.images is not None else (source.meta["image_size"],) * 2 if source.meta else None
-    check_sizes((first[1].config.data.image_size,) * 2, size)
+    check_sizes((first[1].config.data.image_size,) * 2, source.size)
 
 
 def settings_of(args: argparse.Namespace, source: Source, config: Config, extractor: str) -> dict[str, str]:

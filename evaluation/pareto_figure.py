@@ -106,6 +106,8 @@ def draw(rows: list[dict[str, str]], path: Path) -> list[Comparison]:
         axis.set_title("without guidance" if float(scale) == 1 else f"guidance scale {float(scale):g}")
         axis.set_xlabel("TFLOP per image, all steps and branches")
         axis.set_ylabel(f"{METRICS[metric_of(rows)]} ({rows[0]['images']} images)")
+        axis.ticklabel_format(axis="x", scilimits=(-2, 4))
+        axis.margins(0.12)
         axis.legend(fontsize=7)
     save_figure(figure, path)
     return comparisons
@@ -119,7 +121,8 @@ def draw_curves(axis: Axes, curves: list[Curve]) -> None:
             style["linestyle"] = "--"
         axis.plot([m.cost for m in curve.marks], [m.metric for m in curve.marks], color=f"C{k}", label=curve.label, **style)
         for mark in curve.marks if not curve.static else []:
-            axis.annotate(f"−{mark.budget:.0%}", mark[:2], xytext=(4, 4), textcoords="offset points", color=f"C{k}", fontsize=7)
+            label = f"−{mark.budget:.0%}" if mark.budget else "all"
+            axis.annotate(label, mark[:2], xytext=(4, 4), textcoords="offset points", color=f"C{k}", fontsize=7)
 
 
 def annotate(axis: Axes, comparison: Comparison, curve: Curve, mark: Mark) -> None:

@@ -78,12 +78,16 @@ def kept_fractions(routing: Routing) -> dict[str, Tensor]:
 
 
 class RunLog:
-    """`log.txt` for people, `metrics.jsonl` for programs, and Accelerate's trackers. Only the main process writes."""
+    """`log.txt` for people, `metrics.jsonl` and `evaluation.jsonl` for programs, and Accelerate's trackers.
+
+    Only the main process writes.
+    """
 
     def __init__(self, folder: Path, accelerator: Accelerator, step: int):
         self.accelerator, self.folder = accelerator, folder
         if accelerator.is_main_process:
-            _truncate_metrics(folder / "metrics.jsonl", step)
+            for name in ("metrics.jsonl", "evaluation.jsonl"):
+                _truncate_metrics(folder / name, step)
 
     def line(self, text: str) -> None:
         """Append a time-stamped line to log.txt and print it above the progress bar."""
@@ -95,11 +99,20 @@ class RunLog:
 
     def metrics(self, step: int, scalars: dict[str, float]) -> None:
         """Write one row of scalars; values that depend on the clock go to the trackers and log.txt only."""
-        if self.accelerator.is_main_process:
-            timeless = {key: value for key, value in scalars.items() if not key.endswith(CLOCK)}
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **timeless}) + "\n")
+        timeless = {key: value for key, value in scalars.items() if not key.endswith(CLOCK)}
+        self._row("metrics.jsonl", step, timeless)
         self.accelerator.log({f"train/{key}": value for key, value in scalars.items()}, step=step)
+
+    def evaluation(self, step: int, scalars: dict[str, float]) -> None:
+        """Write one row of what samples of the EMA are like."""
+        self._row("evaluation.jsonl", step, scalars)
+        self.line(f"step {step:7d}: " + " ".join(f"{key}={value:.4g}" for key, value in scalars.items()))
+        self.accelerator.log({f"eval/{key}": value for key, value in scalars.items()}, step=step)
+
+    def _row(self, name: str, step: int, scalars: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **scalars}) + "\n")
 
 
 def _truncate_metrics(path: Path, step: int) -> None:

@@ -36,6 +36,7 @@ class Trainer:
         flops_per_image: of one forward pass, given mean and mean square of the kept tokens; only reported.
         peak_flops: of all devices together in this precision, per second; None where it is not known.
         draw_samples: called as (ema_model, step) on every process every `logging.sample_every` steps.
+        evaluate: likewise every `evaluation.every` steps; the main process gets scalars, which are logged.
     """
 
     def __init__(
@@ -48,9 +49,14 @@ class Trainer:
         flops_per_image: Callable[[float, float], float],
         peak_flops: float | None,
         draw_samples: Callable[[torch.nn.Module, int], None],
+        evaluate: Callable[[torch.nn.Module, int], dict[str, float]] | None = None,
     ):
         self.config, self.accelerator, self.store, self.folder = config, accelerator, store, folder
+<<<<<<< HEAD
         self.flops_per_image, self.peak_flops, self.draw_samples = flops_per_image, peak_flops, draw_samples
+=======
+        self.flops_per_image, self.draw_samples, self.evaluate = flops_per_image, draw_samples, evaluate
+>>>>>>> 2ca802d (Evaluation during training; tests of metrics and evaluate.py)
         validate_processes(config, accelerator.num_processes)
         self.diffusion = create_diffusion(
             config.diffusion.noise_schedule, config.diffusion.diffusion_steps, config.training.learn_sigma
@@ -101,6 +107,8 @@ class Trainer:
                     saved = self.save()
                 if logging.sample_every and self.step % logging.sample_every == 0:
                     self.draw_samples(self.ema.module, self.step)
+                if self.config.evaluation.every and self.step % self.config.evaluation.every == 0:
+                    self.log.evaluation(self.step, self.evaluate(self.ema.module, self.step))
         if saved != self.step:
             self.save()
         self.stop.restore()

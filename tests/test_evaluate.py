@@ -1,0 +1,331 @@
+"""evaluate.py as users run it: Inception and other extractors, .npz files and folders, processes, caches and refusals."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+
+import cli
+import evaluate
+from config import UserError
+from data.images import center_crop
+from evaluation import metrics
+from evaluation.extractors import Inception, load_extractor
+from evaluation.image_sets import open_source
+from evaluation.measure import Chunks
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+COUNT, SIZE = 300, 16  # two chunks of features
+
+
+class Tiny(torch.nn.Module):
+    """Features: mean and two corners of each colour; logits: the colours' means."""
+
+    def forward(self, images):
+        images = images.float()
+        means = images.mean((2, 3))
+        return torch.cat([means, images[:, :, 0, 0], images[:, :, -1, -1]], 1), means
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "default_device", lambda local_rank=0: CPU)
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """samples.npz (ADM, with labels), the same images as a folder, reference.npz, and the extractors tiny.pt and other.pt."""
+    folder, numbers = tmp_path_factory.mktemp("evaluate"), np.random.default_rng(0)
+    samples = numbers.integers(0, 256, (COUNT, SIZE, SIZE, 3), dtype=np.uint8)
+    labels = numbers.integers(0, 3, COUNT)
+    np.savez(folder / "samples.npz", samples, labels)
+    (folder / "samples").mkdir()
+    for i, image in enumerate(samples):
+        Image.fromarray(image).save(folder / "samples" / f"{i:06d}.png")
+    np.savez_compressed(folder / "reference.npz", arr_0=numbers.integers(0, 200, (280, SIZE, SIZE, 3), dtype=np.uint8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(Tiny(), torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)), folder / "tiny.pt")
+        torch.jit.save(torch.jit.script(torch.nn.Flatten()), folder / "other.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory) -> Path:
+    """Random weights with the names and shapes of the published file."""
+
+    class Unloaded(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict):
+            pass
+
+    nothing, file = io.BytesIO(), tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save({}, nothing)
+    nothing.seek(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = Unloaded("inception", ["2048"], nothing).state_dict()
+        for weight in state.values():
+            if weight.ndim == 4:  # large enough that images still differ in the last layer
+                weight.normal_(std=(2 / weight[0].numel()) ** 0.5)
+        torch.save(state, file)
+    return file
+
+
+def run(place: Path, *argv, cache="cache", features="tiny.pt") -> dict:
+    output = place / "numbers.json"
+    evaluate.main(
+        [*map(str, argv), "--features", str(place / features), "--cache", str(place / cache), "--output", str(output)]
+    )
+    return json.loads(output.read_text())
+
+
+def refusal(*argv) -> str:
+    with pytest.raises(UserError) as caught:
+        evaluate.main([str(part) for part in argv])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ extractors
+
+
+def test_inception_is_the_published_graph(inception_weights):
+    """Features, logits without bias, and channels 0 to 6 of mixed_6/conv in TensorFlow's order, each computed by hand."""
+    extractor = Inception(str(inception_weights), CPU)
+    images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
+    ours, net = extractor(images), extractor.network
+    assert ours.features.shape == (2, 2048) and ours.logits.shape == (2, 1008) and ours.spatial.shape == (2, 2023)
+    assert torch.equal(ours.logits, ours.features @ net.fc.weight.T)
+
+    seen = []
+    handle = net.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    again = extractor(images)
+    handle.remove()
+    x = seen[0]
+    assert x.shape == (2, 3, 299, 299) and x.min() >= -1 and x.max() <= 1
+    corner = images[:, :, 0, 0].float() / 128 - 1
+    assert torch.allclose(x[:, :, 0, 0], corner)  # TensorFlow 1: the first output pixel is the first input pixel
+    with torch.inference_mode():
+        for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3"):
+            x = getattr(net, name)(x)
+        for name in ("MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"):
+            x = getattr(net, name)(x)
+        branch = net.Mixed_6d.branch1x1
+        maps = branch.bn(F.conv2d(x, branch.conv.weight)).relu()  # (2, 192, 17, 17)
+    assert maps.shape[2:] == (17, 17)
+    assert torch.allclose(again.spatial.view(2, 17, 17, 7), maps[:, :7].permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_fid_by_the_whole_command(place, inception_weights, capsys):
+    """From ADM files to FID, sFID, IS, precision and recall, and a reference of our own that gives the same."""
+    numbers = np.random.default_rng(1)
+    for name, count in (("a", 6), ("b", 5)):
+        np.savez(place / f"{name}.npz", numbers.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
+    weights = ["--inception-weights", str(inception_weights), "--cache", str(place / "inception")]
+    evaluate.main([str(place / "a.npz"), str(place / "b.npz"), *weights])
+    found = json.loads((place / "a.evaluation.json").read_text())
+    assert {"fid", "sfid", "inception_score", "precision", "recall"} <= found.keys()
+    assert found["fid"] > 0 and found["sfid"] > 0 and found["inception_score"] >= 1
+    printed = capsys.readouterr().out
+    assert "warning" in printed and "rank 5 at most" in printed and "2048 features" in printed
+    assert f"FID{found['fid']:27.4f}" in printed
+
+
+def test_statistics_alone_are_a_reference(place, inception_weights, monkeypatch, capsys):
+    """The arrays of an ADM reference are taken as they are; what needs images is left out."""
+    numbers, seen = np.random.default_rng(2), []
+    np.savez(place / "four.npz", numbers.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
+    mu, sigma = numbers.standard_normal(2048), np.diag(numbers.random(2048))
+    np.savez(place / "statistics.npz", mu=mu, sigma=sigma)
+    monkeypatch.setattr(metrics, "frechet_distance", lambda a, b: seen.append((a, b)) or 7.0)  # at this size, seconds
+    weights = ["--inception-weights", str(inception_weights), "--cache", str(place / "inception")]
+    evaluate.main([str(place / "four.npz"), str(place / "statistics.npz"), *weights])
+    ((samples, reference),) = seen
+    assert np.array_equal(reference.mean, mu) and np.array_equal(reference.covariance, sigma)
+    assert samples.mean.shape == (2048,) and samples.count == 4
+    found = json.loads((place / "four.evaluation.json").read_text())
+    assert found.keys() & {"fid", "sfid", "precision", "recall", "inception_score"} == {"fid", "inception_score"}
+    assert found["num_reference"] is None and "an unknown number of images" in capsys.readouterr().out
+
+
+def test_inception_weights_that_are_missing_or_wrong(place, inception_weights, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    pair = [place / "samples.npz", place / "reference.npz", "--cache", place / "cache"]
+    assert URL_INCEPTION_V3 in refusal(*pair, "--inception-weights", tmp_path / "none.pth")
+    assert "does not hold the Inception weights" in refusal(*pair, "--inception-weights", place / "tiny.pt")
+    (tmp_path / "code.pth").write_bytes(b"cos\nsystem\n(S'false'\ntR.")  # a pickle that would call os.system
+    assert "does not hold the Inception weights" in refusal(*pair, "--inception-weights", tmp_path / "code.pth")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **kwargs: (tmp_path / "gone").read_bytes())  # offline
+    message = refusal(*pair)
+    assert URL_INCEPTION_V3 in message and "--inception-weights" in message
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    assert "pip install torch-fidelity" in refusal(*pair)
+
+
+def test_timm_folder(place, tmp_path):
+    """Features before the classifier, logits after it, with the preprocessing that the folder's configuration names."""
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    timm.models.save_for_hf(model, tmp_path / "timm", model_args={"num_classes": 5}, safe_serialization=True)
+    extractor = load_extractor(str(tmp_path / "timm"), None, CPU)
+    images = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8)
+    ours, settings = extractor(images), timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("mean", "std"))
+    resized = F.interpolate(images.float() / 255, settings["input_size"][1:], mode=settings["interpolation"], antialias=True)
+    with torch.no_grad():
+        assert torch.allclose(ours.logits, model((resized - mean) / std), atol=1e-5)
+        assert torch.allclose(ours.logits, model.fc(ours.features), atol=1e-5) and ours.spatial is None
+
+
+# -------------------------------------------------------------------------------------------------------------- commands
+
+
+def test_npz_and_folder_are_the_same_images(place, capsys):
+    npz = run(place, place / "samples.npz", place / "reference.npz")
+    folder = run(place, place / "samples", place / "reference.npz")
+    assert npz.keys() - folder.keys() == {"class_accuracy"}  # a flat folder has no labels
+    for name in ("frechet_distance", "precision", "recall"):
+        assert npz[name] == folder[name]
+    with np.load(place / "samples.npz") as arrays:
+        images, labels = arrays["arr_0"].astype(np.float32), arrays["arr_1"]
+    assert npz["class_accuracy"] == (images.mean((1, 2)).argmax(1) == labels).mean()
+    assert npz["num_samples"] == COUNT and npz["num_reference"] == 280
+    assert "Fréchet distance" in capsys.readouterr().out
+    same = run(place, place / "samples.npz", place / "samples")
+    assert abs(same["frechet_distance"]) < 1e-6 and same["precision"] == same["recall"] == 1
+
+
+def test_one_and_two_processes_give_the_same(place):
+    """The same numbers to the last digit, and a cache that holds the same features."""
+    one = run(place, place / "samples.npz", place / "reference.npz", cache="one")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py"]
+    command += [place / "samples.npz", place / "reference.npz", "--features", place / "tiny.pt", "--cache", place / "two"]
+    command += ["--output", place / "two.json"]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((place / "two.json").read_text()) == one
+    assert done.stdout.count("Fréchet distance") == 1
+    files = sorted(path.relative_to(place / "one") for path in (place / "one").rglob("*.npz"))
+    assert len(files) == 4 and files == sorted(path.relative_to(place / "two") for path in (place / "two").rglob("*.npz"))
+
+
+def test_features_are_cached_by_content(place, monkeypatch):
+    run(place, place / "samples.npz", place / "reference.npz", cache="known")
+    (place / "renamed.npz").write_bytes((place / "samples.npz").read_bytes())
+    calls, write = [], Chunks.write
+    monkeypatch.setattr(Chunks, "write", lambda self, chunk, arrays: (calls.append(chunk), write(self, chunk, arrays)))
+    run(place, place / "renamed.npz", place / "reference.npz", cache="known")
+    assert calls == []
+    lost = min(path for path in (place / "known").rglob("00001.npz"))
+    lost.unlink()  # as an interrupted run leaves it
+    run(place, place / "renamed.npz", place / "reference.npz", cache="known")
+    assert calls == [1]
+    images = np.load(place / "samples.npz")["arr_0"].copy()
+    images[0, 0, 0, 0] ^= 1
+    np.savez(place / "changed.npz", images)
+    run(place, place / "changed.npz", place / "reference.npz", cache="known")
+    assert calls == [1, 0, 1]
+
+
+def test_reference_of_ones_own_data(place, inception_weights, tmp_path, capsys):
+    """The training crop, and the arrays that the ADM suite reads; other features get other names, which it does not."""
+    images, cache = tmp_path / "images", ["--cache", str(tmp_path / "cache")]
+    for k, name in enumerate(("a/0.png", "a/1.jpg", "b/0.png", "b/sub/1.png")):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((50 + k, 60 - k), 40 + k).convert("RGB").save(images / name)
+    evaluate.main(["--make-reference", str(images), str(tmp_path / "own.npz"), "--image-size", "24",
+                   "--inception-weights", str(inception_weights), *cache])  # fmt: skip
+    assert "statistics of 4 images and 4 of the images" in capsys.readouterr().out
+    with np.load(tmp_path / "own.npz", allow_pickle=False) as file:
+        arrays = {name: file[name] for name in ("arr_0", "arr_1", "mu", "sigma", "mu_s", "sigma_s")}
+    assert arrays["arr_0"].shape == (4, 24, 24, 3) and arrays["arr_1"].tolist() == [0, 0, 1, 1]
+    for image, name in zip(arrays["arr_0"], ("a/0.png", "a/1.jpg", "b/0.png", "b/sub/1.png")):
+        assert np.array_equal(image, center_crop(Image.open(images / name).convert("RGB"), 24))
+    outputs = Inception(str(inception_weights), CPU)(torch.from_numpy(arrays["arr_0"]).permute(0, 3, 1, 2))
+    for suffix, features in (("", outputs.features), ("_s", outputs.spatial)):
+        features, scale = features.double().numpy(), features.square().mean().item()
+        assert np.abs(arrays["mu" + suffix] - features.mean(0)).max() < 1e-5 * scale**0.5
+        assert np.abs(arrays["sigma" + suffix] - np.cov(features, rowvar=False)).max() < 1e-5 * scale
+
+    evaluate.main(["--make-reference", str(images), str(tmp_path / "tiny.npz"), "--image-size", str(SIZE),
+                   "--features", str(place / "tiny.pt"), *cache])  # fmt: skip
+    with np.load(tmp_path / "tiny.npz", allow_pickle=False) as file:
+        assert "mu" not in file.files and file["feature_mu"].shape == (9,)
+    found = run(place, place / "samples.npz", tmp_path / "tiny.npz")
+    assert found["num_reference"] == 4 and found["frechet_distance"] > 0
+    other = ["--features", place / "other.pt", *cache]
+    assert "make it again with the same --features" in refusal(place / "samples.npz", tmp_path / "tiny.npz", *other)
+    assert "24 x 24" in refusal(place / "samples.npz", tmp_path / "own.npz", *other)
+
+
+# -------------------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_mistakes_are_one_line(place, tmp_path):
+    samples, reference = place / "samples.npz", place / "reference.npz"
+    tiny = ["--features", place / "tiny.pt", "--cache", tmp_path / "cache"]
+    np.savez(tmp_path / "large.npz", np.zeros((5, 24, 24, 3), np.uint8))
+    assert "16 x 16 pixels and the reference's images 24 x 24" in refusal(samples, tmp_path / "large.npz", *tiny)
+    np.savez(tmp_path / "floats.npz", np.zeros((5, 16, 16, 3)))
+    assert "arr_0 is float64" in refusal(tmp_path / "floats.npz", reference, *tiny)
+    np.savez(tmp_path / "first.npz", np.zeros((5, 3, 16, 16), np.uint8))
+    assert "(N, H, W, 3)" in refusal(tmp_path / "first.npz", reference, *tiny)
+    np.savez(tmp_path / "few.npz", np.zeros((3, 16, 16, 3), np.uint8))
+    assert "3 images are too few" in refusal(tmp_path / "few.npz", reference, *tiny)
+    np.savez(tmp_path / "none.npz", x=np.zeros(3))
+    assert "neither images" in refusal(tmp_path / "none.npz", reference, *tiny)
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
+    assert "do not belong together" in refusal(samples, tmp_path / "odd.npz", *tiny)
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.zeros((3, 3)))
+    assert "other features" in refusal(samples, tmp_path / "stats.npz", *tiny)
+    assert "does not exist" in refusal(samples, tmp_path / "nothing.npz", *tiny)
+    (tmp_path / "text.npz").write_text("no archive")
+    assert "not a readable .npz" in refusal(tmp_path / "text.npz", reference, *tiny)
+    (tmp_path / "mixed").mkdir()
+    for name, side in (("a", 16), ("b", 17)):
+        Image.new("RGB", (side, 16)).save(tmp_path / "mixed" / f"{name}.png")
+    assert "mixes image sizes" in refusal(tmp_path / "mixed", reference, *tiny)
+    assert "is neither" in refusal(samples, reference, "--features", tmp_path / "nowhere")
+    assert "not a TorchScript file" in refusal(samples, reference, "--features", samples)
+    assert "--image-size" in refusal("--make-reference", place / "samples", tmp_path / "x.npz")
+    assert "SAMPLES and REFERENCE" in refusal(samples)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    """An object array would run code when unpickled; it is refused wherever it stands."""
+
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    for name in ("arr_0", "mu"):
+        arrays = {"arr_0": np.zeros((5, 16, 16, 3), np.uint8), "mu": np.zeros(3), "sigma": np.zeros((3, 3))}
+        arrays[name] = np.array([Payload()], dtype=object)
+        np.savez(tmp_path / "evil.npz", **arrays)
+        with pytest.raises(UserError):
+            open_source(tmp_path / "evil.npz")
+        assert not (tmp_path / "executed").exists()
+
+
+def test_a_file_that_ends_early(place, tmp_path):
+    """The archive is whole, the array in it is not."""
+    with zipfile.ZipFile(tmp_path / "cut.npz", "w") as archive, zipfile.ZipFile(place / "samples.npz") as whole:
+        archive.writestr("arr_0.npy", whole.read("arr_0.npy")[:-1000])
+    pair = [tmp_path / "cut.npz", place / "reference.npz", "--features", place / "tiny.pt", "--cache", tmp_path / "cache"]
+    assert "ends before image" in refusal(*pair)
