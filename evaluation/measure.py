@@ -4,6 +4,7 @@ Features are computed in chunks, and each chunk is a file: processes share the w
 run finds what is done, and no result depends on the number of processes.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,12 @@ def extract(images: FolderImages | NpzImages, extractor: Extractor, cache: Path,
     todo = chunks.missing(rank, world)
     with tqdm(total=sum(len(chunks.ranges[c]) for c in todo), unit="img", disable=rank > 0, desc="features") as bar:
         for chunk in todo:
-            pixels = torch.from_numpy(images.read(chunks.ranges[chunk]).copy()).permute(0, 3, 1, 2).contiguous()
+            try:
+                pixels = torch.from_numpy(images.read(chunks.ranges[chunk]).copy()).permute(0, 3, 1, 2).contiguous()
+            except UserError as error:
+                if rank > 0:
+                    tqdm.write(f"error: {error}", file=sys.stderr)  # cli.run reports what the first process finds only
+                raise
             batches = []
             for batch in pixels.split(BATCH):
                 batches.append(extractor(batch.to(extractor.device)))
@@ -128,11 +134,11 @@ def check_source(source: Source, extractor: Extractor) -> None:
             f"'{source.path}': was made with the features {made_with[:24]}, not {extractor.name[:24]}; make it again with the "
             "same --features"
         )
-    if source.images is None and not stored:
+    if source.images is None and "features" not in stored:
         raise UserError(f"'{source.path}': holds statistics of other features only; give its images")
-    for mean, _, _ in stored.values():
-        if extractor.is_inception and len(mean) not in (2048, 2023):
-            raise UserError(f"'{source.path}': mu has {len(mean)} values, but Inception gives 2048 and 2023")
+    for kind, width in (("features", 2048), ("spatial", 2023)):
+        if extractor.is_inception and kind in stored and len(stored[kind].mean) != width:
+            raise UserError(f"'{source.path}': {kind} have {len(stored[kind].mean)} values, but Inception gives {width}")
     if source.images is not None and len(source.images) <= metrics.NEIGHBOURS:
         raise UserError(f"'{source.path}': {len(source.images)} images are too few; give at least {metrics.NEIGHBOURS + 1}")
 

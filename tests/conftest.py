@@ -1,5 +1,6 @@
-"""Fixtures shared by the tests: a tiny autoencoder in diffusers format, a tiny folder of images, and a run's configuration."""
+"""Fixtures shared by the tests: a tiny autoencoder, folder of images, feature extractor and configuration of a run."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,25 @@ def tiny_images(tmp_path_factory) -> Path:
         file.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels.integers(0, 256, (40, 52, 3), dtype=np.uint8)).save(file)
     return folder
+
+
+class TinyExtractor(torch.nn.Module):
+    """Features: mean and two corners of each colour; logits: the colours' means."""
+
+    def forward(self, images):
+        images = images.float()
+        means = images.mean((2, 3))
+        return torch.cat([means, images[:, :, 0, 0], images[:, :, -1, -1]], 1), means
+
+
+@pytest.fixture(scope="session")
+def tiny_extractor(tmp_path_factory) -> Path:
+    """TorchScript file that gives 9 features and 3 logits of any image."""
+    file = tmp_path_factory.mktemp("extractor") / "tiny.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch prefers other formats by now
+        torch.jit.save(torch.jit.trace(TinyExtractor(), torch.zeros(2, 3, 16, 16, dtype=torch.uint8)), file)
+    return file
 
 
 TINY_CONFIG = """\

@@ -1,0 +1,256 @@
+"""Quality against cost, evaluation during training, and the small classifier, all on tiny models."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cli
+import train
+from config import UserError, load_config, to_dict
+from data import shapes
+from data.features import open_features
+from evaluation import classifier, generated, pareto
+from evaluation.extractors import load_extractor
+from evaluation.generate import SamplingOptions, draw_labels, generate, load_run
+from evaluation.generated import measure_samples
+from evaluation.metrics import Gaussian, frechet_distance
+from evaluation.pareto_figure import Curve, Mark, compare_curves, read_curves
+from models import build_model
+from training.checkpoint import save_checkpoint
+
+CPU = torch.device("cpu")
+SAMPLES, STEPS = 6, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_one_thread_of_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "default_device", lambda local_rank=0: CPU)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tiny_config, tmp_path_factory) -> Path:
+    """a.pt and b.pt of the tiny configuration, large.pt of larger images, and reference.npz."""
+    folder = tmp_path_factory.mktemp("pareto")
+    for step, (name, size) in enumerate((("a", 32), ("b", 32), ("large", 64)), 1):
+        config = load_config(tiny_config, [f"data.image_size={size}", f"model.name={name}"])
+        torch.manual_seed(step)
+        model = build_model(config)
+        for tensor in model.parameters():
+            tensor.data += 0.05 * torch.randn_like(tensor)  # zero initialisation would make all models equal
+        model.router.residual_scorer[-1].bias.data.fill_(20.0)  # keeps all 64 tokens, so that budgets have what to drop
+        weights = model.state_dict()
+        store = open_features(config.data.feature_path, 32)
+        state = {"step": step, "config": to_dict(config), "model": weights, "ema": weights, "optimizer": {}}
+        save_checkpoint(folder, state | {"autoencoder": store.autoencoder, "class_names": store.class_names}, keep=0)
+        (folder / f"{step:07d}.pt").rename(folder / f"{name}.pt")
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(folder / "reference.npz", images)
+    return folder
+
+
+def arguments(place: Path, output: Path, extractor: Path, *more) -> list[str]:
+    fixed = ["--reference", place / "reference.npz", "--features", extractor, "--num-samples", SAMPLES, "--output", output]
+    fixed += ["--num-sampling-steps", STEPS, "--batch-size", 4]
+    return [str(part) for part in (*fixed, *more)]
+
+
+def read(output: Path) -> list[dict[str, str]]:
+    with open(output / "pareto.csv", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_table_of_points(place, tiny_extractor, tmp_path, monkeypatch, capsys):
+    """Every budget, scale and Lite-CFG of both checkpoints; the same call again samples nothing; more budgets add rows."""
+    models = ["--ckpt", place / "a.pt", "--ckpt", place / "b.pt", "--cfg-scale", "1,2", "--lite-cfg", "0.75"]
+    argv = arguments(place, tmp_path, tiny_extractor, *models, "--budgets", "0,0.5")
+    pareto.main(argv)
+    rows, printed = read(tmp_path), capsys.readouterr().out
+    points = [(row["name"], float(row["cfg_scale"]), float(row["budget"]), row["lite_cfg"]) for row in rows]
+    of_one = [(1, 0, ""), (1, 0.5, ""), (2, 0, ""), (2, 0.5, ""), (2, 0, "0.75"), (2, 0.5, "0.75")]
+    assert points == [(name, *point) for name in "ab" for point in of_one]
+    assert "the samples: 6 images give 9 features a covariance of rank 5 at most" in printed and "12 points" in printed
+    assert Image.open(tmp_path / "pareto.png").size[0] > 600  # two panels
+    assert {path.name for path in tmp_path.iterdir()} == {"pareto.csv", "pareto.png", "reference"}
+
+    for whole, half in zip(rows[0::2], rows[1::2]):
+        assert float(half["tflop_per_image"]) < float(whole["tflop_per_image"])
+        assert float(half["kept_share"]) < float(whole["kept_share"])
+    cost = {point: float(row["tflop_per_image"]) for point, row in zip(points, rows)}
+    assert cost["a", 1, 0, ""] < cost["a", 2, 0, "0.75"] < cost["a", 2, 0, ""]
+    for row in rows:
+        assert (row["seed"], row["images"], row["steps"], row["reference_images"]) == ("0", "6", "2", "20")
+        assert 0 <= float(row["precision"]) <= 1 and 0 <= float(row["class_accuracy"]) <= 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generated, "generate", None)
+        pareto.main(argv)
+    assert read(tmp_path) == rows
+    table = (tmp_path / "pareto.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "pareto.csv").write_text("".join(table[:5] + table[6:]))  # without one point
+    pareto.main(arguments(place, tmp_path, tiny_extractor, *models, "--budgets", "0,0.25,0.5"))
+    again = read(tmp_path)
+    assert len(again) == 18 and all(row in again for row in rows)
+
+
+def test_a_point_is_what_sampling_and_comparing_give(place, tiny_extractor, tmp_path):
+    pareto.main(arguments(place, tmp_path, tiny_extractor, "--ckpt", place / "a.pt", "--cfg-scale", "2", "--budgets", "0.5"))
+    (row,) = read(tmp_path)
+    run = load_run(place / "a.pt")
+    labels = draw_labels(0, list(range(SAMPLES)), 3)
+    options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=STEPS, tail_dropping_fraction=0.5)
+    batches = list(generate(run, list(range(SAMPLES)), labels, options, batch_size=4))
+    images = torch.cat([batch.images for batch in batches]).numpy()
+    with np.load(place / "reference.npz") as arrays:
+        reference = arrays["arr_0"].transpose(0, 3, 1, 2)
+
+    def gaussian(x):
+        x = np.concatenate([x.astype(np.float32).mean((2, 3)), x[:, :, 0, 0], x[:, :, -1, -1]], axis=1)
+        return Gaussian(x.mean(0), np.cov(x, rowvar=False), len(x))
+
+    assert float(row["frechet_distance"]) == pytest.approx(frechet_distance(gaussian(images), gaussian(reference)), rel=1e-4)
+    accuracy = (images.astype(np.float32).mean((2, 3)).argmax(1) == labels).mean()
+    assert float(row["class_accuracy"]) == pytest.approx(accuracy)
+    kept = [torch.stack([step.conditional for step in batch.kept]).double().mean(0) / 64 for batch in batches]
+    assert float(row["kept_share"]) == pytest.approx(torch.cat(kept).mean().item())
+
+
+def test_samples_do_not_depend_on_the_processes(place, tiny_extractor, tmp_path):
+    run, extractor = load_run(place / "a.pt"), load_extractor(str(tiny_extractor), None, CPU)
+    options, labels = SamplingOptions(num_sampling_steps=STEPS), [0, 1, 2, 0, 1, 2, 0]
+    one = measure_samples(run, options, labels, extractor, tmp_path / "one", 2)
+    for rank in (1, 0):
+        two = measure_samples(run, options, labels, extractor, tmp_path / "two", 2, rank, 2)
+    assert len(one.ranges) == 4
+    for name in ("features", "logits", "tflop", "kept"):
+        assert np.array_equal(one.read(name), two.read(name)) and len(one.read(name)) == 7
+
+
+def test_what_cannot_be_compared_is_refused(place, tiny_extractor, tmp_path):
+    def refusal(*more, output=tmp_path / "new") -> str:
+        with pytest.raises(UserError) as caught:
+            pareto.main(arguments(place, output, tiny_extractor, *more))
+        return str(caught.value)
+
+    a, large = ["--ckpt", place / "a.pt"], ["--ckpt", place / "large.pt"]
+    assert "data.image_size 64" in refusal(*a, *large)
+    assert "64 x 64 pixels and the reference's images 32 x 32" in refusal(*large)
+    assert "--lite-cfg" in refusal(*a, "--lite-cfg", "0.5")
+    assert "--tail-dropping-fraction 1.0" in refusal(*a, "--budgets", "0,1")
+    assert "not a list of numbers" in refusal(*a, "--budgets", "many")
+    assert "--num-samples 3" in refusal(*a, "--num-samples", "3")
+    assert not (tmp_path / "new").exists()
+    pareto.main(arguments(place, tmp_path / "old", tiny_extractor, *a))
+    assert "holds points with seed 0 instead of 1" in refusal(*a, "--seed", "1", output=tmp_path / "old")
+    np.savez(place / "more.npz", np.zeros((21, 32, 32, 3), np.uint8))
+    message = refusal(*a, "--reference", place / "more.npz", output=tmp_path / "old")
+    assert "reference_images 20 instead of 21" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------- figure
+
+
+def test_curves_are_interpolated():
+    """By hand: a static model at (4, 10), and a curve that reaches 10 at cost 2.5 and 8 at cost 4."""
+    static = Curve("static", True, "", [Mark(4, 10, 0)])
+    ours = Curve("ours", False, "", [Mark(1, 16, 0.4), Mark(2, 12, 0.2), Mark(3, 8, 0.1), Mark(5, 8, 0)])
+    ((comparison, curve, mark),) = compare_curves([ours, static])
+    assert curve is ours and mark == static.marks[0]
+    assert comparison.saving == pytest.approx(1 - 2.5 / 4) and comparison.gain == pytest.approx(2)
+    assert "37.5% of the TFLOP saved" in str(comparison) and "2 gained" in str(comparison)
+    assert ours.metric_at(0.5) is None and ours.metric_at(6) is None and ours.cost_at(7) is None
+    assert ours.metric_at(3) == ours.metric_at(5) == 8
+
+
+def test_without_a_static_model_the_dearest_point_is_the_baseline():
+    rows = [
+        {"name": "m", "step": "5", "static": "False", "model": "x", "cfg_scale": "2.0", "budget": str(budget), "lite_cfg": lite,
+         "fid": str(fid), "tflop_per_image": str(cost)}
+        for lite, points in (("", [(0.0, 8, 10), (0.5, 6, 14)]), ("0.9", [(0.0, 5, 9), (0.5, 3, 13)]))
+        for budget, cost, fid in points
+    ]  # fmt: skip
+    full, lite = read_curves(rows, "2.0")
+    assert full.marks == [Mark(6, 14, 0.5), Mark(8, 10, 0)] and "Lite-CFG 90%" in lite.label
+    ((comparison, _, mark),) = compare_curves([full, lite])
+    assert mark == Mark(8, 10, 0) and comparison.saving == pytest.approx(1 - 4.5 / 8) and comparison.gain is None
+    assert read_curves(rows, "1.0") == []
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+
+def test_evaluation_during_training(tiny_config, tiny_extractor, place, tmp_path):
+    """Rows with quality, kept share and cost; training is untouched by it, and a resumed run repeats the rows."""
+    keys = {"every": 4, "reference": place / "reference.npz", "features": tiny_extractor, "num_samples": SAMPLES,
+            "num_sampling_steps": STEPS, "batch_size": 4, "cfg_scale": 2}  # fmt: skip
+    argv = ["--config", str(tiny_config), "--output", str(tmp_path / "run")]
+    for key, value in keys.items():
+        argv += ["--set", f"evaluation.{key}={value}"]
+    assert train.main(argv)
+    lines = (tmp_path / "run" / "evaluation.jsonl").read_text()
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert [row["step"] for row in rows] == [4, 8]
+    for row in rows:
+        assert {"frechet_distance", "precision", "recall", "class_accuracy", "kept", "tflop_per_image"} <= row.keys()
+        assert 0 < row["kept"] <= 1 and row["tflop_per_image"] > 0
+    assert rows[0]["frechet_distance"] != rows[1]["frechet_distance"]
+    assert [path.name for path in (tmp_path / "run" / "evaluation").iterdir()] == ["reference"]
+    assert "frechet_distance=" in (tmp_path / "run" / "log.txt").read_text()
+
+    train.main(["--config", str(tiny_config), "--output", str(tmp_path / "plain")])
+    assert (tmp_path / "plain" / "metrics.jsonl").read_text() == (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert not (tmp_path / "plain" / "evaluation.jsonl").exists()
+    for name in ("0000006.pt", "0000008.pt"):
+        (tmp_path / "run" / "checkpoints" / name).unlink()
+    assert train.main(argv)
+    assert (tmp_path / "run" / "evaluation.jsonl").read_text() == lines
+
+    run = load_run(tmp_path / "run" / "checkpoints" / "0000008.pt")  # the last row is that of the EMA in the last checkpoint
+    options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=STEPS, sampler="ddim")
+    labels = draw_labels(0, list(range(SAMPLES)), 3)
+    chunks = measure_samples(run, options, labels, load_extractor(str(tiny_extractor), None, CPU), tmp_path / "again", 4)
+    assert rows[1]["tflop_per_image"] == pytest.approx(chunks.read("tflop").mean(), rel=1e-12)
+    assert rows[1]["class_accuracy"] == (chunks.read("logits").argmax(1) == labels).mean()
+
+
+def test_mistakes_in_the_section_are_found_before_training(tiny_config, tiny_extractor, place, tmp_path):
+    def refusal(*settings) -> str:
+        with pytest.raises(UserError) as caught:
+            argv = [part for setting in settings for part in ("--set", f"evaluation.{setting}")]
+            train.main(["--config", str(tiny_config), "--output", str(tmp_path / "run"), *argv])
+        return str(caught.value)
+
+    assert "evaluation.reference" in refusal("every=4")
+    assert "evaluation.num_samples" in refusal("num_samples=3")
+    assert "evaluation.cfg_scale" in refusal("cfg_scale=0.5")
+    assert "does not exist" in refusal("every=4", f"reference={tmp_path / 'none.npz'}", f"features={tiny_extractor}")
+    assert "is neither" in refusal("every=4", f"reference={place / 'reference.npz'}", "features=nowhere")
+    np.savez(tmp_path / "large.npz", np.zeros((5, 64, 64, 3), np.uint8))
+    assert "64 x 64" in refusal("every=4", f"reference={tmp_path / 'large.npz'}", f"features={tiny_extractor}")
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ classifier
+
+
+def test_classifier_of_the_embedded_data_set(tmp_path, capsys):
+    """A minute's work at full size; here enough to tell eight classes apart, and the features depend on more than the class."""
+    shapes.write_images(tmp_path / "images", 160, 24)
+    argv = ["--images", tmp_path / "images", "--output", tmp_path / "classifier.pt", "--image-size", 24, "--steps", 50]
+    classifier.main([str(part) for part in argv])
+    assert "of 20 held-out images right, 112 features" in capsys.readouterr().out
+    extractor = load_extractor(str(tmp_path / "classifier.pt"), None, CPU)
+    images, labels = zip(*((image, label) for image, _, label in (shapes.render(1000 + i, 24) for i in range(80))))
+    outputs = extractor(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+    assert outputs.features.shape == (80, 112) and outputs.logits.shape == (80, 8)
+    assert (outputs.logits.argmax(1) == torch.tensor(labels)).double().mean() > 0.9
+    assert outputs.features[::8].std(0).min() > 0
