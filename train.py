@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> bool:
     evaluation = make_evaluation(config, autoencoder, folder, accelerator)
     prepare_folder(folder, config, accelerator)
     start_trackers(accelerator, config, folder, args.same_wandb)
-    flops, peak = flops_function(config), total_peak(accelerator)
-    trainer = Trainer(config, accelerator, store, folder, state, flops, peak, grids, evaluation)
+    cost = flops_function(config), total_peak(accelerator)
+    trainer = Trainer(config, accelerator, store, folder, state, *cost, grids, evaluation)
     report_start(trainer, config, store)
     finished = trainer.train()
     end = "finished" if finished else "stopped by a signal"

@@ -11,7 +11,7 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"config", "cli"}
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))])
 FILES = [str(path.relative_to(ROOT)) for path in SOURCES]
 
-PICTURES = ("evaluation/charts.py", "evaluation/chunk_maps.py", "evaluation/elastic_grid.py")  # matplotlib takes seconds
+PICTURES = tuple(f"evaluation/{name}.py" for name in ("charts", "chunk_maps", "elastic_grid", "pareto_figure"))  # slow import
 
 # What each place may import besides itself; `cli` is below the scripts, and for any module that can be run as a command.
 MAY_IMPORT = {
@@ -48,7 +48,7 @@ def tops(file: str, **options) -> set[str]:
 def test_the_reader_of_imports_sees_them():
     assert {"cli", "models", "training"} <= tops("train.py")
     assert "diffusers" in tops("data/autoencoder.py") and "diffusers" not in tops("data/autoencoder.py", at_module_level=True)
-    assert len(FILES) > 30 and {"train", "sample", "sample_ddp", "extract_features", "quickstart"} <= SCRIPTS
+    assert len(FILES) > 30 and {"train", "sample", "sample_ddp", "evaluate", "extract_features", "quickstart"} <= SCRIPTS
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -81,7 +81,7 @@ def test_evaluation_knows_of_training_only_its_checkpoints():
 def test_optional_packages_are_not_needed_to_import(file):
     """flash-attn and the trackers where they are used only; diffusers and matplotlib take seconds, so few need them."""
     top = tops(file, at_module_level=True)
-    assert not top & {"flash_attn", "wandb", "xformers", "tensorboard", "gradio"}
+    assert not top & {"flash_attn", "wandb", "xformers", "tensorboard", "gradio", "torch_fidelity"}
     assert "matplotlib" not in top or file in PICTURES
     assert "diffusers" not in top or file == "training/autoencoder.py"
 

@@ -18,7 +18,8 @@ SHARED = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("cli.py"
 
 
 def test_there_are_commands_for_every_script():
-    for script in ("extract_features.py", "train.py", "sample.py", "sample_ddp.py", "scripts/quickstart.sh", "scripts/test.sh"):
+    scripts = ("extract_features.py", "train.py", "sample.py", "sample_ddp.py", "evaluate.py")
+    for script in (*scripts, "scripts/quickstart.sh", "scripts/test.sh"):
         assert any(script in command for command in COMMANDS), script
 
 

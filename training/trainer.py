@@ -52,11 +52,8 @@ class Trainer:
         evaluate: Callable[[torch.nn.Module, int], dict[str, float]] | None = None,
     ):
         self.config, self.accelerator, self.store, self.folder = config, accelerator, store, folder
-<<<<<<< HEAD
-        self.flops_per_image, self.peak_flops, self.draw_samples = flops_per_image, peak_flops, draw_samples
-=======
-        self.flops_per_image, self.draw_samples, self.evaluate = flops_per_image, draw_samples, evaluate
->>>>>>> 2ca802d (Evaluation during training; tests of metrics and evaluate.py)
+        self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
+        self.draw_samples, self.evaluate = draw_samples, evaluate
         validate_processes(config, accelerator.num_processes)
         self.diffusion = create_diffusion(
             config.diffusion.noise_schedule, config.diffusion.diffusion_steps, config.training.learn_sigma
