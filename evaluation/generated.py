@@ -9,7 +9,7 @@ from tqdm import tqdm
 from config import Config
 from evaluation import flops
 from evaluation.generate import Batch, Kept, Run, SamplingOptions, generate
-from evaluation.measure import Chunks, Extractor, as_arrays
+from evaluation.measure import Chunks, Extractor, as_arrays, run_extractor
 
 
 def image_tflop(config: Config, kept: list[Kept]) -> np.ndarray:
@@ -26,8 +26,7 @@ def image_tflop(config: Config, kept: list[Kept]) -> np.ndarray:
 def measure_batch(run: Run, batch: Batch, extractor: Extractor) -> dict[str, np.ndarray]:
     """What is kept of a batch, a row per image: features, cost in TFLOP and kept share of the conditional branch."""
     share = torch.stack([step.conditional for step in batch.kept]).double().mean(0).cpu().numpy() / run.config.latent_size**2
-    outputs = extractor(batch.images.to(extractor.device))
-    return as_arrays([outputs]) | {"tflop": image_tflop(run.config, batch.kept), "kept": share}
+    return as_arrays([run_extractor(extractor, batch.images)]) | {"tflop": image_tflop(run.config, batch.kept), "kept": share}
 
 
 def measure_samples(

@@ -21,6 +21,7 @@ from evaluation.image_sets import FolderImages, NpzImages, Source
 from evaluation.metrics import Gaussian, Moments
 
 Extractor = Inception | Scripted | Timm
+FORMAT = 1  # of cached features; a change of what they are must raise it
 CHUNK = 256  # images per file
 BATCH = 64  # images per call of the extractor, as in the ADM suite
 PR_REFERENCE_IMAGES = 10_000  # precision and recall compare with this many at most, as in the ADM suite
@@ -65,6 +66,12 @@ class Chunks:
         return moments.gaussian()
 
 
+def run_extractor(extractor: Extractor, images: torch.Tensor) -> Outputs:
+    """Outputs for images (B, 3, H, W) uint8, in full float32: TF32 convolutions would cost digits."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return extractor(images.to(extractor.device))
+
+
 def as_arrays(batches: list[Outputs]) -> dict[str, np.ndarray]:
     """Outputs of consecutive batches as arrays (n, ...), without what the extractor does not give."""
     columns = {name: [getattr(batch, name) for batch in batches] for name in Outputs._fields}
@@ -73,7 +80,7 @@ def as_arrays(batches: list[Outputs]) -> dict[str, np.ndarray]:
 
 def extract(images: FolderImages | NpzImages, extractor: Extractor, cache: Path, rank: int = 0, world: int = 1) -> Chunks:
     """Features of all images, in a folder of `cache` named by the content of images and extractor. Collective."""
-    folder = cache / f"{images.digest()[:32]}-{extractor.name.replace(':', '-')[:48]}"
+    folder = cache / f"{FORMAT}-{images.digest()[:32]}-{extractor.name.replace(':', '-')[:48]}"
     chunks = Chunks(folder, len(images), CHUNK)
     todo = chunks.missing(rank, world)
     with tqdm(total=sum(len(chunks.ranges[c]) for c in todo), unit="img", disable=rank > 0, desc="features") as bar:
@@ -86,7 +93,7 @@ def extract(images: FolderImages | NpzImages, extractor: Extractor, cache: Path,
                 raise
             batches = []
             for batch in pixels.split(BATCH):
-                batches.append(extractor(batch.to(extractor.device)))
+                batches.append(run_extractor(extractor, batch))
                 bar.update(len(batch))
             chunks.write(chunk, as_arrays(batches))
     if world > 1:

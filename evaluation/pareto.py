@@ -115,11 +115,12 @@ def main(argv: list[str] | None = None) -> None:
         run = runs[point.ckpt]
         key = point_key(point, run, settings)
         if key not in {row["point"] for row in rows}:
-            found = measure_point(point, run, args, extractor, reference, args.output / key, processes)
+            folder = args.output / f"{key}-{args.batch_size}"  # an interrupted point goes on with batches of the same size
+            found = measure_point(point, run, args, extractor, reference, folder, processes)
             rows.append({"point": key, **describe_point(point, run), **settings, **found})
             if processes.rank == 0:
                 write_rows(table, rows)
-                shutil.rmtree(args.output / key)
+                shutil.rmtree(folder)
     if processes.rank == 0:
         for comparison in draw(rows, args.output / "pareto.png"):
             print(comparison)

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +123,13 @@ def test_a_point_is_what_sampling_and_comparing_give(place, tiny_extractor, tmp_
     assert float(row["class_accuracy"]) == pytest.approx(accuracy)
     kept = [torch.stack([step.conditional for step in batch.kept]).double().mean(0) / 64 for batch in batches]
     assert float(row["kept_share"]) == pytest.approx(torch.cat(kept).mean().item())
+
+
+def test_a_static_model_is_one_point_per_scale(place, tiny_extractor, tmp_path):
+    more = ["--ckpt", "s.pt", "--budgets", "0,0.5", "--cfg-scale", "1,2", "--lite-cfg", "0.75"]
+    args = pareto.parse(arguments(place, tmp_path, tiny_extractor, *more))
+    static = SimpleNamespace(model=SimpleNamespace(patch_size=2))
+    assert pareto.points_of("s.pt", static, args) == [pareto.Point("s.pt", 1.0, 0.0, ""), pareto.Point("s.pt", 2.0, 0.0, "")]
 
 
 def test_samples_do_not_depend_on_the_processes(place, tiny_extractor, tmp_path):
