@@ -43,7 +43,10 @@ class Curve(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A curve against a baseline: share of the cost saved at equal metric, and metric gained at equal cost, where known."""
+    """A curve against a baseline: share of the cost saved at equal metric, and metric gained at equal cost, where known.
+
+    Negative numbers are losses.
+    """
 
     baseline: str
     curve: str
@@ -51,8 +54,11 @@ class Comparison(NamedTuple):
     gain: float | None
 
     def __str__(self) -> str:
-        parts = [] if self.saving is None else [f"{self.saving:.1%} of the TFLOP saved at equal quality"]
-        parts += [] if self.gain is None else [f"{self.gain:.4g} gained at equal cost"]
+        parts = []
+        if self.saving is not None:
+            parts.append(f"{abs(self.saving):.1%} {'less' if self.saving > 0 else 'more'} TFLOP at equal quality")
+        if self.gain is not None:
+            parts.append(f"{abs(self.gain):.4g} {'lower' if self.gain > 0 else 'higher'} at equal cost")
         return f"{self.curve} against {self.baseline}: {', '.join(parts) or 'no overlap to interpolate in'}"
 
 
@@ -77,18 +83,28 @@ def read_curves(rows: list[dict[str, str]], scale: str) -> list[Curve]:
 
 
 def compare_curves(curves: list[Curve]) -> list[tuple[Comparison, Curve, Mark]]:
-    """Every curve against every static DiT; without one, against the dearest point of the first curve."""
-    baselines = [curve for curve in curves if curve.static] or curves[:1]
+    """Every curve against the point of every static DiT; without one, the dearest point of every other curve against the first.
+
+    Returns:
+        the comparison, the curve that was interpolated, and the point of the other side.
+    """
     found = []
-    for base in baselines:
-        mark = base.marks[-1]
-        for curve in curves:
-            if curve is base or curve.static:
-                continue
+    for static in (curve for curve in curves if curve.static):
+        mark = static.marks[-1]
+        for curve in (curve for curve in curves if not curve.static):
             cost, metric = curve.cost_at(mark.metric), curve.metric_at(mark.cost)
             saving = None if cost is None else 1 - cost / mark.cost
             gain = None if metric is None else mark.metric - metric
-            found.append((Comparison(base.label, curve.label, saving, gain), curve, mark))
+            found.append((Comparison(static.label, curve.label, saving, gain), curve, mark))
+    if found or not curves:
+        return found
+    first, *others = curves
+    for other in others:
+        mark = other.marks[-1]
+        cost, metric = first.cost_at(mark.metric), first.metric_at(mark.cost)
+        saving = None if cost is None else 1 - mark.cost / cost
+        gain = None if metric is None else metric - mark.metric
+        found.append((Comparison(first.label, other.label, saving, gain), first, mark))
     return found
 
 
@@ -126,12 +142,12 @@ def draw_curves(axis: Axes, curves: list[Curve]) -> None:
 
 
 def annotate(axis: Axes, comparison: Comparison, curve: Curve, mark: Mark) -> None:
-    """Arrows from the baseline's point to the curve: along the cost at equal metric, along the metric at equal cost."""
+    """Arrows from the point to the interpolated curve: along the cost at equal metric, along the metric at equal cost."""
     targets = []
     if comparison.saving is not None:
-        targets.append(((curve.cost_at(mark.metric), mark.metric), f"{-comparison.saving:+.0%} TFLOP"))
+        targets.append(((curve.cost_at(mark.metric), mark.metric), f"{comparison.saving:+.0%} TFLOP saved"))
     if comparison.gain is not None:
-        targets.append(((mark.cost, curve.metric_at(mark.cost)), f"{-comparison.gain:+.3g}"))
+        targets.append(((mark.cost, curve.metric_at(mark.cost)), f"{comparison.gain:+.3g} gained"))
     for target, text in targets:
         axis.annotate("", target, xytext=mark[:2], arrowprops={"arrowstyle": "->", "color": "grey", "linestyle": ":"})
         middle = [(a + b) / 2 for a, b in zip(target, mark[:2])]

@@ -174,22 +174,26 @@ def test_curves_are_interpolated():
     ((comparison, curve, mark),) = compare_curves([ours, static])
     assert curve is ours and mark == static.marks[0]
     assert comparison.saving == pytest.approx(1 - 2.5 / 4) and comparison.gain == pytest.approx(2)
-    assert "37.5% of the TFLOP saved" in str(comparison) and "2 gained" in str(comparison)
+    assert str(comparison) == "ours against static: 37.5% less TFLOP at equal quality, 2 lower at equal cost"
     assert ours.metric_at(0.5) is None and ours.metric_at(6) is None and ours.cost_at(7) is None
     assert ours.metric_at(3) == ours.metric_at(5) == 8
 
 
-def test_without_a_static_model_the_dearest_point_is_the_baseline():
+def test_without_a_static_model_the_first_curve_is_the_baseline():
     rows = [
         {"name": "m", "step": "5", "static": "False", "model": "x", "cfg_scale": "2.0", "budget": str(budget), "lite_cfg": lite,
          "fid": str(fid), "tflop_per_image": str(cost)}
-        for lite, points in (("", [(0.0, 8, 10), (0.5, 6, 14)]), ("0.9", [(0.0, 5, 9), (0.5, 3, 13)]))
+        for lite, points in (("", [(0.0, 8, 10), (0.5, 6, 14)]), ("0.9", [(0.0, 7, 11), (0.5, 5, 15)]))
         for budget, cost, fid in points
     ]  # fmt: skip
     full, lite = read_curves(rows, "2.0")
     assert full.marks == [Mark(6, 14, 0.5), Mark(8, 10, 0)] and "Lite-CFG 90%" in lite.label
-    ((comparison, _, mark),) = compare_curves([full, lite])
-    assert mark == Mark(8, 10, 0) and comparison.saving == pytest.approx(1 - 4.5 / 8) and comparison.gain is None
+    ((comparison, curve, mark),) = compare_curves([full, lite])  # full guidance: 12 at cost 7, and 11 at cost 7.5
+    assert curve is full and mark == Mark(7, 11, 0)
+    assert comparison.saving == pytest.approx(1 - 7 / 7.5) and comparison.gain == pytest.approx(1)
+    ((comparison, _, _),) = compare_curves([full, lite._replace(marks=[Mark(7, 13, 0)])])
+    assert comparison.gain == pytest.approx(-1) and "1 higher at equal cost" in str(comparison)
+    assert compare_curves([full]) == []
     assert read_curves(rows, "1.0") == []
 
 
