@@ -95,7 +95,7 @@ def test_every_official_key_is_known():
     }
     hnet = "arch_layout d_model num_heads tie_embeddings enc_dec_dim_factor dechunk_kernel_sigma fp32_router_dechunk"
     defaults = to_dict(Config())
-    assert set(defaults) == {*keys, "ckpt"}
+    assert set(defaults) == {*keys, "ckpt", "evaluation"}  # the last is not an official section
     assert all(set(names.split()) <= set(defaults[section]) for section, names in keys.items())
     assert set(hnet.split()) == set(defaults["model"]["hnet"])
 
@@ -188,7 +188,7 @@ MISTAKES = [
     ("training: {epoch: 1}", "did you mean 'training.epochs'?"),
     ("model: {hnet: {dmodel: [1, 1]}}", "did you mean 'model.hnet.d_model'?"),
     ("trainings: {}", "unknown key 'trainings'; did you mean 'training'?"),
-    ("zzz: 1", "unknown key 'zzz'; known keys: model, training, data, diffusion, logging, ckpt"),
+    ("zzz: 1", "unknown key 'zzz'; known keys: model, training, data, diffusion, logging, evaluation, ckpt"),
     ("1: 2", "unknown key '1'"),
     # wrong types
     ("training: {learn_sigma: 'false'}", "training.learn_sigma: 'false' is not true or false"),
@@ -290,6 +290,10 @@ MISTAKES = [
     ("logging: {log_every: 0}", "logging.log_every: 0 must be greater than 0"),
     ("logging: {ckpt_keep: -1}", "logging.ckpt_keep: -1 must be at least 0"),
     ("logging: {sample_cfg_scale: 0.5}", "logging.sample_cfg_scale: 0.5 must be at least 1.0"),
+    ("evaluation: {every: 10}", "evaluation.reference: is needed with evaluation.every"),
+    ("evaluation: {num_samples: 3}", "evaluation.num_samples: 3 must be at least 4"),
+    ("evaluation: {cfg_scale: 0.5}", "evaluation.cfg_scale: 0.5 must be at least 1.0"),
+    ("evaluation: {batch_size: 0}", "evaluation.batch_size: 0 must be greater than 0"),
 ]  # fmt: skip
 
 

@@ -124,17 +124,25 @@ def test_inception_is_the_published_graph(inception_weights):
 
 
 def test_fid_by_the_whole_command(place, inception_weights, capsys):
-    """From ADM files to FID, sFID, IS, precision and recall, and a reference of our own that gives the same."""
-    numbers = np.random.default_rng(1)
-    for name, count in (("a", 6), ("b", 5)):
-        np.savez(place / f"{name}.npz", numbers.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
+    """From ADM files to FID, sFID, IS, precision and recall; the distances again from the few images' own differences."""
+    numbers, extractor, outputs = np.random.default_rng(1), Inception(str(inception_weights), CPU), []
+    for name, count in (("a", 5), ("b", 4)):
+        images = numbers.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        np.savez(place / f"{name}.npz", images)
+        outputs.append(extractor(torch.from_numpy(images).permute(0, 3, 1, 2)))
     weights = ["--inception-weights", str(inception_weights), "--cache", str(place / "inception")]
     evaluate.main([str(place / "a.npz"), str(place / "b.npz"), *weights])
     found = json.loads((place / "a.evaluation.json").read_text())
-    assert {"fid", "sfid", "inception_score", "precision", "recall"} <= found.keys()
-    assert found["fid"] > 0 and found["sfid"] > 0 and found["inception_score"] >= 1
+    for name, kind in (("fid", "features"), ("sfid", "spatial")):
+        a, b = (getattr(output, kind).double() for output in outputs)
+        (u, v), step = [(x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b)], a.mean(0) - b.mean(0)
+        expected = step.square().sum() + u.square().sum() + v.square().sum() - 2 * torch.linalg.svdvals(u @ v.T).sum()
+        assert found[name] == pytest.approx(expected.item(), rel=1e-4) and found[name] > 0
+    p = outputs[0].logits.double().softmax(1)
+    score = (p * (p / p.mean(0)).log()).sum(1).mean().exp().item()
+    assert found["inception_score"] == pytest.approx(score, rel=1e-4) and {"precision", "recall"} <= found.keys()
     printed = capsys.readouterr().out
-    assert "warning" in printed and "rank 5 at most" in printed and "2048 features" in printed
+    assert "5 images give 2048 features a covariance of rank 4 at most" in printed
     assert f"FID{found['fid']:27.4f}" in printed
 
 
