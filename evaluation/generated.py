@@ -6,21 +6,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import Config
-from evaluation import flops
-from evaluation.generate import Batch, Kept, Run, SamplingOptions, generate
+from evaluation.accounting import image_tflop
+from evaluation.generate import Batch, Run, SamplingOptions, generate
 from evaluation.measure import Chunks, Extractor, as_arrays, run_extractor
-
-
-def image_tflop(config: Config, kept: list[Kept]) -> np.ndarray:
-    """Cost of the denoiser per image over all steps and branches, (B,)."""
-    total = 0.0
-    for step in kept:
-        for counts in (step.conditional, step.unconditional):
-            if counts is not None:
-                counts = counts.cpu().double().numpy()
-                total = total + sum(flops.forward_flops(config, flops.Kept(counts, counts**2)).values())
-    return total / 1e12
 
 
 def measure_batch(run: Run, batch: Batch, extractor: Extractor) -> dict[str, np.ndarray]:

@@ -31,7 +31,9 @@ class Evaluation:
     def __init__(self, config: Config, autoencoder: Autoencoder, bf16: bool, folder: Path, rank: int, world: int):
         self.config, self.autoencoder, self.folder, self.rank, self.world = config, autoencoder, folder, rank, world
         section, device = config.evaluation, autoencoder.shift_map.device
-        self.options = SamplingOptions(section.cfg_scale, section.num_sampling_steps, sampler="ddim", bf16=bf16)
+        self.options = SamplingOptions(
+            cfg_scale=section.cfg_scale, num_sampling_steps=section.num_sampling_steps, sampler="ddim", bf16=bf16
+        )
         self.options.check(config)
         source = open_source(section.reference)
         check_sizes((config.data.image_size,) * 2, source.size)

@@ -48,9 +48,9 @@ class Point:
             num_sampling_steps=args.num_sampling_steps,
             sampler=args.sampler,
             seed=args.seed,
-            tail_dropping_fraction=self.budget,
+            tail_dropping_fraction=self.budget or None,
             lite_cfg=self.lite != "",
-            uncond_tail_dropping_fraction=self.lite or 0.0,
+            uncond_tail_dropping_fraction=self.lite or None,
             bf16=args.bf16,
         )
 
