@@ -96,7 +96,7 @@ def describe(config: Config) -> str:
     with torch.device("meta"):
         model = build_model(config)
     parameters = sum(p.numel() for p in model.parameters())
-    tokens = f"{config.latent_size**2} per image ({config.latent_size} x {config.latent_size})"
+    tokens = f"{config.tokens} per image ({config.token_side} x {config.token_side})"
     return f"{to_yaml(config)}\nparameters    {parameters:,}\ntokens        {tokens}"
 
 

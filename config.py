@@ -35,11 +35,21 @@ class HNetConfig:
 
 
 @dataclass
+class UpcycleConfig:
+    """How training.init_from turns a static DiT into a DC-DiT; see training/upcycle.py."""
+
+    scaffold: str = "dit"  # stem, encoder, decoder and head start from the DiT's own layers; or "fresh": as without a DiT
+
+
+@dataclass
 class ModelConfig:
     name: str = "DC-DiT"
     mlp_ratio: float = 4.0
     init: str = "adaln_zero"  # or "released": what the official code really does
     attention: str = "auto"  # or "flash", "varlen", "sdpa"
+    patch_size: int | None = None  # null: a DC-DiT; P: a static DiT on patches of P x P cells, with hnet's main network only
+    timestep_divisor: int = 128  # frequency k of the timestep is 10000^(-k / divisor); 127: as in diffusers' DiT
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     hnet: HNetConfig = field(default_factory=HNetConfig)
 
 
@@ -77,6 +87,10 @@ class TrainingConfig:
     profile: bool = False
     profile_steps: list[int] = field(default_factory=lambda: [10, 20])
     resume_from_ckpt: str | None = None  # start a new run from this checkpoint
+    init_from: str | None = None  # start with the weights of this model; a static DiT becomes a DC-DiT as model.upcycle says
+    frozen: list[str] = field(default_factory=list)  # parameters whose names begin so do not change ...
+    frozen_steps: int = 0  # ... in this many first steps
+    lr_scales: dict[str, float] = field(default_factory=dict)  # factor on the learning rate by beginning of the name
 
 
 @dataclass
@@ -135,8 +149,18 @@ class Config:
 
     @property
     def latent_size(self) -> int:
-        """Side S of the square latent; the model sees L = S * S tokens."""
+        """Side S of the square latent."""
         return self.data.image_size // self.data.latent_stride
+
+    @property
+    def token_side(self) -> int:
+        """Tokens per side: S, or S / P for a static DiT."""
+        return self.latent_size // (self.model.patch_size or 1)
+
+    @property
+    def tokens(self) -> int:
+        """All tokens L of an image, kept or not."""
+        return self.token_side**2
 
     @property
     def d_model(self) -> int:
@@ -175,7 +199,14 @@ def config_from_dict(raw: dict, overrides: typing.Sequence[str] = ()) -> Config:
         raw = _merge(raw, _parse_override(override))
     config = _build(Config, raw, "")
     validate(config)
+    if config.model.patch_size is not None:
+        switch_router_off(config.training)
     return config
+
+
+def switch_router_off(training: TrainingConfig) -> None:
+    """A static DiT keeps every token: it has nothing to train towards a ratio, and no budgets."""
+    training.ratio_loss_weight, training.multi_budget_training = 0.0, False
 
 
 def to_dict(config: Config) -> dict:
@@ -292,6 +323,8 @@ def _coerce_one(value, hint, key: str):
         return [_coerce(item, typing.get_args(hint)[0], f"{key}[{i}]") for i, item in enumerate(value)]
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return _build(hint, value, key + ".")
+    if typing.get_origin(hint) is dict and isinstance(value, dict):
+        return {str(name): _coerce(item, typing.get_args(hint)[1], f"{key}.{name}") for name, item in value.items()}
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return _number(value)
     if hint is type(None) and value is None or hint in (str, int, bool, list) and type(value) is hint:
@@ -317,6 +350,8 @@ def _describe(hint) -> str:
         return f"{{{', '.join(typing.get_type_hints(hint))}}}"
     if typing.get_origin(hint) is list:
         return f"a list of {_describe(typing.get_args(hint)[0])}"
+    if typing.get_origin(hint) is dict:
+        return f"'name: value' pairs with {_describe(typing.get_args(hint)[1])}"
     names = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", list: "a list"}
     return "null" if hint is type(None) else names[hint]
 
@@ -414,7 +449,13 @@ def _check_model(config: Config) -> None:
     parse_layout(hnet.arch_layout)
     _choice("model.init", model.init, ("adaln_zero", "released"))
     _choice("model.attention", model.attention, ("auto", "flash", "varlen", "sdpa"))
-    _positive(model, "model", "mlp_ratio")
+    _choice("model.upcycle.scaffold", model.upcycle.scaffold, ("dit", "fresh"))
+    _positive(model, "model", "mlp_ratio", "timestep_divisor")
+    if model.patch_size is not None and (model.patch_size < 1 or config.latent_size % model.patch_size):
+        raise UserError(
+            f"model.patch_size: {model.patch_size} does not divide the latent's side of {config.latent_size}; "
+            "try 2, 4 or 8, or null for a DC-DiT"
+        )
     _positive(hnet, "model.hnet", "dechunk_kernel_sigma")
     if hnet.tie_embeddings:
         raise UserError("model.hnet.tie_embeddings: true has no meaning for images; set it to false or leave it out")
@@ -430,8 +471,10 @@ def _check_model(config: Config) -> None:
     if factors[1] or (factors[0] or 0) < 0:
         raise UserError(f"model.hnet.enc_dec_dim_factor: {factors} must be [positive or null, null]")
     for name, width in (("d_model", config.d_model), ("d_model / enc_dec_dim_factor", config.encoder_width)):
-        if width % 32 or width == 0:
+        if model.patch_size is None and (width % 32 or width == 0):
             raise UserError(f"model.hnet.{name}: {width} is not a multiple of 32, which the GroupNorms need")
+    if config.d_model % 4:
+        raise UserError(f"model.hnet.d_model: {config.d_model} is not a multiple of 4, which the positions need")
     if config.d_model % hnet.num_heads[1]:
         raise UserError(f"model.hnet.num_heads: {hnet.num_heads[1]} does not divide d_model {config.d_model}")
 
@@ -440,9 +483,14 @@ def _check_training(training: TrainingConfig) -> None:
     _positive(
         training, "training", "epochs", "global_batch_size", "learning_rate", "max_grad_norm", "gradient_accumulation_steps"
     )
-    _at_least(training, "training", 0, "lr_warmup_steps", "weight_decay", "downsample_factor_warmup_steps", "seed")
+    _at_least(
+        training, "training", 0, "lr_warmup_steps", "weight_decay", "downsample_factor_warmup_steps", "frozen_steps", "seed"
+    )
     if training.seed >= 2**63:
         raise UserError(f"training.seed: {training.seed} must be below 2**63")
+    for prefix, scale in training.lr_scales.items():
+        if scale <= 0:
+            raise UserError(f"training.lr_scales.{prefix}: {scale} must be greater than 0; training.frozen stops parameters")
     _fraction("training.class_dropout_prob", training.class_dropout_prob)
     _fraction("training.ema_decay", training.ema_decay)
     for key in ("max_steps", "ratio_batch_size"):

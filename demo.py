@@ -48,7 +48,7 @@ def draw(run: Run, label: int, options: SamplingOptions) -> Shown:
     last = []
     (batch,) = generate(run, [0], [label], options, observe=lambda step, routing: last.append(routing.prob[0]))
     image = enlarge(batch.images[0].permute(1, 2, 0).numpy())
-    tokens = run.config.latent_size**2
+    tokens = run.config.tokens
     kept = np.mean([step.conditional.item() for step in batch.kept]) / tokens
     return Shown(image, boundary_overlay(image, as_map(last[-1])), float(image_tflop(run.config, batch.kept)[0]), float(kept))
 

@@ -35,8 +35,8 @@ MAY_CHANGE = ("training.epochs", "training.max_steps", "training.profile", "trai
               "data.feature_path", "data.vae", "logging.", "evaluation.", "ckpt")  # fmt: skip
 
 # Keys that give the network its tensors.
-SHAPE = ("model.hnet.", "model.mlp_ratio", "training.learn_sigma", "training.class_dropout_prob", "data.image_size",
-         "data.num_classes", "data.latent_")  # fmt: skip
+SHAPE = ("model.hnet.", "model.mlp_ratio", "model.patch_size", "training.learn_sigma", "training.class_dropout_prob",
+         "data.image_size", "data.num_classes", "data.latent_")  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

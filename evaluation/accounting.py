@@ -81,7 +81,7 @@ def summarise(
         timesteps: t of each step. counts: (images, steps, 2). labels: of each image.
         seconds: of all images together, added over processes.
     """
-    parts, images, tokens = image_flops(config, counts), len(counts), config.latent_size**2
+    parts, images, tokens = image_flops(config, counts), len(counts), config.tokens
     by_branch = {branch: sum(components.values()) for branch, components in parts.items()}
     components = next(iter(parts.values()))
     return {

@@ -62,6 +62,8 @@ def check(options, config: Config) -> None:
         if len(given) > 1:
             raise UserError(f"{' and '.join(flag(name) for name in given)}: are two budgets for the same tokens; give one")
         for name in given:
+            if config.model.patch_size is not None:
+                raise UserError(f"{flag(name)} {getattr(options, name)}: a static DiT has no router; leave it out")
             if prefix and not options.lite_cfg:
                 raise UserError(f"{flag(name)} {getattr(options, name)}: needs --lite-cfg")
             _check_one(name, getattr(options, name), config)
@@ -70,8 +72,8 @@ def check(options, config: Config) -> None:
 def _check_one(name: str, value, config: Config) -> None:
     if name.endswith("fraction") and not 0 <= value < 1:
         raise UserError(f"{flag(name)} {value}: must be in [0, 1)")
-    if name.endswith("token_budget") and not 2 <= value <= config.latent_size**2:
-        raise UserError(f"{flag(name)} {value}: must be from 2 (the first and last token) to {config.latent_size**2} (all)")
+    if name.endswith("token_budget") and not 2 <= value <= config.tokens:
+        raise UserError(f"{flag(name)} {value}: must be from 2 (the first and last token) to {config.tokens} (all)")
     if name.endswith("tflops_per_image") and not 0 < value < float("inf"):
         raise UserError(f"{flag(name)} {value}: must be a positive number")
     if name.endswith("schedule"):

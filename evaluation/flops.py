@@ -36,7 +36,12 @@ class Kept(NamedTuple):
 
 
 def forward_flops(config: Config, kept: Kept) -> dict[str, float]:
-    """FLOPs per image and forward pass by component; their sum is the whole network, the autoencoder aside."""
+    """FLOPs per image and forward pass by component; their sum is the whole network, the autoencoder aside.
+
+    A static DiT computes all its tokens: `kept` does not matter there.
+    """
+    if config.model.patch_size is not None:
+        return static_dit_flops(config)
     layout, hnet = parse_layout(config.model.hnet.arch_layout), config.model.hnet
     d, e, length = config.d_model, config.encoder_width, config.latent_size**2
     channels = config.data.latent_channels
@@ -55,26 +60,19 @@ def forward_flops(config: Config, kept: Kept) -> dict[str, float]:
     }
 
 
-def static_dit_flops(
-    width: int,
-    blocks: int,
-    heads: int,
-    patch: int,
-    side: int,
-    channels: int = 4,
-    learn_sigma: bool = True,
-    mlp_ratio: float = 4,
-) -> dict[str, float]:
-    """FLOPs per image and forward pass of a static DiT (arXiv 2212.09748) on (channels, side, side) latents, by component.
+def static_dit_flops(config: Config) -> dict[str, float]:
+    """FLOPs per image and forward pass of a static DiT (arXiv 2212.09748), by component.
 
     The published multiply-adds are half of this without the softmax, plus one per element and LayerNorm.
     """
-    tokens, pixels = (side // patch) ** 2, channels * patch**2
+    model, kinds = config.model, parse_layout(config.model.hnet.arch_layout).main_blocks
+    d, tokens, channels = config.d_model, config.tokens, config.data.latent_channels
+    out = channels * (2 if config.training.learn_sigma else 1)
     return {
-        "embeddings": 2 * tokens * pixels * width + _timestep(width),
-        "blocks": blocks * _block(width, tokens, mlp_ratio),
-        "attention": blocks * _attention(width, heads, tokens**2),
-        "final_layer": _final_layer(tokens, width, pixels * (2 if learn_sigma else 1), width),
+        "embeddings": _conv(tokens, channels, d, model.patch_size) + _timestep(d),
+        "blocks": sum(_block(d, tokens, model.mlp_ratio if kind == "D" else 0) for kind in kinds),
+        "attention": len(kinds) * _attention(d, model.hnet.num_heads[1], tokens**2),
+        "final_layer": _final_layer(tokens, d, out * model.patch_size**2, d),
     }
 
 
@@ -156,7 +154,7 @@ def table(config: Config, fractions: Sequence[float], natural: float, steps: int
         natural: share of the tokens that the router keeps by itself; every image is taken to keep the same number.
         steps: of the sampler.
     """
-    counts = [max(2, round(natural * config.latent_size**2 * (1 - fraction))) for fraction in fractions]
+    counts = [max(2, round(natural * config.tokens * (1 - fraction))) for fraction in fractions]
     columns = [forward_flops(config, Kept(count, count**2)) for count in counts]
     totals = [sum(column.values()) for column in columns]
     rows = [("dropped", [f"{fraction:g}" for fraction in fractions]), ("kept tokens", [str(count) for count in counts])]
@@ -180,16 +178,18 @@ def decoder_config(vae: str) -> Mapping:
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     cli.add_config_arguments(parser)
-    parser.add_argument(
-        "--budgets", type=float, nargs="+", default=[0, 0.2, 0.4, 0.6], help="dropped fractions (default: 0 0.2 0.4 0.6)"
-    )
+    parser.add_argument("--budgets", type=float, nargs="+", help="dropped fractions (default: 0 0.2 0.4 0.6)")
     parser.add_argument("--kept", type=float, help="share of the tokens that the router keeps by itself (default: 1 / N)")
     parser.add_argument("--num-sampling-steps", type=int, default=250, help="(default: %(default)s)")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
-    kept = 1 / downsample_factors(config.training.downsample_factor) if args.kept is None else args.kept
+    static = config.model.patch_size is not None
+    if static and (args.budgets or args.kept):
+        raise UserError("--budgets, --kept: a static DiT has no router and keeps every token; leave them out")
+    budgets = args.budgets or ([0] if static else [0, 0.2, 0.4, 0.6])
+    kept = args.kept if args.kept is not None else (1 if static else 1 / downsample_factors(config.training.downsample_factor))
     for option, value, fits in (
-        *(("--budgets", fraction, 0 <= fraction < 1) for fraction in args.budgets),
+        *(("--budgets", fraction, 0 <= fraction < 1) for fraction in budgets),
         ("--kept", kept, 0 < kept <= 1),
         ("--num-sampling-steps", args.num_sampling_steps, args.num_sampling_steps >= 1),
     ):
@@ -198,8 +198,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"{option} {value}: is out of range; dropped fractions are in [0, 1), a share in (0, 1], steps >= 1"
             )
     decoding = sum(decoder_flops(decoder_config(config.data.vae), config.latent_size).values())
-    print(f"{config.model.name}: {config.latent_size**2} tokens per image, 2 FLOP per multiply-add, GFLOP per forward pass\n")
-    print(table(config, args.budgets, kept, args.num_sampling_steps))
+    print(f"{config.model.name}: {config.tokens} tokens per image, 2 FLOP per multiply-add, GFLOP per forward pass\n")
+    print(table(config, budgets, kept, args.num_sampling_steps))
     print(f"\nautoencoder: {decoding / 1e12:.3f} TFLOP more to decode an image")
 
 

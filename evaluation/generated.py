@@ -13,7 +13,7 @@ from evaluation.measure import Chunks, Extractor, as_arrays, run_extractor
 
 def measure_batch(run: Run, batch: Batch, extractor: Extractor) -> dict[str, np.ndarray]:
     """What is kept of a batch, a row per image: features, cost in TFLOP and kept share of the conditional branch."""
-    share = torch.stack([step.conditional for step in batch.kept]).double().mean(0).cpu().numpy() / run.config.latent_size**2
+    share = torch.stack([step.conditional for step in batch.kept]).double().mean(0).cpu().numpy() / run.config.tokens
     return as_arrays([run_extractor(extractor, batch.images)]) | {"tflop": image_tflop(run.config, batch.kept), "kept": share}
 
 

@@ -32,7 +32,8 @@ def measure_routing(run: Run, images: Tensor, masks: Tensor, labels: list[int], 
     diffusion = create_diffusion(config.diffusion.noise_schedule, config.diffusion.diffusion_steps)
     x0, _ = run.autoencoder.encode(images.to(device))
     labels = torch.tensor(labels, device=device)
-    cells = torch.nn.functional.avg_pool2d(masks.float()[:, None], config.data.latent_stride).flatten(1) >= 0.5  # (B, L)
+    pixels = config.data.image_size // config.token_side  # per token and side
+    cells = torch.nn.functional.avg_pool2d(masks.float()[:, None], pixels).flatten(1) >= 0.5  # (B, L)
     timesteps = [round((k + 0.5) / 10 * config.diffusion.diffusion_steps) for k in range(10)]
     kept = []
     for t in timesteps:

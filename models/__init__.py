@@ -2,28 +2,35 @@
 
 from config import Config, parse_layout
 from models.dc_dit import DCDiT
+from models.dit import DiT
 
 
-def build_model(config: Config) -> DCDiT:
+def build_model(config: Config) -> DCDiT | DiT:
     """Build the freshly initialised denoiser that a configuration describes (draws from torch's global generator)."""
     model, training, hnet = config.model, config.training, config.model.hnet
     layout = parse_layout(hnet.arch_layout)
-    return DCDiT(
+    shared = dict(
         side=config.latent_size,
         channels=config.data.latent_channels,
         num_classes=config.data.num_classes,
         null_label=training.class_dropout_prob > 0,
-        encoder_blocks=layout.encoder_blocks,
         main_blocks=layout.main_blocks,
-        decoder_blocks=layout.decoder_blocks,
         width=config.d_model,
-        conv_width=config.encoder_width,
         heads=hnet.num_heads[1],
         mlp_ratio=model.mlp_ratio,
         learn_sigma=training.learn_sigma,
-        sigma=hnet.dechunk_kernel_sigma,
-        fp32_scaffold=hnet.fp32_router_dechunk,
         attention=model.attention,
         init=model.init,
         gradient_checkpointing=training.gradient_checkpointing,
+        timestep_divisor=model.timestep_divisor,
+    )
+    if model.patch_size is not None:
+        return DiT(patch=model.patch_size, **shared)
+    return DCDiT(
+        encoder_blocks=layout.encoder_blocks,
+        decoder_blocks=layout.decoder_blocks,
+        conv_width=config.encoder_width,
+        sigma=hnet.dechunk_kernel_sigma,
+        fp32_scaffold=hnet.fp32_router_dechunk,
+        **shared,
     )

@@ -2,7 +2,7 @@
 
 flash   flash-attn's variable-length kernel, if that package is installed (CUDA, half precision)
 varlen  torch.nn.attention.varlen (CUDA, half precision)
-sdpa    scaled_dot_product_attention, one call per sample (any device, any precision)
+sdpa    scaled_dot_product_attention, one call per sample or one for samples of equal length (any device, any precision)
 """
 
 import importlib.util
@@ -51,7 +51,11 @@ def kernel_problem(kernel: str, device: torch.device, half: bool) -> str | None:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    parts = zip(*(x.transpose(0, 1).split(packing.lengths, dim=1) for x in (q, k, v)))  # (heads, tokens, D / heads)
+    lengths = packing.lengths
+    if len(set(lengths)) == 1:  # equal samples, as of a static DiT: one call
+        dense = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, D / heads)
+        return F.scaled_dot_product_attention(*dense).transpose(1, 2).flatten(0, 1)
+    parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)))  # (heads, tokens, D / heads)
     outputs = [F.scaled_dot_product_attention(*(x[None] for x in part))[0] for part in parts]
     return torch.cat(outputs, dim=1).transpose(0, 1)
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention
 from models.packing import per_token
@@ -46,6 +47,16 @@ class DiTBlock(nn.Module):
             return x
         shift, scale, gate = per_token(for_mlp, packing).chunk(3, dim=1)
         return x + gate * self.mlp(modulated_norm(x, shift, scale))
+
+
+def run_blocks(blocks: nn.ModuleList, u: Tensor, c: Tensor, packing: Packing, gradient_checkpointing: bool) -> Tensor:
+    """Tokens (T, D) through all blocks; `gradient_checkpointing` recomputes them in the backward pass."""
+    for block in blocks:
+        if gradient_checkpointing and torch.is_grad_enabled():
+            u = checkpoint(block, u, c, packing, use_reentrant=False)
+        else:
+            u = block(u, c, packing)
+    return u
 
 
 class FinalLayer(nn.Module):

@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from models.blocks import DiTBlock, FinalLayer, RMSNorm
+from models.blocks import DiTBlock, FinalLayer, RMSNorm, run_blocks
 from models.conv import build_decoder, build_encoder, to_grid, to_tokens
 from models.dechunk import Dechunk
-from models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
+from models.embeddings import FREQUENCIES, LabelEmbedder, TimestepEmbedder, sincos_positions
+from models.init import init_transformer, zero_layers
 from models.packing import pack, plan_packing
 from models.router import INITIAL_BIAS, Router
 from models.types import DenoiserOutput
@@ -49,11 +49,12 @@ class DCDiT(nn.Module):
         attention: str,
         init: str,
         gradient_checkpointing: bool = False,
+        timestep_divisor: int = FREQUENCIES,
     ):
         super().__init__()
         self.fp32_scaffold, self.gradient_checkpointing = fp32_scaffold, gradient_checkpointing
         self.x_embedder = nn.Conv2d(channels, conv_width, 3, padding=1)
-        self.t_embedder = TimestepEmbedder(width)
+        self.t_embedder = TimestepEmbedder(width, timestep_divisor)
         self.y_embedder = LabelEmbedder(num_classes, width, null_label)
         self.register_buffer("pos_embed", sincos_positions(width, side))  # (L, D)
         self.encoder = build_encoder(encoder_blocks, conv_width, width)
@@ -92,21 +93,13 @@ class DCDiT(nn.Module):
             residual = self.residual_proj(to_tokens(features))  # (B, L, D)
         packing = plan_packing(routing.keep, tokens)
         u = pack(to_tokens(features) + self.pos_embed, packing)  # (T, D)
-        u = self.norm(self.run_blocks(u, c, packing))
+        u = self.norm(run_blocks(self.blocks, u, c, packing, self.gradient_checkpointing))
         with self.scaffold_precision(u):
             u = u.float() if self.fp32_scaffold else u
             h = self.dechunk(u, routing, packing) + residual  # (B, L, D)
         h = self.decoder(to_grid(h), c)  # (B, E, S, S)
         prediction = to_grid(self.final_layer(to_tokens(h), c))  # (B, 2C, S, S)
         return DenoiserOutput(prediction, routing)
-
-    def run_blocks(self, u: Tensor, c: Tensor, packing) -> Tensor:
-        for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                u = checkpoint(block, u, c, packing, use_reentrant=False)
-            else:
-                u = block(u, c, packing)
-        return u
 
     def scaffold_precision(self, x: Tensor):
         """Switch autocast off around router, residual projection and dechunk when they are to run in float32."""
@@ -123,19 +116,7 @@ def init_weights(model: DCDiT, init: str) -> None:
     Both: linear layers Xavier-uniform with zero bias, tables and timestep MLP N(0, 0.02), the final layer zero, the router's
     last bias so that about one token in four scores as a boundary.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(model.x_embedder.weight.view(len(model.x_embedder.weight), -1))
-    nn.init.zeros_(model.x_embedder.bias)
-    nn.init.normal_(model.y_embedder.table.weight, std=0.02)
-    for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
-        nn.init.normal_(layer.weight, std=0.02)
+    init_transformer(model, zero_blocks=init == "adaln_zero")
     nn.init.constant_(model.router.residual_scorer[-1].bias, INITIAL_BIAS)
-    zero = [model.final_layer.linear, model.final_layer.adaLN_modulation[1]]
     if init == "adaln_zero":
-        zero += [model.residual_proj, *(block.adaLN_modulation[1] for block in model.blocks)]
-    for layer in zero:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        zero_layers(model.residual_proj)

@@ -9,14 +9,18 @@ FREQUENCIES = 128  # sinusoidal features per timestep: 128 cosines and 128 sines
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps (B,) -> (B, D): sinusoidal features through a two-layer MLP (DiT, section 3.2)."""
+    """Timesteps (B,) -> (B, D): sinusoidal features through a two-layer MLP (DiT, section 3.2).
 
-    def __init__(self, width: int):
+    Frequency k of 128 is 10000^(-k / divisor).
+    """
+
+    def __init__(self, width: int, divisor: int = FREQUENCIES):
         super().__init__()
+        self.divisor = divisor
         self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        exponent = torch.arange(FREQUENCIES, dtype=torch.float32, device=t.device) / FREQUENCIES
+        exponent = torch.arange(FREQUENCIES, dtype=torch.float32, device=t.device) / self.divisor
         angle = t.float()[:, None] * torch.exp(-math.log(10000) * exponent)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 

@@ -28,6 +28,13 @@ def plan_packing(keep: Tensor, lengths: int | list[int] | None = None) -> Packin
     return Packing(index, index // tokens, cu_seqlens, lengths)
 
 
+def full_packing(batch: int, tokens: int, device: torch.device) -> Packing:
+    """The Packing of samples that keep every token."""
+    index = torch.arange(batch * tokens, device=device)
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
+    return Packing(index, index // tokens, cu_seqlens, [tokens] * batch)
+
+
 def pack(x: Tensor, packing: Packing) -> Tensor:
     """(B, L, D) -> (T, D)."""
     return x.flatten(0, 1).index_select(0, packing.index)

@@ -1,7 +1,7 @@
 """The shape legend of the package.
 
 B batch, S latent side, L = S * S tokens in raster order (index = row * S + column), C latent channels, E width of the
-convolutions, D model width, T = kept tokens of the whole batch.
+convolutions, D model width, T = kept tokens of the whole batch. A static DiT has L = (S / P)^2 patches for tokens.
 """
 
 from typing import NamedTuple
@@ -30,4 +30,4 @@ class DenoiserOutput(NamedTuple):
     """What a denoiser returns."""
 
     prediction: Tensor  # (B, C or 2C, S, S): epsilon, then the variance logits
-    routing: Routing | None  # None for a static DiT
+    routing: Routing  # of a static DiT: every token is kept

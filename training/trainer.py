@@ -165,7 +165,7 @@ class Trainer:
     def report(self) -> str:
         """Reduce what was measured since the last report, write it to every log, and return a short summary."""
         statistics = self.averages.reduce()
-        training, tokens = self.config.training, self.config.latent_size**2
+        training, tokens = self.config.training, self.config.tokens
         scalars = {name: values["mean"] for name, values in statistics.items()}
         for name in ("kept_natural", "kept_effective"):
             scalars.update({f"{name}_{key}": value for key, value in statistics[name].items()})

@@ -1,0 +1,89 @@
+"""The static DiT (arXiv 2212.09748): a Diffusion Transformer over fixed patches, the baseline of DC-DiT.
+
+It is called and answers like models/dc_dit.py, with a routing that keeps every patch. Its parameters have the names of the
+published checkpoints but for those of the two embedding tables (see models/convert.py).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.blocks import DiTBlock, FinalLayer, run_blocks
+from models.conv import to_tokens
+from models.embeddings import FREQUENCIES, LabelEmbedder, TimestepEmbedder, sincos_positions
+from models.init import init_transformer
+from models.packing import full_packing
+from models.types import DenoiserOutput, Routing
+
+
+class DiT(nn.Module):
+    """Noised latents -> epsilon and variance logits, with one token per patch of P x P cells.
+
+    Args: as of models.dc_dit.DCDiT, and
+        patch: P; divides the latent side.
+    """
+
+    def __init__(
+        self,
+        side: int,
+        channels: int,
+        num_classes: int,
+        null_label: bool,
+        main_blocks: str,
+        patch: int,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        learn_sigma: bool,
+        attention: str,
+        init: str,
+        gradient_checkpointing: bool = False,
+        timestep_divisor: int = FREQUENCIES,
+    ):
+        super().__init__()
+        self.patch, self.gradient_checkpointing = patch, gradient_checkpointing
+        self.x_embedder = nn.Conv2d(channels, width, patch, stride=patch)
+        self.t_embedder = TimestepEmbedder(width, timestep_divisor)
+        self.y_embedder = LabelEmbedder(num_classes, width, null_label)
+        self.register_buffer("pos_embed", sincos_positions(width, side // patch))  # (L, D)
+        ratios = [mlp_ratio if letter == "D" else 0.0 for letter in main_blocks]
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, ratio, attention) for ratio in ratios)
+        out = 2 * channels if learn_sigma else channels
+        self.final_layer = FinalLayer(width, width, patch * patch * out)
+        init_transformer(self, zero_blocks=init == "adaln_zero")
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        drop: Tensor | float | None = None,
+        tokens: Tensor | int | None = None,
+    ) -> DenoiserOutput:
+        """Predict the noise in x_t.
+
+        Args:
+            x_t: (B, C, S, S). t: (B,) timesteps. labels: (B,) int64.
+            drop, tokens: a DC-DiT's budget; must be None.
+        """
+        if drop is not None or tokens is not None:
+            raise ValueError("a static DiT has no router and takes no budget")
+        c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
+        u = to_tokens(self.x_embedder(x_t)) + self.pos_embed  # (B, L, D)
+        batch, length, _ = u.shape
+        packing = full_packing(batch, length, u.device)
+        u = run_blocks(self.blocks, u.flatten(0, 1), c, packing, self.gradient_checkpointing)  # (B L, D)
+        patches = self.final_layer(u.unflatten(0, (batch, length)), c)  # (B, L, P P 2C)
+        return DenoiserOutput(unpatchify(patches, self.patch), keep_all(batch, length, u.device))
+
+
+def unpatchify(patches: Tensor, patch: int) -> Tensor:
+    """(B, L, P P C), channels varying fastest and then columns -> (B, C, S, S)."""
+    side = int(patches.shape[1] ** 0.5)
+    grid = patches.view(len(patches), side, side, patch, patch, -1)  # (B, row, column, row and column in the patch, C)
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def keep_all(batch: int, length: int, device: torch.device) -> Routing:
+    """The routing of a model that keeps every token."""
+    keep = torch.ones(batch, length, dtype=torch.bool, device=device)
+    return Routing(keep.float(), keep, keep)

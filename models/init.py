@@ -1,0 +1,31 @@
+"""The start that DiT and DC-DiT share."""
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def init_transformer(model: nn.Module, zero_blocks: bool) -> None:
+    """Linear layers Xavier-uniform with zero bias, label table and timestep MLP N(0, 0.02), the final layer zero.
+
+    `zero_blocks`: the blocks' modulation starts at zero (adaLN-Zero), so that every block starts as the identity.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.x_embedder.weight.view(len(model.x_embedder.weight), -1))
+    nn.init.zeros_(model.x_embedder.bias)
+    nn.init.normal_(model.y_embedder.table.weight, std=0.02)
+    for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
+        nn.init.normal_(layer.weight, std=0.02)
+    zero_layers(model.final_layer.linear, model.final_layer.adaLN_modulation[1])
+    if zero_blocks:
+        zero_layers(*(block.adaLN_modulation[1] for block in model.blocks))
+
+
+@torch.no_grad()
+def zero_layers(*layers: nn.Linear) -> None:
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
