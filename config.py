@@ -38,7 +38,8 @@ class HNetConfig:
 class UpcycleConfig:
     """How training.init_from turns a static DiT into a DC-DiT; see training/upcycle.py."""
 
-    scaffold: str = "dit"  # stem, encoder, decoder and head start from the DiT's own layers; or "fresh": as without a DiT
+    scaffold: str = "dit"  # stem, encoder, decoder and head start from the DiT's own layers; or "fresh"
+    router: str = "balanced"  # its last layer starts so that 1 token in N is kept from the first step on; or "fresh"
 
 
 @dataclass
@@ -450,6 +451,7 @@ def _check_model(config: Config) -> None:
     _choice("model.init", model.init, ("adaln_zero", "released"))
     _choice("model.attention", model.attention, ("auto", "flash", "varlen", "sdpa"))
     _choice("model.upcycle.scaffold", model.upcycle.scaffold, ("dit", "fresh"))
+    _choice("model.upcycle.router", model.upcycle.router, ("balanced", "fresh"))
     _positive(model, "model", "mlp_ratio", "timestep_divisor")
     if model.patch_size is not None and (model.patch_size < 1 or config.latent_size % model.patch_size):
         raise UserError(
@@ -503,6 +505,8 @@ def _check_training(training: TrainingConfig) -> None:
         if value is not None and downsample_factors(value) <= 1:
             raise UserError(f"training.{key}: {value} must be greater than 1; N = 4 keeps about 1 token in 4")
     _check_drop_fractions("training.multi_budget_drop_fractions", training.multi_budget_drop_fractions)
+    if training.init_from and training.resume_from_ckpt:
+        raise UserError("training.init_from: the run already starts from training.resume_from_ckpt; give one")
     if training.multi_budget_start_step is not None:
         _at_least(training, "training", 0, "multi_budget_start_step")
     start_end = training.profile_steps

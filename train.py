@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -27,12 +28,13 @@ from evaluation.in_training import Evaluation
 from evaluation.pictures import save_grid
 from models import build_model
 from models.attention import kernel_problem
+from training import upcycle
 from training.checkpoint import list_checkpoints, load_checkpoint
 from training.trainer import Trainer, total_steps
 
 # Keys that may change when a run goes on: they do not touch what was learned so far.
-MAY_CHANGE = ("training.epochs", "training.max_steps", "training.profile", "training.resume_from_ckpt", "data.num_workers",
-              "data.feature_path", "data.vae", "logging.", "evaluation.", "ckpt")  # fmt: skip
+MAY_CHANGE = ("training.epochs", "training.max_steps", "training.profile", "training.resume_from_ckpt", "training.init_from",
+              "data.num_workers", "data.feature_path", "data.vae", "logging.", "evaluation.", "ckpt")  # fmt: skip
 
 # Keys that give the network its tensors.
 SHAPE = ("model.hnet.", "model.mlp_ratio", "model.patch_size", "training.learn_sigma", "training.class_dropout_prob",
@@ -68,6 +70,7 @@ def main(argv: list[str] | None = None) -> bool:
     cli.check_output("--output", args.resume or args.output or config.logging.results_dir)
     store = open_checked_features(config)
     folder = Path(args.resume or args.output) if args.resume or args.output else None
+    check_parameter_names(config)
     state = find_state(config, folder, store)  # before the processes meet: every one of them finds the same mistakes
     accelerator = make_accelerator(config)
     folder = folder or new_folder(config, accelerator)
@@ -80,6 +83,8 @@ def main(argv: list[str] | None = None) -> bool:
     cost = flops_function(config), total_peak(accelerator)
     trainer = Trainer(config, accelerator, store, folder, state, *cost, grids, evaluation)
     report_start(trainer, config, store)
+    if state is not None and "report" in state:
+        report_origin(trainer, config, state["report"])
     finished = trainer.train()
     end = "finished" if finished else "stopped by a signal"
     accelerator.end_training()
@@ -152,12 +157,32 @@ def find_state(config: Config, folder: Path | None, store) -> dict | None:
     if config.training.resume_from_ckpt:
         state = load_fitting(config, config.training.resume_from_ckpt, "training.resume_from_ckpt")
         return {**state, "averages": {}}  # a new run reports its own steps
+    if config.training.init_from:
+        return upcycle.initial_state(config)
     return None
+
+
+def check_parameter_names(config: Config) -> None:
+    """Every beginning of a name in `training.frozen` and `training.lr_scales` must be one."""
+    with torch.device("meta"):
+        names = [name for name, _ in build_model(config).named_parameters()]
+    for key in ("frozen", "lr_scales"):
+        for prefix in getattr(config.training, key):
+            if not any(name.startswith(prefix) for name in names):
+                first = sorted({name.split(".")[0] for name in names})
+                raise UserError(
+                    f"training.{key}: no parameter's name begins with '{prefix}'; they begin with {', '.join(first)}"
+                )
 
 
 def load_fitting(config: Config, path: Path | str, option: str) -> dict:
     """A checkpoint whose weights have the names and shapes of the network that the configuration describes."""
     state = load_checkpoint(path, option)
+    if "optimizer" not in state:
+        raise UserError(f"{option} '{path}' holds weights only, with which no run can go on; give it as training.init_from")
+    scales = state["config"]["training"].get("lr_scales", {})
+    if scales != config.training.lr_scales:
+        raise UserError(f"training.lr_scales: {config.training.lr_scales} differs from the {scales} of {option} '{path}'")
     with torch.device("meta"):
         model = build_model(config)
     if {name: x.shape for name, x in model.state_dict().items()} != {name: x.shape for name, x in state["model"].items()}:
@@ -245,6 +270,15 @@ def sample_grids(config: Config, autoencoder: Autoencoder | None, folder: Path, 
         accelerator.wait_for_everyone()
 
     return draw
+
+
+def report_origin(trainer: Trainer, config: Config, report: dict[str, str]) -> None:
+    """Say where the first weights came from: counts in log.txt, every tensor in init_report.txt."""
+    ways = Counter(way.split(":")[0] for way in report.values())
+    trainer.log.line(f"from {config.training.init_from}: " + ", ".join(f"{n} tensors {way}" for way, n in ways.most_common()))
+    if trainer.accelerator.is_main_process:
+        text = "".join(f"{name:<45} {way}\n" for name, way in report.items())
+        write_file(trainer.folder / "init_report.txt", lambda stream: stream.write(text.encode()))
 
 
 def report_start(trainer: Trainer, config: Config, store) -> None:

@@ -37,10 +37,13 @@ class LabelEmbedder(nn.Module):
         return self.table(labels)
 
 
-def sincos_positions(width: int, side: int) -> Tensor:
-    """Fixed 2-D positions (side * side, width): sin and cos of the column in the first half, of the row in the second."""
+def sincos_positions(width: int, side: int, spacing: float = 1.0, offset: float = 0.0) -> Tensor:
+    """Fixed 2-D positions (side * side, width): sin and cos of the column in the first half, of the row in the second.
+
+    Row and column i lie at (i + offset) * spacing.
+    """
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    angle = (torch.arange(side, dtype=torch.float64)[:, None] + offset) * spacing * omega
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, width / 2)
     column = axis[None, :, :].expand(side, side, -1)
     row = axis[:, None, :].expand(side, side, -1)

@@ -32,7 +32,7 @@ class Trainer:
         accelerator: device, precision, processes and trackers.
         store: the features to train on.
         folder: gets log.txt, metrics.jsonl and checkpoints/.
-        state: a checkpoint to go on from, or None.
+        state: a checkpoint to go on from (without "optimizer": weights to start from), or None.
         flops_per_image: of one forward pass, given mean and mean square of the kept tokens; only reported.
         peak_flops: of all devices together in this precision, per second; None where it is not known.
         draw_samples: called as (ema_model, step) on every process every `logging.sample_every` steps.
@@ -73,15 +73,16 @@ class Trainer:
         model = build_model(self.config).to(self.accelerator.device)
         self.ema = ModelEmaV3(model, decay=training.ema_decay)
         fused = self.accelerator.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused
-        )
+        groups = parameter_groups(model, training.lr_scales)
+        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused)
         if state is not None:
             model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
+        if state is not None and "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
-            for group in optimizer.param_groups:  # loading brings the saved options back; these are the configuration's
-                group.update(weight_decay=training.weight_decay, fused=fused)
+            for group, own in zip(optimizer.param_groups, groups):  # loading brings the saved options back
+                group.update(weight_decay=training.weight_decay, fused=fused, lr_scale=own["lr_scale"])
+        self.frozen = [x for name, x in model.named_parameters() if name.startswith(tuple(training.frozen))]
         self.step = state["step"] if state is not None else 0
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
@@ -128,12 +129,15 @@ class Trainer:
         """Accumulate gradients over the micro-batches, then update weights and EMA."""
         training = self.config.training
         for group in self.optimizer.param_groups:
-            group["lr"] = schedules.learning_rate(self.step, training)
+            group["lr"] = schedules.learning_rate(self.step, training) * group["lr_scale"]
         accumulation = training.gradient_accumulation_steps
         for micro_step in range(accumulation):
             last = micro_step == accumulation - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 self.accelerator.backward(self.loss(next(batches)) / accumulation)
+        if self.step < training.frozen_steps:
+            for parameter in self.frozen:
+                parameter.grad = None  # neither the norm nor the optimizer sees it
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm)
         self.averages.add("grad_norm", norm.expand(training.global_batch_size // self.accelerator.num_processes))
         self.optimizer.step()
@@ -224,6 +228,15 @@ SUMMARY = (
     "loss", "diffusion_loss", "ratio_loss", "grad_norm", "kept_natural_mean", "kept_effective_mean", "tflop_per_image",
     "steps_per_sec", "images_per_sec", "model_flop_utilisation",
 )  # fmt: skip
+
+
+def parameter_groups(model: torch.nn.Module, lr_scales: dict[str, float]) -> list[dict]:
+    """Optimizer groups by factor on the learning rate; the first prefix that fits a name decides, and 1 where none does."""
+    groups: dict[float, list] = {}
+    for name, parameter in model.named_parameters():
+        scale = next((scale for prefix, scale in lr_scales.items() if name.startswith(prefix)), 1.0)
+        groups.setdefault(scale, []).append(parameter)
+    return [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()]
 
 
 def total_steps(config: Config, images: int) -> int:
