@@ -7,6 +7,7 @@ recording wrap it from outside.
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,10 +48,31 @@ def ddim(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, noise: Calla
         x = x_next
 
 
+def dpm_solver(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, noise: Callable[[], Tensor]) -> Iterator[Step]:
+    """DPM-Solver++ (arXiv 2211.01095), second order, multistep, by diffusers; `noise` is not called.
+
+    It solves the same equation as DDIM, of which a step is its first-order case: 20 to 50 steps do.
+    """
+    from diffusers import DPMSolverMultistepScheduler  # here, because this import takes seconds
+
+    betas = np.clip(diffusion.tables["betas"], 0.0, 1.0)
+    solver = DPMSolverMultistepScheduler(num_train_timesteps=diffusion.steps, trained_betas=betas)
+    solver.set_timesteps(timesteps=list(reversed(range(diffusion.steps))))
+    for i in reversed(range(diffusion.steps)):
+        t, index, prediction = _evaluate(diffusion, denoise, x, i)
+        epsilon, _ = diffusion.split(prediction)
+        x0_hat = diffusion.predict_x0(x, index, epsilon)
+        if i == 1:
+            solver.lower_order_nums = 0  # first order to t = 0: the signal-to-noise ratio jumps too far to extrapolate
+        x_next = solver.step(epsilon, i, x).prev_sample
+        yield Step(i, t, x, x0_hat, x_next)
+        x = x_next
+
+
 def _evaluate(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, i: int) -> tuple[int, Tensor, Tensor]:
     index = torch.full((len(x),), i, device=x.device)
     t = int(diffusion.timesteps[i])
     return t, index, denoise(x, torch.full_like(index, t)).float()
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}

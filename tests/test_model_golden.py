@@ -10,7 +10,7 @@ from safetensors import safe_open
 from config import config_from_dict
 from diffusion.guidance import guide
 from models import build_model
-from models.convert import from_official, official_name
+from models.foreign import from_official, official_name
 from training.losses import ratio_loss
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -1,0 +1,300 @@
+"""Foreign weights: equal outputs, configurations that fit, and files that try to run code."""
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import config as configuration
+from config import UserError, config_from_dict, load_config, to_dict
+from evaluation.generate import SamplingOptions, generate_images, load_run
+from models import build_model, convert, foreign
+from models.untrusted import Refused, read_untrusted
+from training.checkpoint import load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "one_stage.safetensors"
+
+
+def converted(source, output, *options) -> dict:
+    convert.main([str(source), str(output), *options])
+    return load_checkpoint(output)
+
+
+def loaded_model(state: dict) -> torch.nn.Module:
+    model = build_model(config_from_dict(state["config"]))
+    model.load_state_dict(state["ema"])
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------------ DiT
+
+
+@pytest.fixture(scope="module")
+def diffusers_dit(tmp_path_factory):
+    """A small random DiTTransformer2DModel, with one embedding for all blocks as in every trained one, and its folder."""
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=16, out_channels=8, num_layers=3, sample_size=8, num_embeds_ada_norm=10
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    for block in model.transformer_blocks:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    folder = tmp_path_factory.mktemp("diffusers") / "dit"
+    model.save_pretrained(folder / "transformer", safe_serialization=True)
+    return model, folder
+
+
+def dit_inputs():
+    return torch.randn(4, 4, 8, 8), torch.tensor([0, 1, 500, 999]), torch.tensor([0, 3, 9, 10])
+
+
+@pytest.mark.parametrize("folder", ["", "transformer"], ids=["pipeline", "model"])
+def test_diffusers(diffusers_dit, tmp_path, folder):
+    theirs, source = diffusers_dit
+    ours = loaded_model(converted(source / folder, tmp_path / "dit.safetensors"))
+    x, t, labels = dit_inputs()
+    with torch.no_grad():
+        want = theirs(x, timestep=t, class_labels=labels).sample
+        torch.testing.assert_close(ours(x, t, labels).prediction, want, atol=1e-5, rtol=1e-5)
+    assert want.std() > 0.1
+
+
+def test_diffusers_spaces_its_timesteps_differently(diffusers_dit, tmp_path):
+    """The published DiT divides by 128; which of the two a model was trained with is the user's to say."""
+    state = converted(diffusers_dit[1], tmp_path / "dit.safetensors")
+    assert state["config"]["model"]["timestep_divisor"] == 127
+    other = converted(diffusers_dit[1], tmp_path / "dit.safetensors", "--set", "model.timestep_divisor=128")
+    x, t, labels = dit_inputs()
+    difference = (loaded_model(state)(x, t, labels).prediction - loaded_model(other)(x, t, labels).prediction).abs()
+    assert difference[0].max() < 1e-6 and difference[2].max() > 1e-4
+
+
+def published_names(state: dict) -> dict:
+    """Our tensors of a DiT under the names of the published checkpoints."""
+    theirs = {"x_embedder.": "x_embedder.proj.", "y_embedder.table.": "y_embedder.embedding_table."}
+    renamed = {}
+    for name, tensor in state.items():
+        for ours, published in theirs.items():
+            name = name.replace(ours, published)
+        renamed[name] = tensor[None] if name == "pos_embed" else tensor
+    return renamed
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "with ema"])
+def test_official_dit(tmp_path, wrapped):
+    """A checkpoint of a published width tells its whole configuration."""
+    config = load_config(ROOT / "configs" / "DiT-S-4.yaml", ["model.hnet.arch_layout=[c2,[D2],c2]"])
+    model = build_model(config)
+    weights = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    theirs = published_names(weights)
+    assert {
+        "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "t_embedder.mlp.2.weight", "blocks.1.attn.qkv.bias",
+        "blocks.0.mlp.fc1.weight", "final_layer.adaLN_modulation.1.bias", "final_layer.linear.weight"
+    } < theirs.keys()  # fmt: skip
+    torch.save({"ema": theirs, "opt": {}} if wrapped else theirs, tmp_path / "DiT.pt")
+    state = converted(tmp_path / "DiT.pt", tmp_path / "DiT.safetensors")
+    assert state["ema"].keys() == weights.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state["ema"].items())
+    found = config_from_dict(state["config"])
+    assert (found.latent_size, found.token_side, found.model.hnet.num_heads, found.data.num_classes) == (32, 8, [6, 6], 1000)
+    assert (found.model.mlp_ratio, found.training.learn_sigma, found.model.timestep_divisor) == (4.0, True, 128)
+
+
+# --------------------------------------------------------------------------------------------------------------- DC-DiT
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory) -> Path:
+    """A checkpoint as the official code writes it: its `config.Config` has the name and the fields of ours."""
+    with safe_open(GOLDEN, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        about = file.metadata()
+    ema = {key[6:]: value for key, value in tensors.items() if key.startswith("state.")}
+    config = config_from_dict(
+        {
+            "model": {"hnet": json.loads(about["hnet"]), "mlp_ratio": float(about["mlp_ratio"])},
+            "training": {"learn_sigma": json.loads(about["learn_sigma"].lower())},
+            "data": {"image_size": int(about["input_size"]) * 8, "num_classes": int(about["num_classes"])},
+        }
+    )
+    state = {"model": {name: tensor + 1 for name, tensor in ema.items()}, "ema": ema, "opt": {"state": {}}, "config": config}
+    path = tmp_path_factory.mktemp("official") / "0400000.pt"
+    torch.save(state, path)
+    return path
+
+
+def test_official_dc_dit(official, tmp_path):
+    plain = read_untrusted(official)["config"]
+    assert type(plain) is dict and type(plain["model"]["hnet"]) is dict  # not the class that was pickled
+    state = converted(official, tmp_path / "ours.safetensors")
+    with safe_open(GOLDEN, "pt") as file:
+        x, t, labels, want = (file.get_tensor(name) for name in ("in.x", "in.t", "in.y", "out.model"))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded_model(state)(x, t, labels).prediction, want, atol=1e-5, rtol=1e-5)
+    raw = converted(official, tmp_path / "raw.safetensors", "--weights", "model")
+    assert torch.equal(raw["ema"]["norm.weight"], state["ema"]["norm.weight"] + 1)
+
+
+def test_ours_to_safetensors_and_back(tiny_config, tiny_vae, tmp_path):
+    config = load_config(tiny_config)
+    model = build_model(config)
+    ema = {name: tensor + 0.1 for name, tensor in model.state_dict().items()}
+    plain = {"step": 7, "config": to_dict(config), "autoencoder": None, "features": "f", "class_names": ["a", "b", "c"]}
+    first = save_checkpoint(tmp_path, {**plain, "model": model.state_dict(), "ema": ema, "optimizer": {}}, keep=0)
+    state = converted(first, tmp_path / "ours.safetensors")
+    assert {key: state[key] for key in plain} == plain
+    convert.main([str(tmp_path / "ours.safetensors"), str(tmp_path / "back.pt")])
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert {key: back[key] for key in plain} == plain
+    for weights in (state["ema"], back["ema"], back["model"]):
+        assert weights.keys() == ema.keys() and all(torch.equal(ema[name], tensor) for name, tensor in weights.items())
+
+    options = SamplingOptions(num_sampling_steps=2)
+    images = [
+        generate_images(load_run(path, vae=str(tiny_vae)), [0, 1], options)
+        for path in (first, tmp_path / "ours.safetensors", tmp_path / "back.pt")
+    ]
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+
+
+# ------------------------------------------------------------------------------------------------------------- hostile
+
+
+class Call:
+    """Pickles to a call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def raw_pickle(path: Path, content: bytes) -> None:
+    """A torch.save file whose pickle is replaced."""
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, content if name.endswith("data.pkl") else old.read(name))
+
+
+def globals_pickle(module: str, name: str, argument: str) -> bytes:
+    """Call `module.name(argument)`, written by hand so that the name need not exist."""
+    return f"c{module}\n{name}\n(V{argument}\ntR.".encode()
+
+
+HOSTILE = {
+    "os.system": lambda victim: pickle.dumps(Call(os.system, f"touch {victim}"), 2),
+    "subprocess": lambda victim: pickle.dumps(Call(subprocess.call, ["touch", str(victim)]), 2),
+    "eval": lambda victim: pickle.dumps(Call(eval, f"open({str(victim)!r}, 'w')"), 2),
+    "inside a state dict": lambda victim: pickle.dumps({"ema": {"x": Call(os.system, f"touch {victim}")}}, 2),
+    "torch.load": lambda victim: globals_pickle("torch.serialization", "load", str(victim)),
+    "getattr": lambda victim: (
+        pickle.dumps(Call(getattr, os, "system"), 2) if False else b"cbuiltins\ngetattr\n(cos\nsystem\ntR."
+    ),
+    "config imports os": lambda victim: globals_pickle("config", "os.system", f"touch {victim}"),
+    "call of a configuration": lambda victim: globals_pickle("config", "Config", f"touch {victim}"),
+    "function of the configuration": lambda victim: globals_pickle("config", "load_config", str(victim)),
+    "another module called config": lambda victim: globals_pickle("config.evil", "run", f"touch {victim}"),
+    "state that is no dictionary": lambda victim: b"cconfig\nConfig\n)\x81X\x04\x00\x00\x00evilb.",
+    "protocol 4": lambda victim: pickle.dumps(Call(os.system, f"touch {victim}"), 4),
+    "cut off": lambda victim: pickle.dumps({"a": 1}, 2)[:-3],
+    "no pickle": lambda victim: b"\x00\x01\x02",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("container", ["zip", "plain"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_hostile_files_execute_nothing(name, container, tmp_path, monkeypatch):
+    victim, path = tmp_path / "victim", tmp_path / "evil.pt"
+    content = HOSTILE[name](victim)
+    raw_pickle(path, content) if container == "zip" else path.write_bytes(content)
+    called = []
+    monkeypatch.setattr(configuration, "load_config", lambda *args: called.append(args))
+    with pytest.raises(Refused):
+        read_untrusted(path)
+    with pytest.raises(UserError, match="is not a checkpoint that can be read safely"):
+        convert.main([str(path), str(tmp_path / "out.safetensors")])
+    assert not victim.exists() and not called and not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_hostile_pickles_would_work(tmp_path):
+    """An ordinary unpickler does run them: the test above is not vacuous."""
+    for name in ("os.system", "subprocess", "eval", "inside a state dict", "protocol 4"):
+        victim = tmp_path / name.replace(" ", "_")
+        pickle.loads(HOSTILE[name](victim))
+        assert victim.exists(), name
+
+
+def test_attributes_of_inert_objects_are_data(tmp_path):
+    """Fields with the names of special methods, or of attributes that Python looks up, stay fields."""
+    raw_pickle(
+        tmp_path / "odd.pt",
+        b"cconfig\nConfig\n)\x81}(X\x09\x00\x00\x00__class__X\x01\x00\x00\x00aX\x08\x00\x00\x00__init__K\x01ub.",
+    )
+    assert read_untrusted(tmp_path / "odd.pt") == {"__class__": "a", "__init__": 1}
+
+
+# -------------------------------------------------------------------------------------------------------------- mistakes
+
+
+def refusal(*argv) -> str:
+    with pytest.raises(UserError) as caught:
+        convert.main([str(part) for part in argv])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_mistakes(official, diffusers_dit, tmp_path):
+    out = tmp_path / "out.safetensors"
+    assert "does not exist; give a checkpoint" in refusal(tmp_path / "nowhere.pt", out)
+    assert "must end in .safetensors or .pt" in refusal(official, tmp_path / "out.bin")
+    assert "is no diffusers folder with config.json" in refusal(tmp_path, out)
+    assert "has no state dict 'model'; try the other --weights" in refusal(
+        save(tmp_path / "ema.pt", {"ema": {}, "args": "x"}), out, "--weights", "model"
+    )
+    assert "holds other weights than those of DiT and DC-DiT" in refusal(save(tmp_path / "a.pt", {"a": torch.ones(1)}), out)
+    assert "tensors do not fit the configuration, first" in refusal(official, out, "--set", "model.mlp_ratio=3")
+    names = {f"hnet.{k}": torch.ones(1) for k in range(2)} | {
+        "x_embedder.proj.weight": torch.ones(1),
+        "pos_embed": torch.ones(1, 1, 1),
+    }
+    assert "comes without its configuration; give it as --config" in refusal(save(tmp_path / "bare.pt", names), out)
+    odd = published_names(build_model(load_config(overrides=["model.patch_size=2", "model.hnet.d_model=[32,32]",
+        "model.hnet.num_heads=[2,2]", "data.image_size=32"])).state_dict())  # fmt: skip
+    assert "no published DiT is 32 wide" in refusal(save(tmp_path / "odd.pt", odd), out)
+    assert not out.exists()
+
+
+def test_blocks_with_embeddings_of_their_own(diffusers_dit):
+    state = dict(diffusers_dit[0].state_dict())
+    name = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
+    state[name] = state[name] + 1
+    with pytest.raises(ValueError, match="differs from that of block 0"):
+        foreign.from_diffusers(state, 16)
+
+
+def save(path: Path, content: dict) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def test_the_command(official, tmp_path):
+    command = [sys.executable, "-m", "models.convert", str(official), str(tmp_path / "a.safetensors")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and f"from official DC-DiT {official}" in done.stdout, done.stderr
