@@ -129,8 +129,8 @@ def load_run(
     """Load a checkpoint for sampling.
 
     Args:
-        ckpt: a file that training wrote.
-        vae: "ema", "mse" or a local folder; default: the autoencoder that the checkpoint names.
+        ckpt: a file that training wrote, a weights file, or a folder with one (and, maybe, with the autoencoder in vae/).
+        vae: "ema", "mse" or a local folder; default: the autoencoder that comes with the checkpoint or that it names.
         config: default: the checkpoint's own.
         overrides: `section.key=value` for the checkpoint's own configuration.
 
@@ -145,9 +145,12 @@ def load_run(
     model = build_model(config)
     model.load_state_dict(state["ema"])
     known = state["autoencoder"]
+    if vae is None and Path(ckpt, "vae").is_dir():
+        vae = str(Path(ckpt, "vae"))
     autoencoder = Autoencoder.load(vae or (known["name"] if known else config.data.vae), device)
     check_autoencoder(autoencoder, known, config)
-    return Run(model.to(device).eval(), config, autoencoder, state["class_names"], state["step"], fingerprint(state["ema"]))
+    weights = fingerprint(model.state_dict())
+    return Run(model.to(device).eval(), config, autoencoder, state["class_names"], state["step"], weights)
 
 
 def fingerprint(state_dict: dict[str, Tensor]) -> str:

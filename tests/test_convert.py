@@ -203,9 +203,7 @@ HOSTILE = {
     "eval": lambda victim: pickle.dumps(Call(eval, f"open({str(victim)!r}, 'w')"), 2),
     "inside a state dict": lambda victim: pickle.dumps({"ema": {"x": Call(os.system, f"touch {victim}")}}, 2),
     "torch.load": lambda victim: globals_pickle("torch.serialization", "load", str(victim)),
-    "getattr": lambda victim: (
-        pickle.dumps(Call(getattr, os, "system"), 2) if False else b"cbuiltins\ngetattr\n(cos\nsystem\ntR."
-    ),
+    "getattr": lambda victim: b"cbuiltins\ngetattr\n(cos\nsystem\ntR.",
     "config imports os": lambda victim: globals_pickle("config", "os.system", f"touch {victim}"),
     "call of a configuration": lambda victim: globals_pickle("config", "Config", f"touch {victim}"),
     "function of the configuration": lambda victim: globals_pickle("config", "load_config", str(victim)),

@@ -1,0 +1,122 @@
+"""A trained model as a folder for the Hugging Face hub: weights, configuration, autoencoder and model card.
+
+    python -m evaluation.hub --ckpt results/B-N4/checkpoints/0400000.pt --output hub/DC-DiT-B-N4
+
+`--push-to-hub USER/NAME` uploads the folder too. The folder is what `--ckpt` and `DCDiTPipeline.from_pretrained` take.
+"""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+
+import cli
+from config import Config, downsample_factors, to_dict, to_yaml
+from data.autoencoder import HUB_NAMES
+from data.files import write_file
+from evaluation import flops
+from evaluation.generate import Run, load_run
+from training.checkpoint import WEIGHTS, save_weights
+
+DROPPED = (0.0, 0.2, 0.4, 0.6)  # budgets on the model card
+STEPS = 250  # sampling steps of its costs
+
+
+class Pretrained(ModelHubMixin, library_name="dc-dit", tags=["diffusion", "class-conditional-image-generation"]):
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` of a Run."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        run = self.run
+        state = {"step": run.step, "config": to_dict(run.config), "autoencoder": run.autoencoder.describe(), "features": None}
+        save_weights(save_directory / WEIGHTS, {**state, "class_names": run.class_names, "ema": run.model.state_dict()})
+        text = json.dumps(to_dict(run.config), indent=1)
+        write_file(save_directory / "config.json", lambda stream: stream.write(text.encode()))
+        if run.autoencoder.name not in HUB_NAMES:  # one that only this machine has
+            run.autoencoder.model.save_pretrained(save_directory / "vae")
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, device="cpu", vae: str | None = None, **download) -> "Pretrained":
+        """`model_id` is a local folder, or a repository of which everything is downloaded."""
+        folder = model_id if Path(model_id).is_dir() else snapshot_download(model_id, **download)
+        return cls(load_run(folder, device, vae))
+
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        return ModelCard(model_card(self.run))
+
+
+def model_card(run: Run) -> str:
+    """Markdown: what the model is, what it was trained on, what it costs at which budget, and its configuration."""
+    config, training, data = run.config, run.config.training, run.config.data
+    batch = training.global_batch_size * training.gradient_accumulation_steps
+    parameters = sum(p.numel() for p in run.model.parameters())
+    header = "library_name: dc-dit\npipeline_tag: unconditional-image-generation\ntags: [diffusion, model_hub_mixin]"
+    classes = f": {', '.join(run.class_names)}" if run.class_names and len(run.class_names) <= 20 else ""
+    return f"""---
+{header}
+---
+# {config.model.name}
+
+Class-conditional diffusion transformer with {parameters / 1e6:.1f} M parameters, EMA weights after {run.step:,} steps.
+
+```python
+from evaluation.pipeline import DCDiTPipeline
+
+images = DCDiTPipeline.from_pretrained("this folder")(class_labels=[0], guidance_scale=4.0).images
+```
+
+## Training data
+
+{data.image_size} x {data.image_size} pixels, {data.num_classes} classes{classes}. {run.step:,} steps of {batch} images,
+as latents of {data.latent_channels} channels and {config.latent_size} x {config.latent_size} cells.
+Autoencoder: `{Path(run.autoencoder.name).name}`, SHA-256 of its weights `{run.autoencoder.sha256[:16]}`.
+
+## Budgets and cost
+
+{cost_table(config)}
+
+## Configuration
+
+```yaml
+{to_yaml(config)}```
+"""
+
+
+def cost_table(config: Config) -> str:
+    """Markdown table of the cost at nominal kept shares."""
+    tokens, share = config.tokens, 1.0
+    dropped = (0.0,) if config.model.patch_size is not None else DROPPED
+    if config.model.patch_size is None:
+        share = 1 / downsample_factors(config.training.downsample_factor)
+    rows = [
+        f"| kept tokens dropped | tokens of {tokens} | GFLOP per forward pass | TFLOP per image, {STEPS} steps |",
+        "|---|---|---|---|",
+    ]
+    for fraction in dropped:
+        count = tokens * share * (1 - fraction)
+        cost = sum(flops.forward_flops(config, flops.Kept(count, count**2)).values())
+        rows.append(f"| {fraction:.0%} | {count:.0f} | {cost / 1e9:.4g} | {cost * STEPS / 1e12:.4g} |")
+    return "\n".join(
+        [*rows, "", "Without guidance, which doubles the cost, and without the autoencoder; 2 FLOPs per multiply-add."]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--ckpt", required=True, help="checkpoint or weights file")
+    parser.add_argument("--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload it to this repository as well")
+    args = parser.parse_args(argv)
+    cli.check_output("--output", args.output)
+    model = Pretrained(load_run(args.ckpt, "cpu", args.vae))
+    model.save_pretrained(args.output)
+    print(f"{args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
+    if args.push_to_hub:
+        print(model.push_to_hub(args.push_to_hub))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,136 @@
+"""The hub folder and the pipeline: local folders first, nothing is downloaded or uploaded here."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+
+from config import UserError, load_config, to_dict
+from data.autoencoder import Autoencoder
+from data.features import open_features
+from diffusion import create_diffusion
+from diffusion.samplers import SAMPLERS
+from evaluation import hub
+from evaluation.generate import SamplingOptions, Watched, generate_images, guided_denoiser, load_run
+from evaluation.pipeline import DCDiTPipeline
+from models import build_model
+from training.checkpoint import save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_config, tmp_path_factory):
+    """An untrained model whose output is not zero, whose router is undecided, and which names its autoencoder."""
+    config = load_config(tiny_config)
+    torch.manual_seed(0)
+    model = build_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        model.router.residual_scorer[-1].weight.mul_(20)
+        model.router.residual_scorer[-1].bias.zero_()
+    store = open_features(config.data.feature_path, 32)
+    state = {"step": 5, "config": to_dict(config), "autoencoder": store.autoencoder, "features": None, "optimizer": {}}
+    weights = model.state_dict()
+    return save_checkpoint(
+        tmp_path_factory.mktemp("hub"), {**state, "class_names": store.class_names, "model": weights, "ema": weights}, keep=0
+    )
+
+
+OPTIONS = SamplingOptions(num_sampling_steps=3, cfg_scale=2.0)
+
+
+def test_folder(checkpoint, tmp_path, capsys):
+    folder = tmp_path / "hub"
+    hub.main(["--ckpt", str(checkpoint), "--output", str(folder)])
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "vae"]
+    again = hub.Pretrained.from_pretrained(folder).run
+    run = load_run(checkpoint)
+    assert again.fingerprint == run.fingerprint and again.config == run.config and again.step == 5
+    assert again.autoencoder.sha256 == run.autoencoder.sha256 and again.autoencoder.name == str(folder / "vae")
+    assert json.loads((folder / "config.json").read_text()) == to_dict(run.config)
+    images = [generate_images(load_run(source), [0, 1], OPTIONS) for source in (checkpoint, folder)]
+    assert torch.equal(*images) and images[0].float().std() > 1
+
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "dc-dit" and "3 classes: a, b, c" in card.text and "arch_layout" in card.text
+    budgets = [line.split("|")[1:4] for line in card.text.splitlines() if line.startswith("| ") and "%" in line]
+    assert [row[0].strip() for row in budgets] == ["0%", "20%", "40%", "60%"]
+    costs = [float(row[2]) for row in budgets]
+    assert costs == sorted(costs, reverse=True) and costs[3] < costs[0]
+
+
+def test_push(checkpoint, monkeypatch):
+    """What would be uploaded is the folder."""
+    seen = {}
+
+    def upload(self, *, repo_id, folder_path, **options):
+        seen["names"] = {path.name for path in folder_path.iterdir()}
+        return f"uploaded to {repo_id}"
+
+    created = type("Created", (), {"repo_id": "me/dc-dit"})
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, **options: created)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    assert hub.Pretrained(load_run(checkpoint)).push_to_hub("me/dc-dit") == "uploaded to me/dc-dit"
+    assert seen["names"] == {"README.md", "config.json", "model.safetensors", "vae"}
+
+
+def test_an_autoencoder_of_the_hub_is_not_copied(checkpoint, tmp_path):
+    run = load_run(checkpoint)
+    run.autoencoder.name = "ema"
+    hub.Pretrained(run).save_pretrained(tmp_path)
+    assert not (tmp_path / "vae").exists()
+
+
+@pytest.mark.parametrize("scale, drop, steps", [(1.0, 0.0, 4), (2.0, 0.5, 7)])
+def test_the_pipeline_samples_what_our_sampler_does(checkpoint, scale, drop, steps):
+    """DDPM with learned variances on the same noise: the same pictures, and the same tokens kept."""
+    run, labels = load_run(checkpoint), [0, 1, 2]
+    output = DCDiTPipeline(run)(labels, scale, drop, steps, torch.Generator().manual_seed(3))
+
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda: torch.randn(3, 4, 8, 8, generator=generator)  # noqa: E731
+    watched = Watched(run.model, bf16=False)
+    options = SamplingOptions(cfg_scale=scale, num_sampling_steps=steps, tail_dropping_fraction=drop)
+    denoise = guided_denoiser(watched, run.config, torch.tensor(labels), options)
+    kept = []
+    with torch.inference_mode():
+        for step in SAMPLERS["ddpm"](create_diffusion(sampling_steps=steps), denoise, draw(), draw):
+            kept.append((step.t, watched.routing.keep.sum(1).tolist()))
+        images = run.autoencoder.decode(step.x_next).permute(0, 2, 3, 1).numpy()
+
+    ours = np.stack([np.asarray(image) for image in output.images])
+    assert ours.shape == (3, 32, 32, 3) and images.std() > 1
+    assert np.abs(ours.astype(int) - images.astype(int)).max() <= 1  # a level, where rounding falls the other way
+    record = [(row.t, row.conditional.tolist() + (row.unconditional.tolist() if scale > 1 else [])) for row in output.kept]
+    assert record == kept
+
+
+def test_other_schedulers(checkpoint):
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    pipe = DCDiTPipeline.from_pretrained(checkpoint)
+    settings = pipe.scheduler.config
+    for kind in (DDIMScheduler, DPMSolverMultistepScheduler):
+        pipe.scheduler = kind.from_config(settings, variance_type=None)
+        first, again = (pipe([0, 1], num_inference_steps=4, generator=torch.manual_seed(0)).images for _ in range(2))
+        assert all(np.array_equal(a, b) for a, b in zip(first, again)) and len(first) == 2
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(settings)
+    with pytest.raises(UserError, match="make it with variance_type=None"):
+        pipe([0])
+    for mistake in ({"guidance_scale": 0.5}, {"drop_fraction": 1.0}, {"num_inference_steps": 0}, {"class_labels": [3]}):
+        with pytest.raises(UserError):
+            DCDiTPipeline(pipe.run)(**{"class_labels": [0], **mistake})
+
+
+def test_the_fast_solver_samples(checkpoint):
+    images = generate_images(
+        load_run(checkpoint), [0, 1], SamplingOptions(cfg_scale=2.0, num_sampling_steps=5, sampler="dpm++")
+    )
+    assert images.shape == (2, 3, 32, 32) and images.float().std() > 1
+
+
+def test_the_autoencoder_of_the_folder_can_be_replaced(checkpoint, tiny_vae, tmp_path):
+    hub.Pretrained(load_run(checkpoint)).save_pretrained(tmp_path)
+    assert load_run(tmp_path, vae=str(tiny_vae)).autoencoder.name == Autoencoder.load(str(tiny_vae), "cpu").name
