@@ -3,7 +3,7 @@
     python -m scripts.upcycling --quickstart quickstart --output results/upcycling
 
 trains a static DiT, a DC-DiT from scratch, and one from the DiT per way in WAYS, on the features that the quickstart left.
-Every run sees the same images, timesteps and noise at the same step (the DiT sees others). It prints a table and writes
+Every run sees the same images, timesteps and noise at the same step (the DiT sees others), and all have the same constant N. It prints a table and writes
 upcycling.png; running it again goes on where it was.
 """
 
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     common = [f"data.feature_path={args.quickstart / 'features'}", f"data.vae={args.quickstart / 'autoencoder'}"]
     common += [f"logging.log_every={WINDOW}", "logging.ckpt_every=1000000"]
+    common += ["training.downsample_factor_start=null", "training.downsample_factor_warmup_steps=0"]  # one N for every step
     dit = run(args.output / "dit", args.steps, [*common, "model.patch_size=2", "model.name=DiT", "training.seed=1"])
     curves = {"DiT": dit, "from scratch": run(args.output / "scratch", args.steps, common)}
     source = list_checkpoints(args.output / "dit" / "checkpoints")[-1]
