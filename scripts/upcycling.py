@@ -3,8 +3,8 @@
     python -m scripts.upcycling --quickstart quickstart --output results/upcycling
 
 trains a static DiT, a DC-DiT from scratch, and one from the DiT per way in WAYS, on the features that the quickstart left.
-Every run sees the same images, timesteps and noise at the same step (the DiT sees others), and all have the same constant N. It prints a table and writes
-upcycling.png; running it again goes on where it was.
+Every run sees the same images, timesteps and noise at the same step (the DiT sees others), and all have the same constant N.
+It prints a table and writes upcycling.png; running it again goes on where it was.
 """
 
 import argparse
