@@ -68,7 +68,7 @@ class DCDiTPipeline:
         """
         config, device = self.run.config, self.run.device
         options = SamplingOptions(
-            cfg_scale=guidance_scale, num_sampling_steps=num_inference_steps, tail_dropping_fraction=drop_fraction
+            cfg_scale=guidance_scale, num_sampling_steps=num_inference_steps, tail_dropping_fraction=drop_fraction or None
         )
         options.check(config)
         check_labels(class_labels, config)
@@ -83,7 +83,7 @@ class DCDiTPipeline:
             prediction = denoise(self.scheduler.scale_model_input(x, t), t.expand(len(x)))
             prediction = prediction if whole else prediction[:, : shape[1]]
             x = self.scheduler.step(prediction, t, x, generator=generator).prev_sample
-            counts = watched.routing.keep.sum(1).split(len(x))
+            counts = watched.take().keep.sum(1).split(len(x))
             kept.append(Kept(int(t), counts[0], counts[1] if len(counts) > 1 else None))
         return PipelineOutput(to_pil(self.run.autoencoder.decode(x)), kept)
 

@@ -97,7 +97,7 @@ def test_the_pipeline_samples_what_our_sampler_does(checkpoint, scale, drop, ste
     kept = []
     with torch.inference_mode():
         for step in SAMPLERS["ddpm"](create_diffusion(sampling_steps=steps), denoise, draw(), draw):
-            kept.append((step.t, watched.routing.keep.sum(1).tolist()))
+            kept.append((step.t, watched.take().keep.sum(1).tolist()))
         images = run.autoencoder.decode(step.x_next).permute(0, 2, 3, 1).numpy()
 
     ours = np.stack([np.asarray(image) for image in output.images])
