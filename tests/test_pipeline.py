@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -161,6 +162,8 @@ run(None, *once)
 run("branch", "training.max_steps=5", f"training.resume_from_ckpt={folder}/copied/checkpoints/0000003.pt")
 run("tracked", "training.max_steps=1", "logging.trackers=[wandb]")
 run("tracked", "training.max_steps=2", "logging.trackers=[wandb]")
+train.total_peak = lambda accelerator: 1e9
+run("measured", "training.max_steps=1")
 """
 
 
@@ -221,6 +224,16 @@ def test_wandb_offline(in_one_process, tiny_config):
     runs = list((folder / "wandb").glob("offline-run-*"))
     assert runs and {path.name.rsplit("-", 1)[1] for path in runs} == {identity}
     assert [row["step"] for row in read_metrics(folder)] == [1, 2]
+
+
+def test_utilisation_of_a_known_peak(in_one_process, trained, tiny_config):
+    """In the log, beside the speed that it follows from; nowhere where the peak is not known."""
+    folder = tiny_config.parent / "measured"
+    (line,) = [line for line in (folder / "log.txt").read_text().splitlines() if "loss=" in line]
+    row = {name: float(value) for name, value in re.findall(r"(\w+)=(\S+)", line)}
+    want = row["images_per_sec"] * row["tflop_per_image"] * 1e12 / 1e9
+    assert row["model_flop_utilisation"] == pytest.approx(want, rel=2e-3)
+    assert "utilisation" not in (folder / "metrics.jsonl").read_text() + (trained / "log.txt").read_text()
 
 
 ON_TWO_PROCESSES = """
