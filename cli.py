@@ -52,6 +52,15 @@ def default_device(local_rank: int = 0) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def allow_tf32(config: Config) -> None:
+    """TF32 for products in float32 (under autocast: router, residual projection, dechunk) where the configuration asks for it.
+
+    A setting of the whole process: PyTorch reads it when the backward pass runs, too.
+    """
+    asked = config.model.hnet.fp32_router_dechunk == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = asked
+
+
 def start_processes() -> Processes:
     """Join the process group that torchrun describes (NCCL on CUDA, else gloo); without torchrun, be the only process."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

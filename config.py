@@ -31,7 +31,7 @@ class HNetConfig:
     tie_embeddings: bool = False  # of the official files; only false has a meaning here
     enc_dec_dim_factor: list[int | None] | None = None  # encoder width = d_model[0] // factor[0]
     dechunk_kernel_sigma: float = 1.0  # in latent cells; 2.0 at 512 px
-    fp32_router_dechunk: bool = True  # router, residual projection and dechunk in float32 under autocast too
+    fp32_router_dechunk: bool | str = True  # router, residual projection, dechunk in float32 under autocast too; or "tf32"
 
 
 @dataclass
@@ -74,6 +74,8 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
+    precision: str = "auto"  # or "bf16", "fp32"; auto: as accelerate launch says, and if it says nothing bf16 on CUDA
+    compile: bool = False  # torch.compile of transformer blocks, encoder and decoder
     class_dropout_prob: float = 0.1
     learn_sigma: bool = True
     ratio_loss_weight: float = 0.03
@@ -449,6 +451,8 @@ def _check_model(config: Config) -> None:
     model, hnet = config.model, config.model.hnet
     parse_layout(hnet.arch_layout)
     _choice("model.init", model.init, ("adaln_zero", "released"))
+    if hnet.fp32_router_dechunk not in (True, False, "tf32"):
+        raise UserError(f"model.hnet.fp32_router_dechunk: '{hnet.fp32_router_dechunk}' is not true, false or tf32")
     _choice("model.attention", model.attention, ("auto", "flash", "varlen", "sdpa"))
     _choice("model.upcycle.scaffold", model.upcycle.scaffold, ("dit", "fresh"))
     _choice("model.upcycle.router", model.upcycle.router, ("balanced", "fresh"))
@@ -485,6 +489,7 @@ def _check_training(training: TrainingConfig) -> None:
     _positive(
         training, "training", "epochs", "global_batch_size", "learning_rate", "max_grad_norm", "gradient_accumulation_steps"
     )
+    _choice("training.precision", training.precision, ("auto", "bf16", "fp32"))
     _at_least(
         training, "training", 0, "lr_warmup_steps", "weight_decay", "downsample_factor_warmup_steps", "frozen_steps", "seed"
     )

@@ -37,8 +37,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    options, device = sampling_options(args), cli.default_device()
-    run = load_run_from(args, device)
+    device = cli.default_device()
+    options, run = sampling_options(args, device), load_run_from(args, device)
+    cli.allow_tf32(run.config)
     options.check(run.config)
     labels = args.classes or default_labels(run.config)
     check_labels(labels, run.config)

@@ -33,8 +33,8 @@ from training.checkpoint import list_checkpoints, load_checkpoint
 from training.trainer import Trainer, total_steps
 
 # Keys that may change when a run goes on: they do not touch what was learned so far.
-MAY_CHANGE = ("training.epochs", "training.max_steps", "training.profile", "training.resume_from_ckpt", "training.init_from",
-              "data.num_workers", "data.feature_path", "data.vae", "logging.", "evaluation.", "ckpt")  # fmt: skip
+MAY_CHANGE = ("training.epochs", "training.max_steps", "training.compile", "training.profile", "training.resume_from_ckpt",
+              "training.init_from", "data.num_workers", "data.feature_path", "data.vae", "logging.", "evaluation.", "ckpt")  # fmt: skip
 
 # Keys that give the network its tensors.
 SHAPE = ("model.hnet.", "model.mlp_ratio", "model.patch_size", "training.learn_sigma", "training.class_dropout_prob",
@@ -46,6 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cli.add_config_arguments(parser)
     parser.add_argument("--output", help="folder of the run; if it holds checkpoints, the run goes on (default: a new one)")
     parser.add_argument("--resume", metavar="EXP_DIR", help="go on with the run in this folder, with its own configuration")
+    parser.add_argument("--compile", action="store_true", help="the same as --set training.compile=true")
     parser.add_argument("--same_wandb", type=cli.boolean, default=True, help="go on in the same wandb run (default: true)")
     args = parser.parse_args(argv)
     if args.resume and args.output:
@@ -60,7 +61,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> bool:
     """Returns whether the run is finished; False when a signal ended it early."""
     args = parse(argv)
-    config = load_config(args.config or Path(args.resume) / "config.yaml", args.set)
+    overrides = [*args.set, *(["training.compile=true"] if args.compile else [])]
+    config = load_config(args.config or Path(args.resume) / "config.yaml", overrides)
     if args.dry_run:
         cli.print_once(f"{cli.describe(config)}\n{cli.describe_batches(config)}")
         return True
@@ -95,9 +97,11 @@ def main(argv: list[str] | None = None) -> bool:
 def make_accelerator(config: Config) -> Accelerator:
     """Device, precision and trackers, checked."""
     buffers_are_constant = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    trackers = config.logging.trackers
+    trackers, device = config.logging.trackers, cli.default_device()
+    cli.allow_tf32(config)
     accelerator = Accelerator(
-        cpu=cli.default_device().type == "cpu",  # else Accelerate takes torchrun's processes on a CPU for separate runs
+        cpu=device.type == "cpu",  # else Accelerate takes torchrun's processes on a CPU for separate runs
+        mixed_precision=mixed_precision(config, device),
         log_with=trackers or None,
         project_dir=config.logging.results_dir,  # until the run's own folder is known
         kwargs_handlers=[buffers_are_constant],
@@ -114,6 +118,14 @@ def make_accelerator(config: Config) -> Accelerator:
     if problem := kernel_problem(config.model.attention, accelerator.device, accelerator.mixed_precision == "bf16"):
         raise UserError(f"model.attention: {problem}")
     return accelerator
+
+
+def mixed_precision(config: Config, device: torch.device) -> str:
+    """Accelerate's name of the precision: the configuration's, else the launcher's, else bfloat16 on CUDA."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if config.training.precision != "auto":
+        return "bf16" if config.training.precision == "bf16" else "no"
+    return "bf16" if launched == "no" and device.type == "cuda" else launched
 
 
 def open_checked_features(config: Config):

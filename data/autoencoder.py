@@ -1,7 +1,7 @@
 """Pixels <-> moments <-> latents: a diffusers AutoencoderKL with the latent scale folded in.
 
 Everything outside this file sees latents in scaled units only, z = (raw - shift) * scale, about unit variance, and asks this
-class for scale, stride and channel count. Weights stay in float32 and no autocast is used, as in the official extraction.
+class for scale, stride and channel count. Weights stay in float32; encoding uses no autocast, as in the official extraction.
 """
 
 import hashlib
@@ -37,7 +37,8 @@ class Autoencoder:
         self.shift_map, self.scale_map = (  # (1, C, 1, 1) float32
             torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1) for values in (self.shift, self.scale)
         )
-        self.model = model.requires_grad_(False).eval().to(device)
+        layout = torch.channels_last if torch.device(device).type == "cuda" else torch.preserve_format
+        self.model = model.requires_grad_(False).eval().to(device, memory_format=layout)
 
     @classmethod
     def load(cls, name_or_path: str, device: torch.device | str) -> "Autoencoder":
@@ -94,10 +95,11 @@ class Autoencoder:
         return (posterior.mean.float() - self.shift_map) * self.scale_map, posterior.std.float() * self.scale_map
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, s, s) in scaled units to images (B, 3, s * stride, s * stride) uint8."""
+    def decode(self, latents: Tensor, bf16: bool = False) -> Tensor:
+        """Latents (B, C, s, s) in scaled units to images (B, 3, s * stride, s * stride) uint8; `bf16` computes in bfloat16."""
         raw = latents.to(self.shift_map.device).float() / self.scale_map + self.shift_map
-        pixels = self.model.decode(raw).sample
+        with torch.autocast(raw.device.type, torch.bfloat16, enabled=bf16):
+            pixels = self.model.decode(raw).sample.float()
         return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)  # truncation after + 128: rounds, as in ADM and DiT
 
 

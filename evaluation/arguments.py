@@ -8,12 +8,14 @@ import torch
 from config import UserError, load_config
 from diffusion.samplers import SAMPLERS
 from evaluation.generate import Run, SamplingOptions, load_run
+from models import compile_parts
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model: --ckpt and --vae."""
+    """Which model: --ckpt and --vae; and whether to compile it."""
     parser.add_argument("--ckpt", help="checkpoint that train.py wrote (default: `ckpt` of --config)")
     parser.add_argument("--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)")
+    parser.add_argument("--compile", action="store_true", help="compile transformer blocks, encoder and decoder first")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float, seed: int) -> None:
@@ -37,13 +39,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float, se
     parser.add_argument("--uncond-token-budget", type=int, metavar="K", help="its budget, with --lite-cfg")
     parser.add_argument("--uncond-tflops-per-image", type=float, metavar="X", help="its budget (its share), with --lite-cfg")
     parser.add_argument("--uncond-budget-schedule", metavar="T:F,...", help="its budget, with --lite-cfg")
-    parser.add_argument("--bf16", action="store_true", help="run the network in bfloat16")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+                        help="of network and autoencoder (default: bf16 on CUDA, else fp32)")  # fmt: skip
 
 
-def sampling_options(args: argparse.Namespace) -> SamplingOptions:
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingOptions)}
+def sampling_options(args: argparse.Namespace, device: torch.device) -> SamplingOptions:
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingOptions) if field.name != "bf16"}
     interval = values.pop("guidance_interval")
-    return SamplingOptions(**values, guidance_interval=tuple(interval) if interval else None)
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
+    return SamplingOptions(**values, guidance_interval=tuple(interval) if interval else None, bf16=bf16)
 
 
 def load_run_from(args: argparse.Namespace, device: torch.device) -> Run:
@@ -52,4 +56,7 @@ def load_run_from(args: argparse.Namespace, device: torch.device) -> Run:
     ckpt = args.ckpt or (config and config.ckpt)
     if not ckpt:
         raise UserError("--ckpt is missing; give a checkpoint of train.py, e.g. results/000-DC-DiT/checkpoints/0400000.pt")
-    return load_run(ckpt, device, args.vae, config, args.set)
+    run = load_run(ckpt, device, args.vae, config, args.set)
+    if args.compile:
+        compile_parts(run.model)
+    return run

@@ -222,7 +222,7 @@ def generate(
         if latents.device.type != "cpu":
             torch.accelerator.synchronize()
         denoised = time.perf_counter()
-        images = run.autoencoder.decode(latents).cpu()
+        images = run.autoencoder.decode(latents, options.bf16).cpu()
         yield Batch(index[part], labels[part], images, kept, Seconds(denoised - started, time.perf_counter() - denoised))
 
 

@@ -31,6 +31,16 @@ def build_model(config: Config) -> DCDiT | DiT:
         decoder_blocks=layout.decoder_blocks,
         conv_width=config.encoder_width,
         sigma=hnet.dechunk_kernel_sigma,
-        fp32_scaffold=hnet.fp32_router_dechunk,
+        fp32_scaffold=hnet.fp32_router_dechunk is not False,
         **shared,
     )
+
+
+def compile_parts(model: DCDiT | DiT, backend: str = "inductor") -> None:
+    """Have torch.compile fuse the transformer blocks, the encoder and the decoder, in place; names of weights stay.
+
+    Token counts become dynamic when a second one is seen, so compilation ends with the second batch.
+    """
+    scaffold = (model.encoder, model.decoder) if isinstance(model, DCDiT) else ()
+    for part in (*model.blocks, *scaffold):
+        part.compile(backend=backend)

@@ -17,7 +17,7 @@ HAS_FLASH = importlib.util.find_spec("flash_attn") is not None
 
 
 class Attention(nn.Module):
-    """Full self-attention among the tokens of each sample: (T, D) -> (T, D)."""
+    """Full self-attention among the tokens of each sample; the block maps its tokens with `qkv` first: (T, 3D) -> (T, D)."""
 
     def __init__(self, width: int, heads: int, kernel: str):
         super().__init__()
@@ -25,18 +25,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        q, k, v = self.qkv(x).view(len(x), 3, self.heads, -1).unbind(1)  # each (T, heads, D / heads)
-        attend = KERNELS[pick_kernel(q) if self.kernel == "auto" else self.kernel]
-        return self.proj(attend(q, k, v, packing).flatten(1))
+    def forward(self, qkv: Tensor, packing: Packing) -> Tensor:
+        qkv = qkv.view(len(qkv), 3, self.heads, -1)
+        attend = KERNELS[pick_kernel(qkv) if self.kernel == "auto" else self.kernel]
+        return self.proj(attend(qkv, packing).flatten(1))
 
 
-def pick_kernel(q: Tensor) -> str:
+def pick_kernel(qkv: Tensor) -> str:
     """The fastest kernel that works for this device, precision and head size."""
-    head_size = q.shape[-1]
-    if not q.is_cuda or q.dtype == torch.float32 or head_size % 8 or head_size > 256:
+    head_size = qkv.shape[-1]
+    if not qkv.is_cuda or qkv.dtype == torch.float32 or head_size % 8 or head_size > 256:
         return "sdpa"
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
+    if torch.cuda.get_device_capability(qkv.device) < (8, 0):
         return "sdpa"
     return "flash" if HAS_FLASH else "varlen"
 
@@ -50,28 +50,100 @@ def kernel_problem(kernel: str, device: torch.device, half: bool) -> str | None:
     return None
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    lengths = packing.lengths
+def _sdpa(qkv: Tensor, packing: Packing) -> Tensor:
+    if qkv.is_cpu:
+        return torch.ops.dc_dit.attend(qkv, packing.lengths)[0]
+    lengths = packing.lengths.tolist()
     if len(set(lengths)) == 1:  # equal samples, as of a static DiT: one call
-        dense = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, D / heads)
+        dense = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in qkv.unbind(1))  # (B, heads, tokens, D / heads)
         return F.scaled_dot_product_attention(*dense).transpose(1, 2).flatten(0, 1)
-    parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)))  # (heads, tokens, D / heads)
-    outputs = [F.scaled_dot_product_attention(*(x[None] for x in part))[0] for part in parts]
+    samples = qkv.transpose(0, 2).split(lengths, dim=2)  # (heads, 3, tokens, D / heads)
+    outputs = [F.scaled_dot_product_attention(*part[None].unbind(2))[0] for part in samples]
     return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+def _varlen(qkv: Tensor, packing: Packing) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = max(packing.lengths)
-    return varlen_attn(q, k, v, packing.cu_seqlens, packing.cu_seqlens, longest, longest)
+    return varlen_attn(*qkv.unbind(1), packing.cu_seqlens, packing.cu_seqlens, packing.limit, packing.limit)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
+def _flash(qkv: Tensor, packing: Packing) -> Tensor:
+    from flash_attn import flash_attn_varlen_qkvpacked_func
 
-    longest = max(packing.lengths)
-    return flash_attn_varlen_func(q, k, v, packing.cu_seqlens, packing.cu_seqlens, longest, longest)
+    return flash_attn_varlen_qkvpacked_func(qkv, packing.cu_seqlens, packing.limit)
 
 
 KERNELS = {"sdpa": _sdpa, "varlen": _varlen, "flash": _flash}
+
+
+# ----------------------------------------------------------------------------------------------------------------- the CPU
+# One operation for PyTorch's compiler, which would else unroll the loop over samples and compile anew for other lengths.
+# (`torch.library.custom_op` says the same in fewer words, but importing the compiler for it takes every process seconds.)
+
+_LIBRARY = torch.library.Library("dc_dit", "DEF")
+_LIBRARY.define("attend(Tensor qkv, Tensor lengths) -> (Tensor, Tensor)")
+_LIBRARY.define("attend_backward(Tensor grad, Tensor qkv, Tensor out, Tensor logsum, Tensor lengths) -> Tensor")
+
+
+@torch.library.impl(_LIBRARY, "attend", "CPU")
+def _attend(qkv: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, 3, heads, size), lengths (B,) -> (T, heads, size), and the log of the softmax's denominator (heads, T)."""
+    tokens, _, heads, size = qkv.shape
+    out, logsum = qkv.new_empty(tokens, heads, size), qkv.new_empty(heads, tokens, dtype=_precision(qkv))
+    for part in _segments(lengths):
+        sample = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(qkv[part]))
+        out[part], logsum[:, part] = sample[0][0].transpose(0, 1), sample[1].view(heads, -1)
+    return out, logsum
+
+
+@torch.library.register_fake("dc_dit::attend")
+def _(qkv: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    tokens, _, heads, size = qkv.shape
+    return qkv.new_empty(tokens, heads, size), qkv.new_empty(heads, tokens, dtype=_precision(qkv))
+
+
+@torch.library.impl(_LIBRARY, "attend_backward", "CPU")
+def _attend_backward(grad: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, lengths: Tensor) -> Tensor:
+    grad_qkv = torch.empty_like(qkv)
+    for part in _segments(lengths):
+        grad_out, own = (x[part].transpose(0, 1)[None] for x in (grad, out))
+        logs = logsum[None, :, part]
+        sample = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, *_heads_first(qkv[part]), own, logs, 0.0, False
+        )
+        for k, x in enumerate(sample):
+            grad_qkv[part, k] = x[0].transpose(0, 1)
+    return grad_qkv
+
+
+@torch.library.register_fake("dc_dit::attend_backward")
+def _(grad: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, lengths: Tensor) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+def _precision(qkv: Tensor) -> torch.dtype:
+    return torch.promote_types(qkv.dtype, torch.float32)
+
+
+def _segments(lengths: Tensor) -> list[slice]:
+    ends = lengths.cumsum(0).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+
+def _heads_first(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, 3, heads, size) -> three views (1, heads, tokens, size)."""
+    return qkv.permute(1, 2, 0, 3)[:, None].unbind(0)
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx, grad: Tensor, _):
+    qkv, lengths, out, logsum = ctx.saved_tensors
+    return torch.ops.dc_dit.attend_backward(grad, qkv, out, logsum, lengths), None
+
+
+torch.library.register_autograd("dc_dit::attend", _gradient, setup_context=_keep_for_backward)

@@ -1,15 +1,12 @@
 """DiT blocks over packed tokens, the final layer, and RMSNorm."""
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention
-from models.packing import per_token
+from models.lean import EPS, gated_add, gelu_linear, modulated_linear
 from models.types import Packing
 
 
@@ -24,9 +21,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight, eps=1e-5).to(x.dtype)
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without parameters, then scale and shift (adaLN; DiT, section 3.2); all three broadcast."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+class Mlp(nn.Module):
+    """The two linear maps around a GELU."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
 
 class DiTBlock(nn.Module):
@@ -35,18 +36,17 @@ class DiTBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float, attention: str):
         super().__init__()
         self.attn = Attention(width, heads, attention)
-        gelu = partial(nn.GELU, approximate="tanh")
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=gelu) if mlp_ratio else None
+        self.mlp = Mlp(width, int(width * mlp_ratio)) if mlp_ratio else None
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor, packing: Packing) -> Tensor:
-        for_attention, for_mlp = self.adaLN_modulation(c).chunk(2, dim=1)  # (B, 3D) each; the second unused without an MLP
-        shift, scale, gate = per_token(for_attention, packing).chunk(3, dim=1)  # (T, D)
-        x = x + gate * self.attn(modulated_norm(x, shift, scale), packing)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (B, D); 2: for the MLP
+        qkv = modulated_linear(x, shift1, scale1, self.attn.qkv, packing)  # (T, 3D)
+        x = gated_add(x, gate1, self.attn(qkv, packing), packing)
         if self.mlp is None:
             return x
-        shift, scale, gate = per_token(for_mlp, packing).chunk(3, dim=1)
-        return x + gate * self.mlp(modulated_norm(x, shift, scale))
+        hidden = modulated_linear(x, shift2, scale2, self.mlp.fc1, packing)
+        return gated_add(x, gate2, gelu_linear(hidden, self.mlp.fc2), packing)
 
 
 def run_blocks(blocks: nn.ModuleList, u: Tensor, c: Tensor, packing: Packing, gradient_checkpointing: bool) -> Tensor:
@@ -69,4 +69,4 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)  # each (B, 1, E)
-        return self.linear(modulated_norm(x, shift, scale))
+        return self.linear(F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift)

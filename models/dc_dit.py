@@ -96,7 +96,7 @@ class DCDiT(nn.Module):
         u = self.norm(run_blocks(self.blocks, u, c, packing, self.gradient_checkpointing))
         with self.scaffold_precision(u):
             u = u.float() if self.fp32_scaffold else u
-            h = self.dechunk(u, routing, packing) + residual  # (B, L, D)
+            h = self.dechunk(u, routing, packing).add_(residual)  # (B, L, D)
         h = self.decoder(to_grid(h), c)  # (B, E, S, S)
         prediction = to_grid(self.final_layer(to_tokens(h), c))  # (B, 2C, S, S)
         return DenoiserOutput(prediction, routing)

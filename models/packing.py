@@ -25,14 +25,14 @@ def plan_packing(keep: Tensor, lengths: int | list[int] | None = None) -> Packin
     index = source.new_empty(total + 1).scatter_(0, slot, source)[:total]
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=keep.device)
     cu_seqlens[1:] = counts.cumsum(0)
-    return Packing(index, index // tokens, cu_seqlens, lengths)
+    return Packing(index, index // tokens, cu_seqlens, torch.tensor(lengths), tokens)
 
 
 def full_packing(batch: int, tokens: int, device: torch.device) -> Packing:
     """The Packing of samples that keep every token."""
     index = torch.arange(batch * tokens, device=device)
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
-    return Packing(index, index // tokens, cu_seqlens, [tokens] * batch)
+    return Packing(index, index // tokens, cu_seqlens, torch.full((batch,), tokens), tokens)
 
 
 def pack(x: Tensor, packing: Packing) -> Tensor:
@@ -45,21 +45,3 @@ def unpack(tokens: Tensor, packing: Packing, length: int) -> Tensor:
     batch = len(packing.lengths)
     grid = tokens.new_zeros(batch * length, tokens.shape[1]).index_copy(0, packing.index, tokens)
     return grid.view(batch, length, -1)
-
-
-class _PerToken(torch.autograd.Function):
-    """Repeat each sample's row for its tokens; the gradient is a sum over contiguous segments, not a scatter."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, sample: Tensor, lengths: list[int]) -> Tensor:
-        ctx.lengths = lengths
-        return rows.index_select(0, sample)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return torch.stack([segment.sum(0) for segment in grad.split(ctx.lengths)]), None, None
-
-
-def per_token(rows: Tensor, packing: Packing) -> Tensor:
-    """One row per sample (B, D) -> one row per kept token (T, D)."""
-    return _PerToken.apply(rows, packing.sample, packing.lengths)

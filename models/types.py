@@ -23,7 +23,8 @@ class Packing(NamedTuple):
     index: Tensor  # (T,) int64, row of the flattened (B * L) tokens
     sample: Tensor  # (T,) int64, which sample a token belongs to
     cu_seqlens: Tensor  # (B + 1,) int32, first token of each sample
-    lengths: list[int]  # B kept-token counts, on the host
+    lengths: Tensor  # (B,) int64, kept-token counts, on the host
+    limit: int  # no sample has more tokens: L
 
 
 class DenoiserOutput(NamedTuple):

@@ -15,6 +15,14 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def smooth_on_grid(monkeypatch):
+    """The dechunk smooths as on a GPU: without reading values on the host, and with products that can be counted."""
+    from models.dechunk import Dechunk
+
+    monkeypatch.setattr(Dechunk, "gaussian_sum", lambda self, packing: lambda values: self.sum_on_grid(values, packing))
+
+
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory) -> Path:
     """Folder of a random AutoencoderKL with stride 4 and 4 latent channels."""

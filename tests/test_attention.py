@@ -17,8 +17,8 @@ def make_packing(device="cpu"):
 
 def attend_densely(attention: Attention, x, packing):
     """All tokens against all, those of other samples masked out, with the formula written out."""
-    heads, width = attention.heads, x.shape[1]
-    q, k, v = attention.qkv(x).chunk(3, dim=1)
+    heads, width = attention.heads, x.shape[1] // 3
+    q, k, v = x.chunk(3, dim=1)
     q, k, v = (part.unflatten(1, (heads, width // heads)).transpose(0, 1) for part in (q, k, v))  # (heads, T, d)
     scores = q @ k.transpose(1, 2) / (width // heads) ** 0.5
     scores = scores.masked_fill(packing.sample[:, None] != packing.sample, float("-inf"))
@@ -28,11 +28,11 @@ def attend_densely(attention: Attention, x, packing):
 @pytest.mark.parametrize("heads", [1, 4])
 def test_sdpa_per_sample_is_one_masked_attention(heads):
     attention, packing = Attention(32, heads, "sdpa").double(), make_packing()
-    x = torch.randn(sum(LENGTHS), 32, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(sum(LENGTHS), 96, dtype=torch.float64, requires_grad=True)
     ours, dense = attention(x, packing), attend_densely(attention, x, packing)
     torch.testing.assert_close(ours, dense)
     weights = torch.randn_like(ours)
-    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), [x, *attention.parameters()]) for y in (ours, dense))):
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), [x, *attention.proj.parameters()]) for y in (ours, dense))):
         torch.testing.assert_close(a, b)
 
 
@@ -40,7 +40,7 @@ def test_auto_is_sdpa_on_the_cpu():
     assert pick_kernel(torch.zeros(1)) == "sdpa" and pick_kernel(torch.zeros(1, dtype=torch.bfloat16)) == "sdpa"
     auto, forced, packing = Attention(32, 4, "auto"), Attention(32, 4, "sdpa"), make_packing()
     forced.load_state_dict(auto.state_dict())
-    x = torch.randn(sum(LENGTHS), 32)
+    x = torch.randn(sum(LENGTHS), 96)
     assert torch.equal(auto(x, packing), forced(x, packing))
 
 
@@ -50,12 +50,12 @@ def test_cuda_kernels_equal_sdpa(kernel):
     if kernel == "flash":
         pytest.importorskip("flash_attn")
     packing = make_packing("cuda")
-    q, k, v = (torch.randn(sum(LENGTHS), 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    weights = torch.randn(q.shape, device="cuda")
+    qkv = torch.randn(sum(LENGTHS), 3, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.randn(qkv[:, 0].shape, device="cuda")
     results = []
     for name in (kernel, "sdpa"):
-        output = KERNELS[name](q, k, v, packing)
-        results.append((output, *torch.autograd.grad((output.float() * weights).sum(), (q, k, v))))
+        output = KERNELS[name](qkv, packing)
+        results.append((output, *torch.autograd.grad((output.float() * weights).sum(), qkv)))
     for ours, plain in zip(*results):
         torch.testing.assert_close(ours.float(), plain.float(), rtol=0.02, atol=0.02)
 
@@ -65,7 +65,7 @@ def test_auto_on_cuda_depends_on_the_precision():
     assert pick_kernel(torch.zeros(1, device="cuda")) == "sdpa"
     assert pick_kernel(torch.zeros(1, device="cuda", dtype=torch.bfloat16)) in ("varlen", "flash")
     attention, packing = Attention(128, 2, "auto").cuda(), make_packing("cuda")
-    x = torch.randn(sum(LENGTHS), 128, device="cuda")
+    x = torch.randn(sum(LENGTHS), 384, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
         ours, dense = attention(x, packing), attend_densely(attention, x, packing)
     torch.testing.assert_close(ours.float(), dense.float(), rtol=0.02, atol=0.02)

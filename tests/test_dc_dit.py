@@ -144,7 +144,7 @@ def test_a_token_budget_above_the_natural_count():
             torch.testing.assert_close(alone[0], prediction[k], rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_waits_for_the_device_under_a_token_budget():
+def test_nothing_waits_for_the_device_under_a_token_budget(smooth_on_grid):
     """Fake tensors have no values: whatever reads one fails."""
     with FakeTensorMode():
         model = tiny_model(perturbed=False)

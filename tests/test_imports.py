@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("data", "models", "diffusion", "training", "evaluation")
+PACKAGES = ("data", "models", "diffusion", "training", "evaluation", "benchmarks")
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"config", "cli"}
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))])
 BUILDERS = ("models/__init__.py", "models/convert.py")
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "diffusion": set(),
     "training": {"config", "data", "models", "diffusion"},
     "evaluation": {"config", "data", "models", "diffusion", "training"},
+    "benchmarks": {"config", "data", "models", "diffusion", "training", "evaluation"},
     "script": {"config", "cli", *PACKAGES},
 }
 ALSO = {"models/convert.py": {"data", "training"}}  # a command that reads and writes checkpoints; no module imports it

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.packing import pack, per_token, plan_packing, unpack
+from models.packing import pack, plan_packing, unpack
 
 
 def random_masks(batch: int, length: int, share: float, seed: int = 0) -> torch.Tensor:
@@ -20,7 +20,7 @@ def test_plan_is_boolean_indexing(batch, share):
     sample, token = keep.nonzero(as_tuple=True)  # in raster order, sample after sample
     assert torch.equal(packing.index, sample * 16 + token)
     assert torch.equal(packing.sample, sample)
-    assert packing.lengths == keep.sum(1).tolist()
+    assert packing.lengths.tolist() == keep.sum(1).tolist()
     assert packing.cu_seqlens.dtype == torch.int32
     assert packing.cu_seqlens.tolist() == [sum(packing.lengths[:k]) for k in range(batch + 1)]
 
@@ -28,9 +28,10 @@ def test_plan_is_boolean_indexing(batch, share):
 def test_lengths_that_are_known_are_not_read():
     keep = random_masks(3, 16, 0.4)
     plan = plan_packing(keep)
-    for same in (plan_packing(keep, plan.lengths), plan_packing(keep[:1], plan.lengths[0])):
+    known = plan.lengths.tolist()
+    for same in (plan_packing(keep, known), plan_packing(keep[:1], known[0])):
         part = slice(0, len(same.index))
-        assert torch.equal(same.index, plan.index[part]) and same.lengths == plan.lengths[: len(same.lengths)]
+        assert torch.equal(same.index, plan.index[part]) and same.lengths.tolist() == known[: len(same.lengths)]
     with pytest.raises((NotImplementedError, RuntimeError)):
         plan_packing(keep.to("meta"))
     assert plan_packing(keep.to("meta"), 5).index.shape == (15,)
@@ -52,14 +53,3 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda x: pack(x, packing), x)
     tokens = torch.randn(sum(packing.lengths), 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda tokens: unpack(tokens, packing, 9), tokens)
-
-
-def test_per_token_is_indexing_by_sample():
-    packing = plan_packing(random_masks(4, 16, 0.3))
-    rows = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(per_token(rows, packing), rows[packing.sample])
-    assert torch.autograd.gradcheck(lambda rows: per_token(rows, packing), rows)
-    weights = torch.randn(sum(packing.lengths), 3, dtype=torch.float64)
-    (ours,) = torch.autograd.grad((per_token(rows, packing) * weights).sum(), rows)
-    (theirs,) = torch.autograd.grad((rows[packing.sample] * weights).sum(), rows)
-    torch.testing.assert_close(ours, theirs)

@@ -287,7 +287,7 @@ def test_two_processes(in_one_process, trained, tiny_config, tmp_path):
 LITE = ["--lite-cfg", "--uncond-tail-dropping-fraction", "0.5"]
 
 
-@pytest.mark.parametrize("extra", [[], LITE, ["--sampler", "ddim", "--bf16"]], ids=["plain", "lite", "ddim"])
+@pytest.mark.parametrize("extra", [[], LITE, ["--sampler", "ddim", "--precision", "bf16"]], ids=["plain", "lite", "ddim"])
 def test_sample_writes_its_pictures(trained, tmp_path, capsys, extra):
     fixed = ["--ckpt", str(newest(trained)), "--num-sampling-steps", "5", "--classes", "0", "1", "2", "--output", str(tmp_path)]
     sample.main([*fixed, "--cfg-scale", "2", *extra])

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from config import Config, to_dict, validate_processes
 from data.features import FeatureStore
 from diffusion import create_diffusion
-from models import build_model
+from models import build_model, compile_parts
 from training import schedules
 from training.batches import Batch, Order, Samples, make_loader
 from training.checkpoint import save_checkpoint
@@ -84,6 +84,8 @@ class Trainer:
                 group.update(weight_decay=training.weight_decay, fused=fused, lr_scale=own["lr_scale"])
         self.frozen = [x for name, x in model.named_parameters() if name.startswith(tuple(training.frozen))]
         self.step = state["step"] if state is not None else 0
+        if training.compile:
+            compile_parts(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def train(self) -> bool:

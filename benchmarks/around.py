@@ -1,0 +1,115 @@
+"""Around the network: loading features, writing a checkpoint, optimizer and EMA, and more processes."""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.cases import load, make_case
+from benchmarks.measure import medians, synchronize
+from benchmarks.steps import Training
+from config import to_dict
+from models import build_model
+from training.checkpoint import save_checkpoint
+
+SHAPE = (4, 32, 32)  # of a latent
+
+
+def measure_loading(images: int, seconds: float) -> list[dict]:
+    """Images per second read at random: one memory map against one file per image, with the page cache cold and warm."""
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        latents = np.random.default_rng(0).standard_normal((images, *SHAPE), dtype=np.float32)
+        np.save(folder / "shard.npy", latents)
+        for k in range(images):
+            np.save(folder / f"{k}.npy", latents[k : k + 1])
+        order = np.random.default_rng(1).permutation(images)
+
+        def mapped() -> None:
+            store = np.load(folder / "shard.npy", mmap_mode="r")
+            for k in order:
+                np.array(store[k])
+
+        def files() -> None:
+            for k in order:
+                np.load(folder / f"{k}.npy")
+
+        ways = {"memory map": mapped, "file per image": files}
+        warm = medians(ways, torch.device("cpu"), seconds)
+        for way, function in ways.items():
+            forget(folder)
+            start = time.perf_counter()
+            function()
+            cold = time.perf_counter() - start
+            rows.append({"layout": way, "cold images/s": images / cold, "warm images/s": images / warm[way]})
+    return rows
+
+
+def forget(folder: Path) -> None:
+    """Have the operating system drop the files from its cache (Linux)."""
+    for file in folder.iterdir():
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def measure_updates(name: str, device: torch.device, seconds: float) -> list[dict]:
+    """Milliseconds of one optimizer step, one EMA update and one checkpoint, in the ways there are."""
+    config = load(name)
+    model = build_model(config).to(device)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    ways = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+    optimizers = {f"AdamW {way}": torch.optim.AdamW(model.parameters(), **options) for way, options in ways.items()}
+    ema, average = ModelEmaV3(model, decay=0.9999), ModelEmaV3(model, decay=0.9999, foreach=False)
+    functions = {way: optimizer.step for way, optimizer in optimizers.items()}
+    functions |= {"EMA loop": lambda: average.update(model), "EMA foreach": lambda: ema.update(model)}
+    times = medians(functions, device, seconds)
+    state = {"step": 1, "config": to_dict(config), "model": model.state_dict(), "ema": ema.module.state_dict()}
+    state["optimizer"] = optimizers["AdamW fused"].state_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        path = save_checkpoint(Path(folder), state, keep=0)
+        times[f"checkpoint of {path.stat().st_size / 1e6:.0f} MB"] = time.perf_counter() - start
+    return [{"model": name, "what": way, "ms": value * 1e3} for way, value in times.items()]
+
+
+def measure_processes(name: str, batch: int, cuda: bool, bf16: bool, steps: int) -> list[dict]:
+    """Images per second of training with 1, 2, ... processes, each with a batch of its own and one device or CPU thread."""
+    most = torch.cuda.device_count() if cuda else os.cpu_count()
+    rows = []
+    for world in [count for count in (1, 2, 4, 8) if count <= most]:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = (world, folder, name, batch, cuda, bf16, steps)
+            torch.multiprocessing.spawn(_train, arguments, nprocs=world)
+            seconds = float((Path(folder) / "seconds").read_text())
+        rows.append({"model": name, "processes": world, "images/s": world * batch / seconds})
+    return [row | {"of ideal": row["images/s"] / rows[0]["images/s"] / row["processes"]} for row in rows]
+
+
+def _train(rank: int, world: int, folder: str, name: str, batch: int, cuda: bool, bf16: bool, steps: int) -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    dist.init_process_group("nccl" if cuda else "gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+    case = make_case(load(name), batch, device, bf16)
+    step = Training(case, DistributedDataParallel(case.model, gradient_as_bucket_view=True, broadcast_buffers=False))
+    for k in range(steps + 2):
+        if k == 2:  # the first ones allocate
+            synchronize(device)
+            dist.barrier()
+            start = time.perf_counter()
+        step()
+    synchronize(device)
+    dist.barrier()
+    if rank == 0:
+        (Path(folder) / "seconds").write_text(str((time.perf_counter() - start) / steps))
+    dist.destroy_process_group()
