@@ -34,7 +34,8 @@ from training.trainer import Trainer, total_steps
 
 # Keys that may change when a run goes on: they do not touch what was learned so far.
 MAY_CHANGE = ("training.epochs", "training.max_steps", "training.compile", "training.profile", "training.resume_from_ckpt",
-              "training.init_from", "data.num_workers", "data.feature_path", "data.vae", "logging.", "evaluation.", "ckpt")  # fmt: skip
+              "training.init_from", "data.num_workers", "data.feature_path", "data.vae", "logging.", "evaluation.",
+              "ckpt")  # fmt: skip
 
 # Keys that give the network its tensors.
 SHAPE = ("model.hnet.", "model.mlp_ratio", "model.patch_size", "training.learn_sigma", "training.class_dropout_prob",

@@ -23,6 +23,20 @@ def smooth_on_grid(monkeypatch):
     monkeypatch.setattr(Dechunk, "gaussian_sum", lambda self, packing: lambda values: self.sum_on_grid(values, packing))
 
 
+@pytest.fixture
+def flop_counter():
+    """PyTorch's counter, told of the products in the CPU's attention; it counts no softmax."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from models import attention  # noqa: F401 - defines the operation
+
+    def attention_products(qkv, lengths, out_val):
+        return 2 * 2 * qkv[0, 0].numel() * lengths.square().sum().item()
+
+    attention_products._get_raw = True  # tensors instead of shapes
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.dc_dit.attend: attention_products})
+
+
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory) -> Path:
     """Folder of a random AutoencoderKL with stride 4 and 4 latent channels."""

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from config import UserError, config_from_dict, load_config, to_dict
@@ -111,13 +110,12 @@ def test_it_starts_at_zero_and_every_parameter_learns():
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
-def test_flops_against_the_counter():
+def test_flops_against_the_counter(flop_counter):
     config = small_config()
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), flop_counter:
         build_model(config)(*inputs(1))
     softmax = 3 * 2 * 4 * config.tokens**2
-    assert sum(forward_flops(config, Kept(0, 0)).values()) - softmax == counter.get_total_flops()
+    assert sum(forward_flops(config, Kept(0, 0)).values()) - softmax == flop_counter.get_total_flops()
 
 
 def test_configuration():

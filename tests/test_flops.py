@@ -61,26 +61,19 @@ def tiny(factor="null", learn_sigma=True):
 
 
 @pytest.mark.parametrize("factor, learn_sigma", [("null", True), (2, True), (2, False)])
-def test_against_the_counter(factor, learn_sigma, smooth_on_grid):
-    """The counter knows products only, so attention is compared without its softmax (3 per head and pair), and the dechunk in
-    its form with grid products."""
-
-    def attention_products(qkv, lengths, out_val):
-        return 2 * 2 * qkv[0, 0].numel() * lengths.square().sum().item()
-
-    attention_products._get_raw = True  # tensors instead of shapes
+def test_against_the_counter(factor, learn_sigma, smooth_on_grid, flop_counter):
+    """Attention is compared without its softmax (3 per head and pair), and the dechunk in its form with grid products."""
     config = tiny(factor, learn_sigma)
     model = build_model(config)
     with torch.no_grad():
         model.router.residual_scorer[-1].weight.normal_(std=3)
     batch = 3
-    counter = FlopCounterMode(display=False, custom_mapping={ATTEND: attention_products})
-    with torch.no_grad(), counter:
+    with torch.no_grad(), flop_counter:
         out = model(torch.randn(batch, 3, 6, 6), torch.arange(batch), torch.arange(batch), torch.tensor([0.0, 0.3, 0.6]))
     counts = out.routing.keep.sum(1).double()
     assert counts.min() < counts.max()
     ours = forward_flops(config, Kept(counts.mean().item(), counts.square().mean().item()))
-    parts = {name: sum(operations.values()) / batch for name, operations in counter.get_flop_counts().items()}
+    parts = {name: sum(operations.values()) / batch for name, operations in flop_counter.get_flop_counts().items()}
 
     for name in ("encoder", "decoder", "router", "residual_proj", "final_layer", "dechunk"):
         assert ours[name] == pytest.approx(parts[f"DCDiT.{name}"]), name
