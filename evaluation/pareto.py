@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def is_static(config: Config) -> bool:
     """Whether the checkpoint is a static DiT, which keeps every token."""
-    return getattr(config.model, "patch_size", None) is not None
+    return config.model.patch_size is not None
 
 
 def points_of(ckpt: str, config: Config, args: argparse.Namespace) -> list[Point]:

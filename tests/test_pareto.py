@@ -3,7 +3,6 @@
 import csv
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import train
 from config import UserError, load_config, to_dict
 from data import shapes
 from data.features import open_features
-from evaluation import classifier, generated, pareto
+from evaluation import classifier, flops, generated, pareto
 from evaluation.extractors import load_extractor
 from evaluation.generate import SamplingOptions, draw_labels, generate, load_run
 from evaluation.generated import measure_samples
@@ -40,15 +39,17 @@ def on_one_thread_of_the_cpu():
 
 @pytest.fixture(scope="module")
 def place(tiny_config, tmp_path_factory) -> Path:
-    """a.pt and b.pt of the tiny configuration, large.pt of larger images, and reference.npz."""
+    """a.pt and b.pt of the tiny configuration, large.pt of larger images, static.pt of a static DiT, and reference.npz."""
     folder = tmp_path_factory.mktemp("pareto")
-    for step, (name, size) in enumerate((("a", 32), ("b", 32), ("large", 64)), 1):
-        config = load_config(tiny_config, [f"data.image_size={size}", f"model.name={name}"])
+    kinds = {"a": [], "b": [], "large": ["data.image_size=64"], "static": ["model.patch_size=2"]}
+    for step, (name, overrides) in enumerate(kinds.items(), 1):
+        config = load_config(tiny_config, [f"model.name={name}", *overrides])
         torch.manual_seed(step)
         model = build_model(config)
         for tensor in model.parameters():
             tensor.data += 0.05 * torch.randn_like(tensor)  # zero initialisation would make all models equal
-        model.router.residual_scorer[-1].bias.data.fill_(20.0)  # keeps all 64 tokens, so that budgets have what to drop
+        if name != "static":
+            model.router.residual_scorer[-1].bias.data.fill_(20.0)  # keeps all 64 tokens, so that budgets have what to drop
         weights = model.state_dict()
         store = open_features(config.data.feature_path, 32)
         state = {"step": step, "config": to_dict(config), "model": weights, "ema": weights, "optimizer": {}}
@@ -125,11 +126,23 @@ def test_a_point_is_what_sampling_and_comparing_give(place, tiny_extractor, tmp_
     assert float(row["kept_share"]) == pytest.approx(torch.cat(kept).mean().item())
 
 
-def test_a_static_model_is_one_point_per_scale(place, tiny_extractor, tmp_path):
-    more = ["--ckpt", "s.pt", "--budgets", "0,0.5", "--cfg-scale", "1,2", "--lite-cfg", "0.75"]
-    args = pareto.parse(arguments(place, tmp_path, tiny_extractor, *more))
-    static = SimpleNamespace(model=SimpleNamespace(patch_size=2))
-    assert pareto.points_of("s.pt", static, args) == [pareto.Point("s.pt", 1.0, 0.0, ""), pareto.Point("s.pt", 2.0, 0.0, "")]
+def test_a_static_model_is_one_point_per_scale(place, tiny_extractor, tmp_path, capsys):
+    models = ["--ckpt", place / "a.pt", "--ckpt", place / "static.pt", "--budgets", "0,0.5", "--cfg-scale", "1,2"]
+    pareto.main(arguments(place, tmp_path, tiny_extractor, *models, "--lite-cfg", "0.75"))
+    rows = read(tmp_path)
+    assert len(rows) == 6 + 2
+    static = [row for row in rows if row["static"] == "True"]
+    assert [(row["name"], row["cfg_scale"], row["budget"], row["lite_cfg"]) for row in static] == [
+        ("static", "1.0", "0.0", ""),
+        ("static", "2.0", "0.0", ""),
+    ]
+    config = load_run(place / "static.pt").config
+    forward = sum(flops.forward_flops(config, flops.Kept(16, 16**2)).values()) / 1e12  # 4 x 4 patches
+    for row, branches in zip(static, (1, 2)):
+        assert float(row["kept_share"]) == 1
+        assert float(row["tflop_per_image"]) == pytest.approx(branches * STEPS * forward, rel=1e-6)
+    printed = capsys.readouterr().out
+    assert "a, 1 steps against static, 4 steps" in printed and "Lite-CFG 75% against static" in printed
 
 
 def test_samples_do_not_depend_on_the_processes(place, tiny_extractor, tmp_path):
