@@ -1,17 +1,24 @@
 """What every command line shares: one-line errors with exit status 2, and the process group of torchrun."""
 
 import argparse
+import errno
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from config import Config, UserError, to_yaml, validate_processes
+
+T = TypeVar("T")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # the disk's fault, not the program's
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,6 +31,41 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def follow_launcher() -> None:
+    """End with the torchrun that started this process, if one did: SIGTERM to itself, and the end 30 s later.
+
+    A launcher that is killed leaves its processes behind, and these would compete with the run that follows.
+    """
+    launcher = os.getppid()
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        print("error: the launcher is gone; run the same command again to go on", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """Call on the first process; its result or its UserError is everyone's. Collective where there are several processes."""
+    outcome: list = [None]
+    if int(os.environ.get("RANK", 0)) == 0:
+        try:
+            outcome = [function()]
+        except UserError as error:
+            outcome = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
 class Processes(NamedTuple):
     """This process among those that torchrun started (or alone)."""
 
@@ -33,13 +75,18 @@ class Processes(NamedTuple):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr (once per machine) and exit status 2."""
+    """Call `main`; a UserError becomes one line on stderr (once per machine) and exit status 2; a full disk, status 1."""
     try:
         main()
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f"'{error.filename}': " if error.filename else ""
+        sys.exit(f"error: {where}{error.strerror}; what is complete stays: make room and run the same command again")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -63,6 +110,7 @@ def allow_tf32(config: Config) -> None:
 
 def start_processes() -> Processes:
     """Join the process group that torchrun describes (NCCL on CUDA, else gloo); without torchrun, be the only process."""
+    follow_launcher()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = default_device(int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":

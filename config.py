@@ -94,6 +94,8 @@ class TrainingConfig:
     frozen: list[str] = field(default_factory=list)  # parameters whose names begin so do not change ...
     frozen_steps: int = 0  # ... in this many first steps
     lr_scales: dict[str, float] = field(default_factory=dict)  # factor on the learning rate by beginning of the name
+    max_skipped_steps: int = 10  # so many non-finite steps in a row end the run
+    rank_timeout: float = 600.0  # seconds after which a process that is dead or hangs ends the others
 
 
 @dataclass
@@ -254,7 +256,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict:
         raise UserError(f"--config '{path}' cannot be read ({error.strerror}); give the path of a YAML file") from None
     except UserError as error:
         raise UserError(f"--config '{path}': {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except Exception as error:  # PyYAML's constructors raise nearly any kind on strange tags
         raise UserError(f"--config '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
     raw = _mapping(raw, f"--config '{path}'")
     base = raw.pop("_base_", None)
@@ -288,7 +290,7 @@ def _parse_override(override: str) -> dict:
         raise UserError(f"--set '{override}' must have the form section.key=value")
     try:
         value = yaml.load(text, _UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError):
+    except Exception:  # as in a file
         raise UserError(f"--set '{override}': '{text}' is not a valid YAML value") from None
     for part in reversed(name.strip().split(".")):
         value = {part: value}
@@ -487,8 +489,9 @@ def _check_model(config: Config) -> None:
 
 def _check_training(training: TrainingConfig) -> None:
     _positive(
-        training, "training", "epochs", "global_batch_size", "learning_rate", "max_grad_norm", "gradient_accumulation_steps"
-    )
+        training, "training", "epochs", "global_batch_size", "learning_rate", "max_grad_norm", "gradient_accumulation_steps",
+        "max_skipped_steps", "rank_timeout",
+    )  # fmt: skip
     _choice("training.precision", training.precision, ("auto", "bf16", "fp32"))
     _at_least(
         training, "training", 0, "lr_warmup_steps", "weight_decay", "downsample_factor_warmup_steps", "frozen_steps", "seed"

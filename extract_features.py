@@ -31,6 +31,7 @@ from data.autoencoder import Autoencoder
 from data.feature_writer import KINDS, FeatureWriter, encode_images, make_settings
 from data.features import item_shape, read_json
 from data.images import ImageFolder, UnreadableImage
+from data.lock import FolderLock
 
 LAUNCH = 8  # processes of the official launch: an eighth of the global batch is encoded at once, on any number of processes
 
@@ -96,7 +97,7 @@ class Readable(torch.utils.data.Dataset):
         return Batch([index for index, _ in good], torch.from_numpy(pixels).permute(0, 3, 1, 2), unreadable)
 
 
-def plan(writer: FeatureWriter, processes: cli.Processes) -> list[int] | None:
+def plan(writer: FeatureWriter, lock: FolderLock, processes: cli.Processes) -> list[int] | None:
     """Shards that this process has to write; None where the store is complete. Every process raises the same UserError."""
     found = [writer.settings["source_hash"]] * processes.world
     if processes.world > 1:
@@ -105,21 +106,18 @@ def plan(writer: FeatureWriter, processes: cli.Processes) -> list[int] | None:
         raise UserError(
             "--data-path: the processes see different files; use a folder that all machines share and nobody changes"
         )
-    outcome: list = [None]
-    if processes.rank == 0:
+
+    def prepare() -> list[int] | None:
         try:
-            outcome = [writer.prepare()]
-        except UserError as error:
-            outcome = [error]
+            writer.check()  # before the lock, which makes the folder
+            lock.acquire()
+            return writer.prepare()
         except OSError as error:
-            outcome = [
-                UserError(f"--features-path {writer.folder}: cannot be written ({error.strerror}); choose another folder")
-            ]
-    if processes.world > 1:
-        dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return None if outcome[0] is None else outcome[0][processes.rank :: processes.world]
+            where = f"--features-path {writer.folder}"
+            raise UserError(f"{where}: cannot be written ({error.strerror}); choose another folder") from None
+
+    missing = cli.on_first(prepare)
+    return None if missing is None else missing[processes.rank :: processes.world]
 
 
 def read_shards(images: ImageFolder, shards: Iterable[range], batch_size: int, num_workers: int, pin: bool) -> Iterable[Batch]:
@@ -128,18 +126,6 @@ def read_shards(images: ImageFolder, shards: Iterable[range], batch_size: int, n
     dataset = Readable(images)
     workers = max(0, min(num_workers, os.cpu_count() or 1, len(batches) - 1))
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate, pin_memory=pin)
-
-
-def stop_without_launcher(launcher: int) -> None:
-    """A torchrun that was killed leaves its processes behind; these must not compete with the run that follows."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher:
-        sys.exit("error: the launching torchrun is gone; run the same command again to continue")
-
-
-def guarded(batches: Iterable[Batch], launcher: int) -> Iterable[Batch]:
-    for batch in batches:
-        stop_without_launcher(launcher)
-        yield batch
 
 
 def extract(writer: FeatureWriter, shards: list[int], autoencoder: Autoencoder, batches: Iterable[Batch], bar: tqdm) -> None:
@@ -185,11 +171,10 @@ def report(manifest: dict, args: argparse.Namespace) -> None:
 
 
 def run_extraction(
-    args, images: ImageFolder, autoencoder: Autoencoder, writer: FeatureWriter, processes: cli.Processes
+    args, images: ImageFolder, autoencoder: Autoencoder, writer: FeatureWriter, lock: FolderLock, processes: cli.Processes
 ) -> None:
     """Write this process's share of the missing shards; the first process then completes the store."""
-    launcher = os.getppid()
-    shards = plan(writer, processes)
+    shards = plan(writer, lock, processes)
     if shards is None:
         if processes.rank == 0:
             print(f"{args.features_path}: already complete, nothing to do")
@@ -199,10 +184,9 @@ def run_extraction(
     caption = f"process 1 of {processes.world}" if processes.world > 1 else ""
     try:
         with tqdm(total=sum(map(len, sources)), unit="image", desc=caption, disable=processes.rank > 0) as bar:
-            extract(writer, shards, autoencoder, guarded(batches, launcher), bar)
+            extract(writer, shards, autoencoder, batches, bar)
         if processes.rank == 0:
             while processes.world > 1 and writer.missing():  # not a barrier: that would time out on slow processes
-                stop_without_launcher(launcher)
                 time.sleep(0.5)
             writer.finish()
     except OSError as error:
@@ -224,7 +208,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         writer.check()
         return
-    run_extraction(args, images, autoencoder, writer, processes)
+    with FolderLock(args.features_path, "--features-path") as lock:
+        run_extraction(args, images, autoencoder, writer, lock, processes)
     if processes.rank == 0:
         report(read_json(writer.manifest_path), args)
 

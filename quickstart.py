@@ -6,7 +6,6 @@ runs this file in a virtual environment. Each part is the script of the real wor
 it again goes on where it was, or finishes at once.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -62,8 +61,7 @@ def extract(out: Path) -> None:
 
 def train_model(out: Path) -> None:
     paths = [f"data.feature_path={out / 'features'}", f"data.vae={out / 'autoencoder'}"]
-    if not train.main(["--config", CONFIG, "--output", str(out / "run"), "--set", paths[0], "--set", paths[1]]):
-        sys.exit(130)  # interrupted: run it again to go on
+    train.main(["--config", CONFIG, "--output", str(out / "run"), "--set", paths[0], "--set", paths[1]])
 
 
 def draw_samples(out: Path) -> None:

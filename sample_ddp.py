@@ -9,6 +9,7 @@ command again goes on where it was.
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from tqdm import tqdm
 import cli
 from config import UserError
 from data.files import write_file
+from data.lock import FolderLock
 from evaluation.accounting import read_records, report, save_record, save_summary, summarise
 from evaluation.arguments import add_sampling_arguments, load_run_from, sampling_options
 from evaluation.budgets import UNITS
@@ -59,19 +61,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         cli.print_once(f"{cli.describe(run.config)}\nsamples       {len(index)} into {args.output_dir}, {settings}")
         return
-    if processes.rank == 0:
-        prepare_folder(args.output_dir, settings, lambda: settle(run, index, labels, options))
-    if processes.world > 1:
-        dist.barrier()
-    options = dataclasses.replace(options, **read_note(args.output_dir)["settled"])
-    sample_missing(run, args, options, index, labels, processes)
-    if processes.world > 1:
-        dist.barrier()
-    if processes.rank == 0:
-        npz = args.output_dir.resolve().with_suffix(args.output_dir.resolve().suffix + ".npz")
-        write_npz(npz, [png_path(args.output_dir, i) for i in index], labels)
-        print(account(run, args, options, labels))
-        print(f"{len(index)} images in {args.output_dir} and {npz}")
+    with FolderLock(args.output_dir, "--output-dir") as lock:
+        todo = cli.on_first(lambda: prepare_folder(args, settings, index, lock, lambda: settle(run, index, labels, options)))
+        options = dataclasses.replace(options, **read_note(args.output_dir)["settled"])
+        sample_missing(run, args, options, index, labels, todo[processes.rank :: processes.world])
+        if processes.world > 1:
+            dist.barrier()
+        if processes.rank == 0:
+            npz = args.output_dir.resolve().with_suffix(args.output_dir.resolve().suffix + ".npz")
+            write_npz(npz, [png_path(args.output_dir, i) for i in index], labels)
+            print(account(run, args, options, labels))
+            print(f"{len(index)} images in {args.output_dir} and {npz}")
 
 
 def settle(run: Run, index: list[int], labels: list[int], options: SamplingOptions) -> dict:
@@ -82,20 +82,28 @@ def settle(run: Run, index: list[int], labels: list[int], options: SamplingOptio
     return {name: value for name, value in dataclasses.asdict(settled).items() if name.endswith(UNITS)}
 
 
-def prepare_folder(folder: Path, settings: dict, settle: Callable[[], dict]) -> None:
-    """Note the settings and the settled budgets in the folder; refuse a folder that holds samples of other settings."""
-    settings = json.loads(json.dumps(settings))
-    if (folder / NOTE).is_file():
+def prepare_folder(
+    args: argparse.Namespace, settings: dict, index: list[int], lock: FolderLock, settle: Callable[[], dict]
+) -> list[int]:
+    """Note the settings and the settled budgets in the folder; return the first sample of each batch that is not complete.
+
+    Refuses a folder that holds samples of other settings, or that another run uses.
+    """
+    folder, size = args.output_dir, args.per_proc_batch_size
+    note, settings = folder / NOTE, json.loads(json.dumps(settings))
+    if folder.is_dir() and not note.is_file() and any(path.name[0] != "." for path in folder.iterdir()):
+        raise UserError(f"--output-dir '{folder}' holds files that this script did not write; give another folder")
+    lock.acquire()
+    if note.is_file():
         earlier = read_note(folder)
         changed = [key for key in settings if settings[key] != earlier.get(key)]
         if changed:
             raise UserError(f"--output-dir '{folder}' holds samples of another {', '.join(changed)}; give another folder")
-        return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--output-dir '{folder}' holds files that this script did not write; give another folder")
-    note = {**settings, "settled": settle()}
-    (folder / RECORDS).mkdir(parents=True, exist_ok=True)
-    write_file(folder / NOTE, lambda stream: stream.write(json.dumps(note, indent=1).encode()))
+    else:
+        content = json.dumps({**settings, "settled": settle()}, indent=1).encode()
+        write_file(note, lambda stream: stream.write(content))
+    (folder / RECORDS).mkdir(exist_ok=True)
+    return [start for start in index[::size] if not is_done(folder, start, index[start : start + size])]
 
 
 def read_note(folder: Path) -> dict:
@@ -112,20 +120,16 @@ def account(run: Run, args, options: SamplingOptions, labels: list[int]) -> str:
     return report(summary)
 
 
-def sample_missing(run: Run, args, options, index: list[int], labels: list[int], processes: cli.Processes) -> None:
-    """Sample every batch of this process that lacks a file. A batch has the same samples for any number of processes."""
+def sample_missing(run: Run, args, options, index: list[int], labels: list[int], todo: list[int]) -> None:
+    """Sample the batches that begin at `todo`. A batch has the same samples for any number of processes."""
     size = args.per_proc_batch_size
-    starts = range(0, len(index), size)[processes.rank :: processes.world]
-    todo = [s for s in starts if not is_done(args.output_dir, s, index[s : s + size])]
-    bar = tqdm(total=len(todo), unit="batch", disable=processes.rank > 0)
+    bar = tqdm(total=len(todo), unit="batch", disable=int(os.environ.get("RANK", 0)) > 0)
     with ThreadPoolExecutor(WRITERS) as writers, bar:
         pending = []
         for start in todo:
             part = slice(start, start + size)
             (batch,) = generate(run, index[part], labels[part], options, batch_size=size)
-            save_record(
-                batch.kept, batch.seconds, record_path(args.output_dir, start)
-            )  # before its images, which say that the batch is done
+            save_record(batch.kept, batch.seconds, record_path(args.output_dir, start))
             finish(pending)  # of the batch before: errors show up here, and at most one batch waits in memory
             pending = [writers.submit(save_png, *job) for job in png_jobs(batch, args.output_dir)]
             bar.update()
@@ -134,11 +138,16 @@ def sample_missing(run: Run, args, options, index: list[int], labels: list[int],
 
 def is_done(folder: Path, start: int, index: list[int]) -> bool:
     """Whether the batch that begins at `start` has its record and all images."""
-    return record_path(folder, start).exists() and all(png_path(folder, i).exists() for i in index)
+    return all(is_complete(path) for path in (record_path(folder, start), *(png_path(folder, i) for i in index)))
 
 
 def png_jobs(batch: Batch, folder: Path) -> list[tuple]:
     return [(image, png_path(folder, i)) for image, i in zip(batch.images, batch.index)]
+
+
+def is_complete(path: Path) -> bool:
+    """A power cut may leave the name of a file without its content."""
+    return path.exists() and path.stat().st_size > 0
 
 
 def png_path(folder: Path, index: int) -> Path:

@@ -10,6 +10,8 @@ import argparse
 import contextlib
 import os
 import re
+import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from config import Config, UserError, differences, load_config, to_dict, to_yaml
 from data.autoencoder import Autoencoder
 from data.features import open_features
 from data.files import write_file
+from data.lock import FolderLock
 from evaluation import flops
 from evaluation.generate import Run, SamplingOptions, generate_images
 from evaluation.in_training import Evaluation
@@ -30,12 +33,13 @@ from models import build_model
 from models.attention import kernel_problem
 from training import upcycle
 from training.checkpoint import list_checkpoints, load_checkpoint
+from training.sharding import check_sharding, is_sharded
 from training.trainer import Trainer, total_steps
 
 # Keys that may change when a run goes on: they do not touch what was learned so far.
 MAY_CHANGE = ("training.epochs", "training.max_steps", "training.compile", "training.profile", "training.resume_from_ckpt",
-              "training.init_from", "data.num_workers", "data.feature_path", "data.vae", "logging.", "evaluation.",
-              "ckpt")  # fmt: skip
+              "training.init_from", "training.max_skipped_steps", "training.rank_timeout", "data.num_workers",
+              "data.feature_path", "data.vae", "logging.", "evaluation.", "ckpt")  # fmt: skip
 
 # Keys that give the network its tensors.
 SHAPE = ("model.hnet.", "model.mlp_ratio", "model.patch_size", "training.learn_sigma", "training.class_dropout_prob",
@@ -59,14 +63,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> bool:
-    """Returns whether the run is finished; False when a signal ended it early."""
+def main(argv: list[str] | None = None) -> None:
+    """Train to the end; where a signal stops the run earlier, exit with its status (143: SIGTERM, 130: SIGINT)."""
     args = parse(argv)
     overrides = [*args.set, *(["training.compile=true"] if args.compile else [])]
     config = load_config(args.config or Path(args.resume) / "config.yaml", overrides)
     if args.dry_run:
         cli.print_once(f"{cli.describe(config)}\n{cli.describe_batches(config)}")
-        return True
+        return
+    cli.follow_launcher()
     unknown = set(config.logging.trackers) - set(LoggerType.list())
     if unknown:
         raise UserError(f"logging.trackers: {', '.join(unknown)} is not one of {', '.join(LoggerType.list())}")
@@ -74,25 +79,27 @@ def main(argv: list[str] | None = None) -> bool:
     store = open_checked_features(config)
     folder = Path(args.resume or args.output) if args.resume or args.output else None
     check_parameter_names(config)
-    state = find_state(config, folder, store)  # before the processes meet: every one of them finds the same mistakes
+    state, notes = find_state(config, folder, store)  # before the processes meet: every one of them finds the same mistakes
     accelerator = make_accelerator(config)
     folder = folder or new_folder(config, accelerator)
     accelerator.project_configuration.set_directories(str(folder))
     autoencoder = load_autoencoder(config, store, accelerator)
     grids = sample_grids(config, autoencoder, folder, accelerator)
     evaluation = make_evaluation(config, autoencoder, folder, accelerator)
-    prepare_folder(folder, config, accelerator)
-    start_trackers(accelerator, config, folder, args.same_wandb)
-    cost = flops_function(config), total_peak(accelerator)
-    trainer = Trainer(config, accelerator, store, folder, state, *cost, grids, evaluation)
-    report_start(trainer, config, store)
-    if state is not None and "report" in state:
-        report_origin(trainer, config, state["report"])
-    finished = trainer.train()
-    end = "finished" if finished else "stopped by a signal"
-    accelerator.end_training()
-    trainer.log.line(f"{end} at step {trainer.step} of {trainer.last_step}: {folder}")
-    return finished
+    with FolderLock(folder, "--resume" if args.resume else "--output") as lock:
+        cli.on_first(lambda: prepare_folder(folder, config, lock))
+        start_trackers(accelerator, config, folder, args.same_wandb)
+        cost = flops_function(config), total_peak(accelerator)
+        trainer = Trainer(config, accelerator, store, folder, state, *cost, grids, evaluation)
+        report_start(trainer, config, store, notes)
+        if state is not None and "report" in state:
+            report_origin(trainer, config, state["report"])
+        finished = trainer.train()
+        end = "finished" if finished else f"stopped by {signal.Signals(trainer.stop.number).name}"
+        accelerator.end_training()
+        trainer.log.line(f"{end} at step {trainer.step} of {trainer.last_step}: {folder}")
+    if not finished:
+        sys.exit(128 + trainer.stop.number)  # as shells number a process that the signal itself ended
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -114,6 +121,11 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     if missing := set(trackers) - {"all"} - {str(tracker) for tracker in accelerator.log_with}:
         raise UserError(f"logging.trackers: {', '.join(missing)} is not installed; install it or leave it out")
+    check_sharding(accelerator)
+    if is_sharded(accelerator) and config.logging.sample_every:
+        raise UserError(
+            f"logging.sample_every: {config.logging.sample_every} needs the whole model on one GPU; use 0 with FSDP"
+        )
     if accelerator.mixed_precision == "fp16":
         raise UserError("--mixed_precision fp16: is not supported, because its loss scale is no part of a checkpoint; use bf16")
     if problem := kernel_problem(config.model.attention, accelerator.device, accelerator.mixed_precision == "bf16"):
@@ -152,27 +164,42 @@ def open_checked_features(config: Config):
     return store
 
 
-def find_state(config: Config, folder: Path | None, store) -> dict | None:
-    """The checkpoint to go on from: the folder's newest, else `training.resume_from_ckpt`, else None."""
+def find_state(config: Config, folder: Path | None, store) -> tuple[dict | None, list[str]]:
+    """The checkpoint to go on from, and what there is to say about it.
+
+    It is the folder's newest that can be read and is of this run, else `training.resume_from_ckpt`, else None.
+    """
     if folder is not None and (folder / "config.yaml").is_file():
         saved = load_config(folder / "config.yaml")
-        changed = [key for key in differences(to_dict(config), to_dict(saved)) if not key.startswith(MAY_CHANGE)]
-        if changed:
+        if changed := changes(config, to_dict(saved)):
             raise UserError(f"'{folder}' holds a run with other values of {', '.join(changed)}; use another --output")
-    checkpoints = list_checkpoints(folder / "checkpoints") if folder is not None else []
-    if checkpoints:
-        state = load_fitting(config, checkpoints[-1], "--output")
+    notes = []
+    for path in reversed(list_checkpoints(folder / "checkpoints") if folder is not None else []):
+        try:
+            state = load_fitting(config, path, "--output")
+            if foreign := changes(config, state["config"]):
+                raise UserError(f"--output '{path}' is of another run ({', '.join(foreign)}); remove it")
+        except UserError as error:
+            notes.append(f"warning: {error}")
+            continue
         if state["features"] != store.fingerprint():
             raise UserError(
                 f"data.feature_path: '{config.data.feature_path}' holds other features than '{folder}' was trained on"
             )
-        return state
+        return state, notes
+    if notes:
+        raise UserError(f"{notes[0].removeprefix('warning: ')}; '{folder}' has no other to go on from")
     if config.training.resume_from_ckpt:
         state = load_fitting(config, config.training.resume_from_ckpt, "training.resume_from_ckpt")
-        return {**state, "averages": {}}  # a new run reports its own steps
+        return {**state, "averages": {}, "skipped": {"total": 0, "in_a_row": 0}}, notes  # a new run reports its own steps
     if config.training.init_from:
-        return upcycle.initial_state(config)
-    return None
+        return upcycle.initial_state(config), notes
+    return None, notes
+
+
+def changes(config: Config, saved: dict) -> list[str]:
+    """Keys that may not change when a run goes on, and did."""
+    return [key for key in differences(to_dict(config), saved) if not key.startswith(MAY_CHANGE)]
 
 
 def check_parameter_names(config: Config) -> None:
@@ -216,11 +243,9 @@ def new_folder(config: Config, accelerator: Accelerator) -> Path:
     return Path(broadcast_object_list([made])[0])
 
 
-def prepare_folder(folder: Path, config: Config, accelerator: Accelerator) -> None:
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "config.yaml", lambda stream: stream.write(to_yaml(config).encode()))
-    accelerator.wait_for_everyone()
+def prepare_folder(folder: Path, config: Config, lock: FolderLock) -> None:
+    lock.acquire()
+    write_file(folder / "config.yaml", lambda stream: stream.write(to_yaml(config).encode()))
 
 
 def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_wandb: bool) -> None:
@@ -232,7 +257,11 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_
     if same_wandb and id_file.is_file():
         options.update(id=id_file.read_text().strip(), resume="allow")
     init_kwargs = {"wandb": options} if "wandb" in config.logging.trackers else {}
-    accelerator.init_trackers(config.logging.wandb_project, config=cli.flatten(to_dict(config)), init_kwargs=init_kwargs)
+    try:
+        accelerator.init_trackers(config.logging.wandb_project, config=cli.flatten(to_dict(config)), init_kwargs=init_kwargs)
+    except Exception as error:  # each tracker has its own kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"logging.trackers: cannot start ({reason}); set WANDB_MODE=offline or leave wandb out") from None
     if init_kwargs and accelerator.is_main_process:
         id_file.write_text(accelerator.get_tracker("wandb", unwrap=True).id)
 
@@ -294,7 +323,9 @@ def report_origin(trainer: Trainer, config: Config, report: dict[str, str]) -> N
         write_file(trainer.folder / "init_report.txt", lambda stream: stream.write(text.encode()))
 
 
-def report_start(trainer: Trainer, config: Config, store) -> None:
+def report_start(trainer: Trainer, config: Config, store, notes: list[str]) -> None:
+    for note in notes:
+        trainer.log.line(f"{note}; going on from the one before")
     parameters = sum(p.numel() for p in trainer.ema.module.parameters())
     start = f"going on from step {trainer.step}" if trainer.step else "from the start"
     trainer.log.line(

@@ -35,7 +35,7 @@ from config import UserError
 
 FORMAT = 1
 STORE_KINDS = ("moments", "sample")
-SHARD_NAME = re.compile(r"shard-\d{5,}\.npy")
+SHARD_NAME = re.compile(r"shard-[0-9]{5,}\.npy")
 MANIFEST_TYPES = {"image_size": int, "class_names": list, "unreadable": list, "autoencoder": dict, "labels_sha256": str}
 MAX_OPEN_SHARDS = 256  # every open memory map holds a file handle, and 1024 is a common limit per process
 
@@ -112,8 +112,8 @@ class FeatureStore:
             file = self.folder / entry["file"]
             try:
                 array = np.lib.format.open_memmap(file, mode="r")
-            except (OSError, ValueError) as error:
-                raise UserError(f"{file}: cannot be read ({error}); see python -m data.features --verify") from None
+            except Exception as error:  # NumPy and mmap raise many kinds on strange headers
+                raise UserError(f"{file}: cannot be read ({in_a_line(error)}); see python -m data.features --verify") from None
             if array.shape != (entry["count"], *item_shape(self.manifest)) or array.dtype != self.manifest["dtype"]:
                 raise UserError(f"data.feature_path: {file} is {array.dtype} {array.shape}, which contradicts the manifest")
             self._maps[shard] = array
@@ -181,13 +181,17 @@ def list_numbered(folder: Path) -> list[int]:
     return sorted(map(int, stems))
 
 
+def in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def load_array(file: Path) -> np.ndarray:
     """A whole .npy file; never unpickles. UserError where it is damaged."""
     try:
         with open(file, "rb") as stream:
             return np.lib.format.read_array(stream, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); extract the features again") from None
+    except Exception as error:  # as above, MemoryError among them
+        raise UserError(f"{file}: cannot be read ({in_a_line(error)}); extract the features again") from None
 
 
 # ------------------------------------------------------------------------------------------------- manifest and checksums
@@ -204,7 +208,7 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); extract the features again") from None
+        raise UserError(f"{path}: cannot be read ({in_a_line(error)}); extract the features again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: is not what extract_features.py writes; extract the features again")
     return value
@@ -231,8 +235,8 @@ def read_manifest(path: Path) -> dict:
         sound = False
     if not sound:
         raise UserError(f"{path}: is not the manifest of a feature store; extract the features again")
-    if stranger := next((file for file in files if not SHARD_NAME.fullmatch(str(file))), None):
-        raise UserError(f"{path}: names {stranger!r}, which is no shard of this folder; extract the features again")
+    if strangers := [file for file in files if not (isinstance(file, str) and SHARD_NAME.fullmatch(file))]:
+        raise UserError(f"{path}: names {strangers[0]!r}, which is no shard of this folder; extract the features again")
     return manifest
 
 

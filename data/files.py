@@ -7,17 +7,21 @@ from typing import BinaryIO
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], None], durable: bool = True) -> None:
-    """Let `write` fill a file that appears under its name only when it is complete.
+    """Let `write` fill a file that appears under its name only when it is complete; nothing is left where that fails.
 
     `durable` files survive a power cut too, which takes milliseconds each: too long for thousands of pictures.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as stream:
-        write(stream)
-        stream.flush()
-        if durable:
-            os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as stream:
+            write(stream)
+            stream.flush()
+            if durable:
+                os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # half a checkpoint would keep a full disk full
+        raise
     if not durable:
         return
     folder = os.open(path.parent, os.O_RDONLY)

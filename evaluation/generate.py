@@ -143,7 +143,11 @@ def load_run(
     config = config or config_from_dict(state["config"], overrides)
     check_agreement(config, config_from_dict(state["config"]))
     model = build_model(config)
-    model.load_state_dict(state["ema"])
+    try:
+        model.load_state_dict(state["ema"])
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"--ckpt '{ckpt}': its weights are not those of its configuration ({reason}); give another") from None
     known = state["autoencoder"]
     if vae is None and Path(ckpt, "vae").is_dir():
         vae = str(Path(ckpt, "vae"))

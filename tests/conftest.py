@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a tiny autoencoder, folder of images, feature extractor and configuration of a run."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -40,9 +41,12 @@ def flop_counter():
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory) -> Path:
     """Folder of a random AutoencoderKL with stride 4 and 4 latent channels."""
+    return save_tiny_vae(tmp_path_factory.mktemp("vae") / "tiny")
+
+
+def save_tiny_vae(folder: Path) -> Path:
     from diffusers import AutoencoderKL
 
-    folder = tmp_path_factory.mktemp("vae") / "tiny"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoencoderKL(
@@ -59,11 +63,14 @@ def tiny_vae(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_images(tmp_path_factory) -> Path:
     """Folder of 3 classes (a, b, c) with 4, 3 and 3 PNG images of 40 x 52 pixels. Tests that change it work on a copy."""
-    folder = tmp_path_factory.mktemp("images")
+    return save_tiny_images(tmp_path_factory.mktemp("images"))
+
+
+def save_tiny_images(folder: Path) -> Path:
     pixels = np.random.default_rng(0)
     for index in range(10):
         file = folder / "abc"[index % 3] / f"{index}.png"
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.integers(0, 256, (40, 52, 3), dtype=np.uint8)).save(file)
     return folder
 
@@ -110,10 +117,59 @@ logging: {{results_dir: {folder}/results, log_every: 4, ckpt_every: 3, ckpt_keep
 @pytest.fixture(scope="session")
 def tiny_config(tiny_images, tiny_vae, tmp_path_factory) -> Path:
     """Configuration file that trains on features of the tiny images in milliseconds a step."""
+    return save_tiny_config(tmp_path_factory.mktemp("tiny"), tiny_images, tiny_vae)
+
+
+def save_tiny_config(folder: Path, tiny_images: Path, tiny_vae: Path) -> Path:
     import extract_features
 
-    folder = tmp_path_factory.mktemp("tiny")
     paths = ["--data-path", str(tiny_images), "--features-path", str(folder / "features"), "--vae", str(tiny_vae)]
     extract_features.main([*paths, "--image-size", "32", "--num-workers", "0"])
     (folder / "tiny.yaml").write_text(TINY_CONFIG.format(folder=folder, vae=tiny_vae))
     return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def one_cpu_thread():
+    """Results of this process and its forks do not depend on the machine."""
+    import kills
+
+    import cli
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "default_device", cli.default_device)  # put back afterwards, as the rest
+        threads, environment = torch.get_num_threads(), dict(os.environ)
+        kills.calm()
+        yield
+        torch.set_num_threads(threads)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@pytest.fixture(scope="module")
+def whole_run(one_cpu_thread, tiny_config, tmp_path_factory) -> Path:
+    """The folder of a run of the tiny configuration that nothing disturbs."""
+    import kills
+
+    import train
+
+    folder = tmp_path_factory.mktemp("whole")
+    argv = ["--config", tiny_config, "--output", folder / "run"]
+    assert kills.attempt(train.main, argv, folder / "printed", [None]) == [0]
+    return folder / "run"
+
+
+@pytest.fixture
+def run(tiny_config, tmp_path):
+    """Train in forks: run(name, change, ..., plans=...) returns (exit codes, printed); a plan per fork, or None."""
+    import kills
+
+    import train
+
+    def run(name: str, *changes: str, plans=(None,), config=tiny_config, **options) -> tuple[list[int], str]:
+        argv = ["--config", config, "--output", tmp_path / name, *(part for change in changes for part in ("--set", change))]
+        (tmp_path / "printed").unlink(missing_ok=True)
+        codes = kills.attempt(train.main, argv, tmp_path / "printed", list(plans), **options)
+        return codes, (tmp_path / "printed").read_text()
+
+    return run

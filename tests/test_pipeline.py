@@ -146,7 +146,10 @@ def interrupted(step, training):
     return rate(step, training)
 
 schedules.learning_rate = interrupted
-run("stopped")
+try:
+    run("stopped")
+except SystemExit as stopped:
+    assert stopped.code == 128 + signal.SIGTERM
 schedules.learning_rate = rate
 shutil.copytree(folder / "stopped", folder / "copied")
 run("stopped", "data.num_workers=1")
@@ -178,7 +181,7 @@ def in_one_process(tiny_config) -> subprocess.CompletedProcess:
 def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_bitwise(in_one_process, trained, tiny_config):
     """The signal falls into the middle of a log window and between two regular checkpoints."""
     stopped = tiny_config.parent / "stopped"
-    assert f"stopped by a signal at step 5 of {STEPS}: {stopped}" in in_one_process.stdout
+    assert f"stopped by SIGTERM at step 5 of {STEPS}: {stopped}" in in_one_process.stdout
     assert max(path.name for path in (tiny_config.parent / "copied" / "checkpoints").iterdir()) == "0000005.pt"
     assert "8 steps going on from step 5" in (stopped / "log.txt").read_text()
     assert_same_run(stopped, trained)
@@ -278,7 +281,7 @@ def test_two_processes(in_one_process, trained, tiny_config, tmp_path):
     checkpoints = list((folder / "endless" / "checkpoints").iterdir())
     assert len(checkpoints) == 1 and int(checkpoints[0].stem) >= 5
     last = (folder / "endless" / "log.txt").read_text().splitlines()[-1]
-    assert f"stopped by a signal at step {int(checkpoints[0].stem)} of 1000000" in last
+    assert f"stopped by SIGTERM at step {int(checkpoints[0].stem)} of 1000000" in last
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling

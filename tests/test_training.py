@@ -198,9 +198,12 @@ def test_ratio_loss_trains_the_probability_only():
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
+EMPTY = {"config": {}, "model": {}, "ema": {}, "autoencoder": None, "class_names": None}  # what a checkpoint needs to be one
+
+
 def test_checkpoints_are_numbered_pruned_and_plain(tmp_path):
     for step in (5, 10, 999, 12345678):
-        path = save_checkpoint(tmp_path, {"step": step, "model": {"w": torch.full((2,), step)}}, keep=2)
+        path = save_checkpoint(tmp_path, {**EMPTY, "step": step, "model": {"w": torch.full((2,), step)}}, keep=2)
     assert path.name == "12345678.pt"
     assert [path.name for path in list_checkpoints(tmp_path)] == ["0000999.pt", "12345678.pt"]
     assert sorted(os.listdir(tmp_path)) == ["0000999.pt", "12345678.pt"]
@@ -208,7 +211,7 @@ def test_checkpoints_are_numbered_pruned_and_plain(tmp_path):
     state = load_checkpoint(path)
     assert state["format"] == 1 and torch.equal(state["model"]["w"], torch.full((2,), 12345678))
     for step in (20, 30):
-        save_checkpoint(tmp_path, {"step": step}, keep=0)
+        save_checkpoint(tmp_path, {**EMPTY, "step": step}, keep=0)
     assert len(list_checkpoints(tmp_path)) == 4
 
 
@@ -219,7 +222,7 @@ def test_other_files_are_no_checkpoints(tmp_path):
 
 
 def test_an_interrupted_save_leaves_the_earlier_files(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, {"step": 1}, keep=1)
+    save_checkpoint(tmp_path, {**EMPTY, "step": 1}, keep=1)
 
     def cut_off(state, file):
         file.write(b"half")
@@ -227,9 +230,9 @@ def test_an_interrupted_save_leaves_the_earlier_files(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(checkpoint.torch, "save", cut_off)
-        save_checkpoint(tmp_path, {"step": 2}, keep=1)
+        save_checkpoint(tmp_path, {**EMPTY, "step": 2}, keep=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["0000001.pt"]
-    save_checkpoint(tmp_path, {"step": 2}, keep=1)
+    save_checkpoint(tmp_path, {**EMPTY, "step": 2}, keep=1)
     assert os.listdir(tmp_path) == ["0000002.pt"]
 
 
@@ -254,7 +257,7 @@ def test_loading_executes_nothing(tmp_path, zipped):
 
 
 def test_unreadable_checkpoints(tmp_path):
-    path = save_checkpoint(tmp_path, {"step": 1, "w": torch.zeros(1000)}, keep=0)
+    path = save_checkpoint(tmp_path, {**EMPTY, "step": 1, "w": torch.zeros(1000)}, keep=0)
     whole = path.read_bytes()
     wrong = {
         "truncated": whole[:2000],

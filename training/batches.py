@@ -5,6 +5,7 @@ dropout follow from the seed and its number, so a resumed run or one on other pr
 about randomness is ever stored.
 """
 
+import functools
 import signal
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -28,6 +29,12 @@ class Batch(NamedTuple):
     index: Tensor  # (B,) int64, image numbers in the feature store
 
 
+@functools.lru_cache(maxsize=1)
+def permutation(images: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of all images in an epoch."""
+    return rng(seed, "order", epoch).permutation(images)
+
+
 class Order(Sampler):
     """Lists of (micro_step, image) keys, one list per micro-step, for this process.
 
@@ -45,14 +52,13 @@ class Order(Sampler):
         return len(self.micro_steps)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batches_per_epoch, epoch, permutation = self.images // self.global_batch, -1, None
         for micro_step in self.micro_steps:
-            if micro_step // batches_per_epoch != epoch:
-                epoch = micro_step // batches_per_epoch
-                permutation = rng(self.seed, "order", epoch).permutation(self.images)
-            start = micro_step % batches_per_epoch * self.global_batch
-            batch = permutation[start : start + self.global_batch][self.part]
-            yield [(micro_step, image) for image in batch.tolist()]
+            yield [(micro_step, image) for image in self.global_batch_of(micro_step)[self.part].tolist()]
+
+    def global_batch_of(self, micro_step: int) -> np.ndarray:
+        """Image numbers of a micro-step's batch over all processes."""
+        epoch, position = divmod(micro_step, self.images // self.global_batch)
+        return permutation(self.images, self.seed, epoch)[position * self.global_batch :][: self.global_batch]
 
 
 class Samples(Dataset):

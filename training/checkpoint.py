@@ -8,13 +8,19 @@ A checkpoint is a dictionary:
     features    fingerprint of the feature store
     class_names list of str, or None
     model, ema  state dicts; optimizer: the optimizer's state dict
+    averages, skipped   what the run's log needs to go on
+
+The file is PyTorch's zip archive, in which every record carries its CRC-32. Every load compares them, so that a file that is
+cut off or has changed bits is never used.
 
 A weights file `*.safetensors` holds the EMA weights alone, and all of the plain data in its metadata.
 """
 
 import json
-import pickle
+import os
 import re
+import sys
+import zipfile
 from pathlib import Path
 
 import safetensors.torch
@@ -26,16 +32,33 @@ from data.files import write_file
 FORMAT = 1
 PLAIN_DATA = ("step", "config", "autoencoder", "features", "class_names")
 WEIGHTS = "model.safetensors"  # the weights file in a folder that is laid out for the Hugging Face hub
+TYPES = {"step": int, "config": dict, "model": dict, "ema": dict, "autoencoder": dict | None, "class_names": list | None}
 
 
 def save_checkpoint(folder: Path, state: dict, keep: int) -> Path:
-    """Write `folder/NNNNNNN.pt` so that the name never shows an incomplete file, then remove all but the newest `keep`."""
+    """Write `folder/NNNNNNN.pt` so that the name never shows an incomplete file, then remove all but the newest `keep`.
+
+    Nothing is removed while none of those newest can be read. Where writing fails (a full disk), the program ends with one
+    line and status 1, and earlier checkpoints stay.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for cut_off in folder.glob("*.pt.tmp"):  # of a process that was killed while it wrote
+        cut_off.unlink()
     path = folder / f"{state['step']:07d}.pt"
-    write_file(path, lambda stream: torch.save({"format": FORMAT, **state}, stream))
+    try:
+        write_file(path, lambda stream: torch.save({"format": FORMAT, **state}, stream))
+    except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's reason behind one of its own
+        system = error if isinstance(error, OSError) else error.__context__
+        reason = os.strerror(system.errno) if isinstance(system, OSError) else str(error).splitlines()[0]
+        sys.exit(
+            f"error: {path} could not be written ({reason}); earlier checkpoints are intact: free space and run the same "
+            "command again"
+        )
     if keep:
-        for old in list_checkpoints(folder)[:-keep]:
-            old.unlink()
+        kept, old = list_checkpoints(folder)[-keep:], list_checkpoints(folder)[:-keep]
+        if old and any(damage(newest) is None for newest in reversed(kept)):
+            for checkpoint in old:
+                checkpoint.unlink()
     return path
 
 
@@ -45,26 +68,43 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(names, key=lambda path: int(path.stem))
 
 
+def damage(path: str | Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint, or None: reads the file once and compares all checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                return "it holds compressed records, which PyTorch does not write"
+            changed = archive.testzip()
+    except Exception as error:  # zipfile raises a dozen kinds on damaged archives
+        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    return f"{changed!r} differs from its checksum"[:160] if changed else None
+
+
 def load_checkpoint(path: str | Path, option: str = "--ckpt") -> dict:
-    """Read a checkpoint onto the CPU, memory-mapped: only what is used is read. Executes nothing.
+    """Read a checkpoint onto the CPU: its bytes are checked, then memory-mapped. Executes nothing.
 
     `path` may also be a weights file or a folder with one; then there is neither "model" nor "optimizer".
 
     Raises:
-        UserError: missing file, not a checkpoint, or a checkpoint of another format.
+        UserError: missing or damaged file, not a checkpoint, or a checkpoint of another format.
     """
     path = Path(path, WEIGHTS) if Path(path, WEIGHTS).is_file() else Path(path)
     if path.suffix == ".safetensors":
         return load_weights(path, option)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"{option} '{path}' does not exist; give the path of a checkpoint such as 0400000.pt") from None
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0][:160]
-        raise UserError(f"{option} '{path}' is not a readable checkpoint of this repository ({reason})") from None
+    if not path.exists():
+        raise UserError(f"{option} '{path}' does not exist; give the path of a checkpoint such as 0400000.pt")
+    reason = damage(path)
+    if reason is None:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # whatever a file made by others makes the unpickler raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    if reason is not None:
+        raise UserError(f"{option} '{path}' is not a readable checkpoint of this repository ({reason}); give another")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{option} '{path}' is not a checkpoint of this repository (format {FORMAT})")
+        raise UserError(f"{option} '{path}' is not a checkpoint of this repository (format {FORMAT}); give another")
+    if wrong := [key for key, kind in TYPES.items() if key not in state or not isinstance(state[key], kind)]:
+        raise UserError(f"{option} '{path}' is not a checkpoint of this repository (it lacks {', '.join(wrong)}); give another")
     return state
 
 

@@ -1,6 +1,8 @@
 """What a run reports: scalars summed on the device, reduced over processes, and written to every log at once."""
 
 import json
+import math
+import os
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from data.files import write_file
 from models.types import Routing
 
 CLOCK = ("_per_sec", "_utilisation")  # endings of values that depend on the clock
+NOTHING = [0.0, 0.0, float("inf"), float("-inf"), 0.0]  # a row of no values
 
 
 class Averages:
@@ -56,18 +59,21 @@ class Averages:
             if len(rows) == world:
                 own = rows[rank]
             else:
-                nothing = rows.new_tensor([0.0, 0.0, float("inf"), float("-inf"), 0.0])  # as many rows on every process
+                nothing = rows.new_tensor(NOTHING)  # as many rows on every process
                 own = (_combine(rows.flatten(0, 1)).float() if rank == 0 else nothing)[None]
             self.values[name] = list(own.to(self.accelerator.device))
 
 
 def _combine(rows: Tensor) -> Tensor:
-    """(n, 5) on the host -> (5,) float64."""
-    rows = rows.double()
+    """(n, 5) on the host -> (5,) float64; rows of batches with a non-finite value do not count."""
+    rows = torch.cat([rows.double(), torch.tensor([NOTHING], dtype=torch.float64)])
+    rows = rows[rows[:, :2].isfinite().all(1)]
     return torch.stack([rows[:, 0].sum(), rows[:, 1].sum(), rows[:, 2].amin(), rows[:, 3].amax(), rows[:, 4].sum()])
 
 
 def _statistics(total: float, squares: float, least: float, most: float, count: float) -> dict[str, float]:
+    if not count:  # every step since the last report was skipped
+        return dict.fromkeys(("mean", "std", "min", "max"), float("nan"))
     mean = total / count
     return {"mean": mean, "std": max(squares / count - mean**2, 0.0) ** 0.5, "min": least, "max": most}
 
@@ -112,7 +118,10 @@ class RunLog:
     def _row(self, name: str, step: int, scalars: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **scalars}) + "\n")
+                plain = {key: value if math.isfinite(value) else None for key, value in scalars.items()}  # JSON has no NaN
+                file.write(json.dumps({"step": step, **plain}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint that follows must not outlive it in a power cut
 
 
 def _truncate_metrics(path: Path, step: int) -> None:

@@ -1,14 +1,13 @@
 """The training loop: micro-steps, optimizer steps, EMA, logging, checkpoints. `Trainer.train` is the place to start reading."""
 
 import contextlib
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm import tqdm
@@ -18,10 +17,15 @@ from data.features import FeatureStore
 from diffusion import create_diffusion
 from models import build_model, compile_parts
 from training import schedules
+from training.agreement import check_agreement
 from training.batches import Batch, Order, Samples, make_loader
-from training.checkpoint import save_checkpoint
+from training.checkpoint import list_checkpoints, save_checkpoint
+from training.guard import FiniteGuard, poison
 from training.losses import ratio_loss
+from training.sharding import is_sharded, shard_state, whole
+from training.stop import StopRequest
 from training.tracking import Averages, RunLog, kept_fractions
+from training.watch import ProcessWatch
 
 
 class Trainer:
@@ -60,36 +64,55 @@ class Trainer:
         )
         self.build(state)
         self.averages = Averages(accelerator)
-        if state is not None and "averages" in state:
+        self.guard = FiniteGuard(config.training.max_skipped_steps, self.report_skipped, self.report_stop)
+        if state is not None and "optimizer" in state:  # and not only the first weights
             self.averages.load_state_dict(state["averages"])
+            self.guard.load_state_dict(state["skipped"])
         self.log = RunLog(folder, accelerator, self.step)
         self.last_step = total_steps(config, len(store))
         self.stop = StopRequest(accelerator)
+        self.watch = ProcessWatch(accelerator, config.training.rank_timeout)
 
     def build(self, state: dict | None) -> None:
         """Model, EMA and optimizer, fresh from the seed or from a checkpoint; the same on every process."""
         training = self.config.training
         torch.manual_seed(training.seed)
-        model = build_model(self.config).to(self.accelerator.device)
-        self.ema = ModelEmaV3(model, decay=training.ema_decay)
+        sharded = is_sharded(self.accelerator)
+        model = build_model(self.config).to("cpu" if sharded else self.accelerator.device)  # whole, it may fit the host only
+        self.ema = ModelEmaV3(model, decay=training.ema_decay, exclude_buffers=True)
         fused = self.accelerator.device.type in ("cpu", "cuda")
         groups = parameter_groups(model, training.lr_scales)
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused)
         if state is not None:
             model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
-        if state is not None and "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
-            for group, own in zip(optimizer.param_groups, groups):  # loading brings the saved options back
-                group.update(weight_decay=training.weight_decay, fused=fused, lr_scale=own["lr_scale"])
-        self.frozen = [x for name, x in model.named_parameters() if name.startswith(tuple(training.frozen))]
         self.step = state["step"] if state is not None else 0
+        check_agreement(self.accelerator, self.config, self.store, self.step, model, self.ema.module)
         if training.compile:
             compile_parts(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        if sharded:
+            self.ema.module = fsdp2_prepare_model(self.accelerator, self.ema.module)
+        named = list(self.accelerator.unwrap_model(self.model).named_parameters())
+        self.frozen = [x for name, x in named if name.startswith(tuple(training.frozen))]
+        if state is not None and "optimizer" in state:
+            self.optimizer.load_state_dict(shard_state(state["optimizer"], list(self.model.parameters())))
+            for group, own in zip(self.optimizer.param_groups, groups):  # loading brings the saved options back
+                group.update(weight_decay=training.weight_decay, fused=fused, lr_scale=own["lr_scale"])
 
     def train(self) -> bool:
         """Train to the last step. Returns False when a signal ended it early (a checkpoint is written then too)."""
+        try:
+            self.run_steps()
+        except RuntimeError:
+            self.watch.explain()
+            raise
+        self.watch.close(self.accelerator)
+        self.stop.restore()
+        return self.step >= self.last_step
+
+    def run_steps(self) -> None:
+        """Steps with their reports, checkpoints and grids, up to the last one or to a signal."""
         logging = self.config.logging
         bar = tqdm(total=self.last_step, initial=self.step, unit="step", disable=not self.accelerator.is_main_process)
         self.window_start = time.perf_counter(), self.step
@@ -111,21 +134,19 @@ class Trainer:
                     self.log.evaluation(self.step, self.evaluate(self.ema.module, self.step))
         if saved != self.step:
             self.save()
-        self.stop.restore()
-        return self.step >= self.last_step
 
     def batches(self):
         """Micro-batches from the current step to the last."""
         training, data, accelerator = self.config.training, self.config.data, self.accelerator
         accumulation = training.gradient_accumulation_steps
-        order = Order(
+        self.order = Order(
             len(self.store), training.global_batch_size, training.seed, self.step * accumulation, self.last_step * accumulation,
             accelerator.process_index, accelerator.num_processes,
         )  # fmt: skip
         samples = Samples(
             self.store, training.seed, self.config.diffusion.diffusion_steps, training.class_dropout_prob, data.num_classes
         )
-        return make_loader(order, samples, data.num_workers, pin_memory=accelerator.device.type == "cuda")
+        return make_loader(self.order, samples, data.num_workers, pin_memory=accelerator.device.type == "cuda")
 
     def optimizer_step(self, batches) -> None:
         """Accumulate gradients over the micro-batches, then update weights and EMA."""
@@ -136,16 +157,20 @@ class Trainer:
         for micro_step in range(accumulation):
             last = micro_step == accumulation - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                self.accelerator.backward(self.loss(next(batches)) / accumulation)
+                self.watch.at(self.step, "reading images")
+                batch = next(batches)
+                self.watch.at(self.step, "training")
+                self.accelerator.backward(poison(self.loss(batch)) / accumulation)
         if self.step < training.frozen_steps:
             for parameter in self.frozen:
                 parameter.grad = None  # neither the norm nor the optimizer sees it
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm)
+        norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm))
         self.averages.add("grad_norm", norm.expand(training.global_batch_size // self.accelerator.num_processes))
-        self.optimizer.step()
+        self.guard.update(self.optimizer, norm, self.step)
         self.optimizer.zero_grad()
         self.ema.update(self.accelerator.unwrap_model(self.model))
         self.step += 1
+        self.watch.at(self.step, None)
 
     def loss(self, batch: Batch) -> Tensor:
         """Forward pass and loss of one micro-batch; its terms go to the averages."""
@@ -171,6 +196,7 @@ class Trainer:
     def report(self) -> str:
         """Reduce what was measured since the last report, write it to every log, and return a short summary."""
         statistics = self.averages.reduce()
+        self.guard.settle()
         training, tokens = self.config.training, self.config.tokens
         scalars = {name: values["mean"] for name, values in statistics.items()}
         for name in ("kept_natural", "kept_effective"):
@@ -182,6 +208,7 @@ class Trainer:
         scalars["tflop_per_image"] = 3 * forward / 1e12  # a backward pass costs two forward passes; recomputation not counted
         scalars["downsample_factor"] = schedules.downsample_factor(self.step - 1, training)
         scalars["drop_fraction"] = schedules.drop_fraction(self.step - 1, training)
+        scalars["skipped_steps"] = self.guard.total
         scalars["learning_rate"] = schedules.learning_rate(self.step - 1, training)
         now, (since, first) = time.perf_counter(), self.window_start
         self.window_start = now, self.step
@@ -198,7 +225,11 @@ class Trainer:
 
     def save(self) -> int:
         """Write a checkpoint from the main process; returns the step."""
-        averages = self.averages.state_dict()
+        averages, skipped = self.averages.state_dict(), self.guard.state_dict()
+        model, ema = self.accelerator.unwrap_model(self.model), self.ema.module
+        weights = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if is_sharded(self.accelerator):
+            weights = whole(weights)
         if self.accelerator.is_main_process:
             state = {
                 "step": self.step,
@@ -206,15 +237,31 @@ class Trainer:
                 "autoencoder": self.store.autoencoder,
                 "features": self.store.fingerprint(),
                 "class_names": self.store.class_names,
-                "model": self.accelerator.unwrap_model(self.model).state_dict(),
-                "ema": self.ema.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                **weights,
                 "averages": averages,
+                "skipped": skipped,
             }
             path = save_checkpoint(self.folder / "checkpoints", state, self.config.logging.ckpt_keep)
             self.log.line(f"step {self.step:7d}: saved {path}")
         self.accelerator.wait_for_everyone()
         return self.step
+
+    def report_skipped(self, step: int) -> None:
+        """Log a step whose update was left out, with its images."""
+        accumulation = self.config.training.gradient_accumulation_steps
+        micro_steps = range(step * accumulation, (step + 1) * accumulation)
+        images = ", ".join(str(image) for micro_step in micro_steps for image in self.order.global_batch_of(micro_step))
+        self.log.line(
+            f"step {step + 1:7d}: loss or gradient is not finite, update skipped ({self.guard.total} so far); images {images}"
+        )
+
+    def report_stop(self, step: int) -> None:
+        """Log why the run ends."""
+        good = list_checkpoints(self.folder / "checkpoints")
+        self.log.line(
+            f"error: {self.guard.in_a_row} steps in a row up to {step + 1} had a non-finite loss or gradient; the last good "
+            f"checkpoint is {good[-1] if good else 'none'}: lower training.learning_rate or look at the images named above"
+        )
 
     def profiler(self):
         """A torch profiler over `training.profile_steps` of the main process, with traces in profiler/; or nothing."""
@@ -248,37 +295,3 @@ def total_steps(config: Config, images: int) -> int:
         return training.max_steps
     micro_steps = training.epochs * (images // training.global_batch_size)
     return micro_steps // training.gradient_accumulation_steps
-
-
-class StopRequest:
-    """SIGTERM or SIGINT, agreed on by all processes, so that all of them stop after the same step.
-
-    The agreement is a sum over a process group on the host, started at one step and read at the next: the device never waits.
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        self.received = False
-        self.group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-        self.flag, self.pending = torch.zeros(1), None
-        self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _receive(self, number: int, frame) -> None:
-        self.received = True
-        signal.signal(number, signal.SIG_DFL)  # a second signal quits at once
-
-    def restore(self) -> None:
-        """Give the signals back to whoever had them."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def requested(self) -> bool:
-        """Collective: every process calls it once per step and gets the same answer."""
-        if self.group is None:
-            return self.received
-        if self.pending is not None:
-            self.pending.wait()
-            if self.flag.item():
-                return True
-        self.flag = torch.tensor([float(self.received)])
-        self.pending = dist.all_reduce(self.flag, group=self.group, async_op=True)
-        return False

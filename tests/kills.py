@@ -1,0 +1,301 @@
+"""Kills the scripts with SIGKILL at random moments, starts them again, and compares what they leave with an uninterrupted run.
+
+    PYTHONPATH=. python tests/kills.py --folder DIR --kills 20 --seed 0
+
+prints a table. Every attempt is a fork of one process that has imported everything, so that a kill costs a second and not the
+seconds that Python needs to start; the forks run the scripts' own main functions with the environment of torchrun. The
+tests call the same functions with few kills.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import save_tiny_config, save_tiny_images, save_tiny_vae
+
+import cli
+import extract_features
+import sample_ddp
+import train
+from training import checkpoint
+
+FORK = multiprocessing.get_context("fork")  # of a process without threads of its own; see `calm`
+STEPS = 60
+EMPTY = {"config": {}, "model": {}, "ema": {}, "autoencoder": None, "class_names": None}  # what a checkpoint needs to be one
+DEADLINE = 180  # seconds for one attempt: nothing may hang
+TRAINING = ["training.gradient_accumulation_steps=1", f"training.max_steps={STEPS}", "logging.ckpt_every=3",
+            "logging.ckpt_keep=2", "logging.log_every=4"]  # fmt: skip
+
+
+def calm() -> None:
+    """One thread: results do not depend on the machine, and forks find no pool of threads that they did not inherit."""
+    torch.set_num_threads(1)
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
+    cli.default_device = lambda local_rank=0: torch.device("cpu")
+
+
+# --------------------------------------------------------------------------------------------------------- one attempt
+
+
+def die_after(seconds: float) -> None:
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def arm(place: Callable, seconds: float) -> Callable:
+    """`place` that starts the clock of a kill when it is first called."""
+
+    def armed(*args, **kwargs):
+        die_after(seconds)
+        return place(*args, **kwargs)
+
+    return armed
+
+
+class DyingStream:
+    """A file that kills its process after so many bytes."""
+
+    def __init__(self, stream, left: int):
+        self.stream, self.left = stream, left
+
+    def write(self, data) -> int:
+        self.left -= len(data)
+        if self.left < 0:
+            self.stream.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.stream.write(data)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def die_in_checkpoint(count: int, share: float) -> None:
+    """Kill in the middle of the write of the checkpoint number `count` from here."""
+    save, left = torch.save, [count]
+
+    def dying(state, stream):
+        left[0] -= 1
+        save(state, stream if left[0] else DyingStream(stream, int(share * 1_500_000)))
+
+    checkpoint.torch.save = dying
+
+
+def child(main: Callable, argv: list[str], output: Path, environment: dict[str, str], kill: Callable | None) -> None:
+    os.environ.update(environment)
+    stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1), os.dup2(stream, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    if kill is not None:
+        kill()
+    cli.run(lambda: main(argv))
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def attempt(main: Callable, argv: list, output: Path, kills: list[Callable | None], grace: float = 15) -> list[int]:
+    """Run `main(argv)` on one process per entry of `kills`, each of which may arrange its own end; their exit codes.
+
+    As launchers do, once a process has failed the others have `grace` seconds.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank, kill in enumerate(kills):
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        if len(kills) > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(kills))}
+        arguments = (main, list(map(str, argv)), output, environment, kill)
+        processes.append(FORK.Process(target=child, args=arguments))
+        processes[-1].start()
+    end = time.monotonic() + DEADLINE
+    for process in processes:
+        process.join(max(end - time.monotonic(), 0.1))
+        if any(other.exitcode not in (0, None) for other in processes):
+            end = min(end, time.monotonic() + grace)
+    for process in processes:
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+class Campaign:
+    """Runs that are killed again and again, in one folder.
+
+    Args:
+        main, argv: the command; `argv` lacks the output.
+        place: a function of the code that an attempt reaches when its work begins, as (owner, name).
+    """
+
+    def __init__(self, folder: Path, main: Callable, argv: list, option: str, place: tuple, seed: int):
+        self.folder, self.main, self.argv, self.option, self.place = folder, main, argv, option, place
+        self.random = np.random.default_rng(seed)
+        self.log = folder / "output.txt"
+        self.kills = self.half_written = self.runs = 0
+        self.seconds = 0.0  # within which a kill comes
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, name: str, kills: list[Callable | None]) -> list[int]:
+        return attempt(self.main, [*self.argv, self.option, self.folder / name], self.log, kills, grace=1)
+
+    def whole(self, world: int) -> None:
+        """The uninterrupted run."""
+        started = time.monotonic()
+        assert self.run("whole", [None] * world) == [0] * world, self.log.read_text()[-3000:]
+        self.seconds = 0.8 * (time.monotonic() - started)
+
+    def next_name(self) -> str:
+        self.runs += 1
+        return f"killed-{self.runs}"
+
+    def random_kill(self, in_checkpoint: bool) -> Callable:
+        if in_checkpoint and self.random.random() < 0.5:
+            return partial(die_in_checkpoint, int(self.random.integers(1, 4)), self.random.random())
+        delay, (owner, name) = self.random.random() * self.seconds, self.place
+        return lambda: setattr(owner, name, arm(getattr(owner, name), delay))
+
+    def killed(self, name: str, kills: int, worlds: list[int], in_checkpoint=False) -> None:
+        """Kill a run so many times, each time on one of `worlds` processes, then let it finish."""
+        while kills:
+            world = int(self.random.choice(worlds))
+            plans = [self.random_kill(in_checkpoint), *(self.random_kill(False) for _ in range(world - 1))]
+            codes = self.run(name, plans)
+            assert all(code in (0, 1, -signal.SIGKILL) for code in codes), (codes, self.log.read_text()[-3000:])
+            if set(codes) == {0}:
+                self.seconds *= 0.7  # it finished before its time came
+                break
+            kills, self.kills = kills - 1, self.kills + 1
+            self.half_written += any((self.folder / name).rglob("*.tmp"))
+        world = worlds[0]
+        assert self.run(name, [None] * world) == [0] * world, self.log.read_text()[-3000:]
+
+
+def training_campaign(folder: Path, config: Path, kills: int, worlds: list[int], seed: int, rounds: int = 5) -> Campaign:
+    """Kill training runs; assert that they end like the one that was left alone."""
+    argv = ["--config", config, *(part for change in TRAINING for part in ("--set", change))]
+    campaign = Campaign(folder, train.main, argv, "--output", (train, "make_accelerator"), seed)
+    campaign.whole(worlds[0])
+    while campaign.kills < kills:
+        name = campaign.next_name()
+        campaign.killed(name, min(rounds, kills - campaign.kills), worlds, in_checkpoint=True)
+        if len(set(worlds)) == 1:
+            assert_same_training(folder / "whole", folder / name)
+        else:
+            assert_close_metrics(folder / "whole", folder / name)
+    return campaign
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """Bitwise the same weights, EMA, optimizer state and metrics, and the same files."""
+    files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (one, other)]
+    assert files[0] == files[1], files
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    states = [torch.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1]) for folder in (one, other)]
+    for key in ("step", "model", "ema", "optimizer", "averages", "skipped"):
+        assert_equal(states[0][key], states[1][key], key)
+
+
+def assert_equal(one, other, where: str) -> None:
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for number, pair in enumerate(zip(one, other)):
+            assert_equal(*pair, f"{where}.{number}")
+    else:
+        assert one == other, where
+
+
+def assert_close_metrics(one: Path, other: Path) -> None:
+    """On other numbers of processes sums run in another order, and the steps that follow multiply the difference."""
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (one, other)]
+    rows, others = ([json.loads(line) for line in part] for part in lines)
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    for row, same in zip(rows, others):
+        assert abs(row["loss"] - same["loss"]) <= 0.01 * row["loss"], (row["step"], row["loss"], same["loss"])
+
+
+# ------------------------------------------------------------------------------------------------ extraction and sampling
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def extraction_campaign(folder: Path, images: Path, vae: Path, kills: int, worlds: list[int], seed: int) -> Campaign:
+    argv = ["--data-path", images, "--vae", vae, "--image-size", 16, "--shard-size", 1, "--num-workers", 0]
+    argv += ["--global-batch-size", 24]
+    campaign = Campaign(folder, extract_features.main, argv, "--features-path", (extract_features, "read_shards"), seed)
+    campaign.whole(1)
+    while campaign.kills < kills:
+        name = campaign.next_name()
+        campaign.killed(name, min(4, kills - campaign.kills), worlds)
+        assert content(folder / name) == content(folder / "whole")
+        manifest = json.loads((folder / name / "manifest.json").read_text())
+        assert [(shard["first"], shard["stop"]) for shard in manifest["shards"]] == [(i, i + 1) for i in range(10)]
+    return campaign
+
+
+def sampling_campaign(folder: Path, ckpt: Path, kills: int, worlds: list[int], seed: int) -> Campaign:
+    argv = ["--ckpt", ckpt, "--num-sampling-steps", 4, "--num-fid-samples", 24, "--per-proc-batch-size", 3]
+    campaign = Campaign(folder, sample_ddp.main, argv, "--output-dir", (sample_ddp, "sample_missing"), seed)
+    campaign.whole(1)
+    while campaign.kills < kills:
+        name = campaign.next_name()
+        campaign.killed(name, min(4, kills - campaign.kills), worlds)
+        ours, whole = content(folder / name), content(folder / "whole")
+        for left in [file for file in ours if file.endswith(".tmp")]:
+            del ours[left]
+        assert ours == whole
+        assert (folder / f"{name}.npz").read_bytes() == (folder / "whole.npz").read_bytes()
+    return campaign
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="an empty folder for everything")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    calm()
+    folder, kills, seed = args.folder.resolve(), args.kills, args.seed
+    vae, images = save_tiny_vae(folder / "vae"), save_tiny_images(folder / "images")
+    config = save_tiny_config(folder, images, vae)
+    ckpt = folder / "training-1" / "whole" / "checkpoints" / f"{STEPS:07d}.pt"
+    table = {
+        "training, one process": lambda: training_campaign(folder / "training-1", config, kills, [1], seed),
+        "training, two processes": lambda: training_campaign(folder / "training-2", config, kills // 2, [2], seed),
+        "training, one and two": lambda: training_campaign(folder / "training-12", config, kills // 2, [1, 2], seed),
+        "extraction, one process": lambda: extraction_campaign(folder / "store-1", images, vae, kills, [1], seed),
+        "extraction, one to three": lambda: extraction_campaign(folder / "store-3", images, vae, kills, [1, 2, 3], seed),
+        "sampling, one process": lambda: sampling_campaign(folder / "samples-1", ckpt, kills, [1], seed),
+        "sampling, one and two": lambda: sampling_campaign(folder / "samples-2", ckpt, kills, [1, 2], seed),
+    }
+    for name, campaign in table.items():
+        started = time.monotonic()
+        done = campaign()
+        kinds = f"{done.kills:3d} kills ({done.half_written} of them in the write of a file)"
+        print(f"{name:<26} {kinds}, {done.kills:3d} survived, {time.monotonic() - started:4.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Damaged checkpoints, features and images: found, named, and never the end of a run."""
+
+import os
+import shutil
+from pathlib import Path
+
+import kills
+import numpy as np
+import pytest
+import torch
+
+import extract_features
+from config import UserError, load_config
+from data.features import damaged_files, open_features
+from data.images import ImageFolder
+from training import checkpoint
+from training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_cpu_thread")
+
+
+def flip_bit(file: Path, position: int) -> None:
+    with open(file, "r+b") as stream:
+        stream.seek(position)
+        byte = stream.read(1)[0]
+        stream.seek(position)
+        stream.write(bytes([byte ^ 16]))
+
+
+# ---------------------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def test_no_flipped_bit_is_ever_loaded(tmp_path):
+    state = {
+        "step": 1,
+        "config": {"a": [1, "x"]},
+        "model": {"w": torch.randn(2000)},
+        "ema": {},
+        "autoencoder": None,
+        "class_names": None,
+    }
+    path = save_checkpoint(tmp_path, state, keep=0)
+    whole, random, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(400):
+        place = random.integers(len(whole)) if random.random() < 0.5 else len(whole) - 1 - random.integers(1500)
+        path.write_bytes(whole)
+        flip_bit(path, int(place))
+        try:
+            loaded = load_checkpoint(path)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:  # a bit that says nothing: padding, a time stamp
+            kills.assert_equal({key: loaded[key] for key in state}, state, "state")
+    assert refused > 200
+    for length in random.integers(len(whole), size=50):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="is not a readable checkpoint"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["flipped", "truncated", "foreign", "of another run"])
+def test_resume_falls_back_to_the_checkpoint_before(run, whole_run, tmp_path, kind):
+    shutil.copytree(whole_run, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "0000008.pt"
+    if kind == "flipped":
+        flip_bit(newest, newest.stat().st_size // 2)
+    elif kind == "truncated":
+        os.truncate(newest, newest.stat().st_size - 100)
+    elif kind == "foreign":
+        torch.save({"epoch": 3, "weights": torch.zeros(3)}, newest)
+    else:
+        state = load_checkpoint(newest)
+        state["config"]["training"]["seed"] = 5
+        save_checkpoint(tmp_path / "other", state, keep=0)
+        shutil.copy(tmp_path / "other" / newest.name, newest)
+    codes, printed = run("run")
+    assert codes == [0] and f"warning: --output '{newest}'" in printed and "going on from step 6" in printed
+    assert "warning: " in (tmp_path / "run" / "log.txt").read_text()
+    kills.assert_same_training(whole_run, tmp_path / "run")
+
+
+def test_pruning_keeps_the_last_readable_checkpoint(tmp_path, monkeypatch):
+    state = kills.EMPTY
+    save_checkpoint(tmp_path, {**state, "step": 1}, keep=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.torch, "save", lambda state, stream: stream.write(b"what a broken disk returns"))
+        save_checkpoint(tmp_path, {**state, "step": 2}, keep=1)
+        save_checkpoint(tmp_path, {**state, "step": 3}, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["0000001.pt", "0000002.pt", "0000003.pt"]
+    assert load_checkpoint(tmp_path / "0000001.pt")["step"] == 1
+    save_checkpoint(tmp_path, {**state, "step": 4}, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["0000004.pt"]
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path):
+    (tmp_path / "0000001.pt.tmp").write_bytes(b"half")
+    save_checkpoint(tmp_path, {**kills.EMPTY, "step": 2}, keep=0)
+    assert os.listdir(tmp_path) == ["0000002.pt"]
+
+
+# ------------------------------------------------------------------------------------------------------ features and images
+
+
+def test_verify_finds_a_flipped_bit(tiny_config, tmp_path):
+    store = shutil.copytree(load_config(tiny_config).data.feature_path, tmp_path / "store")
+    assert damaged_files(store) == []
+    flip_bit(store / "shard-00000.npy", 500)
+    assert damaged_files(store) == ["shard-00000.npy: differs from its checksum"]
+
+
+def test_a_folder_as_real_ones_are(tiny_images, tiny_vae, tmp_path, capsys):
+    """What cannot be read is listed and left out; everything else is extracted under its own label."""
+    from PIL import Image
+
+    images = shutil.copytree(tiny_images, tmp_path / "images")
+    picture = Image.open(images / "a" / "0.png")
+    (images / "b b ü").mkdir()
+    (images / "empty").mkdir()
+    (images / "a" / "folder.png").mkdir()
+    picture.save(images / "b b ü" / "Grün 1.jpg")
+    picture.convert("CMYK").save(images / "a" / "cmyk.jpg")
+    picture.convert("P").save(images / "a" / "palette.png", transparency=0)
+    Image.new("RGB", (1, 1)).save(images / "a" / "tiny.png")
+    Image.fromarray(np.full((40, 40), 0x8080, np.uint16)).save(images / "a" / "sixteen.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(images / "a" / "turned.jpg", exif=exif)
+    jpeg = (images / "a" / "turned.jpg").read_bytes()
+    bad = {
+        "cut.jpg": jpeg[: len(jpeg) // 2],
+        "empty.png": b"",
+        "text.png": b"hello",
+        "bomb.png": b"P5 20000 20000 255\n" + bytes(99),
+    }
+    for name, content in bad.items():
+        (images / "c" / name).write_bytes(content)
+    (images / "c" / "dangling.png").symlink_to("nowhere")
+    argv = ["--data-path", images, "--vae", tiny_vae, "--image-size", 16, "--features-path", tmp_path / "store"]
+    extract_features.main([str(part) for part in [*argv, "--num-workers", 0, "--max-bad", 5]])
+    store, folder = open_features(tmp_path / "store", 16), ImageFolder(images, 16)
+    assert store.class_names == ["a", "b", "b b ü", "c", "empty"] and len(store) == 16
+    left_out = {path for _, path, _ in store.manifest["unreadable"]}
+    assert left_out == {f"c/{name}" for name in [*bad, "dangling.png"]}
+    assert store.labels.tolist() == [label for path, label in zip(folder.paths, folder.labels) if path not in left_out]
+    assert capsys.readouterr().err.count("unreadable: ") == 5

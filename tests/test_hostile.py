@@ -1,0 +1,375 @@
+"""Generated files of others and impossible configurations: refused in one line, nothing executed, nothing written."""
+
+import collections
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import kills
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import cli
+import train
+from config import Config, UserError, config_from_dict, load_config, to_dict
+from data.autoencoder import Autoencoder
+from data.features import open_features
+from evaluation.generate import load_run
+from training.checkpoint import load_checkpoint, save_checkpoint
+
+QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+CANARY = "executed"
+
+
+class Call:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def one_line(function, *arguments) -> str:
+    """The message of the UserError that must come."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def gadgets(folder: Path) -> list:
+    """Objects that make a file in this folder when they are unpickled."""
+    canary = str(folder / CANARY)
+    write = f"open({canary!r}, 'w').close()"
+    return [
+        Call(os.system, f"touch {canary}"),
+        Call(os.mkdir, canary),
+        Call(eval, write),
+        Call(exec, write),
+        Call(open, canary, "w"),
+        Call(subprocess.call, ["touch", canary]),
+        Call(shutil.copy, __file__, canary),
+        Call(torch.save, 1, canary),
+        Call(np.save, canary, np.zeros(1)),
+    ]
+
+
+WRAPPINGS = [
+    lambda bad: bad,
+    lambda bad: [bad],
+    lambda bad: {
+        "format": 1,
+        "step": 1,
+        "config": {},
+        "model": {"w": bad},
+        "ema": {},
+        "autoencoder": None,
+        "class_names": None,
+    },
+    lambda bad: {**kills.EMPTY, "format": 1, "step": bad},
+    lambda bad: collections.OrderedDict(model=(1, {"a": [bad]})),
+    lambda bad: {"format": 1, "optimizer": {"state": {0: bad}}},
+]
+
+
+@settings(max_examples=70, **QUIET)
+@given(
+    number=st.integers(0, 8),
+    wrapping=st.sampled_from(WRAPPINGS),
+    layout=st.sampled_from(["zip", "legacy", "pickle", "deflated"]),
+    protocol=st.integers(2, 5),
+)
+def test_no_checkpoint_executes_code(tmp_path_factory, number, wrapping, layout, protocol):
+    folder = tmp_path_factory.mktemp("hostile")
+    content, file = wrapping(gadgets(folder)[number]), folder / "0000001.pt"
+    if layout == "pickle":
+        file.write_bytes(pickle.dumps(content, protocol))
+    else:
+        torch.save(content, file, pickle_protocol=protocol, _use_new_zipfile_serialization=layout != "legacy")
+    if layout == "deflated":
+        squeeze(file)
+    assert "is not a " in one_line(load_checkpoint, file) and "checkpoint of this repository" in one_line(load_run, file)
+    assert os.listdir(folder) == [file.name]
+
+
+def squeeze(file: Path) -> None:
+    """Compress the records: what a bomb would do."""
+    with zipfile.ZipFile(file) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.floats(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(["format", "step", "config", "model", "ema", "autoencoder", "class_names", "features"])
+
+
+@settings(max_examples=80, **QUIET)
+@given(content=st.dictionaries(KEYS, PLAIN), sound=st.booleans())
+def test_no_checkpoint_of_plain_nonsense_gets_through(tmp_path_factory, content, sound):
+    """Neither to a sampler nor, with the right format and types on the outside, by accident."""
+    file = tmp_path_factory.mktemp("nonsense") / "0000001.pt"
+    if sound:
+        content = {**content, "format": 1, "step": 1, "config": to_dict(Config()), "model": {}, "ema": {"w": torch.zeros(1)}}
+        content["config"]["model"]["hnet"].update(d_model=[32, 32], num_heads=[2, 2], arch_layout=["c1", ["D1"], "c1"])
+    torch.save(content, file)
+    one_line(load_run, file)
+
+
+# ------------------------------------------------------------------------------------------------------------------ YAML
+
+
+TAGS = [
+    "!!python/object/apply:os.system ['touch {canary}']",
+    "!!python/object/new:os.mkdir ['{canary}']",
+    "!!python/name:os.system",
+    "!!python/object/apply:subprocess.call [['touch', '{canary}']]",
+    "!!python/module:os",
+    "!!python/object:os.system {{}}",
+    '!!python/object/apply:eval [\'open("{canary}", "w")\']',
+    "!include {canary}",
+    "!!binary x",
+    "!!timestamp x",
+]
+PLACES = [
+    "{tag}",
+    "training: {tag}",
+    "training: {{seed: {tag}}}",
+    "? {tag}\n: 1",
+    "- {tag}",
+    "_base_: {tag}",
+    "ckpt: [{tag}]",
+    "a: &x {tag}\nb: *x",
+]
+
+
+@settings(max_examples=50, **QUIET)
+@given(tag=st.sampled_from(TAGS), place=st.sampled_from(PLACES), option=st.booleans())
+def test_no_yaml_tag_does_anything(tmp_path_factory, tag, place, option):
+    folder = tmp_path_factory.mktemp("yaml")
+    tag = tag.format(canary=folder / CANARY)
+    if option:
+        one_line(load_config, None, [f"training.seed={tag}"])
+    else:
+        (folder / "a.yaml").write_text(place.format(tag=tag))
+        one_line(load_config, folder / "a.yaml")
+    assert not (folder / CANARY).exists()
+
+
+# --------------------------------------------------------------------------------------------------------- feature stores
+
+
+OUTSIDE = [
+    "/etc/passwd",
+    "../shard-00000.npy",
+    "../../etc/passwd",
+    "shard-00000.npy/../../x",
+    "~/x.npy",
+    "shard-1.npy\0",
+    "",
+    ".",
+    "labels.npy",
+    "shard-00000.npy ",
+    "C:\\x.npy",
+    "file:///etc/passwd",
+    "shard-٠٠٠٠٠.npy",
+]
+
+
+@settings(max_examples=80, **QUIET)
+@given(data=st.data())
+def test_no_manifest_leads_outside_or_crashes(tmp_path_factory, tiny_config, data):
+    """Strange shard names, and any value in place of any entry."""
+    store = tmp_path_factory.mktemp("store") / "features"
+    shutil.copytree(load_config(tiny_config).data.feature_path, store)
+    manifest = json.loads((store / "manifest.json").read_text())
+    if data.draw(st.booleans()):
+        manifest["shards"][0]["file"] = data.draw(st.sampled_from(OUTSIDE) | st.text(max_size=12) | PLAIN)
+    else:
+        keys = [(manifest, key) for key in manifest] + [(manifest["shards"][0], key) for key in manifest["shards"][0]]
+        place, key = data.draw(st.sampled_from(keys))
+        place[key] = data.draw(PLAIN)
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    try:
+        opened = open_features(store, 32)
+        opened.latent(0, np.random.default_rng(0))  # what is let through can be read
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert manifest["shards"][0]["file"] == "shard-00000.npy"
+
+
+def npy(header: str, version=(1, 0), body=b"") -> bytes:
+    text = header.encode("latin1", "replace")
+    length = struct.pack("<H" if version == (1, 0) else "<I", len(text))
+    return b"\x93NUMPY" + bytes(version) + length + text + body
+
+
+SHAPES = st.lists(st.integers(-5, 2**70) | st.sampled_from([0, 10, 2**31, 2**62, 2**63]), max_size=4).map(tuple)
+TYPES = st.sampled_from(["<i8", "|O", "<f4", "<U9999999", "|V2147483647", "<i8,<i8", "|S0", "bogus", ">i8"])
+
+
+@settings(max_examples=60, **QUIET)
+@given(
+    shape=SHAPES,
+    kind=TYPES,
+    version=st.sampled_from([(1, 0), (2, 0), (3, 0), (9, 9)]),
+    body=st.binary(max_size=200),
+    name=st.sampled_from(["labels.npy", "shard-00000.npy"]),
+    padding=st.sampled_from([0, 20, 60_000]),
+)
+def test_no_header_of_an_array_is_believed(tmp_path_factory, tiny_config, shape, kind, version, body, name, padding):
+    store = tmp_path_factory.mktemp("store") / "features"
+    shutil.copytree(load_config(tiny_config).data.feature_path, store)
+    header = f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': {shape}, }}" + " " * padding + "\n"
+    content = npy(header, version, body)
+    size = (store / name).stat().st_size
+    (store / name).write_bytes(content[:size] + bytes(max(size - len(content), 0)))
+
+    def read():
+        open_features(store, 32).latent(0, np.random.default_rng(0))
+
+    one_line(read)
+
+
+@settings(max_examples=30, **QUIET)
+@given(
+    length=st.sampled_from([0, 10, 2**31, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1),
+    shape=st.lists(st.integers(-1, 2**62), max_size=3),
+    offsets=st.lists(st.integers(-1, 2**63), min_size=2, max_size=2),
+)
+def test_no_header_of_safetensors_is_believed(tmp_path_factory, tiny_vae, length, shape, offsets):
+    folder = tmp_path_factory.mktemp("vae")
+    shutil.copy(tiny_vae / "config.json", folder)
+    header = json.dumps({"encoder.conv_in.weight": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+    content = struct.pack("<Q", length if length > 100 else len(header)) + header + bytes(64)
+    (folder / "diffusion_pytorch_model.safetensors").write_bytes(content)
+    assert "cannot load" in one_line(Autoencoder.load, str(folder), "cpu")
+
+
+# --------------------------------------------------------------------------------------------------------- configurations
+
+
+def leaves(section: dict, where: str = "") -> list[tuple[str, object]]:
+    found = []
+    for key, value in section.items():
+        found += leaves(value, f"{where}{key}.") if isinstance(value, dict) else [(where + key, value)]
+    return found
+
+
+LEAVES = leaves(to_dict(Config()))
+NUMBERS = [key for key, value in LEAVES if isinstance(value, (int, float)) and not isinstance(value, bool)]
+SWITCHES = [key for key, value in LEAVES if isinstance(value, bool)]
+LISTS = [key for key, value in LEAVES if isinstance(value, list)]
+WORDS = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12)
+NO_NUMBER = st.sampled_from(["-7", "-0.5", ".nan", ".inf", "-.inf", "[1]", "{a: 1}", "true", "null", "many", "''", "-1e400"])
+BAD_OVERRIDES = st.one_of(
+    st.tuples(st.sampled_from([key for key in NUMBERS if key != "diffusion.cfg_channels"]), NO_NUMBER),
+    st.tuples(st.just("diffusion.cfg_channels"), st.sampled_from(["0", "5", "-1", "some", "1.5", "[3]"])),
+    st.tuples(st.sampled_from(SWITCHES), st.sampled_from(["1", "0", "'true'", "[]", "null", "perhaps", "{}"])),
+    st.tuples(
+        st.sampled_from([key for key in LISTS if key != "logging.trackers"]),
+        st.sampled_from(["[]", "[{}]", "3", "x", "[null]"]),
+    ),
+    st.tuples(st.sampled_from(["model", "training", "data", "diffusion", "logging"]), st.sampled_from(["3", "[1]", "text"])),
+    st.tuples(
+        st.tuples(st.sampled_from(["model", "training", "data", "logging", "model.hnet"]), WORDS).map(".".join), st.just("1")
+    ).filter(lambda pair: pair[0] not in dict(LEAVES) and pair[0] not in ("model.hnet",)),
+    st.tuples(WORDS.filter(lambda word: word not in to_dict(Config())), st.just("1")),
+    st.tuples(
+        st.sampled_from(["data.image_size", "model.hnet.d_model"]), st.sampled_from(["33", "[33, 33]", "[64, 32]", "[]"])
+    ),
+    st.tuples(st.sampled_from(["model.init", "model.attention", "diffusion.noise_schedule"]), WORDS.map("x_{}".format)),
+    st.tuples(st.just("data.feature_path"), st.sampled_from(["/nowhere", "README.md", "''", "null", "3"])),
+)
+
+
+def refused(argv: list[str], capsys, folder: Path) -> None:
+    """train.py ends with one line and status 2, and writes nothing."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda: train.main([*argv, "--output", str(folder / "run")]))
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (argv, lines)
+    assert not (folder / "run").exists()
+
+
+@settings(max_examples=320, **QUIET)
+@given(override=BAD_OVERRIDES, in_file=st.booleans())
+def test_bad_configurations_are_one_line_and_status_2(tmp_path_factory, tiny_config, capsys, override, in_file):
+    """Each is bad by construction: another type, out of range, an unknown name."""
+    folder = tmp_path_factory.mktemp("bad")
+    key, text = override
+    argv = ["--config", str(tiny_config), "--set", f"{key}={text}"]
+    if in_file:
+        nested = yaml.safe_load(text) if text else None
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        (folder / "bad.yaml").write_text(yaml.safe_dump({"_base_": str(tiny_config), **nested}))
+        argv = ["--config", str(folder / "bad.yaml")]
+    refused(argv, capsys, folder)
+
+
+@settings(max_examples=300, **QUIET)
+@given(key=st.sampled_from([key for key, _ in LEAVES]), value=PLAIN)
+def test_any_value_of_any_key_is_a_configuration_or_an_error(key, value):
+    """What passes can be written, read again, and is the same."""
+    nested = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    try:
+        config = config_from_dict(nested)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert config_from_dict(to_dict(config)) == config
+
+
+@settings(max_examples=100, **QUIET)
+@given(text=st.text(max_size=60) | st.binary(max_size=60))
+def test_any_file_is_a_configuration_or_an_error(tmp_path_factory, text):
+    file = tmp_path_factory.mktemp("any") / "a.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    try:
+        load_config(file)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_the_command_itself_refuses(tiny_config, tmp_path):
+    """As users see it: a process, one line on stderr, nothing on stdout."""
+    command = [sys.executable, "train.py", "--config", tiny_config, "--output", tmp_path / "run", "--set", "training.seed=[1]"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
+    assert done.stderr.splitlines() == ["error: training.seed: [1] is not a whole number"]
+
+
+def test_a_checkpoint_is_accepted_when_it_is_sound(tmp_path):
+    """The refusals above are not of everything."""
+    path = save_checkpoint(tmp_path, {**kills.EMPTY, "step": 1}, keep=0)
+    assert load_checkpoint(path)["step"] == 1
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.zeros(3))
+    header = "{'descr': '<f8', 'fortran_order': False, 'shape': (3,), }\n"
+    assert np.array_equal(np.lib.format.read_array(io.BytesIO(npy(header, body=bytes(24)))), np.zeros(3))

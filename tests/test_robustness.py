@@ -1,0 +1,219 @@
+"""Promises about long runs, each broken on purpose: kills, signals, full disks, numbers that are none.
+
+`kills.py` holds the machinery and, as a command, the long campaigns.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import kills
+import numpy as np
+import pytest
+import torch
+
+from config import load_config
+from training import checkpoint
+from training.checkpoint import list_checkpoints, load_checkpoint
+from training.guard import FiniteGuard, poison
+from training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_cpu_thread")
+
+
+# ---------------------------------------------------------------------------------------------------------------- kills
+
+
+def test_killed_training_is_the_same_training(tiny_config, tmp_path):
+    assert kills.training_campaign(tmp_path, tiny_config, 3, [1], seed=1, rounds=3).kills == 3
+
+
+def test_training_killed_on_two_processes(tiny_config, tmp_path):
+    assert kills.training_campaign(tmp_path, tiny_config, 2, [2], seed=1, rounds=2).kills == 2
+
+
+def test_killed_extraction_is_complete(tiny_images, tiny_vae, tmp_path):
+    assert kills.extraction_campaign(tmp_path, tiny_images, tiny_vae, 3, [1, 2], seed=1).kills == 3
+
+
+def test_killed_sampling_is_complete(whole_run, tmp_path):
+    ckpt = list_checkpoints(whole_run / "checkpoints")[-1]
+    assert kills.sampling_campaign(tmp_path / "samples", ckpt, 3, [1, 2], seed=1).kills == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+def signalled(number: int, *delays: float):
+    """Arrange for signals to this process, counted from its second optimizer step."""
+    step = Trainer.optimizer_step
+
+    def slow(trainer, batches):
+        if trainer.step == 1:
+            for delay in delays:
+                kills.threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+            time.sleep(3 if len(delays) > 1 else 0.3)
+        step(trainer, batches)
+
+    Trainer.optimizer_step = slow
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_its_status(run, tmp_path, number):
+    codes, printed = run("run", plans=[partial(signalled, number, 0.1)])
+    assert codes == [128 + number]
+    assert printed.splitlines()[-1].endswith(f"stopped by {number.name} at step 2 of 8: {tmp_path / 'run'}")
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["0000002.pt"]
+
+
+def test_a_second_signal_quits(run, tmp_path):
+    """At once, in the middle of a step; the same signal again within a second is what launchers send."""
+    codes, _ = run("run", plans=[partial(signalled, signal.SIGTERM, 0.1, 0.2, 1.5)])
+    assert codes == [-signal.SIGTERM] and list_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+# ------------------------------------------------------------------------------------------------------------ full disks
+
+
+def test_a_write_that_fails_ends_the_run_and_keeps_what_is_there(run, whole_run, tmp_path):
+    """A limit on the size of files, which any user may set: the checkpoint of step 3 does not fit."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
+    assert run("run", plans=[partial(signalled, signal.SIGTERM, 0.1)])[0] == [143]
+    codes, printed = run("run", plans=[limit])
+    assert codes == [1] and printed.splitlines()[-1].startswith("error: ") and "Traceback" not in printed
+    assert "0000003.pt could not be written (File too large); earlier checkpoints are intact" in printed
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["0000002.pt"]
+    assert run("run")[0] == [0]
+    (tmp_path / "run" / "checkpoints" / "0000002.pt").unlink()
+    kills.assert_same_training(whole_run, tmp_path / "run")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of 3 MiB, where the system lets us make one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place]
+    made = subprocess.run(command, capture_output=True) if shutil.which("mount") else None
+    if made is None or made.returncode:
+        pytest.skip("needs the right to mount")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_is_there(run, small_disk):
+    codes, printed = run("disk/run")
+    names = [path.name for path in list_checkpoints(small_disk / "run" / "checkpoints")]
+    assert codes == [1] and "No space left on device" in printed and "Traceback" not in printed and names
+    assert all(checkpoint.damage(small_disk / "run" / "checkpoints" / name) is None for name in names)
+    assert not list(small_disk.rglob("*.tmp"))
+    codes, printed = run("disk/run", "logging.ckpt_keep=1", "logging.ckpt_every=100")  # nor does anything else fit by itself
+    assert codes == [1] and f"going on from step {int(names[-1][:7])}" in printed
+
+
+def test_a_full_disk_under_the_log(run, small_disk):
+    def fill():
+        """All but a few bytes, once the run has begun."""
+        start = Trainer.run_steps
+
+        def filled(trainer):
+            with contextlib.suppress(OSError), open(small_disk / "filler", "wb") as filler:
+                while True:
+                    filler.write(bytes(4096))
+            start(trainer)
+
+        Trainer.run_steps = filled
+
+    codes, printed = run("disk/run", plans=[fill])
+    assert codes == [1] and "No space left on device" in printed and "Traceback" not in printed
+    (small_disk / "filler").unlink()
+    assert run("disk/run", "logging.ckpt_every=100")[0] == [0]
+
+
+# ----------------------------------------------------------------------------------------------------- non-finite numbers
+
+
+def test_a_step_with_a_bad_loss_leaves_no_trace():
+    weight = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    seen = []
+    guard = FiniteGuard(3, seen.append, lambda step: seen.append(f"stop {step}"))
+
+    def step(number: int, factor: float) -> dict:
+        loss = (weight * factor).square().sum()
+        poison(loss).backward()
+        guard.update(optimizer, torch.nn.utils.clip_grad_norm_([weight], 1.0), number)
+        optimizer.zero_grad()
+        return {"weight": weight.detach().clone(), **{k: v.clone() for k, v in optimizer.state[weight].items()}}
+
+    before = step(0, 1.0)
+    for number, factor in ((1, float("nan")), (2, float("inf"))):
+        kills.assert_equal(step(number, factor), before, "state")
+    after = step(3, 1.0)
+    assert not torch.equal(after["weight"], before["weight"]) and after["step"] == 2
+    assert seen == [1, 2] and guard.state_dict() == {"total": 2, "in_a_row": 0}
+    step(4, float("nan")), step(5, float("nan"))
+    with pytest.raises(SystemExit) as caught:
+        step(6, float("nan"))
+    assert caught.value.code == 1 and seen[2:] == [4, 5, 6, "stop 6"]
+
+
+def test_a_bad_loss_shows_in_every_gradient_and_a_good_one_is_untouched():
+    weights = torch.randn(5, requires_grad=True)
+    (plain,) = torch.autograd.grad((weights**3).sum(), weights)
+    (same,) = torch.autograd.grad(poison((weights**3).sum()), weights)
+    assert torch.equal(plain, same)
+    (bad,) = torch.autograd.grad(poison(weights[0] + float("inf")), weights)
+    assert bad[0].isnan()
+
+
+@pytest.fixture
+def poisoned(tiny_config, tmp_path):
+    """poisoned(images) returns a configuration whose features hold NaN for these images."""
+
+    def make(images: list[int]) -> Path:
+        config = load_config(tiny_config)
+        features = shutil.copytree(config.data.feature_path, tmp_path / f"features{len(images)}")
+        shard = np.load(features / "shard-00000.npy")
+        shard[images] = np.nan
+        np.save(features / "shard-00000.npy", shard)
+        text = tiny_config.read_text().replace(config.data.feature_path, str(features))
+        (tmp_path / "poisoned.yaml").write_text(text)
+        return tmp_path / "poisoned.yaml"
+
+    return make
+
+
+def test_bad_steps_are_skipped_counted_and_named(run, poisoned, tmp_path):
+    config, single = poisoned([7]), "training.gradient_accumulation_steps=1"
+    codes, printed = run("run", single, "logging.log_every=1", config=config)
+    assert codes == [0]
+    lines = [line.split("images ")[1] for line in printed.splitlines() if "update skipped" in line]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines and all("7" in line.split(", ") and len(line.split(", ")) == 4 for line in lines)
+    assert rows[-1]["skipped_steps"] == len(lines) < 8
+    assert sum(row["loss"] is None for row in rows) == len(lines)  # NaN is no JSON
+    state = load_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    assert state["skipped"]["total"] == len(lines) and all(value.isfinite().all() for value in state["ema"].values())
+    assert state["optimizer"]["state"][0]["step"] == 8 - len(lines)
+    codes, _ = run("two", single, "logging.log_every=1", config=config, plans=[None, None])  # the image is on one of them
+    others = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert codes == [0, 0] and [row["skipped_steps"] for row in others] == [row["skipped_steps"] for row in rows]
+
+
+def test_too_many_bad_steps_end_the_run(run, poisoned, tmp_path):
+    assert run("run", "training.max_steps=3")[0] == [0]
+    config = poisoned(list(range(10)))
+    last = tmp_path / "run" / "checkpoints" / "0000003.pt"
+    codes, printed = run(
+        "run", "training.max_skipped_steps=4", "training.max_steps=100", "logging.ckpt_every=100", config=config
+    )
+    assert codes == [1] and printed.count("update skipped") == 4 and "Traceback" not in printed
+    assert f"error: 4 steps in a row up to 7 had a non-finite loss or gradient; the last good checkpoint is {last}" in printed
