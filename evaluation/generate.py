@@ -36,7 +36,7 @@ from training.checkpoint import load_checkpoint
 # What may differ between --config and the checkpoint's configuration when sampling.
 _MAY_DIFFER = ("model.name", "model.init", "model.attention", "model.upcycle.", "training.", "data.feature_path",
                "data.num_workers", "data.vae", "diffusion.cfg_channels", "logging.", "evaluation.", "ckpt")  # fmt: skip
-PROBE_SAMPLES, PROBE_STEPS = 4, 10  # to predict what a budget costs
+PROBE_SAMPLES, PROBE_STEPS = 16, 10  # to predict what a budget costs
 _MUST_AGREE = ("training.learn_sigma", "training.class_dropout_prob")
 
 
