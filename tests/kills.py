@@ -275,12 +275,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder for everything")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="rows that begin so, e.g. training (sampling needs the first one)")
     args = parser.parse_args()
     calm()
     folder, kills, seed = args.folder.resolve(), args.kills, args.seed
     vae, images = save_tiny_vae(folder / "vae"), save_tiny_images(folder / "images")
     config = save_tiny_config(folder, images, vae)
-    ckpt = folder / "training-1" / "whole" / "checkpoints" / f"{STEPS:07d}.pt"
+    ckpt = folder / "training-1" / "whole" / "checkpoints" / f"{STEPS:07d}.pt"  # of the first row
     table = {
         "training, one process": lambda: training_campaign(folder / "training-1", config, kills, [1], seed),
         "training, two processes": lambda: training_campaign(folder / "training-2", config, kills // 2, [2], seed),
@@ -291,6 +292,8 @@ def main() -> None:
         "sampling, one and two": lambda: sampling_campaign(folder / "samples-2", ckpt, kills, [1, 2], seed),
     }
     for name, campaign in table.items():
+        if not name.startswith(args.only):
+            continue
         started = time.monotonic()
         done = campaign()
         kinds = f"{done.kills:3d} kills ({done.half_written} of them in the write of a file)"
