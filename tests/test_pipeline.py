@@ -35,7 +35,7 @@ ENVIRONMENT = os.environ | {
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
 }
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -263,7 +263,7 @@ def test_two_processes(in_one_process, trained, tiny_config, tmp_path):
     folder, script = tiny_config.parent, tmp_path / "on_two_processes.py"
     script.write_text(ON_TWO_PROCESSES)
     with open(tmp_path / "output", "w") as output:
-        command = [*TORCHRUN, script, tiny_config, folder]
+        command = [*TORCHRUN, "--nproc_per_node=2", script, tiny_config, folder]
         process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
         patience = time.monotonic() + 200
         while not (folder / "endless" / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < patience:
@@ -404,10 +404,10 @@ def account(folder: Path) -> dict:
     return summary
 
 
-def test_many_samples_on_one_and_two_processes(trained, tmp_path):
+def test_many_samples_on_one_two_and_three_processes(trained, tmp_path):
     count, options = 7, ["--ckpt", str(newest(trained)), "--num-sampling-steps", "3", "--num-fid-samples", "7"]
     options += ["--per-proc-batch-size", "2", "--cfg-scale", "1.5", "--seed", "3"]
-    one, two = tmp_path / "one", tmp_path / "two"
+    one = tmp_path / "one"
     sample_ddp.main([*options, "--output-dir", str(one)])
     whole, npz, costs = content(one), (tmp_path / "one.npz").read_bytes(), account(one)
     assert whole.keys() == {"settings.json", *(f"{i:06d}.png" for i in range(count))}
@@ -418,8 +418,11 @@ def test_many_samples_on_one_and_two_processes(trained, tmp_path):
         assert np.array_equal(images[i], np.asarray(Image.open(one / f"{i:06d}.png")))
     assert labels.dtype == np.int64 and labels.tolist() == draw_labels(3, list(range(count)), 3)
 
-    launch([*TORCHRUN, "sample_ddp.py", *options, "--output-dir", two])
-    assert content(two) == whole and (tmp_path / "two.npz").read_bytes() == npz and account(two) == costs
+    for processes in (2, 3):
+        other = tmp_path / f"on_{processes}"
+        launch([*TORCHRUN, f"--nproc_per_node={processes}", "sample_ddp.py", *options, "--output-dir", other])
+        assert content(other) == whole and account(other) == costs
+        assert other.with_suffix(".npz").read_bytes() == npz
 
     for name in ("000000.png", "000003.png", "000006.png"):
         (one / name).unlink()
