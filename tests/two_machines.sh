@@ -80,7 +80,7 @@ ip -n dcdit2 link set dcdit2 down
 started=$SECONDS
 until grep -qs "^error: process" "$folder/lost1.txt" && grep -qs "^error: process" "$folder/lost2.txt"; do sleep 1; done
 echo "both training processes ended after $((SECONDS - started)) s"
-kill -KILL $first $second 2>/dev/null || true # torchrun itself waits for its lost half for minutes; schedulers end it
+for n in 1 2; do ip netns pids "dcdit$n" | xargs -r kill -KILL; done # torchrun waits for its lost half; schedulers end it
 wait $first || true
 wait $second || true
 grep -h "^error: process" "$folder/lost1.txt" "$folder/lost2.txt"
