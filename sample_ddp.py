@@ -93,6 +93,7 @@ def prepare_folder(
     note, settings = folder / NOTE, json.loads(json.dumps(settings))
     if folder.is_dir() and not note.is_file() and any(path.name[0] != "." for path in folder.iterdir()):
         raise UserError(f"--output-dir '{folder}' holds files that this script did not write; give another folder")
+    settled = None if note.is_file() else settle()  # before the folder is made: a budget may turn out to be impossible
     lock.acquire()
     if note.is_file():
         earlier = read_note(folder)
@@ -100,8 +101,7 @@ def prepare_folder(
         if changed:
             raise UserError(f"--output-dir '{folder}' holds samples of another {', '.join(changed)}; give another folder")
     else:
-        content = json.dumps({**settings, "settled": settle()}, indent=1).encode()
-        write_file(note, lambda stream: stream.write(content))
+        write_file(note, lambda stream: stream.write(json.dumps({**settings, "settled": settled}, indent=1).encode()))
     (folder / RECORDS).mkdir(exist_ok=True)
     return [start for start in index[::size] if not is_done(folder, start, index[start : start + size])]
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from conftest import save_tiny_config, save_tiny_images, save_tiny_vae
 
 import cli
@@ -92,6 +93,7 @@ def die_in_checkpoint(count: int, share: float) -> None:
 
 def child(main: Callable, argv: list[str], output: Path, environment: dict[str, str], kill: Callable | None) -> None:
     os.environ.update(environment)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is forked from
     stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1), os.dup2(stream, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
@@ -238,7 +240,9 @@ def assert_close_metrics(one: Path, other: Path) -> None:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """All files but those that say how long something took."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != "records"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "summary.json"}
 
 
 def extraction_campaign(folder: Path, images: Path, vae: Path, kills: int, worlds: list[int], seed: int) -> Campaign:

@@ -285,11 +285,13 @@ LISTS = [key for key, value in LEAVES if isinstance(value, list)]
 WORDS = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12)
 NO_NUMBER = st.sampled_from(["-7", "-0.5", ".nan", ".inf", "-.inf", "[1]", "{a: 1}", "true", "null", "many", "''", "-1e400"])
 BAD_OVERRIDES = st.one_of(
-    st.tuples(st.sampled_from([key for key in NUMBERS if key != "diffusion.cfg_channels"]), NO_NUMBER),
+    st.tuples(st.sampled_from([key for key in NUMBERS if key != "diffusion.cfg_channels"]), NO_NUMBER).filter(
+        lambda pair: pair != ("training.ratio_batch_size", "null")  # the whole batch
+    ),
     st.tuples(st.just("diffusion.cfg_channels"), st.sampled_from(["0", "5", "-1", "some", "1.5", "[3]"])),
     st.tuples(st.sampled_from(SWITCHES), st.sampled_from(["1", "0", "'true'", "[]", "null", "perhaps", "{}"])),
     st.tuples(
-        st.sampled_from([key for key in LISTS if key != "logging.trackers"]),
+        st.sampled_from([key for key in LISTS if key not in ("logging.trackers", "training.frozen")]),
         st.sampled_from(["[]", "[{}]", "3", "x", "[null]"]),
     ),
     st.tuples(st.sampled_from(["model", "training", "data", "diffusion", "logging"]), st.sampled_from(["3", "[1]", "text"])),
