@@ -5,11 +5,13 @@ Nothing here is ever unpickled: `.npz` members are read as plain arrays, `arr_0`
 
 import hashlib
 import json
+import math
 import os
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -22,6 +24,7 @@ from evaluation.metrics import Gaussian
 READERS = 8  # threads that decode image files
 INCEPTION_KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's
 OTHER_KEYS = {"features": ("feature_mu", "feature_sigma")}  # of any other extractor: names that the ADM suite does not take
+LARGEST = 2**30  # bytes of labels and statistics; images are read in parts
 META = "dcdit_meta"  # our note in a .npz, JSON text
 
 
@@ -95,8 +98,9 @@ class NpzImages:
 
     def __init__(self, path: Path):
         self.path = path
-        self.stream = zipfile.ZipFile(path).open("arr_0.npy")  # noqa: SIM115 (stays open: a compressed one reads forward only)
-        shape, dtype = read_npy_header(self.stream)
+        self.stream, shape, dtype, order = open_array(zipfile.ZipFile(path), "arr_0")  # stays open: compressed, it reads forward only
+        if order == "F":
+            raise ValueError("arr_0 is stored column by column")
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
             raise UserError(f"'{path}': arr_0 is {dtype} {shape}, but images are uint8 (N, H, W, 3)")
         self.count, self.size, self.start = shape[0], shape[1:3], self.stream.tell()
@@ -112,10 +116,13 @@ class NpzImages:
     def read(self, index: range) -> np.ndarray:
         """(n, H, W, 3) uint8 for consecutive indices."""
         image_bytes = self.size[0] * self.size[1] * 3
-        self.stream.seek(self.start + index.start * image_bytes)
-        data = self.stream.read(len(index) * image_bytes)
+        try:
+            self.stream.seek(self.start + index.start * image_bytes)
+            data = self.stream.read(len(index) * image_bytes)
+        except (EOFError, zipfile.BadZipFile, zlib.error):
+            data = b""
         if len(data) != len(index) * image_bytes:
-            raise UserError(f"'{self.path}': ends before image {index.stop - 1}; copy or make it again")
+            raise UserError(f"'{self.path}': is damaged before image {index.stop}; copy or make it again")
         return np.frombuffer(data, np.uint8).reshape(-1, *self.size, 3)
 
 
@@ -158,14 +165,13 @@ def open_source(path: str | Path) -> Source:
         raise UserError(f"'{path}': does not exist; give an ADM .npz, a folder of images or a file of --make-reference")
     try:
         with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
         images = NpzImages(path) if "arr_0" in names else None
-        meta = read_array(path, META) if META in names else None
-        meta = json.loads(str(meta)) if meta is not None else {}
+        meta = read_meta(path) if META in names else {}
         inception, other = (read_statistics(path, names, keys, meta) for keys in (INCEPTION_KEYS, OTHER_KEYS))
     except UserError:
         raise
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except Exception as error:  # there is no end to what parsers raise on damaged files
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"'{path}': is not a readable .npz of plain arrays ({reason}); give images or an ADM .npz") from None
     if images is None and not inception and not other:
@@ -186,19 +192,37 @@ def read_statistics(path: Path, names: set[str], keys: dict, meta: dict) -> dict
     return found
 
 
+def read_meta(path: Path) -> dict:
+    """What --make-reference noted."""
+    meta = json.loads(str(read_array(path, META)))
+    kinds = {"extractor": str, "images": int, "image_size": int}
+    if not isinstance(meta, dict) or any(not isinstance(meta.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{META} is damaged")
+    return meta
+
+
 def read_array(path: Path, name: str) -> np.ndarray | None:
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays[name] if name in arrays.files else None
+    """A whole member, or None where the file has none of this name."""
+    with zipfile.ZipFile(path) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            return None
+        stream, shape, dtype, order = open_array(archive, name)
+        size = math.prod(shape) * dtype.itemsize
+        if size > LARGEST:
+            raise ValueError(f"{name} claims {size} bytes")
+        return np.frombuffer(stream.read(size), dtype).reshape(shape, order=order)
 
 
-def read_npy_header(stream) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of a .npy stream, which is left at the first value; ValueError for the column-major order."""
-    version = npy.read_magic(stream)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+def open_array(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], tuple[int, ...], np.dtype, str]:
+    """A member, open at its first value, with shape, type and order; ValueError unless its header claims as many bytes as there are."""
+    stream, info = archive.open(f"{name}.npy"), archive.getinfo(f"{name}.npy")
+    read = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
     shape, fortran_order, dtype = read(stream)
-    if fortran_order:
-        raise ValueError("arr_0 is stored column by column")
-    return shape, dtype
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds objects")
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != info.file_size - stream.tell():
+        raise ValueError(f"{name} does not hold the {shape} {dtype} values that its header claims")
+    return stream, shape, dtype, "F" if fortran_order else "C"
 
 
 def hash_file(path: Path) -> bytes:

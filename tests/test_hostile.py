@@ -3,6 +3,7 @@
 import collections
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -26,6 +27,8 @@ from config import Config, UserError, config_from_dict, load_config, to_dict
 from data.autoencoder import Autoencoder
 from data.features import open_features
 from evaluation.generate import load_run
+from evaluation import image_sets
+from evaluation.image_sets import open_source
 from training.checkpoint import load_checkpoint, save_checkpoint
 
 QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
@@ -266,6 +269,91 @@ def test_no_header_of_safetensors_is_believed(tmp_path_factory, tiny_vae, length
     content = struct.pack("<Q", length if length > 100 else len(header)) + header + bytes(64)
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(content)
     assert "cannot load" in one_line(Autoencoder.load, str(folder), "cpu")
+
+
+def npz(members: dict[str, bytes], compression=zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def sound_members() -> dict[str, bytes]:
+    """Images, labels and statistics that are read, as bytes of .npy files."""
+    arrays = {"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(2, np.int64), "mu": np.zeros(3), "sigma": np.eye(3)}
+    arrays["dcdit_meta"] = np.array(json.dumps({"extractor": "inception:x", "images": 2, "image_size": 4}))
+    members = {}
+    for name, values in arrays.items():
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, values)
+        members[f"{name}.npy"] = buffer.getvalue()
+    return members
+
+
+@settings(max_examples=80, **QUIET)
+@given(
+    name=st.sampled_from(["arr_0.npy", "arr_1.npy", "mu.npy", "sigma.npy", "dcdit_meta.npy"]),
+    shape=SHAPES,
+    kind=TYPES | st.sampled_from(["|u1", "<f8"]),
+    version=st.sampled_from([(1, 0), (2, 0), (3, 0), (9, 9)]),
+    body=st.binary(max_size=200),
+    padding=st.sampled_from([0, 20, 60_000]),
+    compression=st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]),
+)
+def test_no_header_of_an_npz_is_believed(tmp_path_factory, name, shape, kind, version, body, padding, compression):
+    """A header claims other values than there are: refused before anything of that size is allocated."""
+    file = tmp_path_factory.mktemp("npz") / "samples.npz"
+    header = f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': {shape}, }}" + " " * padding + "\n"
+    file.write_bytes(npz(sound_members() | {name: npy(header, version, body)}, compression))
+    try:
+        opened = open_source(file)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:  # only where the header is true
+        assert name == "arr_1.npy" and math.prod(shape) * np.dtype(kind).itemsize == len(body) and opened.images.labels is None
+
+
+@settings(max_examples=60, **QUIET)
+@given(data=st.data())
+def test_no_damaged_npz_crashes_or_executes(tmp_path_factory, monkeypatch, data):
+    """Pickled members, members of another kind, truncations, overwritten bytes, a bomb."""
+    folder = tmp_path_factory.mktemp("npz")
+    file, members = folder / "samples.npz", sound_members()
+    name = data.draw(st.sampled_from(sorted(members)))
+    kind = data.draw(st.sampled_from(["pickle", "bare pickle", "cut", "overwritten", "bomb", "renamed"]))
+    if kind == "pickle":
+        buffer = io.BytesIO()
+        bad = np.array([gadgets(folder)[data.draw(st.integers(0, 8))]], object)
+        np.lib.format.write_array(buffer, bad, allow_pickle=True)
+        members[name] = buffer.getvalue()
+    if kind == "bare pickle":
+        members[name] = pickle.dumps(gadgets(folder)[data.draw(st.integers(0, 8))])
+    if kind == "bomb":  # its header is true, but no statistics are that large
+        monkeypatch.setattr(image_sets, "LARGEST", 100_000)
+        members["mu.npy"] = npy("{'descr': '<f8', 'fortran_order': False, 'shape': (40000,), }\n", body=bytes(320_000))
+    if kind == "renamed":
+        members[name.removesuffix(".npy")] = members.pop(name)
+    content = bytearray(npz(members, zipfile.ZIP_DEFLATED if kind == "bomb" else zipfile.ZIP_STORED))
+    if kind == "cut":
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    if kind == "overwritten":
+        start = data.draw(st.integers(0, len(content) - 1))
+        content[start : start + 8] = data.draw(st.binary(min_size=8, max_size=8))
+    file.write_bytes(content)
+    try:
+        opened = open_source(file)
+        opened.images.read(range(2)) if opened.images else None
+    except UserError as error:
+        assert "\n" not in str(error)
+    assert os.listdir(folder) == [file.name]
+
+
+def test_a_sound_npz_is_read(tmp_path):
+    (tmp_path / "samples.npz").write_bytes(npz(sound_members()))
+    source = open_source(tmp_path / "samples.npz")
+    assert len(source.images) == 2 and source.images.read(range(2)).shape == (2, 4, 4, 3)
+    assert source.inception["features"].count == 2 and source.meta["image_size"] == 4
 
 
 # --------------------------------------------------------------------------------------------------------- configurations
