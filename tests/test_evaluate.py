@@ -328,4 +328,4 @@ def test_a_file_that_ends_early(place, tmp_path):
     with zipfile.ZipFile(tmp_path / "cut.npz", "w") as archive, zipfile.ZipFile(place / "samples.npz") as whole:
         archive.writestr("arr_0.npy", whole.read("arr_0.npy")[:-1000])
     pair = [tmp_path / "cut.npz", place / "reference.npz", "--features", place / "tiny.pt", "--cache", tmp_path / "cache"]
-    assert "is damaged before image" in refusal(*pair)
+    assert "does not hold the (300, 16, 16, 3) uint8 values that its header claims" in refusal(*pair)
