@@ -6,7 +6,7 @@ A token is a boundary where the encoder's features are hard to predict from thei
 import torch
 from torch import Tensor, nn
 
-from models.conv import to_tokens
+from models.conv import Conv3x3, to_tokens
 from models.types import Routing
 
 INITIAL_BIAS = -1.1  # sigmoid(-1.1) is about 0.25: the scores start near the usual target
@@ -19,9 +19,9 @@ class Router(nn.Module):
         super().__init__()
         inner = width // 4
         self.proj = nn.Conv2d(width, inner, 1)
-        self.context_predictor = nn.Conv2d(inner, inner, 3, padding=1)
+        self.context_predictor = Conv3x3(inner, inner)
         self.residual_scorer = nn.Sequential(
-            nn.Conv2d(inner, inner, 3, padding=1), nn.GroupNorm(8, inner), nn.SiLU(), nn.Conv2d(inner, 1, 1)
+            Conv3x3(inner, inner), nn.GroupNorm(8, inner), nn.SiLU(), nn.Conv2d(inner, 1, 1)
         )
 
     def forward(self, features: Tensor, drop: Tensor | float | None = None, tokens: int | list[int] | None = None) -> Routing:
