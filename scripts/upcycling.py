@@ -40,8 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     curves = {"DiT": dit, "from scratch": run(args.output / "scratch", args.steps, common)}
     source = list_checkpoints(args.output / "dit" / "checkpoints")[-1]
     for number, (name, changes) in enumerate(WAYS.items()):
+        steps = args.upcycled_steps if changes else args.steps  # the way that training takes by itself is followed to the end
         changes = [*common, f"training.init_from={source}", *changes]
-        curves[name] = run(args.output / f"way{number}", args.upcycled_steps, changes)
+        curves[name] = run(args.output / f"way{number}", steps, changes)
     table = format_table(curves, args.steps)
     write_file(args.output / "table.md", lambda stream: stream.write(table.encode()))
     draw(curves, args.output / "upcycling.png")
@@ -56,8 +57,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("results/upcycling"), help="folder for the runs (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=1400, help="of the DiT and of the DC-DiT from scratch (default: 1400)")
-    parser.add_argument("--upcycled-steps", type=int, default=500, help="of each upcycled DC-DiT (default: 500)")
+    parser.add_argument("--steps", type=int, default=1400, help="of the DiT, from scratch and upcycled as is usual (default: 1400)")
+    parser.add_argument("--upcycled-steps", type=int, default=500, help="of every other way to upcycle (default: 500)")
     args = parser.parse_args(argv)
     for option in ("steps", "upcycled_steps"):
         if getattr(args, option) < SMOOTH:
