@@ -167,6 +167,11 @@ class Config:
         return self.model.hnet.d_model[-1]
 
     @property
+    def head_size(self) -> int:
+        """Channels of an attention head."""
+        return self.d_model // self.model.hnet.num_heads[1]
+
+    @property
     def encoder_width(self) -> int:
         """Width E of the convolutions: d_model over the reduction factor of the outer stage."""
         factors = self.model.hnet.enc_dec_dim_factor
@@ -270,10 +275,10 @@ def downsample_factors(value: float | list[float]) -> float:
 
 def validate(config: Config) -> None:
     """Check everything that needs neither files nor the number of processes. Raises UserError."""
+    data, logging = config.data, config.logging
+    _positive(data, "data", "image_size", "num_classes", "latent_stride", "latent_channels")  # the model's sizes follow
     _check_model(config)
     _check_training(config.training)
-    data, logging = config.data, config.logging
-    _positive(data, "data", "image_size", "num_classes", "latent_stride", "latent_channels")
     _at_least(data, "data", 0, "num_workers")
     if data.image_size % data.latent_stride or config.latent_size < 2:
         raise UserError(

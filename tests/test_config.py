@@ -279,6 +279,7 @@ MISTAKES = [
     ("data: {image_size: 250}", "data.image_size: 250 must be a multiple of data.latent_stride (8)"),
     ("data: {image_size: 250}", "try 248"),
     ("data: {image_size: 8}", "hold at least 2 latent cells; try 16"),
+    ("{data: {latent_stride: 0}, model: {patch_size: 2}}", "data.latent_stride: 0 must be greater than 0"),
     ("data: {image_size: 0}", "data.image_size: 0 must be greater than 0"),
     ("data: {num_classes: 0}", "data.num_classes: 0 must be greater than 0"),
     ("data: {num_workers: -1}", "data.num_workers: -1 must be at least 0"),
