@@ -128,7 +128,8 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     if accelerator.mixed_precision == "fp16":
         raise UserError("--mixed_precision fp16: is not supported, because its loss scale is no part of a checkpoint; use bf16")
-    if problem := kernel_problem(config.model.attention, accelerator.device, accelerator.mixed_precision == "bf16"):
+    half = accelerator.mixed_precision == "bf16"
+    if problem := kernel_problem(config.model.attention, accelerator.device, half, config.head_size):
         raise UserError(f"model.attention: {problem}")
     return accelerator
 

@@ -280,7 +280,7 @@ def sample_latents(
 ) -> tuple[Tensor, list[Kept]]:
     """The reverse process for one batch: scaled latents (B, C, S, S) and the kept tokens of every step."""
     config, device = run.config, run.device
-    if problem := kernel_problem(config.model.attention, device, options.bf16):
+    if problem := kernel_problem(config.model.attention, device, options.bf16, config.head_size):
         raise UserError(f"model.attention: {problem}")
     diffusion = sampling_process(config, options)
     noise = sample_noise(options.seed, index, (config.data.latent_channels, config.latent_size, config.latent_size), device)

@@ -33,18 +33,24 @@ class Attention(nn.Module):
 
 def pick_kernel(qkv: Tensor) -> str:
     """The fastest kernel that works for this device, precision and head size."""
-    head_size = qkv.shape[-1]
-    if not qkv.is_cuda or qkv.dtype == torch.float32 or head_size % 8 or head_size > 256:
+    if not qkv.is_cuda or qkv.dtype == torch.float32 or not fits(qkv.shape[-1]):
         return "sdpa"
     if torch.cuda.get_device_capability(qkv.device) < (8, 0):
         return "sdpa"
     return "flash" if HAS_FLASH else "varlen"
 
 
-def kernel_problem(kernel: str, device: torch.device, half: bool) -> str | None:
-    """Why a kernel cannot run on this device or in this precision, or None."""
+def fits(head_size: int) -> bool:
+    """Whether the kernels for packed tokens take heads of this size."""
+    return head_size % 8 == 0 and head_size <= 256
+
+
+def kernel_problem(kernel: str, device: torch.device, half: bool, head_size: int) -> str | None:
+    """Why a kernel cannot run on this device, in this precision or with heads of this size, or None."""
     if kernel in ("flash", "varlen") and (device.type != "cuda" or not half):
         return f"'{kernel}' needs a CUDA device and bfloat16; use auto or sdpa"
+    if kernel in ("flash", "varlen") and not fits(head_size):
+        return f"'{kernel}' needs heads of 8, 16, ... or 256 channels, and the model's have {head_size}; use auto or sdpa"
     if kernel == "flash" and not HAS_FLASH:
         return "'flash' needs the package flash-attn; install it, or use auto"
     return None

@@ -72,8 +72,12 @@ def test_auto_on_cuda_depends_on_the_precision():
 
 
 def test_forced_kernels_say_what_they_lack():
-    cpu = torch.device("cpu")
-    assert kernel_problem("sdpa", cpu, half=False) is None and kernel_problem("auto", cpu, half=True) is None
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert kernel_problem("sdpa", cpu, half=False, head_size=12) is None
+    assert kernel_problem("auto", cuda, half=True, head_size=12) is None
+    assert kernel_problem("varlen", cuda, half=True, head_size=64) is None
     for kernel in ("varlen", "flash"):
-        assert "CUDA" in kernel_problem(kernel, cpu, half=True)
-        assert "bfloat16" in kernel_problem(kernel, torch.device("cuda"), half=False)
+        assert "CUDA" in kernel_problem(kernel, cpu, half=True, head_size=64)
+        assert "bfloat16" in kernel_problem(kernel, cuda, half=False, head_size=64)
+        assert "12; use auto or sdpa" in kernel_problem(kernel, cuda, half=True, head_size=12)
+        assert "264; use auto or sdpa" in kernel_problem(kernel, cuda, half=True, head_size=264)
