@@ -20,7 +20,12 @@ Conditioning = dict[str, Tensor | list | Callable[[Tensor], Tensor]]
 
 def condition(denoise: ConditionedDenoise, conditioning: Conditioning) -> Denoise:
     """Fix the conditioning."""
-    return lambda x, t: denoise(x, t, **_at(t, conditioning))
+
+    def denoise_conditioned(x: Tensor, t: Tensor) -> Tensor:
+        t = t.to(x.device, non_blocking=True)
+        return denoise(x, t, **_at(t, conditioning))
+
+    return denoise_conditioned
 
 
 def guide(
@@ -42,8 +47,10 @@ def guide(
     """
 
     def denoise_guided(x: Tensor, t: Tensor) -> Tensor:
+        inside = interval is None or interval[0] <= t[0].item() <= interval[1]  # samplers give a batch one timestep
+        t = t.to(x.device, non_blocking=True)
         ours, theirs = _at(t, conditional), _at(t, unconditional)
-        if interval is not None and not interval[0] <= t[0].item() <= interval[1]:  # samplers give a batch one timestep
+        if not inside:
             return denoise(x, t, **ours)
         if ours.keys() == theirs.keys():
             both = {name: _join(ours[name], theirs[name]) for name in ours}

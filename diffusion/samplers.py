@@ -1,7 +1,7 @@
 """Samplers as generators: each yields one Step per evaluation of the network and ends with the sample in `x_next`.
 
 `denoise(x_t, t)` is any function from noised latents (B, C, S, S) and original timesteps (B,) to a prediction; guidance and
-recording wrap it from outside.
+recording wrap it from outside. The timesteps are on the host, where they can be read without waiting for the device.
 """
 
 from collections.abc import Callable, Iterator
@@ -72,7 +72,7 @@ def dpm_solver(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, noise:
 def _evaluate(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, i: int) -> tuple[int, Tensor, Tensor]:
     index = torch.full((len(x),), i, device=x.device)
     t = int(diffusion.timesteps[i])
-    return t, index, denoise(x, torch.full_like(index, t)).float()
+    return t, index, denoise(x, torch.full((len(x),), t)).float()
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}

@@ -53,9 +53,10 @@ def drop_tail(prob: Tensor, natural: Tensor, drop: Tensor | float) -> Tensor:
         (B, L) bool. trunc(count * drop) tokens are dropped, in float32 as the official code does; equal probabilities go
         lowest raster index first; the first and last token stay.
     """
-    drop = torch.as_tensor(drop, dtype=torch.float32, device=prob.device)
+    if not isinstance(drop, Tensor):
+        drop = torch.full((), drop, device=prob.device)  # written by the device: a copy from the host would wait for it
     count = natural.sum(1)
-    dropped = torch.minimum((count.float() * drop).long(), count - 2)  # the two ends stay
+    dropped = torch.minimum((count.float() * drop.float()).long(), count - 2)  # the two ends stay
     key = prob.detach().masked_fill(~natural, 3.0)  # above every candidate
     return natural & (_rank(key) >= dropped[:, None])
 

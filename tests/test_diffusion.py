@@ -146,6 +146,23 @@ def test_outside_the_guidance_interval_one_branch_is_not_computed():
         assert (guided(x, torch.full((3,), t)) == result).all() and calls == [rows]
 
 
+@pytest.mark.parametrize("sampler", [samplers.ddpm, samplers.ddim])
+def test_the_guidance_interval_is_decided_without_reading_from_the_device(sampler):
+    """The meta device has no values to read."""
+    rows = []
+
+    def denoise(x, t, value):
+        assert t.device == x.device and len(t) == len(x)
+        rows.append(len(x))
+        return torch.cat([x, x], dim=1)
+
+    here, there = {"value": torch.zeros(3, device="meta")}, {"value": lambda t: t / 1000}
+    guided = guide(denoise, here, there, 4.0, channels=2, interval=(300, 600))
+    x = torch.zeros(3, 2, 1, 1, device="meta")
+    steps = list(sampler(create_diffusion(sampling_steps=4), guided, x, lambda: x))
+    assert rows == [6 if 300 <= step.t <= 600 else 3 for step in steps] and len(set(rows)) == 2
+
+
 def test_conditioning_may_be_a_list_a_function_of_t_or_of_another_kind():
     seen = []
 
