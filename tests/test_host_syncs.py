@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import load_config
@@ -61,21 +62,38 @@ def as_on_a_gpu(smooth_on_grid, monkeypatch):
 
 
 @pytest.fixture
-def trainer(tiny_config, tmp_path) -> Trainer:
-    config = load_config(tiny_config, ["training.gradient_accumulation_steps=1"])
-    store = open_features(config.data.feature_path, config.data.image_size)
-    return Trainer(config, Accelerator(cpu=True), store, Path(tmp_path), None, lambda *_: 0.0, None, None)
+def make_trainer(tiny_config, tmp_path):
+    """make_trainer(options of an Accelerator) -> a Trainer whose steps drop tokens from the third one on."""
+
+    def make(**options) -> Trainer:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of other tests
+        config = load_config(tiny_config, ["training.gradient_accumulation_steps=1", *DROPPING])
+        store = open_features(config.data.feature_path, config.data.image_size)
+        return Trainer(config, Accelerator(**options), store, Path(tmp_path), None, lambda *_: 0.0, None, None)
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_a_training_step_waits_once(trainer, as_on_a_gpu, monkeypatch):
-    batches = [next(iter(trainer.batches())) for _ in range(2)]
+DROPPING = (  # a range: an entry of a list is drawn with a generator of the host, which would count as a reading
+    "training.multi_budget_training=true", "training.multi_budget_start_step=2",
+    "training.multi_budget_drop_fractions={min: 0.2, max: 0.4}",
+)  # fmt: skip
+STEPS = 5  # the guard reads the first step's flag in the third; then two steps of the same kind
+
+
+def test_a_training_step_waits_once(make_trainer, as_on_a_gpu, monkeypatch):
+    trainer = make_trainer(cpu=True)
+    batches = iter(trainer.batches())
     # On CUDA the guard leaves its decision to the fused optimizer, and reads it two steps later.
     monkeypatch.setattr(trainer.guard, "update", lambda optimizer, norm, step: optimizer.step())
-    trainer.optimizer_step(iter(batches[:1]))  # tables and optimizer state are made in the first step
-    waits = Waits(monkeypatch)
-    with waits:
-        trainer.optimizer_step(iter(batches[1:]))
-    assert waits.found == ["tolist"]
+    trainer.optimizer_step(batches)  # tables and optimizer state are made in the first step
+    for _ in range(1, STEPS):
+        batch = iter([next(batches)])
+        waits = Waits(monkeypatch)
+        with waits:
+            trainer.optimizer_step(batch)
+        assert waits.found == ["tolist"]
     trainer.stop.restore()
 
 
@@ -88,17 +106,16 @@ def test_the_counter_sees_what_waits(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_training_step_waits_once_on_a_gpu(tiny_config, tmp_path):
-    config = load_config(tiny_config, ["training.gradient_accumulation_steps=1"])
-    store = open_features(config.data.feature_path, config.data.image_size)
-    trainer = Trainer(config, Accelerator(mixed_precision="bf16"), store, Path(tmp_path), None, lambda *_: 0.0, None, None)
-    batches = list(trainer.batches())
+def test_a_training_step_waits_once_on_a_gpu(make_trainer):
+    trainer = make_trainer(mixed_precision="bf16")
+    batches = [batch for batch, _ in zip(trainer.batches(), range(STEPS))]
     trainer.optimizer_step(iter(batches[:1]))
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with pytest.warns(UserWarning, match="synchroniz") as caught:
-            trainer.optimizer_step(iter(batches[1:2]))
+        for batch in batches[1:]:
+            with pytest.warns(UserWarning, match="synchroniz") as caught:
+                trainer.optimizer_step(iter([batch]))
+            assert len([warning for warning in caught if "synchroniz" in str(warning.message)]) == 1
     finally:
         torch.cuda.set_sync_debug_mode("default")
         trainer.stop.restore()
-    assert len([warning for warning in caught if "synchroniz" in str(warning.message)]) == 1
