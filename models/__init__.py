@@ -1,6 +1,9 @@
 """Noised latents -> epsilon and sigma. `build_model(config)` is the entry point; start reading at dc_dit.py."""
 
+import torch
+
 from config import Config, parse_layout
+from models import attention
 from models.dc_dit import DCDiT
 from models.dit import DiT
 
@@ -39,8 +42,10 @@ def build_model(config: Config) -> DCDiT | DiT:
 def compile_parts(model: DCDiT | DiT, backend: str = "inductor") -> None:
     """Have torch.compile fuse the transformer blocks, the encoder and the decoder, in place; names of weights stay.
 
-    Token counts become dynamic when a second one is seen, so compilation ends with the second batch.
+    Token counts become dynamic when a second one is seen, so compilation ends with the second batch. Where attention has neither
+    a kernel for packed tokens nor the CPU's operation (CUDA in float32, MPS), it runs between the compiled parts of a block.
     """
+    attention.by_sample = torch.compiler.disable(attention.by_sample)  # else: one graph for every list of lengths
     scaffold = (model.encoder, model.decoder) if isinstance(model, DCDiT) else ()
     for part in (*model.blocks, *scaffold):
         part.compile(backend=backend)

@@ -59,6 +59,10 @@ def kernel_problem(kernel: str, device: torch.device, half: bool, head_size: int
 def _sdpa(qkv: Tensor, packing: Packing) -> Tensor:
     if qkv.is_cpu:
         return torch.ops.dc_dit.attend(qkv, packing.lengths)[0]
+    return by_sample(qkv, packing)
+
+
+def by_sample(qkv: Tensor, packing: Packing) -> Tensor:
     lengths = packing.lengths.tolist()
     if len(set(lengths)) == 1:  # equal samples, as of a static DiT: one call
         dense = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in qkv.unbind(1))  # (B, heads, tokens, D / heads)
