@@ -43,17 +43,14 @@ class GaussianDiffusion:
             "posterior_log_variance": np.log(clipped),
             "log_betas": np.log(betas),
             "fixed_large_log_variance": np.log(np.append(clipped[0], betas[1:])),
-            "timesteps": self.timesteps,
         }
         self._on_device: dict[torch.device, dict[str, Tensor]] = {}
 
     def table(self, name: str, i: Tensor, ndim: int) -> Tensor:
         """Entries i (B,) of a table, float32, shaped to broadcast over (B, ...) with ndim dimensions."""
         if i.device not in self._on_device:
-            dtype = {"timesteps": torch.int64}
-            self._on_device[i.device] = {
-                key: torch.as_tensor(values).to(i.device, dtype.get(key, torch.float32)) for key, values in self.tables.items()
-            }
+            tables = {key: torch.as_tensor(values).to(i.device, torch.float32) for key, values in self.tables.items()}
+            self._on_device[i.device] = tables
         return self._on_device[i.device][name][i].view(-1, *[1] * (ndim - 1))
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:

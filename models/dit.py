@@ -57,7 +57,7 @@ class DiT(nn.Module):
         t: Tensor,
         labels: Tensor,
         drop: Tensor | float | None = None,
-        tokens: Tensor | int | None = None,
+        tokens: int | list[int] | None = None,
     ) -> DenoiserOutput:
         """Predict the noise in x_t.
 

@@ -30,7 +30,6 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, width: int, has_null: bool):
         super().__init__()
-        self.null_label = num_classes if has_null else None
         self.table = nn.Embedding(num_classes + has_null, width)
 
     def forward(self, labels: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ PyTorch's own operations would keep the normalised, the modulated and the activa
 token. Here each function keeps its input and recomputes what is cheap: of a block remain 12 numbers per token and channel
 instead of 26. They serve plain calls and torch.compile alike, on any device.
 
-Modulators have one row per sample, (B, D). Under autocast the linear maps run in its precision and everything else in float32.
+Modulators have one row per sample, (B, D). Under autocast the linear maps run in its precision, and so does the GELU on the
+result of one; everything else runs in float32.
 """
 
 import torch
