@@ -6,6 +6,7 @@ python -m benchmarks --device cpu --only stages --seconds 60
 """
 
 import argparse
+import gc
 from pathlib import Path
 
 import torch
@@ -13,10 +14,10 @@ import torch
 import cli
 from benchmarks import around, stages, steps
 from benchmarks.cases import load, make_case
-from benchmarks.measure import machine, matmul_peak, print_table, write_json
+from benchmarks.measure import add_to_json, machine, matmul_peak, print_table, read_json
 from config import UserError
 
-PARTS = ("stages", "steps", "dropping", "batches", "around", "processes", "profile")
+PARTS = ("stages", "steps", "dropping", "batches", "resolutions", "around", "processes", "profile")
 
 # What fits into minutes on a CPU and into memory and 8 minutes on one large GPU. (configuration, batch, overrides)
 STAGES = {
@@ -24,28 +25,36 @@ STAGES = {
     "cuda": [("DCDiT-B-N4", 64, ()), ("DCDiT-B-N4-512", 16, ())],
 }
 STEPS = {
-    "cpu": [("DCDiT-S-N4", 8), ("DCDiT-B-N4", 8)],
+    "cpu": [("DCDiT-S-N4", 2), ("DCDiT-S-N4-512", 1)],
     "cuda": [
         ("DCDiT-S-N4", 256), ("DCDiT-B-N4", 256), ("DCDiT-L-N4", 64), ("DCDiT-XL-N4", 64),
-        ("DCDiT-B-N4-512", 32), ("DCDiT-XL-N4-512", 8),
+        ("DCDiT-S-N4-512", 64), ("DCDiT-B-N4-512", 32), ("DCDiT-L-N4-512", 16), ("DCDiT-XL-N4-512", 8),
     ],
 }  # fmt: skip
+COMPILED = {"cpu": ("DCDiT-S-N4",), "cuda": ("DCDiT-B-N4", "DCDiT-XL-N4")}
 BATCHES = {"cpu": [1, 2, 4, 8], "cuda": [16, 64, 256]}
+RESOLUTIONS = {"cpu": ([128, 256, 512], 1), "cuda": ([256, 512, 1024], 8)}  # pixels, batch
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=cli.default_device().type, help="(default: %(default)s)")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="(default: %(default)s)")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to run (default: all)")
     parser.add_argument("--seconds", type=float, default=10.0, help="measured time per row, without warm-up (default: 10)")
     parser.add_argument("--model", help="measure steps of this configuration only, e.g. DCDiT-XL-N4")
     parser.add_argument("--batch", type=int, default=8, help="batch size of --model (default: 8)")
-    parser.add_argument("--compile", action="store_true", help="steps of B and XL with torch.compile as well")
+    parser.add_argument("--compile", action="store_true", help="some steps (with --model, its) with torch.compile as well")
     parser.add_argument("--output", type=Path, default=Path("benchmarks.json"), help="JSON file (default: benchmarks.json)")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device; use cpu")
+    if args.batch < 1:
+        raise UserError(f"--batch {args.batch}: must be at least 1")
+    if args.model and load(args.model).model.patch_size is not None:
+        raise UserError(f"--model {args.model}: is a static DiT, which has no textbook version here; give a DCDiT-...")
     cli.check_output("--output", args.output.parent)
+    read_json(args.output)
     return args
 
 
@@ -53,12 +62,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device, bf16 = torch.device(args.device), args.device == "cuda"
     print(machine(device))
-    tables = {}
     for part in args.only:
         for title, rows in RUN[part](args, device, bf16):
-            tables[title] = rows
             print_table(title, rows)
-            write_json(args.output, tables, device)
+            add_to_json(args.output, title, rows, device)
+        gc.collect()  # the next part, or its processes, may need all memory
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def run_stages(args, device, bf16):
@@ -73,7 +83,7 @@ def run_steps(args, device, bf16):
     print(f"a matrix product reaches {peak / 1e12:.3g} TFLOP/s")
     yield "steps", [steps.measure_step(*one, device, bf16, peak, args.seconds, False) for one in chosen]
     if args.compile:
-        targets = [one for one in chosen if one[0] in ("DCDiT-B-N4", "DCDiT-XL-N4")]
+        targets = chosen if args.model else [one for one in chosen if one[0] in COMPILED[args.device]]
         yield "steps, compiled", [steps.measure_step(*one, device, bf16, peak, args.seconds, True) for one in targets]
 
 
@@ -86,7 +96,14 @@ def run_dropping(args, device, bf16):
 
 
 def run_batches(args, device, bf16):
-    yield "batches", steps.measure_batches("DCDiT-S-N4", BATCHES[args.device], device, bf16, args.seconds)
+    sizes = [(256, batch) for batch in BATCHES[args.device]]
+    yield "batches", steps.measure_sizes("DCDiT-S-N4", sizes, device, bf16, args.seconds)
+
+
+def run_resolutions(args, device, bf16):
+    resolutions, batch = RESOLUTIONS[args.device]
+    sizes = [(pixels, batch) for pixels in resolutions]
+    yield "resolutions", steps.measure_sizes("DCDiT-S-N4", sizes, device, bf16, args.seconds)
 
 
 def run_around(args, device, bf16):
@@ -104,7 +121,10 @@ def run_profile(args, device, bf16):
     return []
 
 
-RUN = dict(zip(PARTS, (run_stages, run_steps, run_dropping, run_batches, run_around, run_processes, run_profile)))
+FUNCTIONS = (
+    run_stages, run_steps, run_dropping, run_batches, run_resolutions, run_around, run_processes, run_profile,
+)  # fmt: skip
+RUN = dict(zip(PARTS, FUNCTIONS))
 
 if __name__ == "__main__":
     cli.run(main)

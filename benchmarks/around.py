@@ -16,50 +16,59 @@ from benchmarks.cases import load, make_case
 from benchmarks.measure import medians, synchronize
 from benchmarks.steps import Training
 from config import to_dict
+from data.feature_writer import KINDS, FeatureWriter
+from data.features import FORMAT, FeatureStore, OfficialStore, item_shape, open_features
 from models import build_model
 from training.checkpoint import save_checkpoint
 
-SHAPE = (4, 32, 32)  # of a latent
-
 
 def measure_loading(images: int, seconds: float) -> list[dict]:
-    """Images per second read at random: one memory map against one file per image, with the page cache cold and warm."""
+    """Latents per second out of each kind of feature store, read at random, with the page cache cold and warm."""
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        latents = np.random.default_rng(0).standard_normal((images, *SHAPE), dtype=np.float32)
-        np.save(folder / "shard.npy", latents)
-        for k in range(images):
-            np.save(folder / f"{k}.npy", latents[k : k + 1])
-        order = np.random.default_rng(1).permutation(images)
+    for kind in KINDS:
+        with tempfile.TemporaryDirectory() as name:
+            store = make_store(Path(name), kind, images)
+            draw = np.random.default_rng(0)
+            order = draw.permutation(images)
 
-        def mapped() -> None:
-            store = np.load(folder / "shard.npy", mmap_mode="r")
-            for k in order:
-                np.array(store[k])
+            def read() -> None:
+                for k in order:
+                    store.latent(int(k), draw)
 
-        def files() -> None:
-            for k in order:
-                np.load(folder / f"{k}.npy")
-
-        ways = {"memory map": mapped, "file per image": files}
-        warm = medians(ways, torch.device("cpu"), seconds)
-        for way, function in ways.items():
-            forget(folder)
-            start = time.perf_counter()
-            function()
-            cold = time.perf_counter() - start
-            rows.append({"layout": way, "cold images/s": images / cold, "warm images/s": images / warm[way]})
+            cold = float("nan")
+            if forget(Path(name)):
+                start = time.perf_counter()
+                read()
+                cold = images / (time.perf_counter() - start)
+            warm = images / medians({kind: read}, torch.device("cpu"), seconds / len(KINDS))[kind]
+        rows.append({"store": kind, "cold images/s": cold, "warm images/s": warm})
     return rows
 
 
-def forget(folder: Path) -> None:
-    """Have the operating system drop the files from its cache (Linux)."""
-    for file in folder.iterdir():
+def make_store(folder: Path, kind: str, images: int) -> FeatureStore | OfficialStore:
+    """A store of random latents (4, 32, 32)."""
+    settings = {
+        "format": FORMAT, "kind": kind, "views": 2 if kind == "moments" else 1, "dtype": "float32", "image_size": 256,
+        "latent_shape": [4, 32, 32], "shard_size": 1024, "source_count": images, "autoencoder": {}, "class_names": ["one"],
+    }  # fmt: skip
+    writer, draw = FeatureWriter(folder, settings, [0] * images), np.random.default_rng(0)
+    for shard in writer.prepare():
+        shape = (len(writer.sources(shard)), *item_shape(settings))
+        writer.write(shard, draw.standard_normal(shape, dtype=np.float32), [])
+    writer.finish()
+    return open_features(folder, 256)
+
+
+def forget(folder: Path) -> bool:
+    """Have the operating system drop the files from its cache. False where it cannot be asked to, as on macOS."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for file in folder.rglob("*.npy"):
         handle = os.open(file, os.O_RDONLY)
         os.fsync(handle)
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(handle)
+    return True
 
 
 def measure_updates(name: str, device: torch.device, seconds: float) -> list[dict]:

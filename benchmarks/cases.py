@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import cli
 from benchmarks import plain
-from config import Config, load_config
+from config import Config, downsample_factors, load_config
 from models import build_model
 from models.dc_dit import DCDiT
 from models.router import force_ends
@@ -28,6 +29,10 @@ class Case:
     prob: Tensor  # (B, L): what the router is made to say; exchange it for another mask
     bf16: bool
 
+    @property
+    def sigma(self) -> float:
+        return self.config.model.hnet.dechunk_kernel_sigma
+
     def autocast(self):
         return torch.autocast(self.prob.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
 
@@ -38,7 +43,11 @@ class Case:
 
 
 def make_case(config: Config, batch: int, device: torch.device, bf16: bool, share: float | None = None) -> Case:
-    """A model on the device with a batch; `share` of the tokens is kept (None: 1 / N of the configuration)."""
+    """A model on the device with a batch; `share` of the tokens is kept (None: 1 / N of the configuration).
+
+    TF32 is on or off for the whole process, the textbook version included, as the configuration has it in training: off.
+    """
+    cli.allow_tf32(config)
     torch.manual_seed(0)
     model = build_model(config).to(device)
     with torch.no_grad():
@@ -48,7 +57,7 @@ def make_case(config: Config, batch: int, device: torch.device, bf16: bool, shar
     x, noise = torch.randn(shape, device=device), torch.randn(shape, device=device)
     t = torch.randint(config.diffusion.diffusion_steps, (batch,), device=device)
     labels = torch.randint(config.data.num_classes, (batch,), device=device)
-    prob = fixed_probabilities(batch, config.latent_size**2, share or 1 / config.training.downsample_factor, device)
+    prob = fixed_probabilities(batch, config.latent_size**2, share or 1 / downsample_factors(config.training.downsample_factor), device)
     case = Case(config, model, (x, t, labels), noise, prob, bf16)
     if isinstance(model, DCDiT):
         model.router.register_forward_hook(lambda module, inputs, routing: pin(routing, case.prob))
@@ -72,7 +81,7 @@ def pin(routing: Routing, prob: Tensor) -> Routing:
 
 def plain_forward(case: Case, x: Tensor, t: Tensor, labels: Tensor):
     """The textbook model with the case's mask."""
-    return plain.forward(case.model, x, t, labels, pin=lambda routing: pin(routing, case.prob))
+    return plain.forward(case.model, case.sigma, x, t, labels, pin=lambda routing: pin(routing, case.prob))
 
 
 def load(name: str, *overrides: str) -> Config:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from config import UserError
 from data.files import write_file
 
 Variants = dict[str, Callable[[], Tensor]]  # name -> forward pass
@@ -87,7 +88,7 @@ def compare(variants: Variants, inputs: list[Tensor], module: nn.Module | None, 
 
     def both(function):
         output = function()
-        return [output, *torch.autograd.grad(output, wanted, gradient, allow_unused=True)]
+        return [output, *torch.autograd.grad(output, wanted, gradient)]
 
     with torch.no_grad():
         gradient = torch.randn_like(next(iter(variants.values()))())
@@ -107,8 +108,8 @@ def compare(variants: Variants, inputs: list[Tensor], module: nn.Module | None, 
     return results | {"error": max(difference(first, other) for other in others)}
 
 
-def difference(ours: list[Tensor | None], theirs: list[Tensor | None]) -> float:
-    pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs) if b is not None]
+def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs)]
     return max(((a - b).abs().max() / b.abs().max().clamp(min=1e-20)).item() for a, b in pairs)
 
 
@@ -146,6 +147,23 @@ def print_table(title: str, rows: list[dict]) -> None:
     print("\n".join("| " + " | ".join(line) + " |" for line in text), flush=True)
 
 
-def write_json(path: Path, tables: dict[str, list[dict]], device: torch.device) -> None:
-    content = {"machine": machine(device), "tables": tables}
+def read_json(path: Path) -> dict[str, dict[str, list[dict]]]:
+    """Machine -> title -> rows of an earlier measurement; empty where there is no file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+        if not all(isinstance(tables, dict) for tables in content.values()):
+            raise ValueError
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"--output '{path}': holds no measurements to add to; give another file") from None
+    return content
+
+
+def add_to_json(path: Path, title: str, rows: list[dict], device: torch.device) -> None:
+    """Add a table to a file; it replaces the table with this title of this machine, and no other."""
+    content = read_json(path)
+    content.setdefault(machine(device), {})[title] = rows
     write_file(path, lambda stream: stream.write(json.dumps(content, indent=1).encode()))

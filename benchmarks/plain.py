@@ -5,7 +5,8 @@ permutation around every convolution, a double argsort for the budget, padded ch
 padded attention with a mask, a dense (B, M, M) Gaussian and a dense (B, L, M) search. M is the longest sample's kept tokens.
 """
 
-from typing import NamedTuple
+import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +18,27 @@ from models.conv import ConvBlock, ConvStack
 from models.dc_dit import DCDiT
 from models.packing import plan_packing
 from models.router import Router, force_ends
-from models.types import DenoiserOutput, Routing
+from models.types import DenoiserOutput, Packing, Routing
 
 
-class Chunks(NamedTuple):
+@dataclass
+class Chunks:
     """Kept tokens of a batch as padded rows."""
 
     index: Tensor  # (B, M) raster indices; behind the kept ones those of other tokens
     valid: Tensor  # (B, M) bool
     counts: Tensor  # (B,)
 
+    @functools.cached_property
+    def packing(self) -> Packing:
+        """For a kernel for packed tokens: planned once in a forward pass, and where there is such a kernel only."""
+        return plan_packing(self.valid)
 
-def forward(model: DCDiT, x_t: Tensor, t: Tensor, labels: Tensor, drop: Tensor | None = None, pin=None) -> DenoiserOutput:
-    """What `model(x_t, t, labels, drop)` computes; `pin`: a function that exchanges the routing."""
+
+def forward(
+    model: DCDiT, sigma: float, x_t: Tensor, t: Tensor, labels: Tensor, drop: Tensor | None = None, pin=None
+) -> DenoiserOutput:
+    """What `model(x_t, t, labels, drop)` computes; `sigma`: of its smoothing; `pin`: a function that exchanges the routing."""
     c = model.t_embedder(t) + model.y_embedder(labels)
     x = to_tokens(model.x_embedder(x_t))  # (B, L, E)
     features = conv_stack(model.encoder, x, c)  # (B, L, D)
@@ -44,7 +53,7 @@ def forward(model: DCDiT, x_t: Tensor, t: Tensor, labels: Tensor, drop: Tensor |
         u = block(one, u, c, chunks)
     u = model.norm(u)
     with torch.autocast(x_t.device.type, enabled=False):
-        h = dechunk(u.float(), routing, chunks, sigma_of(model)) + residual
+        h = dechunk(u.float(), routing, chunks, sigma) + residual
     h = conv_stack(model.decoder, h, c)
     shift, scale = model.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=2)
     h = model.final_layer.linear(F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift)
@@ -138,15 +147,10 @@ def attention(module, x: Tensor, chunks: Chunks) -> Tensor:
     qkv = module.qkv(x).view(len(x), 3, module.heads, -1)
     kernel = pick_kernel(qkv)
     if kernel != "sdpa":
-        return module.proj(KERNELS[kernel](qkv, plan_packing(chunks.valid)).flatten(1))
+        return module.proj(KERNELS[kernel](qkv, chunks.packing).flatten(1))
     q, k, v = (unpack(y.flatten(1), chunks).unflatten(2, (module.heads, -1)).transpose(1, 2) for y in qkv.unbind(1))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=chunks.valid[:, None, None])
     return module.proj(out.transpose(1, 2).flatten(2)[chunks.valid])
-
-
-def sigma_of(model: DCDiT) -> float:
-    """The smoothing's standard deviation, from the weight of the next cell."""
-    return (-0.5 / model.dechunk.kernel[0, 1].log().item()) ** 0.5
 
 
 def dechunk(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float) -> Tensor:

@@ -73,7 +73,7 @@ def packed_stages(case: Case, c: Tensor, features: Tensor):
     packing, chunks = plan_packing(routing.keep), plain.plan(routing)
     tokens = torch.randn(len(packing.index), case.config.d_model, device=c.device).requires_grad_()
     residual, block = torch.randn_like(features).requires_grad_(), model.blocks[0]
-    sigma = plain.sigma_of(model)
+    sigma = case.sigma
     yield (
         "pack",
         {
