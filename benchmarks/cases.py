@@ -57,7 +57,8 @@ def make_case(config: Config, batch: int, device: torch.device, bf16: bool, shar
     x, noise = torch.randn(shape, device=device), torch.randn(shape, device=device)
     t = torch.randint(config.diffusion.diffusion_steps, (batch,), device=device)
     labels = torch.randint(config.data.num_classes, (batch,), device=device)
-    prob = fixed_probabilities(batch, config.latent_size**2, share or 1 / downsample_factors(config.training.downsample_factor), device)
+    share = share or 1 / downsample_factors(config.training.downsample_factor)
+    prob = fixed_probabilities(batch, config.latent_size**2, share, device)
     case = Case(config, model, (x, t, labels), noise, prob, bf16)
     if isinstance(model, DCDiT):
         model.router.register_forward_hook(lambda module, inputs, routing: pin(routing, case.prob))

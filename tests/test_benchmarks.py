@@ -63,7 +63,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     loading = command.around.measure_loading
     monkeypatch.setattr(command.around, "measure_loading", lambda images, seconds: loading(16, seconds))
     file = tmp_path / "out.json"
-    file.write_text(json.dumps({"another machine": {"loading": []}, measure.machine(CPU): {"loading": [], "steps": [{"ms": 1}]}}))
+    earlier = {"another machine": {"loading": []}, measure.machine(CPU): {"loading": [], "steps": [{"ms": 1}]}}
+    file.write_text(json.dumps(earlier))
     command.main(["--device", "cpu", "--only", "around", "--seconds", "0", "--output", str(file)])
     content = json.loads(file.read_text())
     tables = content[measure.machine(CPU)]
