@@ -24,25 +24,26 @@ from training.checkpoint import save_checkpoint
 
 def measure_loading(images: int, seconds: float) -> list[dict]:
     """Latents per second out of each kind of feature store, read at random, with the page cache cold and warm."""
-    rows = []
-    for kind in KINDS:
-        with tempfile.TemporaryDirectory() as name:
-            store = make_store(Path(name), kind, images)
-            draw = np.random.default_rng(0)
-            order = draw.permutation(images)
+    return [measure_store(kind, images, seconds / len(KINDS)) for kind in KINDS]
 
-            def read() -> None:
-                for k in order:
-                    store.latent(int(k), draw)
 
-            cold = float("nan")
-            if forget(Path(name)):
-                start = time.perf_counter()
-                read()
-                cold = images / (time.perf_counter() - start)
-            warm = images / medians({kind: read}, torch.device("cpu"), seconds / len(KINDS))[kind]
-        rows.append({"store": kind, "cold images/s": cold, "warm images/s": warm})
-    return rows
+def measure_store(kind: str, images: int, seconds: float) -> dict:
+    with tempfile.TemporaryDirectory() as name:
+        store = make_store(Path(name), kind, images)
+        draw = np.random.default_rng(0)
+        order = draw.permutation(images)
+
+        def read() -> None:
+            for k in order:
+                store.latent(int(k), draw)
+
+        cold = float("inf")  # not measured: 0 images/s
+        if forget(Path(name)):
+            start = time.perf_counter()
+            read()
+            cold = time.perf_counter() - start
+        warm = medians({kind: read}, torch.device("cpu"), seconds)[kind]
+    return {"store": kind, "cold images/s": images / cold, "warm images/s": images / warm}
 
 
 def make_store(folder: Path, kind: str, images: int) -> FeatureStore | OfficialStore:
