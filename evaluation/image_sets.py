@@ -98,7 +98,9 @@ class NpzImages:
 
     def __init__(self, path: Path):
         self.path = path
-        self.stream, shape, dtype, order = open_array(zipfile.ZipFile(path), "arr_0")  # stays open: compressed, it reads forward only
+        self.stream, shape, dtype, order = open_array(
+            zipfile.ZipFile(path), "arr_0"
+        )  # stays open: compressed, it reads forward only
         if order == "F":
             raise ValueError("arr_0 is stored column by column")
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:

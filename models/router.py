@@ -20,9 +20,7 @@ class Router(nn.Module):
         inner = width // 4
         self.proj = nn.Conv2d(width, inner, 1)
         self.context_predictor = Conv3x3(inner, inner)
-        self.residual_scorer = nn.Sequential(
-            Conv3x3(inner, inner), nn.GroupNorm(8, inner), nn.SiLU(), nn.Conv2d(inner, 1, 1)
-        )
+        self.residual_scorer = nn.Sequential(Conv3x3(inner, inner), nn.GroupNorm(8, inner), nn.SiLU(), nn.Conv2d(inner, 1, 1))
 
     def forward(self, features: Tensor, drop: Tensor | float | None = None, tokens: int | list[int] | None = None) -> Routing:
         z = self.proj(features)

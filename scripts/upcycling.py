@@ -57,7 +57,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("results/upcycling"), help="folder for the runs (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=1400, help="of the DiT, from scratch and upcycled as is usual (default: 1400)")
+    parser.add_argument(
+        "--steps", type=int, default=1400, help="of the DiT, from scratch and upcycled as is usual (default: 1400)"
+    )
     parser.add_argument("--upcycled-steps", type=int, default=500, help="of every other way to upcycle (default: 500)")
     args = parser.parse_args(argv)
     for option in ("steps", "upcycled_steps"):
