@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from config import Config, UserError, to_yaml, validate_processes
+from config import Config, OneProcessError, UserError, to_yaml, validate_processes
 
 T = TypeVar("T")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # the disk's fault, not the program's
@@ -75,11 +75,14 @@ class Processes(NamedTuple):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr (once per machine) and exit status 2; a full disk, status 1."""
+    """Call `main`; a UserError becomes one line on stderr and exit status 2; a full disk, status 1.
+
+    The first process of a machine prints what all have in common; a OneProcessError is printed by the process that has it.
+    """
     try:
         main()
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if isinstance(error, OneProcessError) or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:

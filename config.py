@@ -15,6 +15,11 @@ import yaml
 
 from schema import UserError, build, merge, parse_override, read_yaml
 
+
+class OneProcessError(UserError):
+    """A UserError that one process of several has alone, and must report itself."""
+
+
 # ------------------------------------------------------------------------------------------------------------- sections
 
 

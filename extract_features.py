@@ -32,6 +32,7 @@ from data.feature_writer import KINDS, FeatureWriter, encode_images, make_settin
 from data.features import item_shape, read_json
 from data.images import ImageFolder, UnreadableImage
 from data.lock import FolderLock
+from training.watch import ProcessWatch
 
 LAUNCH = 8  # processes of the official launch: an eighth of the global batch is encoded at once, on any number of processes
 
@@ -42,7 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--features-path", default="features", help="folder of the store (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=256, help="side of the centre crop in pixels (default: %(default)s)")
     parser.add_argument("--vae", default="ema", help="ema or mse (stabilityai/sd-vae-ft-*) or a local diffusers folder")
-    batch_help = "images per batch over 8 processes; a multiple of the number of processes (default: %(default)s)"
+    batch_help = "an eighth of it is encoded at once, on any number of processes (default: %(default)s)"
     parser.add_argument("--global-batch-size", type=int, default=256, help=batch_help)
     parser.add_argument("--num-workers", type=int, default=4, help="image-reading processes per process (default: %(default)s)")
     parser.add_argument("--global-seed", type=int, default=0, help="of noise and flips with --store sample or official")
@@ -56,16 +57,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_arguments(args: argparse.Namespace, world: int) -> None:
+def check_arguments(args: argparse.Namespace) -> None:
     """UserError for numbers that make no sense; fills in the default of --dtype."""
     low = {"image_size": 1, "global_batch_size": 1, "num_workers": 0, "global_seed": 0, "max_bad": 0, "shard_size": 1}
     for name, least in low.items():
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least} and below 2**31")
-    if args.global_batch_size % world:
-        near = max(world, args.global_batch_size // world * world)
-        raise UserError(f"--global-batch-size {args.global_batch_size}: not a multiple of the {world} processes; use {near}")
     args.dtype = args.dtype or ("float32" if args.store == "official" else "float16")
     if args.store == "official" and args.dtype != "float32":
         raise UserError(f"--dtype {args.dtype}: the official layout is float32; leave --dtype out or choose another --store")
@@ -198,7 +196,7 @@ def run_extraction(
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     processes = cli.start_processes()
-    check_arguments(args, processes.world)
+    check_arguments(args)
     images = ImageFolder(args.data_path, args.image_size)
     autoencoder = Autoencoder.load(args.vae, processes.device)
     choices = {"flip": not args.no_flip, "dtype": args.dtype, "shard_size": args.shard_size, "seed": args.global_seed}
@@ -208,8 +206,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         writer.check()
         return
+    watch = ProcessWatch(processes.rank, processes.world)
     with FolderLock(args.features_path, "--features-path") as lock:
         run_extraction(args, images, autoencoder, writer, lock, processes)
+        watch.close()
     if processes.rank == 0:
         report(read_json(writer.manifest_path), args)
 

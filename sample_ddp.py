@@ -27,6 +27,7 @@ from evaluation.budgets import UNITS
 from evaluation.generate import Batch, Run, SamplingOptions, describe_choice, draw_labels, generate, settle_budgets
 from evaluation.npz import write_npz
 from evaluation.pictures import save_png
+from training.watch import ProcessWatch
 
 NOTE, RECORDS = "settings.json", "records"
 WRITERS = 4  # threads per process that compress and write PNG files while the next batch is sampled
@@ -61,12 +62,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         cli.print_once(f"{cli.describe(run.config)}\nsamples       {len(index)} into {args.output_dir}, {settings}")
         return
+    watch = ProcessWatch(processes.rank, processes.world)
     with FolderLock(args.output_dir, "--output-dir") as lock:
         todo = cli.on_first(lambda: prepare_folder(args, settings, index, lock, lambda: settle(run, index, labels, options)))
         options = dataclasses.replace(options, **read_note(args.output_dir)["settled"])
         sample_missing(run, args, options, index, labels, todo[processes.rank :: processes.world])
         if processes.world > 1:
-            dist.barrier()
+            dist.barrier()  # watched, for some may take long
+        watch.close()
         if processes.rank == 0:
             npz = args.output_dir.resolve().with_suffix(args.output_dir.resolve().suffix + ".npz")
             write_npz(npz, [png_path(args.output_dir, i) for i in index], labels)
@@ -91,7 +94,8 @@ def prepare_folder(
     """
     folder, size = args.output_dir, args.per_proc_batch_size
     note, settings = folder / NOTE, json.loads(json.dumps(settings))
-    if folder.is_dir() and not note.is_file() and any(path.name[0] != "." for path in folder.iterdir()):
+    names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
+    if not note.is_file() and names - {NOTE + ".tmp"}:  # which a run left that was killed while it wrote the note
         raise UserError(f"--output-dir '{folder}' holds files that this script did not write; give another folder")
     settled = None if note.is_file() else settle()  # before the folder is made: a budget may turn out to be impossible
     lock.acquire()

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType, broadcast_object_list
 
 import cli
-from config import Config, UserError, differences, load_config, to_dict, to_yaml
+from config import Config, UserError, config_from_dict, differences, load_config, to_dict, to_yaml
 from data.autoencoder import Autoencoder
 from data.features import open_features
 from data.files import write_file
@@ -34,7 +34,8 @@ from models.attention import kernel_problem
 from training import upcycle
 from training.checkpoint import list_checkpoints, load_checkpoint
 from training.sharding import check_sharding, is_sharded
-from training.trainer import Trainer, total_steps
+from training.trainer import GRIDS, Trainer, total_steps
+from training.watch import LONG
 
 # Keys that may change when a run goes on: they do not touch what was learned so far.
 MAY_CHANGE = ("training.epochs", "training.max_steps", "training.compile", "training.profile", "training.resume_from_ckpt",
@@ -79,15 +80,19 @@ def main(argv: list[str] | None = None) -> None:
     store = open_checked_features(config)
     folder = Path(args.resume or args.output) if args.resume or args.output else None
     check_parameter_names(config)
+    seen = starting_points(folder)
     state, notes = find_state(config, folder, store)  # before the processes meet: every one of them finds the same mistakes
     accelerator = make_accelerator(config)
-    folder = folder or new_folder(config, accelerator)
-    accelerator.project_configuration.set_directories(str(folder))
     autoencoder = load_autoencoder(config, store, accelerator)
-    grids = sample_grids(config, autoencoder, folder, accelerator)
+    grids = sample_grids(config, autoencoder, accelerator)
+    folder, seen = (folder, seen) if folder else (new_folder(config, accelerator), [])
+    accelerator.project_configuration.set_directories(str(folder))
     evaluation = make_evaluation(config, autoencoder, folder, accelerator)
     with FolderLock(folder, "--resume" if args.resume else "--output") as lock:
-        cli.on_first(lambda: prepare_folder(folder, config, lock))
+        cli.on_first(lock.acquire)
+        if starting_points(folder) != seen:  # the run that was waited for went on meanwhile
+            state, notes = find_state(config, folder, store)
+        cli.on_first(lambda: write_file(folder / "config.yaml", lambda stream: stream.write(to_yaml(config).encode())))
         start_trackers(accelerator, config, folder, args.same_wandb)
         cost = flops_function(config), total_peak(accelerator)
         trainer = Trainer(config, accelerator, store, folder, state, *cost, grids, evaluation)
@@ -112,7 +117,7 @@ def make_accelerator(config: Config) -> Accelerator:
         mixed_precision=mixed_precision(config, device),
         log_with=trackers or None,
         project_dir=config.logging.results_dir,  # until the run's own folder is known
-        kwargs_handlers=[buffers_are_constant],
+        kwargs_handlers=[buffers_are_constant, InitProcessGroupKwargs(timeout=LONG)],
     )
     announced = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != announced:
@@ -122,10 +127,9 @@ def make_accelerator(config: Config) -> Accelerator:
     if missing := set(trackers) - {"all"} - {str(tracker) for tracker in accelerator.log_with}:
         raise UserError(f"logging.trackers: {', '.join(missing)} is not installed; install it or leave it out")
     check_sharding(accelerator)
-    if is_sharded(accelerator) and config.logging.sample_every:
-        raise UserError(
-            f"logging.sample_every: {config.logging.sample_every} needs the whole model on one GPU; use 0 with FSDP"
-        )
+    for key, every in (("logging.sample_every", config.logging.sample_every), ("evaluation.every", config.evaluation.every)):
+        if is_sharded(accelerator) and every:  # processes would draw unequal numbers of batches and wait for each other
+            raise UserError(f"{key}: {every} needs the whole model on every GPU; use 0 with FSDP, and sample the checkpoints")
     if accelerator.mixed_precision == "fp16":
         raise UserError("--mixed_precision fp16: is not supported, because its loss scale is no part of a checkpoint; use bf16")
     half = accelerator.mixed_precision == "bf16"
@@ -165,6 +169,11 @@ def open_checked_features(config: Config):
     return store
 
 
+def starting_points(folder: Path | None) -> list[Path]:
+    """The files that `find_state` chooses from."""
+    return [] if folder is None else [*folder.glob("config.yaml"), *list_checkpoints(folder / "checkpoints")]
+
+
 def find_state(config: Config, folder: Path | None, store) -> tuple[dict | None, list[str]]:
     """The checkpoint to go on from, and what there is to say about it.
 
@@ -178,8 +187,10 @@ def find_state(config: Config, folder: Path | None, store) -> tuple[dict | None,
     for path in reversed(list_checkpoints(folder / "checkpoints") if folder is not None else []):
         try:
             state = load_fitting(config, path, "--output")
+            if lacking := [key for key in ("features", "averages", "skipped") if state.get(key) is None]:
+                raise UserError(f"--output '{path}' is not a checkpoint of a run (it lacks {', '.join(lacking)})")
             if foreign := changes(config, state["config"]):
-                raise UserError(f"--output '{path}' is of another run ({', '.join(foreign)}); remove it")
+                raise UserError(f"--output '{path}' is of a run with other values of {', '.join(foreign)}")
         except UserError as error:
             notes.append(f"warning: {error}")
             continue
@@ -221,7 +232,8 @@ def load_fitting(config: Config, path: Path | str, option: str) -> dict:
     state = load_checkpoint(path, option)
     if "optimizer" not in state:
         raise UserError(f"{option} '{path}' holds weights only, with which no run can go on; give it as training.init_from")
-    scales = state["config"]["training"].get("lr_scales", {})
+    state["config"] = to_dict(config_from_dict(state["config"]))  # keys that are newer than the checkpoint have their defaults
+    scales = state["config"]["training"]["lr_scales"]
     if scales != config.training.lr_scales:
         raise UserError(f"training.lr_scales: {config.training.lr_scales} differs from the {scales} of {option} '{path}'")
     with torch.device("meta"):
@@ -244,19 +256,14 @@ def new_folder(config: Config, accelerator: Accelerator) -> Path:
     return Path(broadcast_object_list([made])[0])
 
 
-def prepare_folder(folder: Path, config: Config, lock: FolderLock) -> None:
-    lock.acquire()
-    write_file(folder / "config.yaml", lambda stream: stream.write(to_yaml(config).encode()))
-
-
 def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_wandb: bool) -> None:
     """Start Accelerate's trackers; the wandb run's id is kept in the folder so that a resumed run goes on in it."""
     if not config.logging.trackers:
         return
     options = {"name": f"{folder.name}-{config.model.name}", "dir": str(folder)}
     id_file = folder / "wandb_id.txt"
-    if same_wandb and id_file.is_file():
-        options.update(id=id_file.read_text().strip(), resume="allow")
+    if same_wandb and id_file.is_file() and (identity := id_file.read_text().strip()):  # a power cut may leave it empty
+        options.update(id=identity, resume="allow")
     init_kwargs = {"wandb": options} if "wandb" in config.logging.trackers else {}
     try:
         accelerator.init_trackers(config.logging.wandb_project, config=cli.flatten(to_dict(config)), init_kwargs=init_kwargs)
@@ -264,7 +271,8 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"logging.trackers: cannot start ({reason}); set WANDB_MODE=offline or leave wandb out") from None
     if init_kwargs and accelerator.is_main_process:
-        id_file.write_text(accelerator.get_tracker("wandb", unwrap=True).id)
+        identity = accelerator.get_tracker("wandb", unwrap=True).id
+        write_file(id_file, lambda stream: stream.write(identity.encode()))
 
 
 def flops_function(config: Config):
@@ -281,10 +289,21 @@ def total_peak(accelerator: Accelerator) -> float | None:
 
 
 def load_autoencoder(config: Config, store, accelerator: Accelerator) -> Autoencoder | None:
-    """The decoder of samples, for runs that draw any."""
+    """The decoder of samples, for runs that draw any: the one that the features name or, where that has moved, data.vae."""
     if not (config.logging.sample_every or config.evaluation.every):
         return None
-    return Autoencoder.load(store.autoencoder["name"] if store.autoencoder else config.data.vae, accelerator.device)
+    known = store.autoencoder
+    for name in [known["name"], config.data.vae] if known else [config.data.vae]:
+        try:
+            autoencoder = Autoencoder.load(name, accelerator.device)
+        except UserError as error:
+            reason = str(error).removeprefix("--vae ")
+            continue
+        ours = autoencoder.describe()
+        if not known or all(ours[key] == known[key] for key in ("sha256", "shift", "scale")):
+            return autoencoder
+        reason = f"{name} is another autoencoder than the features were made with; give a copy of {known['name']}"
+    raise UserError(f"data.vae: {reason}")
 
 
 def make_evaluation(config: Config, autoencoder: Autoencoder, folder: Path, accelerator: Accelerator) -> Evaluation | None:
@@ -294,7 +313,7 @@ def make_evaluation(config: Config, autoencoder: Autoencoder, folder: Path, acce
     return Evaluation(config, autoencoder, bf16, folder, accelerator.process_index, accelerator.num_processes)
 
 
-def sample_grids(config: Config, autoencoder: Autoencoder | None, folder: Path, accelerator: Accelerator):
+def sample_grids(config: Config, autoencoder: Autoencoder | None, accelerator: Accelerator):
     """A function that draws a grid of samples from the EMA with the main process; what it needs is checked at once."""
     options = SamplingOptions(
         cfg_scale=config.logging.sample_cfg_scale,
@@ -309,7 +328,8 @@ def sample_grids(config: Config, autoencoder: Autoencoder | None, folder: Path, 
         if accelerator.is_main_process:
             run = Run(model, config, autoencoder, None, step, fingerprint="")
             labels = [k % config.data.num_classes for k in range(16)]
-            save_grid(generate_images(run, labels, options), folder / "samples" / f"{step:07d}.png", columns=8)
+            file = Path(accelerator.project_dir, GRIDS, f"{step:07d}.png")
+            save_grid(generate_images(run, labels, options), file, columns=8)
         accelerator.wait_for_everyone()
 
     return draw

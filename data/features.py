@@ -20,7 +20,6 @@ number of processes, and an interrupted extraction repeats unfinished shards onl
 `python -m data.features --verify PATH` compares a store with its checksums.
 """
 
-import argparse
 import functools
 import hashlib
 import json
@@ -270,20 +269,19 @@ def damaged_files(folder: Path) -> list[str]:
     return lines
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Compare a feature store with its checksums.")
+def main() -> None:
+    from cli import Parser  # here and below, because cli is above this package
+
+    parser = Parser("Compare a feature store with its checksums.")
     parser.add_argument("--verify", required=True, metavar="PATH", help="a store (the official layout has no checksums)")
     folder = Path(parser.parse_args().verify)
-    try:
-        lines = damaged_files(folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    lines = damaged_files(folder)
     print("\n".join(lines) or f"{folder}: every checksum is right")
     if lines:
-        print(f"{folder}: delete the files named above and run the same extract_features.py command again", file=sys.stderr)
-    return 1 if lines else 0
+        sys.exit(f"{folder}: delete the files named above and run the same extract_features.py command again")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from cli import run
+
+    run(main)

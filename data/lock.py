@@ -38,7 +38,10 @@ class FolderLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         started, announced = time.monotonic(), False
         while not self._try():
-            holder = self.path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+            try:
+                holder = self.path.read_text(encoding="utf-8", errors="replace").strip() or "another process"
+            except FileNotFoundError:  # the holder has just given it back
+                continue
             if time.monotonic() - started > PATIENCE:
                 where = f"{self.option} '{self.path.parent}'"
                 raise UserError(f"{where} is in use by {holder}; stop that run or give another folder")

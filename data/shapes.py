@@ -7,7 +7,6 @@ follow the class. The background is a smooth gradient between two random colours
 something to find, and since the colours are not known beforehand, the network has to look at background and object alike.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -201,7 +200,9 @@ def write_images(folder: str | Path, num_images: int, image_size: int = 64, seed
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write the embedded data set as an image folder.")
+    from cli import Parser  # here and below, because cli is above this package
+
+    parser = Parser("Write the embedded data set as an image folder.")
     parser.add_argument("--output", required=True, help="folder that gets one subfolder per class")
     parser.add_argument("--image-size", type=int, default=64, help="height and width in pixels")
     parser.add_argument("--num-images", type=int, default=4096)

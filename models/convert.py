@@ -11,6 +11,7 @@ What it writes is what `--ckpt` of the samplers and `training.init_from` read.
 
 import argparse
 import json
+import zipfile
 from pathlib import Path
 
 import safetensors.torch
@@ -23,7 +24,7 @@ from data.files import write_file
 from models import build_model
 from models.foreign import DIFFUSERS_DIVISOR, dit_config, from_diffusers, from_official
 from models.untrusted import Refused, read_untrusted
-from training.checkpoint import FORMAT, PLAIN_DATA, load_checkpoint, save_weights
+from training.checkpoint import FORMAT, PLAIN_DATA, damage, load_checkpoint, save_weights
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -63,6 +64,8 @@ def read_source(args: argparse.Namespace) -> tuple[str, dict]:
         return "diffusers' DiT", from_diffusers_folder(args)
     if args.source.is_dir() or args.source.suffix == ".safetensors":
         return "our weights", configured(load_checkpoint(args.source, "source"), args)
+    if zipfile.is_zipfile(args.source) and (reason := damage(args.source)):
+        raise UserError(f"source '{args.source}' is damaged ({reason}); give another copy")
     try:
         content = read_untrusted(args.source)
     except (Refused, OSError) as error:

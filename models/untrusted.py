@@ -42,7 +42,10 @@ def read_untrusted(path: Path) -> object:
         raise
     except Exception as error:  # whatever a mutilated pickle makes the unpickler stumble over
         raise Refused(first_line(error)) from None
-    return to_plain(content)
+    try:
+        return to_plain(content)
+    except RecursionError:
+        raise Refused("something in it contains itself") from None
 
 
 def unknown_names(path: Path) -> list[str]:

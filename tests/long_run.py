@@ -2,11 +2,14 @@
 
     PYTHONPATH=. python tests/long_run.py --folder DIR
 
-prints a row at step 50 and every 250 steps. The wall clock jumps by a day back and forth on the way, which must change nothing.
+prints a row at step 50 and every 250 steps, and exits with 1 where the process fails, or where after step 250 its memory grows
+by more than 5 MiB or its handles or threads by one. The wall clock jumps by a day back and forth, which must change nothing.
 """
 
 import argparse
 import os
+import re
+import sys
 import time
 from pathlib import Path
 
@@ -48,7 +51,12 @@ def main() -> None:
     printed = (folder / "printed").read_text().splitlines()
     print("\n".join(line for line in printed if "resident" in line) if codes == [0] else "\n".join(printed[-20:]))
     log, metrics = (len((folder / "run" / name).read_text().splitlines()) for name in ("log.txt", "metrics.jsonl"))
+    rows = [list(map(float, re.findall(r"[\d.]+", line))) for line in printed if "resident" in line]
+    rows = [row[1:] for row in rows if row[0] >= 250]  # MiB, handles, threads
+    grown = [max(column) - column[0] for column in zip(*rows)]
     print(f"exit codes {codes}; log.txt has {log} lines, metrics.jsonl {metrics}")
+    if codes != [0] or grown[0] > 5 or max(grown[1:]) > 0:
+        sys.exit(f"error: codes {codes}; grown since step 250 by {grown} (MiB, handles, threads)")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import kills
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import extract_features
+import train
 from config import UserError, load_config
 from data.features import damaged_files, open_features
 from data.images import ImageFolder
@@ -80,6 +82,15 @@ def test_resume_falls_back_to_the_checkpoint_before(run, whole_run, tmp_path, ki
     kills.assert_same_training(whole_run, tmp_path / "run")
 
 
+def test_a_checkpoint_older_than_a_key_is_of_the_same_run(whole_run, tiny_config, tmp_path):
+    config = load_config(tiny_config)
+    state = load_checkpoint(whole_run / "checkpoints" / "0000008.pt")
+    del state["config"]["training"]["max_grad_norm"]
+    save_checkpoint(tmp_path / "checkpoints", state, keep=0)
+    found, notes = train.find_state(config, tmp_path, open_features(config.data.feature_path, 32))
+    assert found["step"] == 8 and notes == []
+
+
 def test_pruning_keeps_the_last_readable_checkpoint(tmp_path, monkeypatch):
     state = kills.EMPTY
     save_checkpoint(tmp_path, {**state, "step": 1}, keep=1)
@@ -107,6 +118,20 @@ def test_verify_finds_a_flipped_bit(tiny_config, tmp_path):
     assert damaged_files(store) == []
     flip_bit(store / "shard-00000.npy", 500)
     assert damaged_files(store) == ["shard-00000.npy: differs from its checksum"]
+
+
+def test_an_autoencoder_that_has_moved(tiny_config, tiny_vae, tmp_path):
+    """Features name a folder that is no longer there: data.vae may, where it is the same one."""
+    config = load_config(tiny_config, ["logging.sample_every=1"])
+    known = open_features(config.data.feature_path, 32).autoencoder
+    moved = SimpleNamespace(autoencoder={**known, "name": "/nowhere"})
+    assert train.load_autoencoder(config, moved, SimpleNamespace(device="cpu")).sha256 == known["sha256"]
+    other = SimpleNamespace(autoencoder={**known, "name": "/nowhere", "sha256": "0"})
+    with pytest.raises(UserError, match="^data.vae: .* is another autoencoder than the features were made with"):
+        train.load_autoencoder(config, other, SimpleNamespace(device="cpu"))
+    config.data.vae = "/neither"
+    with pytest.raises(UserError, match="^data.vae: /neither: neither ema, mse"):
+        train.load_autoencoder(config, moved, SimpleNamespace(device="cpu"))
 
 
 def test_a_folder_as_real_ones_are(tiny_images, tiny_vae, tmp_path, capsys):

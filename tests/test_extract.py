@@ -171,9 +171,3 @@ def test_mistakes_are_one_line_and_status_2(tiny_images, tiny_vae, tmp_path, mon
     lines = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and part in lines[0]
     assert not (tmp_path / "store").exists()
-
-
-def test_batch_must_be_a_multiple_of_the_processes():
-    args = extract_features.parse_arguments(["--data-path", "x", "--global-batch-size", "100"])
-    with pytest.raises(ValueError, match="--global-batch-size 100: .* 3 processes; use 99"):
-        extract_features.check_arguments(args, world=3)

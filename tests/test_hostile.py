@@ -16,6 +16,7 @@ from pathlib import Path
 import kills
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -26,10 +27,11 @@ import train
 from config import Config, UserError, config_from_dict, load_config, to_dict
 from data.autoencoder import Autoencoder
 from data.features import open_features
-from evaluation.generate import load_run
 from evaluation import image_sets
+from evaluation.generate import load_run
 from evaluation.image_sets import open_source
-from training.checkpoint import load_checkpoint, save_checkpoint
+from models import build_model, convert
+from training.checkpoint import load_checkpoint, save_checkpoint, save_weights
 
 QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 CANARY = "executed"
@@ -138,6 +140,73 @@ def test_no_checkpoint_of_plain_nonsense_gets_through(tmp_path_factory, content,
         content["config"]["model"]["hnet"].update(d_model=[32, 32], num_heads=[2, 2], arch_layout=["c1", ["D1"], "c1"])
     torch.save(content, file)
     one_line(load_run, file)
+
+
+@settings(max_examples=60, **QUIET)
+@given(
+    content=st.dictionaries(KEYS, PLAIN),
+    text=st.none() | st.text(max_size=20) | st.sampled_from(["[" * 100_000, "{", "[]", '{"format": 1}', "NaN"]),
+    sound=st.booleans(),
+)
+def test_no_metadata_of_a_weights_file_are_believed(tmp_path_factory, content, text, sound):
+    """Text that is no JSON, JSON that is no checkpoint, and one that is none in some entry."""
+    file = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    if sound:
+        content = {"format": 1, "step": 1, "config": to_dict(Config()), **content}
+    metadata = {"checkpoint": json.dumps(content) if text is None else text}
+    safetensors.torch.save_file({"w": torch.zeros(1)}, file, metadata)
+    one_line(load_run, file)
+    one_line(convert.main, [str(file), str(file.with_name("out.pt"))])
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_changed_weights_are_not_loaded(tmp_path):
+    file = tmp_path / "model.safetensors"
+    state = {"step": 1, "config": {}, "autoencoder": None, "features": None, "class_names": None}
+    save_weights(file, {**state, "ema": {"a": torch.arange(3.0), "b": torch.ones((), dtype=torch.bfloat16)}})
+    assert load_checkpoint(file)["ema"]["a"].tolist() == [0, 1, 2]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert "is damaged: its weights differ from their checksum" in one_line(load_checkpoint, file)
+
+
+ENTRIES = st.sampled_from(["step", "config", "model", "ema", "autoencoder", "class_names", "features", "averages", "skipped"])
+
+
+@settings(max_examples=60, **QUIET)
+@given(key=ENTRIES, value=PLAIN, missing=st.booleans())
+def test_no_foreign_entry_stops_a_run_with_a_traceback(tmp_path_factory, tiny_config, key, value, missing):
+    """A checkpoint that lacks an entry or has another kind of thing there: one line, or what it holds is really sound."""
+    folder = tmp_path_factory.mktemp("foreign")
+    config = load_config(tiny_config)
+    model = build_model(config).state_dict()
+    store = open_features(config.data.feature_path, 32)
+    state = {"step": 1, "config": to_dict(config), "model": model, "ema": model, "optimizer": {}, "class_names": None}
+    state |= {"autoencoder": store.autoencoder, "features": store.fingerprint(), "averages": {}, "skipped": {"total": 0}}
+    save_checkpoint(folder / "checkpoints", state, keep=0)
+    assert train.find_state(config, folder, store)[0]["step"] == 1
+    state[key] = value
+    if missing:
+        del state[key]
+    (folder / "checkpoints" / "0000001.pt").unlink()
+    torch.save({"format": 1, **state}, folder / "checkpoints" / "0000001.pt")
+    try:
+        found, _ = train.find_state(config, folder, store)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert found["step"] == state["step"] and found["features"] == store.fingerprint()
+
+
+def test_a_checkpoint_that_contains_itself(tmp_path):
+    endless = []
+    endless.append(endless)
+    ours = {**kills.EMPTY, "format": 1, "step": 1, "config": {"ckpt": endless}}
+    for name, content in (("ours", ours), ("other", {"a": endless})):
+        torch.save(content, tmp_path / f"{name}.pt")
+        one_line(load_checkpoint, tmp_path / f"{name}.pt")
+        one_line(convert.main, [str(tmp_path / f"{name}.pt"), str(tmp_path / "out.pt")])
 
 
 # ------------------------------------------------------------------------------------------------------------------ YAML

@@ -1,10 +1,13 @@
 """Many processes: one run per folder, no waiting for the dead, the same start for all, and weights cut over them."""
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
 
 import kills
 import pytest
@@ -18,6 +21,7 @@ from data import lock
 from data.features import FeatureStore
 from data.lock import FolderLock
 from training import watch
+from training.batches import Samples
 from training.checkpoint import load_checkpoint
 from training.trainer import Trainer
 
@@ -51,6 +55,29 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path, monkeypatch):
         second.acquire()
         assert f"process {os.getpid()} on" in (tmp_path / "run" / ".lock").read_text()
     assert os.listdir(tmp_path / "run") == []
+
+
+def test_a_lock_that_is_given_back_while_it_is_looked_at(tmp_path, monkeypatch):
+    attempts = [False, True]  # refused once, and the file is gone before its holder's name is read
+    take = FolderLock._try
+    monkeypatch.setattr(FolderLock, "_try", lambda own: take(own) if attempts.pop() is False else False)
+    with FolderLock(tmp_path / "run", "--output") as second:
+        second.acquire()
+    assert attempts == []
+
+
+def test_who_waited_goes_on_from_the_other_runs_last_checkpoint(run, whole_run, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    newer = tmp_path / "run" / "checkpoints" / "0000008.pt"
+    newer.rename(tmp_path / newer.name)
+
+    def write_while_waiting():
+        acquire = FolderLock.acquire
+        FolderLock.acquire = lambda own: (shutil.copy(tmp_path / newer.name, newer), acquire(own))
+
+    codes, printed = run("run", plans=[write_while_waiting])
+    assert codes == [0] and "going on from step 8" in printed
+    kills.assert_same_training(whole_run, tmp_path / "run")
 
 
 @pytest.mark.parametrize("script", ["train", "extract", "sample"])
@@ -109,7 +136,7 @@ def test_a_loop_that_hangs_is_named(monkeypatch):
     """Every thread lives, but all loops stand still: the one that is furthest behind holds the others up."""
     ends, clock = [], [0.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
-    watcher = watch.ProcessWatch(SimpleNamespace(process_index=0, num_processes=1), patience=10)
+    watcher = watch.ProcessWatch(0, 1, patience=10)
     watcher.world, watcher._end = 3, lambda ranks, reason: ends.append((ranks, reason))
     for second in range(25):
         clock[0] = float(second)
@@ -137,12 +164,71 @@ def test_processes_that_start_unlike_are_refused(run):
     assert f"error: process 1 on {host} differs from process 0 on {host} in configuration, features, weights;" in printed
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_mistake_of_one_process_is_told_by_it(run, workers):
+    def damage():
+        def damaged(samples, key):
+            raise UserError("shard-00003.npy: is damaged; extract it again")
+
+        Samples.__getitem__ = damaged
+
+    codes, printed = run("run", f"data.num_workers={workers}", plans=[None, damage], grace=1)
+    assert codes[1] == 2 and "Traceback" not in printed.split("error: process")[0]
+    assert printed.count("error: shard-00003.npy: is damaged; extract it again\n") == 1
+
+
+def test_extraction_does_not_wait_for_a_lost_process(tiny_images, tiny_vae, tmp_path):
+    def prepare(place, lost):
+        watch.ProcessWatch.__init__.__defaults__ = (3.0,)
+        if lost:
+            setattr(extract_features, place, lambda *args: os.kill(os.getpid(), signal.SIGSTOP))
+
+    argv = ["--data-path", tiny_images, "--vae", tiny_vae, "--image-size", 16, "--shard-size", 1, "--num-workers", 0]
+    plans = [partial(prepare, "extract", lost) for lost in (False, True)]
+    argv += ["--features-path", tmp_path / "store"]
+    codes = kills.attempt(extract_features.main, argv, tmp_path / "printed", plans, grace=1)
+    assert codes == [1, -signal.SIGKILL]
+    assert "error: process 1 on " in (tmp_path / "printed").read_text()
+
+
+SCRIPT = "import os, time, cli; cli.follow_launcher(); print('started', os.getpid(), flush=True); time.sleep(60)"
+
+
+def test_processes_end_with_their_launcher(tmp_path):
+    """A SIGKILL to torchrun, which cannot tell its processes."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "script.py"]
+    with open(tmp_path / "printed", "w") as output:
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        launcher = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    read = (tmp_path / "printed").read_text
+    wait_until(lambda: read().count("started ") == 2, 120)
+    launcher.kill()
+    launcher.wait()
+    processes = [int(line.split()[1]) for line in read().splitlines() if line.startswith("started ")]
+    wait_until(lambda: not any(is_alive(process) for process in processes), 20)
+    assert read().count("error: the launcher is gone; run the same command again to go on") == 2
+
+
+def wait_until(happened, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def is_alive(process: int) -> bool:
+    """Nobody may have waited for it yet, so that its number is still taken."""
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
 # ------------------------------------------------------------------------------------------------------------------ FSDP
 
 
 def shard() -> None:
     os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
-    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "DiTBlock"
+    os.environ.update(FSDP_TRANSFORMER_CLS_TO_WRAP="DiTBlock", FSDP_CPU_RAM_EFFICIENT_LOADING="true")  # as the launcher does
 
 
 def test_sharded_training_is_the_same_run_and_mixes_with_every_other(run, whole_run, tmp_path):
@@ -155,3 +241,20 @@ def test_sharded_training_is_the_same_run_and_mixes_with_every_other(run, whole_
         assert ours[key].keys() == theirs[key].keys()
         for name in ours[key]:
             torch.testing.assert_close(theirs[key][name], ours[key][name], rtol=1e-2, atol=1e-3)
+
+
+def test_sharded_training_in_bf16_goes_on_with_several_learning_rates(run, tmp_path):
+    """Weights stay in float32 and the router with them; the optimizer numbers parameters by group, not as the model does."""
+    changes = "training.precision=bf16", "training.lr_scales={router: 0.5}", "training.learning_rate=1e-4"
+    assert run("alone", *changes, "training.max_steps=6")[0] == [0]
+    for steps in (3, 6):
+        codes, printed = run("sharded", *changes, f"training.max_steps={steps}", plans=[shard, shard])
+        assert codes == [0, 0], printed
+    ours, theirs = (load_checkpoint(tmp_path / name / "checkpoints" / "0000006.pt") for name in ("alone", "sharded"))
+    for name, value in ours["model"].items():
+        assert theirs["model"][name].dtype == torch.float32
+        torch.testing.assert_close(theirs["model"][name], value, rtol=1e-2, atol=1e-3)
+    own, other = ({k: x["exp_avg_sq"] for k, x in state["optimizer"]["state"].items()} for state in (ours, theirs))
+    assert {k: x.shape for k, x in own.items()} == {k: x.shape for k, x in other.items()}
+    own, other = (torch.cat([x.flatten() for x in moments.values()]) for moments in (own, other))
+    torch.testing.assert_close(other.sum(), own.sum(), rtol=0.3, atol=0)

@@ -13,13 +13,17 @@ import subprocess
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import kills
 import numpy as np
 import pytest
 import torch
 
+import sample_ddp
+import train
 from config import load_config
+from data import files
 from training import checkpoint
 from training.checkpoint import list_checkpoints, load_checkpoint
 from training.guard import FiniteGuard, poison
@@ -46,6 +50,50 @@ def test_killed_extraction_is_complete(tiny_images, tiny_vae, tmp_path):
 def test_killed_sampling_is_complete(whole_run, tmp_path):
     ckpt = list_checkpoints(whole_run / "checkpoints")[-1]
     assert kills.sampling_campaign(tmp_path / "samples", ckpt, 3, [1, 2], seed=1).kills == 3
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_sampling_killed_in_the_write_of_its_settings(whole_run, tmp_path, call):
+    """Before and after the content is on the disk, the file has its name, and so has the folder."""
+
+    def die(number):
+        left = [number]
+
+        def dying(function, *args):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+
+        replaced = {name: partial(dying, getattr(os, name)) for name in ("fsync", "replace", "close")}
+        files.os = SimpleNamespace(**vars(os) | replaced)
+
+    ckpt = list_checkpoints(whole_run / "checkpoints")[-1]
+    argv = ["--ckpt", ckpt, "--num-sampling-steps", 1, "--num-fid-samples", 1, "--output-dir", tmp_path / "out"]
+    assert kills.attempt(sample_ddp.main, argv, tmp_path / "printed", [partial(die, call)]) == [-signal.SIGKILL]
+    assert kills.attempt(sample_ddp.main, argv, tmp_path / "printed", [None]) == [0], (tmp_path / "printed").read_text()
+
+
+def test_grid_and_metrics_that_a_kill_prevented_are_made_up_for(run, tmp_path):
+    def observe(dies: str = ""):
+        def grid(pictures, path, columns):
+            path.parent.mkdir(exist_ok=True)
+            os.kill(os.getpid(), signal.SIGKILL) if dies == "grid" else path.touch()
+
+        def evaluation(model, step):
+            os.kill(os.getpid(), signal.SIGKILL) if dies == "metrics" else None
+            return {"fid": step}
+
+        train.generate_images, train.save_grid = (lambda *args: None), grid
+        train.make_evaluation = lambda *args: evaluation
+
+    changes = "logging.ckpt_every=4", "logging.sample_every=4", "evaluation.every=4", "evaluation.reference=x"
+    for dies, code in (("grid", -9), ("metrics", -9), ("", 0), ("", 0)):
+        codes, printed = run("run", *changes, plans=[partial(observe, dies)])
+        assert codes == [code], printed
+    assert sorted(os.listdir(tmp_path / "run" / "samples")) == ["0000004.png", "0000008.png"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 4, "fid": 4}, {"step": 8, "fid": 8}]
 
 
 # -------------------------------------------------------------------------------------------------------------- signals

@@ -1,4 +1,8 @@
-"""Do all processes start alike? Compared by hash before the first step, because nothing later would show a difference."""
+"""Do all processes start alike? Compared by hash before the first step, because nothing later would show a difference.
+
+Of the features these are the hashes in the manifest (of file names and labels in the official layout), not those of the bytes
+on each machine's disk, which `python -m data.features --verify` reads.
+"""
 
 import hashlib
 import json

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from cli import default_device, run
+from cli import Parser, default_device, run
 from config import UserError
 from data.images import ImageFolder, UnreadableImage
 from data.streams import rng
@@ -170,7 +170,7 @@ def is_complete(output: Path) -> bool:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a small AutoencoderKL and save it in diffusers format.")
+    parser = Parser("Train a small AutoencoderKL and save it in diffusers format.")
     parser.add_argument("--images", required=True, help="folder with one subfolder of images per class")
     parser.add_argument("--output", required=True, help="folder for the model; a complete one is left as it is")
     parser.add_argument("--image-size", type=int, default=64, help="height and width in pixels")

@@ -6,6 +6,7 @@ about randomness is ever stored.
 """
 
 import functools
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from config import OneProcessError, UserError
 from data.features import FeatureStore
 from data.streams import rng
 
@@ -99,3 +101,15 @@ def make_loader(order: Order, samples: Samples, workers: int, pin_memory: bool) 
         pin_memory=pin_memory,
         worker_init_fn=leave_signals,
     )
+
+
+def next_batch(batches: Iterator[Batch]) -> Batch:
+    """The next batch; what is wrong with its images only the process that reads them can say."""
+    try:
+        return next(batches)
+    except UserError as error:  # from a loader process it comes as the last line of a traceback
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():  # at the end of the program it would wait for them in vain
+            worker.kill()
+        name = f"{UserError.__module__}.{UserError.__name__}: "
+        raise OneProcessError(str(error).splitlines()[-1].removeprefix(name)) from None

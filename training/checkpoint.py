@@ -13,7 +13,7 @@ A checkpoint is a dictionary:
 The file is PyTorch's zip archive, in which every record carries its CRC-32. Every load compares them, so that a file that is
 cut off or has changed bits is never used.
 
-A weights file `*.safetensors` holds the EMA weights alone, and all of the plain data in its metadata.
+A weights file `*.safetensors` holds the EMA weights alone, and in its metadata the plain data and a CRC-32 of the weights.
 """
 
 import json
@@ -21,6 +21,7 @@ import os
 import re
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import safetensors.torch
@@ -32,7 +33,8 @@ from data.files import write_file
 FORMAT = 1
 PLAIN_DATA = ("step", "config", "autoencoder", "features", "class_names")
 WEIGHTS = "model.safetensors"  # the weights file in a folder that is laid out for the Hugging Face hub
-TYPES = {"step": int, "config": dict, "model": dict, "ema": dict, "autoencoder": dict | None, "class_names": list | None}
+TYPES = {"step": int, "config": dict, "autoencoder": dict | None, "features": str | None, "class_names": list | None}
+AUTOENCODER = {"name", "stride", "channels", "shift", "scale", "sha256"}
 
 
 def save_checkpoint(folder: Path, state: dict, keep: int) -> Path:
@@ -103,27 +105,58 @@ def load_checkpoint(path: str | Path, option: str = "--ckpt") -> dict:
         raise UserError(f"{option} '{path}' is not a readable checkpoint of this repository ({reason}); give another")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{option} '{path}' is not a checkpoint of this repository (format {FORMAT}); give another")
-    if wrong := [key for key, kind in TYPES.items() if key not in state or not isinstance(state[key], kind)]:
-        raise UserError(f"{option} '{path}' is not a checkpoint of this repository (it lacks {', '.join(wrong)}); give another")
+    return checked(state, ("model", "ema"), f"{option} '{path}' is not a checkpoint of this repository")
+
+
+def checked(state: dict, weights: tuple[str, ...], refusal: str) -> dict:
+    """What a file holds, with None for optional entries that it lacks; UserError unless all are what they should be."""
+    state = {**dict.fromkeys(TYPES), **state}
+    wrong = [key for key, kind in TYPES.items() if not isinstance(state[key], kind) or not is_plain(state[key])]
+    tensors = {key: list(state[key].values()) if isinstance(state.get(key), dict) else [None] for key in weights}
+    wrong += [key for key, values in tensors.items() if not all(isinstance(value, torch.Tensor) for value in values)]
+    if isinstance(state["autoencoder"], dict) and AUTOENCODER - state["autoencoder"].keys():
+        wrong.append("autoencoder")
+    if wrong:
+        raise UserError(f"{refusal} (it lacks {', '.join(wrong)}); give another")
     return state
+
+
+def is_plain(value) -> bool:
+    """Plain data that ends: nothing in it contains itself."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def save_weights(path: Path, state: dict) -> None:
     """Write the EMA weights of a checkpoint to a `.safetensors` file."""
-    about = {"format": FORMAT, **{key: state[key] for key in PLAIN_DATA}}
     weights = {name: tensor.contiguous() for name, tensor in state["ema"].items()}
+    about = {"format": FORMAT, **{key: state[key] for key in PLAIN_DATA}, "crc32": checksum(weights)}
     content = safetensors.torch.save(weights, {"format": "pt", "checkpoint": json.dumps(about)})
     write_file(path, lambda stream: stream.write(content))
 
 
+def checksum(weights: dict[str, torch.Tensor]) -> int:
+    """CRC-32 of names and values on the CPU."""
+    crc = 0
+    for name, tensor in sorted(weights.items()):
+        crc = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+    return crc
+
+
 def load_weights(path: Path, option: str) -> dict:
-    """Read what `save_weights` wrote."""
+    """Read what `save_weights` wrote, and compare its checksum."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("checkpoint", "null"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{option} '{path}' is not a readable weights file ({error}); give another") from None
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UserError(f"{option} '{path}' is not a readable weights file ({reason}); give another") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise UserError(f"{option} '{path}' has no configuration in its metadata; make it with python -m models.convert")
-    return {**about, "ema": weights}
+    if about.pop("crc32", None) not in (None, checksum(weights)):
+        raise UserError(f"{option} '{path}' is damaged: its weights differ from their checksum; give another")
+    return checked({**about, "ema": weights}, ("ema",), f"{option} '{path}' is not a weights file of this repository")

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from training.watch import LONG
+
 SAME = 1.0  # seconds within which a second signal is the first one again, passed on by a launcher
 
 
@@ -22,7 +24,7 @@ class StopRequest:
 
     def __init__(self, accelerator: Accelerator):
         self.number, self.received, self.when = 0, 0, 0.0
-        self.group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=LONG) if accelerator.num_processes > 1 else None
         self.flag, self.pending = torch.zeros(1), None
         self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 

@@ -115,6 +115,12 @@ class RunLog:
         self.line(f"step {step:7d}: " + " ".join(f"{key}={value:.4g}" for key, value in scalars.items()))
         self.accelerator.log({f"eval/{key}": value for key, value in scalars.items()}, step=step)
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether there is a row of this step, which is the last where training goes on from it."""
+        path = self.folder / "evaluation.jsonl"
+        rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return bool(rows) and json.loads(rows[-1])["step"] == step
+
     def _row(self, name: str, step: int, scalars: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             with open(self.folder / name, "a", encoding="utf-8") as file:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import fsdp2_prepare_model
+from accelerate.utils import broadcast_object_list, fsdp2_prepare_model
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm import tqdm
@@ -18,11 +18,11 @@ from diffusion import create_diffusion
 from models import build_model, compile_parts
 from training import schedules
 from training.agreement import check_agreement
-from training.batches import Batch, Order, Samples, make_loader
+from training.batches import Batch, Order, Samples, make_loader, next_batch
 from training.checkpoint import list_checkpoints, save_checkpoint
 from training.guard import FiniteGuard, poison
 from training.losses import ratio_loss
-from training.sharding import is_sharded, shard_state, whole
+from training.sharding import forward, is_sharded, shard_state, whole, whole_tensor
 from training.stop import StopRequest
 from training.tracking import Averages, RunLog, kept_fractions
 from training.watch import ProcessWatch
@@ -71,7 +71,7 @@ class Trainer:
         self.log = RunLog(folder, accelerator, self.step)
         self.last_step = total_steps(config, len(store))
         self.stop = StopRequest(accelerator)
-        self.watch = ProcessWatch(accelerator, config.training.rank_timeout)
+        self.watch = ProcessWatch(accelerator.process_index, accelerator.num_processes, config.training.rank_timeout)
 
     def build(self, state: dict | None) -> None:
         """Model, EMA and optimizer, fresh from the seed or from a checkpoint; the same on every process."""
@@ -96,7 +96,7 @@ class Trainer:
         named = list(self.accelerator.unwrap_model(self.model).named_parameters())
         self.frozen = [x for name, x in named if name.startswith(tuple(training.frozen))]
         if state is not None and "optimizer" in state:
-            self.optimizer.load_state_dict(shard_state(state["optimizer"], list(self.model.parameters())))
+            self.optimizer.load_state_dict(shard_state(state["optimizer"], self.optimizer))
             for group, own in zip(self.optimizer.param_groups, groups):  # loading brings the saved options back
                 group.update(weight_decay=training.weight_decay, fused=fused, lr_scale=own["lr_scale"])
 
@@ -107,7 +107,7 @@ class Trainer:
         except RuntimeError:
             self.watch.explain()
             raise
-        self.watch.close(self.accelerator)
+        self.watch.close()
         self.stop.restore()
         return self.step >= self.last_step
 
@@ -118,6 +118,7 @@ class Trainer:
         self.window_start = time.perf_counter(), self.step
         batches = iter(self.batches())
         saved = self.step
+        self.observe(broadcast_object_list([self.observed()])[0])
         with bar, self.profiler() as profiler:
             while self.step < self.last_step and not self.stop.requested():
                 self.optimizer_step(batches)
@@ -128,12 +129,24 @@ class Trainer:
                     bar.set_postfix_str(self.report())
                 if self.step % logging.ckpt_every == 0:
                     saved = self.save()
-                if logging.sample_every and self.step % logging.sample_every == 0:
-                    self.draw_samples(self.ema.module, self.step)
-                if self.config.evaluation.every and self.step % self.config.evaluation.every == 0:
-                    self.log.evaluation(self.step, self.evaluate(self.ema.module, self.step))
+                self.observe()
         if saved != self.step:
             self.save()
+
+    def observe(self, done: tuple[str, ...] = ()) -> None:
+        """Grid and metrics of the EMA at the steps that have them, but for what is done already. Collective."""
+        grids, metrics = self.config.logging.sample_every, self.config.evaluation.every
+        if grids and self.step % grids == 0 and "grid" not in done:
+            self.draw_samples(self.ema.module, self.step)
+        if metrics and self.step % metrics == 0 and "metrics" not in done:
+            self.log.evaluation(self.step, self.evaluate(self.ema.module, self.step))
+
+    def observed(self) -> tuple[str, ...]:
+        """What of `observe` this run has behind it at its first step: all, unless it was ended between checkpoint and there."""
+        if not (self.folder / "checkpoints" / f"{self.step:07d}.pt").exists():
+            return "grid", "metrics"  # the first step of a new run
+        grid = (self.folder / GRIDS / f"{self.step:07d}.png").exists()
+        return (*(["grid"] if grid else []), *(["metrics"] if self.log.has_evaluation(self.step) else []))
 
     def batches(self):
         """Micro-batches from the current step to the last."""
@@ -158,13 +171,13 @@ class Trainer:
             last = micro_step == accumulation - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 self.watch.at(self.step, "reading images")
-                batch = next(batches)
+                batch = next_batch(batches)
                 self.watch.at(self.step, "training")
                 self.accelerator.backward(poison(self.loss(batch)) / accumulation)
         if self.step < training.frozen_steps:
             for parameter in self.frozen:
                 parameter.grad = None  # neither the norm nor the optimizer sees it
-        norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm))
+        norm = whole_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm))
         self.averages.add("grad_norm", norm.expand(training.global_batch_size // self.accelerator.num_processes))
         self.guard.update(self.optimizer, norm, self.step)
         self.optimizer.zero_grad()
@@ -175,11 +188,11 @@ class Trainer:
     def loss(self, batch: Batch) -> Tensor:
         """Forward pass and loss of one micro-batch; its terms go to the averages."""
         training = self.config.training
-        x0, noise, t, labels, _ = (x.to(self.accelerator.device, non_blocking=True) for x in batch)
+        x0, noise, t, labels = (x.to(self.accelerator.device, non_blocking=True) for x in batch[:4])
         x_t = self.diffusion.add_noise(x0, t, noise)
         fraction = schedules.drop_fraction(self.step, training)
         drop = x0.new_full((len(x0),), fraction) if fraction else None
-        prediction, routing = self.model(x_t, t, labels, drop)
+        prediction, routing = forward(self.accelerator, self.model, x_t, t, labels, drop)
         terms = self.diffusion.losses(prediction.float(), x0, x_t, t, noise)
         diffusion_loss = sum(terms.values())
         loss = diffusion_loss.mean()
@@ -260,7 +273,8 @@ class Trainer:
         good = list_checkpoints(self.folder / "checkpoints")
         self.log.line(
             f"error: {self.guard.in_a_row} steps in a row up to {step + 1} had a non-finite loss or gradient; the last good "
-            f"checkpoint is {good[-1] if good else 'none'}: lower training.learning_rate or look at the images named above"
+            f"checkpoint is {good[-1] if good else 'none'}: look at the images named above, or go on from it under another "
+            "--output with training.resume_from_ckpt and a lower training.learning_rate"
         )
 
     def profiler(self):
@@ -273,6 +287,7 @@ class Trainer:
         return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
 
 
+GRIDS = "samples"  # folder of grids in the run's folder
 SUMMARY = (
     "loss", "diffusion_loss", "ratio_loss", "grad_norm", "kept_natural_mean", "kept_effective_mean", "tflop_per_image",
     "steps_per_sec", "images_per_sec", "model_flop_utilisation",

@@ -14,9 +14,9 @@ import time
 from datetime import timedelta
 
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
 
+LONG = timedelta(days=1)  # for collectives: the watch decides what is lost, and before any library does; a slow process is not
+PATIENCE = 600.0  # seconds, where no configuration says another number
 BEAT = 0.5  # seconds between two signs of life
 GONE = 5.0  # seconds of silence after which a process counts as lost once a collective has failed
 
@@ -28,8 +28,8 @@ class ProcessWatch:
     loop stays at one place of a step for so long; of several that wait for each other, the one that is furthest behind.
     """
 
-    def __init__(self, accelerator: Accelerator, patience: float):
-        self.rank, self.world, self.patience = accelerator.process_index, accelerator.num_processes, patience
+    def __init__(self, rank: int, world: int, patience: float = PATIENCE):
+        self.rank, self.world, self.patience = rank, world, patience
         self.place: tuple[int, str] | None = None
         self.closed = threading.Event()
         self.seen: dict[int, tuple[list, float]] = {}  # rank -> last sign of life, when it came
@@ -37,10 +37,11 @@ class ProcessWatch:
         self.heard = time.monotonic()  # when the store answered last
         if self.world == 1:
             return
-        self.hosts = gather_object([socket.gethostname()])
+        self.hosts = [""] * world
+        dist.all_gather_object(self.hosts, socket.gethostname())
         self.store = self._connect()
         self.store.set(str(self.rank), json.dumps([0, None]))
-        accelerator.wait_for_everyone()
+        dist.barrier()
         for task in (self._talk, self._wait):
             threading.Thread(target=task, daemon=True).start()
 
@@ -49,17 +50,19 @@ class ProcessWatch:
         address = os.environ["MASTER_ADDR"]
         options = {"wait_for_workers": False, "timeout": timedelta(seconds=self.patience)}
         store = dist.TCPStore(address, 0, None, is_master=True, **options) if self.rank == 0 else None
-        port = broadcast_object_list([store and store.port])[0]
-        return store or dist.TCPStore(address, port, None, is_master=False, **options)
+        port = [store and store.port]
+        dist.broadcast_object_list(port)
+        return store or dist.TCPStore(address, port[0], None, is_master=False, **options)
 
     def at(self, step: int, what: str | None) -> None:
         """The training loop is at this place of a step; None: outside of one, where it may take its time."""
         self.place = (step, what) if what else None
 
-    def close(self, accelerator: Accelerator) -> None:
+    def close(self) -> None:
         """Stop watching: from here on processes may end. Collective."""
         self.closed.set()
-        accelerator.wait_for_everyone()
+        if self.world > 1:
+            dist.barrier()
 
     def explain(self) -> None:
         """After a failed collective: end the program naming the lost process; return where all of them live."""

@@ -8,8 +8,9 @@ if [ -n "${NETWORK:-}" ]; then export NCCL_SOCKET_IFNAME="$NETWORK" GLOO_SOCKET_
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 
 launch() {
-    local first
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    local hosts first
+    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    first=${hosts%%$'\n'*}  # no `| head`: pipefail would end the job where that closes the pipe early
     srun --kill-on-bad-exit=1 torchrun \
         --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
         --rdzv_backend=c10d --rdzv_endpoint="$first:${PORT:-29500}" --rdzv_id="$SLURM_JOB_ID" "$@"
