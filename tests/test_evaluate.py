@@ -235,11 +235,30 @@ def test_features_are_cached_by_content(place, monkeypatch):
     lost.unlink()  # as an interrupted run leaves it
     run(place, place / "renamed.npz", place / "reference.npz", cache="known")
     assert calls == [1]
+    lost.write_bytes(b"")  # as a power cut may leave it
+    run(place, place / "renamed.npz", place / "reference.npz", cache="known")
+    assert calls == [1, 1]
     images = np.load(place / "samples.npz")["arr_0"].copy()
     images[0, 0, 0, 0] ^= 1
     np.savez(place / "changed.npz", images)
     run(place, place / "changed.npz", place / "reference.npz", cache="known")
-    assert calls == [1, 0, 1]
+    assert calls == [1, 1, 0, 1]
+
+
+def test_two_runs_may_fill_one_cache(tmp_path, monkeypatch):
+    """The other one writes the same chunk in the middle of ours."""
+    chunks, save = Chunks(tmp_path, 2, 2), np.savez
+
+    def interrupted(stream, **arrays):
+        monkeypatch.setattr(np, "savez", save)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)
+            chunks.write(0, {"features": np.ones(2)})
+        save(stream, **arrays)
+
+    monkeypatch.setattr(np, "savez", interrupted)
+    chunks.write(0, {"features": np.zeros(2)})
+    assert chunks.read("features").tolist() == [0, 0] and [path.name for path in tmp_path.iterdir()] == ["00000.npz"]
 
 
 def test_reference_of_ones_own_data(place, inception_weights, tmp_path, capsys):
