@@ -52,7 +52,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     processes = cli.start_processes()
     options, run = sampling_options(args, processes.device), load_run_from(args, processes.device)
-    cli.allow_tf32(run.config)
     options.check(run.config)
     index = list(range(args.num_fid_samples))
     labels = draw_labels(options.seed, index, run.config.data.num_classes, args.labels == "balanced")

@@ -27,7 +27,10 @@ MAY_IMPORT = {
     "benchmarks": {"config", "data", "models", "diffusion", "training", "evaluation"},
     "script": {"config", "cli", *PACKAGES},
 }
-ALSO = {"models/convert.py": {"data", "training"}}  # a command that reads and writes checkpoints; no module imports it
+ALSO = {
+    "models/convert.py": {"data", "training"},  # a command that reads and writes checkpoints; no module imports it
+    "evaluation/generate.py": {"cli"},  # sets TF32 as training does
+}
 
 
 def imports(file: str, at_module_level=False) -> set[str]:
