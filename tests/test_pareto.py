@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import kills
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 import cli
 import train
 from config import UserError, load_config, to_dict
-from data import shapes
+from data import lock, shapes
 from data.features import open_features
 from evaluation import classifier, flops, generated, pareto
 from evaluation.extractors import load_extractor
@@ -156,6 +157,29 @@ def test_samples_do_not_depend_on_the_processes(place, tiny_extractor, tmp_path)
         assert np.array_equal(one.read(name), two.read(name)) and len(one.read(name)) == 7
 
 
+def test_two_processes_measure_the_same_points(place, tiny_extractor, tmp_path, one_cpu_thread):
+    """And a fraction of 0 for the unconditional branch is a point, too."""
+    argv = ["--ckpt", place / "a.pt", "--cfg-scale", 2, "--budgets", 0.5, "--lite-cfg", 0]
+    for processes in (1, 2):
+        whole = arguments(place, tmp_path / str(processes), tiny_extractor, *argv)
+        codes = kills.attempt(pareto.main, whole, tmp_path / "printed", [None] * processes)
+        assert codes == [0] * processes, (tmp_path / "printed").read_text()
+    one, two = read(tmp_path / "1"), read(tmp_path / "2")
+    assert one == two and [row["lite_cfg"] for row in one] == ["", "0.0"]
+
+
+def test_a_second_run_in_the_folder_is_refused(place, tiny_extractor, tmp_path, one_cpu_thread):
+    argv = arguments(place, tmp_path / "out", tiny_extractor, "--ckpt", place / "a.pt")
+
+    def impatient():
+        lock.PATIENCE = 0.0
+
+    with lock.FolderLock(tmp_path / "out", "") as first:
+        first.acquire()
+        assert kills.attempt(pareto.main, argv, tmp_path / "printed", [impatient]) == [2]
+    assert "is in use by process" in (tmp_path / "printed").read_text()
+
+
 def test_what_cannot_be_compared_is_refused(place, tiny_extractor, tmp_path):
     def refusal(*more, output=tmp_path / "new") -> str:
         with pytest.raises(UserError) as caught:
@@ -245,6 +269,20 @@ def test_evaluation_during_training(tiny_config, tiny_extractor, place, tmp_path
     chunks = measure_samples(run, options, labels, load_extractor(str(tiny_extractor), None, CPU), tmp_path / "again", 4)
     assert rows[1]["tflop_per_image"] == pytest.approx(chunks.read("tflop").mean(), rel=1e-12)
     assert rows[1]["class_accuracy"] == (chunks.read("logits").argmax(1) == labels).mean()
+
+
+def test_evaluation_during_training_on_two_processes(run, tiny_extractor, place, tmp_path, one_cpu_thread):
+    """One row per evaluation, and the cost and quality that the checkpoint has on one process."""
+    keys = {"every": 8, "reference": place / "reference.npz", "features": tiny_extractor, "num_samples": SAMPLES,
+            "num_sampling_steps": STEPS, "batch_size": 4, "cfg_scale": 2}  # fmt: skip
+    codes, printed = run("run", *(f"evaluation.{key}={value}" for key, value in keys.items()), plans=[None, None])
+    assert codes == [0, 0], printed
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    trained, labels = load_run(tmp_path / "run" / "checkpoints" / "0000008.pt"), draw_labels(0, list(range(SAMPLES)), 3)
+    options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=STEPS, sampler="ddim")
+    chunks = measure_samples(trained, options, labels, load_extractor(str(tiny_extractor), None, CPU), tmp_path / "again", 4)
+    assert row["step"] == 8 and row["tflop_per_image"] == pytest.approx(chunks.read("tflop").mean(), rel=1e-12)
+    assert row["class_accuracy"] == (chunks.read("logits").argmax(1) == labels).mean()
 
 
 def test_mistakes_in_the_section_are_found_before_training(tiny_config, tiny_extractor, place, tmp_path):
