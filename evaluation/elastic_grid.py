@@ -46,13 +46,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--classes", type=int, nargs="+", help="one row per label (default: the first four)")
     parser.add_argument("--output", type=Path, default=Path("elastic_grid.png"), help="picture (default: %(default)s)")
     args = parser.parse_args(argv)
-    cli.check_output("--output", args.output.parent)
+    cli.check_output_file("--output", args.output)
     device = cli.default_device()
     options = sampling_options(args, device)
     if any(getattr(options, unit) is not None for unit in UNITS):
         raise UserError("--fractions: are the budgets of the columns; leave the other budget out")
     run = load_run_from(args, device)
-    cli.allow_tf32(run.config)
     labels = args.classes or list(range(min(4, run.config.data.num_classes)))
     check_labels(labels, run.config)
     columns = [dataclasses.replace(options, tail_dropping_fraction=fraction) for fraction in args.fractions]
