@@ -85,10 +85,13 @@ def test_push(checkpoint, monkeypatch):
 
 
 def test_an_autoencoder_of_the_hub_is_not_copied(checkpoint, tmp_path):
+    """Nor is that of an earlier export into the same folder left there, nor its model card."""
     run = load_run(checkpoint)
-    run.autoencoder.name = "ema"
     hub.Pretrained(run).save_pretrained(tmp_path)
-    assert not (tmp_path / "vae").exists()
+    assert "after 5 steps" in (tmp_path / "README.md").read_text()
+    run.autoencoder.name = "ema"
+    hub.Pretrained(run._replace(step=6)).save_pretrained(tmp_path)
+    assert not (tmp_path / "vae").exists() and "after 6 steps" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("scale, drop, steps", [(1.0, 0.0, 4), (2.0, 0.5, 7)])
@@ -170,7 +173,7 @@ def test_the_fast_solver_samples(checkpoint):
 
 @pytest.mark.parametrize(
     "change, same",
-    [("model.timestep_divisor=127", False), ("diffusion.noise_schedule=squaredcos_cap_v2", False), ("data.num_workers=3", True)],
+    [("model.timestep_divisor=127", False), ("diffusion.diffusion_steps=500", False), ("data.num_workers=3", True)],
 )
 def test_what_the_configuration_makes_of_the_weights_is_in_the_fingerprint(checkpoint, change, same):
     run = load_run(checkpoint)
