@@ -112,8 +112,7 @@ def read_note(folder: Path) -> dict:
 def account(run: Run, args, options: SamplingOptions, labels: list[int]) -> str:
     """Write the folder's summary.json from the records of all batches; returns it in words."""
     starts = range(0, args.num_fid_samples, args.per_proc_batch_size)
-    timesteps, counts, seconds = read_records([record_path(args.output_dir, start) for start in starts])
-    counts = counts[: len(labels)]  # the last batch was larger if more samples were asked for earlier
+    timesteps, counts, seconds = read_records([record_path(args.output_dir, start) for start in starts], len(labels))
     summary = summarise(run.config, run.autoencoder.model.config, timesteps, counts, labels, run.class_names, seconds)
     save_summary({"options": dataclasses.asdict(options), **summary}, args.output_dir / "summary.json")
     return report(summary)

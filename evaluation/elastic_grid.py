@@ -8,6 +8,7 @@ writes elastic_grid.png: a row per sample, a column per dropped fraction, TFLOP 
 import dataclasses
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -16,10 +17,11 @@ from config import UserError
 from evaluation.accounting import image_tflop
 from evaluation.arguments import add_sampling_arguments, load_run_from, sampling_options
 from evaluation.budgets import UNITS
-from evaluation.charts import save_figure
+from evaluation.charts import SMALL, save_figure
 from evaluation.generate import Batch, check_labels, generate
 
 
+@rc_context(SMALL)
 def draw_grid(fractions: list[float], batches: list[Batch], tflop: list[float], names: list[str], path: Path) -> None:
     """One column per fraction: its batch, and its mean TFLOP per image above; one row per sample, named at the left."""
     rows = len(names)
