@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import kills
@@ -15,7 +16,7 @@ import train
 from config import UserError, load_config, to_dict
 from data import lock, shapes
 from data.features import open_features
-from evaluation import classifier, flops, generated, pareto
+from evaluation import classifier, elastic_grid, flops, generated, pareto
 from evaluation.extractors import load_extractor
 from evaluation.generate import SamplingOptions, draw_labels, generate, load_run
 from evaluation.generated import measure_samples
@@ -297,6 +298,22 @@ def test_mistakes_in_the_section_are_found_before_training(tiny_config, tiny_ext
     np.savez(tmp_path / "large.npz", np.zeros((5, 64, 64, 3), np.uint8))
     assert "64 x 64" in refusal("every=4", f"reference={tmp_path / 'large.npz'}", f"features={tiny_extractor}")
     assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- grid of budgets
+
+
+def test_elastic_grid(place, tmp_path, capsys):
+    """A column per fraction with its cost; another budget and a folder in place of the file are refused."""
+    argv = ["--ckpt", str(place / "a.pt"), "--num-sampling-steps", "2", "--classes", "0", "2", "--fractions", "0", "0.5"]
+    elastic_grid.main([*argv, "--output", str(tmp_path / "grid.png")])
+    costs = re.findall(r"(\d+)% dropped: (\S+) TFLOP", capsys.readouterr().out)
+    assert [fraction for fraction, _ in costs] == ["0", "50"] and float(costs[1][1]) < float(costs[0][1])
+    assert np.asarray(Image.open(tmp_path / "grid.png")).std() > 1
+    with pytest.raises(UserError, match="leave the other budget out"):
+        elastic_grid.main([*argv, "--token-budget", "9", "--output", str(tmp_path / "grid.png")])
+    with pytest.raises(UserError, match=f"--output '{tmp_path}': is a folder"):
+        elastic_grid.main([*argv, "--output", str(tmp_path)])
 
 
 # ------------------------------------------------------------------------------------------------------------ classifier
