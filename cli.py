@@ -144,6 +144,13 @@ def check_output(option: str, folder: Path | str) -> None:
         raise UserError(f"{option} '{folder}': '{existing}' is not a folder that can be written to; give another")
 
 
+def check_output_file(option: str, file: Path) -> None:
+    """UserError unless this file can be written; its folder need not exist yet."""
+    if file.is_dir():
+        raise UserError(f"{option} '{file}': is a folder; give a file")
+    check_output(option, file.parent)
+
+
 def validate_world(config: Config) -> int:
     """Check the batch sizes against the number of processes that the launcher announces; return the local batch size."""
     return validate_processes(config, int(os.environ.get("WORLD_SIZE", 1)))

@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     import_gradio()
     run = load_run_from(args, cli.default_device())
+    if run.config.model.patch_size is not None:
+        raise UserError(f"--ckpt '{args.ckpt}': is a static DiT, which has no budget to show; draw its samples with sample.py")
     SamplingOptions(num_sampling_steps=args.num_sampling_steps).check(run.config)
     if args.dry_run:
         print(cli.describe(run.config))

@@ -69,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Compare, print and save."""
     sources = [open_source(args.samples), open_source(args.reference)]
     output = args.output or beside(Path(args.samples))
-    cli.check_output("--output", output.parent)
+    cli.check_output_file("--output", output)
     cli.check_output("--cache", args.cache)
     check_sizes(sources[0].size, sources[1].size)
     processes = cli.start_processes()
@@ -100,7 +100,7 @@ def beside(samples: Path) -> Path:
 def make_reference(args: argparse.Namespace, folder: Path, output: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"--make-reference '{folder}': is not a folder of images")
-    cli.check_output("--make-reference", output.parent)
+    cli.check_output_file("--make-reference", output)
     cli.check_output("--cache", args.cache)
     images = FolderImages(folder, args.image_size)
     processes = cli.start_processes()

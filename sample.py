@@ -39,7 +39,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = cli.default_device()
     options, run = sampling_options(args, device), load_run_from(args, device)
-    cli.allow_tf32(run.config)
     options.check(run.config)
     labels = args.classes or default_labels(run.config)
     check_labels(labels, run.config)

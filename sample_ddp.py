@@ -53,7 +53,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     processes = cli.start_processes()
     options, run = sampling_options(args, processes.device), load_run_from(args, processes.device)
-    cli.allow_tf32(run.config)
     options.check(run.config)
     index = list(range(args.num_fid_samples))
     labels = draw_labels(options.seed, index, run.config.data.num_classes, args.labels == "balanced")
@@ -117,8 +116,7 @@ def read_note(folder: Path) -> dict:
 def account(run: Run, args, options: SamplingOptions, labels: list[int]) -> str:
     """Write the folder's summary.json from the records of all batches; returns it in words."""
     starts = range(0, args.num_fid_samples, args.per_proc_batch_size)
-    timesteps, counts, seconds = read_records([record_path(args.output_dir, start) for start in starts])
-    counts = counts[: len(labels)]  # the last batch was larger if more samples were asked for earlier
+    timesteps, counts, seconds = read_records([record_path(args.output_dir, start) for start in starts], len(labels))
     summary = summarise(run.config, run.autoencoder.model.config, timesteps, counts, labels, run.class_names, seconds)
     save_summary({"options": dataclasses.asdict(options), **summary}, args.output_dir / "summary.json")
     return report(summary)

@@ -1,17 +1,20 @@
 """Files that are complete when their name shows."""
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], None], durable: bool = True) -> None:
+def write_file(path: Path, write: Callable[[BinaryIO], None], durable: bool = True, shared: bool = False) -> None:
     """Let `write` fill a file that appears under its name only when it is complete; nothing is left where that fails.
 
     `durable` files survive a power cut too, which takes milliseconds each: too long for thousands of pictures.
+    A `shared` file may be written by several runs at once, of which the last one stays: each has a temporary name of its own.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    writer = f".{socket.gethostname()}-{os.getpid()}" if shared else ""
+    temporary = path.with_name(f"{path.name}{writer}.tmp")
     try:
         with open(temporary, "wb") as stream:
             write(stream)

@@ -148,12 +148,14 @@ def save_record(kept: Sequence[Kept], seconds: Seconds, path: Path) -> None:
     write_file(path, lambda stream: np.savez_compressed(stream, **arrays), durable=False)
 
 
-def read_records(paths: Sequence[Path]) -> tuple[list[int], np.ndarray, Seconds]:
-    """Timesteps, kept counts (images, steps, 2) and seconds of several batches together."""
-    loaded = []
+def read_records(paths: Sequence[Path], images: int) -> tuple[list[int], np.ndarray, Seconds]:
+    """Timesteps, kept counts (images, steps, 2) and seconds of several batches together, of their first `images` only."""
+    loaded, left = [], images
     for path in paths:
         with np.load(path) as arrays:
-            loaded.append((arrays["t"], arrays["counts"], arrays["seconds"]))
+            counts = arrays["counts"][:left]  # the last batch was larger if more samples were asked for earlier
+            loaded.append((arrays["t"], counts, arrays["seconds"] * len(counts) / len(arrays["counts"])))
+            left -= len(counts)
     timesteps, counts, seconds = zip(*loaded)
     return timesteps[0].tolist(), np.concatenate(counts), Seconds(*np.sum(seconds, axis=0).tolist())
 

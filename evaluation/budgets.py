@@ -56,7 +56,13 @@ def flag(name: str) -> str:
 
 
 def check(options, config: Config) -> None:
-    """Raise UserError for budgets out of range, two at once, or one for an unconditional branch without Lite-CFG."""
+    """Raise UserError for budgets out of range, two at once, one for an unconditional branch without Lite-CFG, or Lite-CFG that
+    changes nothing.
+    """
+    if options.lite_cfg and config.model.patch_size is not None:
+        raise UserError("--lite-cfg: a static DiT has no router; leave it out")
+    if options.lite_cfg and all(getattr(options, prefix + unit) is None for prefix in ("", "uncond_") for unit in UNITS):
+        raise UserError("--lite-cfg: changes nothing without a budget; add e.g. --uncond-tail-dropping-fraction 0.9")
     for prefix in ("", "uncond_"):
         given = [prefix + unit for unit in UNITS if getattr(options, prefix + unit) is not None]
         if len(given) > 1:

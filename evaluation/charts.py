@@ -2,7 +2,7 @@
 
     python -m evaluation.charts quickstart/summary.json
 
-writes kept_tokens.png, cost_by_component.png and kept_by_class.png beside it.
+writes kept_tokens.png, cost_by_component.png and kept_by_class.png beside it, or beside the folder of sample_ddp.py's samples.
 """
 
 import json
@@ -17,11 +17,12 @@ from config import UserError
 from data.files import write_file
 from evaluation.accounting import BRANCHES
 
-matplotlib.rcParams["font.size"] = 8
+SMALL = {"font.size": 8}
 COLOURS = dict(zip(BRANCHES, ("tab:blue", "tab:orange")))
 MOST_CLASSES = 30  # of more, only the lowest and the highest are drawn
 
 
+@matplotlib.rc_context(SMALL)
 def draw_kept(summary: dict, path: Path) -> None:
     """Kept share against the timestep: mean over images, with one standard deviation and the extremes."""
     figure = Figure(figsize=(5, 3), dpi=120, layout="constrained")
@@ -45,6 +46,7 @@ def draw_kept(summary: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
+@matplotlib.rc_context(SMALL)
 def draw_cost(summary: dict, path: Path) -> None:
     """TFLOP per image by component, and beside it the autoencoder's decoding."""
     parts = {**summary["tflop_by_component"], "autoencoder": summary["tflop_decoding"]}
@@ -58,6 +60,7 @@ def draw_cost(summary: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
+@matplotlib.rc_context(SMALL)
 def draw_classes(summary: dict, path: Path) -> None:
     """Kept share of the conditional branch for each class, ordered, with the standard deviation over its images."""
     rows = sorted(summary["kept_by_class"], key=lambda row: row["share"]["mean"])
@@ -79,21 +82,36 @@ def save_figure(figure: Figure, path: Path) -> None:
 PICTURES = {"kept_tokens.png": draw_kept, "cost_by_component.png": draw_cost, "kept_by_class.png": draw_classes}
 
 
+def read_summary(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise not_a_summary(path) from None
+
+
+def not_a_summary(path: Path) -> UserError:
+    return UserError(f"'{path}' is not a summary.json of a sampling run; sample.py writes one")
+
+
+def beside(summary: Path) -> Path:
+    """The summary's folder; beside it where that is sample_ddp.py's, whose pictures are the samples to evaluate."""
+    folder = summary.resolve().parent
+    return folder.with_name(f"{folder.name}.charts") if (folder / "settings.json").is_file() else folder
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("summary", type=Path, help="summary.json of a sampling run")
-    parser.add_argument("--output", type=Path, help="folder for the pictures (default: beside the summary)")
+    parser.add_argument("--output", type=Path, help="folder (default: the summary's, or beside that of sample_ddp.py)")
     args = parser.parse_args(argv)
+    folder = args.output or beside(args.summary)
+    cli.check_output("--output", folder)
+    summary = read_summary(args.summary)
     try:
-        summary = json.loads(args.summary.read_text(encoding="utf-8"))
-        folder = args.output or args.summary.parent
-        cli.check_output("--output", folder)
         for name, draw in PICTURES.items():
             draw(summary, folder / name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"'{args.summary}' is not a summary.json of a sampling run; sample.py writes one") from None
+    except (ValueError, KeyError, TypeError):
+        raise not_a_summary(args.summary) from None
     print(f"{', '.join(PICTURES)} written to {folder.resolve()}")
 
 

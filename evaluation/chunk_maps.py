@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from data.autoencoder import Autoencoder
 from diffusion.samplers import Step
-from evaluation.charts import save_figure
+from evaluation.charts import SMALL, save_figure
 from models.types import Routing
 
 ROWS = ("noisy input", "boundary probability", "kept tokens")
@@ -33,6 +33,7 @@ class Trace:
             self.seen.append((step._replace(**latents), Routing(*(x[: self.samples] for x in routing))))
 
 
+@rc_context(SMALL)
 def draw_chunking(trace: Trace, autoencoder: Autoencoder, path: Path) -> None:
     """For each remembered sample three rows (ROWS), a column per timestep, and the kept share under each column."""
     columns, samples = len(trace.seen), len(trace.seen[0][0].x_t)

@@ -106,7 +106,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, least in (("image_size", 16), ("steps", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
-    cli.check_output("--output", args.output.parent)
+    cli.check_output_file("--output", args.output)
     return args
 
 

@@ -8,6 +8,7 @@ writes elastic_grid.png: a row per sample, a column per dropped fraction, TFLOP 
 import dataclasses
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -16,10 +17,11 @@ from config import UserError
 from evaluation.accounting import image_tflop
 from evaluation.arguments import add_sampling_arguments, load_run_from, sampling_options
 from evaluation.budgets import UNITS
-from evaluation.charts import save_figure
+from evaluation.charts import SMALL, save_figure
 from evaluation.generate import Batch, check_labels, generate
 
 
+@rc_context(SMALL)
 def draw_grid(fractions: list[float], batches: list[Batch], tflop: list[float], names: list[str], path: Path) -> None:
     """One column per fraction: its batch, and its mean TFLOP per image above; one row per sample, named at the left."""
     rows = len(names)
@@ -46,13 +48,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--classes", type=int, nargs="+", help="one row per label (default: the first four)")
     parser.add_argument("--output", type=Path, default=Path("elastic_grid.png"), help="picture (default: %(default)s)")
     args = parser.parse_args(argv)
-    cli.check_output("--output", args.output.parent)
+    cli.check_output_file("--output", args.output)
     device = cli.default_device()
     options = sampling_options(args, device)
     if any(getattr(options, unit) is not None for unit in UNITS):
         raise UserError("--fractions: are the budgets of the columns; leave the other budget out")
     run = load_run_from(args, device)
-    cli.allow_tf32(run.config)
     labels = args.classes or list(range(min(4, run.config.data.num_classes)))
     check_labels(labels, run.config)
     columns = [dataclasses.replace(options, tail_dropping_fraction=fraction) for fraction in args.fractions]

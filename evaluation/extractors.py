@@ -144,10 +144,9 @@ class Timm:
         settings = timm.data.resolve_model_data_config(self.network)
         self.size, self.interpolation = settings["input_size"][1:], settings["interpolation"]
         self.mean, self.std = (torch.tensor(settings[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
-        digest = hashlib.sha256()
-        for file in sorted(path.iterdir()):
-            if file.suffix in (".json", ".safetensors", ".bin"):
-                digest.update(file.name.encode() + file.read_bytes())
+        digest = hashlib.sha256((path / "config.json").read_bytes())
+        for name, value in self.network.state_dict().items():  # timm picks one of several weight files
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
         self.name, self.device = f"timm:{digest.hexdigest()}", device
 
     @torch.inference_mode()

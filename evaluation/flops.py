@@ -197,6 +197,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 f"{option} {value}: is out of range; dropped fractions are in [0, 1), a share in (0, 1], steps >= 1"
             )
+    if args.dry_run:
+        print(cli.describe(config))
+        return
     decoding = sum(decoder_flops(decoder_config(config.data.vae), config.latent_size).values())
     print(f"{config.model.name}: {config.tokens} tokens per image, 2 FLOP per multiply-add, GFLOP per forward pass\n")
     print(table(config, budgets, kept, args.num_sampling_steps))

@@ -10,6 +10,7 @@ different budgets are compared on the same noise.
 import contextlib
 import dataclasses
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import cli
 from config import Config, UserError, config_from_dict, differences, to_dict
-from data.autoencoder import Autoencoder
+from data.autoencoder import HUB_NAMES, Autoencoder
 from data.streams import rng
 from diffusion import GaussianDiffusion, create_diffusion
 from diffusion.guidance import condition, guide
@@ -48,7 +50,7 @@ class Run(NamedTuple):
     autoencoder: Autoencoder
     class_names: list[str] | None
     step: int  # optimizer steps it was trained for
-    fingerprint: str  # of the weights
+    fingerprint: str  # of the weights and of what the configuration makes of them
 
     @property
     def device(self) -> torch.device:
@@ -153,29 +155,34 @@ def load_run(
         vae = str(Path(ckpt, "vae"))
     autoencoder = Autoencoder.load(vae or (known["name"] if known else config.data.vae), device)
     check_autoencoder(autoencoder, known, config)
-    weights = fingerprint(model.state_dict())
-    return Run(model.to(device).eval(), config, autoencoder, state["class_names"], state["step"], weights)
+    identity = fingerprint(model.state_dict(), config)
+    return Run(model.to(device).eval(), config, autoencoder, state["class_names"], state["step"], identity)
 
 
-def fingerprint(state_dict: dict[str, Tensor]) -> str:
-    """SHA-256 of names and values."""
-    digest = hashlib.sha256()
+def fingerprint(state_dict: dict[str, Tensor], config: Config) -> str:
+    """SHA-256 of names and values, and of the keys that make another network or process of the same weights."""
+    keys = cli.flatten(to_dict(config))
+    digest = hashlib.sha256(json.dumps({key: keys[key] for key in sorted(keys) if must_agree(key)}).encode())
     for name, value in state_dict.items():
         digest.update(name.encode())
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
+def must_agree(key: str) -> bool:
+    """Whether a key, written `section.key`, shapes the network or the process."""
+    return key.startswith(_MUST_AGREE) or not key.startswith(_MAY_DIFFER)
+
+
 def check_agreement(given: Config, own: Config) -> None:
     """Refuse a configuration that would make another network or process of the checkpoint's weights."""
     changed = differences(to_dict(given), to_dict(own))
-    contradictions = [key for key in changed if key.startswith(_MUST_AGREE) or not key.startswith(_MAY_DIFFER)]
-    if contradictions:
+    if contradictions := [key for key in changed if must_agree(key)]:
         raise UserError(f"--config differs from the checkpoint's configuration in {', '.join(contradictions)}; leave it out")
 
 
 def check_autoencoder(autoencoder: Autoencoder, known: dict | None, config: Config) -> None:
-    """The autoencoder must fit the model, and its scale must be the one the features were made with."""
+    """The autoencoder must fit the model and be the one that the features were made with; ema and mse share their encoder."""
     ours = autoencoder.describe()
     if (ours["stride"], ours["channels"]) != (config.data.latent_stride, config.data.latent_channels):
         raise UserError(
@@ -186,6 +193,13 @@ def check_autoencoder(autoencoder: Autoencoder, known: dict | None, config: Conf
         raise UserError(
             f"--vae '{ours['name']}' scales latents differently from '{known['name']}', which the model was trained on"
         )
+    if known and ours["sha256"] != known["sha256"]:
+        if {ours["name"], known["name"]} != set(HUB_NAMES):
+            raise UserError(
+                f"--vae '{ours['name']}' has other weights than '{known['name']}' had when the model's features were made; "
+                "give that one"
+            )
+        cli.print_once(f"warning: --vae {ours['name']} decodes the latents of a model that was trained on {known['name']}")
 
 
 def check_labels(labels: list[int], config: Config) -> None:
@@ -280,8 +294,7 @@ def sample_latents(
 ) -> tuple[Tensor, list[Kept]]:
     """The reverse process for one batch: scaled latents (B, C, S, S) and the kept tokens of every step."""
     config, device = run.config, run.device
-    if problem := kernel_problem(config.model.attention, device, options.bf16, config.head_size):
-        raise UserError(f"model.attention: {problem}")
+    prepare_arithmetic(run, options.bf16)
     diffusion = sampling_process(config, options)
     noise = sample_noise(options.seed, index, (config.data.latent_channels, config.latent_size, config.latent_size), device)
     watched = Watched(run.model, options.bf16)
@@ -294,6 +307,13 @@ def sample_latents(
         if observe is not None:
             observe(step, Routing(*(x[: len(index)] for x in routing)))
     return step.x_next, kept
+
+
+def prepare_arithmetic(run: Run, bf16: bool) -> None:
+    """TF32 for the whole process as the configuration says; UserError for an attention kernel that cannot run like this."""
+    if problem := kernel_problem(run.config.model.attention, run.device, bf16, run.config.head_size):
+        raise UserError(f"model.attention: {problem}")
+    cli.allow_tf32(run.config)
 
 
 class Watched:
@@ -338,4 +358,11 @@ def conditioning(budget: budgets.Budget, labels: Tensor, sort: bool) -> dict:
 def sample_noise(seed: int, index: list[int], shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:
     """A function that returns the next standard normal draw (B, *shape), each sample from its own stream."""
     streams = [rng(seed, "sample", i) for i in index]
-    return lambda: torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams])).to(device)
+
+    def draw() -> Tensor:
+        noise = torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams]))
+        if device.type == "cuda":  # from pinned memory the copy waits for nothing
+            noise = noise.pin_memory()
+        return noise.to(device, non_blocking=device.type == "cuda")
+
+    return draw

@@ -6,6 +6,7 @@
 """
 
 import json
+import shutil
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
@@ -29,11 +30,15 @@ class Pretrained(ModelHubMixin, library_name="dc-dit", tags=["diffusion", "class
         self.run = run
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the folder, over what an earlier export left in it."""
         run = self.run
+        if (save_directory / WEIGHTS).is_file():
+            shutil.rmtree(save_directory / "vae", ignore_errors=True)
         state = {"step": run.step, "config": to_dict(run.config), "autoencoder": run.autoencoder.describe(), "features": None}
         save_weights(save_directory / WEIGHTS, {**state, "class_names": run.class_names, "ema": run.model.state_dict()})
         text = json.dumps(to_dict(run.config), indent=1)
         write_file(save_directory / "config.json", lambda stream: stream.write(text.encode()))
+        write_file(save_directory / "README.md", lambda stream: stream.write(str(self.generate_model_card()).encode()))
         if run.autoencoder.name not in HUB_NAMES:  # one that only this machine has
             run.autoencoder.model.save_pretrained(save_directory / "vae")
 

@@ -3,12 +3,14 @@
 Nothing here is ever unpickled: `.npz` members are read as plain arrays, `arr_0` batch by batch.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import zipfile
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -50,7 +52,7 @@ class FolderImages:
 
     def _common_size(self) -> tuple[int, int]:
         with ThreadPoolExecutor(READERS) as readers:
-            sizes = list(readers.map(_header_size, self.paths))
+            sizes = list(readers.map(self._header_size, self.paths))
         for path, size in zip(self.paths, sizes):
             if size != sizes[0]:
                 raise UserError(
@@ -63,7 +65,7 @@ class FolderImages:
         """SHA-256 of names and contents of the files, and of the crop."""
         total = hashlib.sha256(str(self.image_size).encode())
         with ThreadPoolExecutor(READERS) as readers:
-            for path, digest in zip(self.paths, readers.map(hash_file, self.paths)):
+            for path, digest in zip(self.paths, readers.map(self._hash_one, self.paths)):
                 total.update(os.fsencode(path.relative_to(self.folder)) + b"\0" + digest)
         return total.hexdigest()
 
@@ -73,20 +75,29 @@ class FolderImages:
             return np.stack(list(readers.map(lambda i: self._read_one(self.paths[i]), index)))
 
     def _read_one(self, path: Path) -> np.ndarray:
-        try:
+        with self._naming(path):
             image = read_rgb(path, str(path))
-        except UnreadableImage as error:
-            raise UserError(f"'{self.folder}': unreadable image {error}; remove it") from None
         return center_crop(image, self.image_size) if self.image_size else np.asarray(image)
 
-
-def _header_size(path: Path) -> tuple[int, int] | None:
-    """Width and height from the header; None for what Pillow cannot open, which `read` reports."""
-    try:
-        with Image.open(path) as image:
+    def _header_size(self, path: Path) -> tuple[int, int]:
+        """Width and height."""
+        with self._naming(path), Image.open(path) as image:
             return image.size
-    except OSError:
-        return None
+
+    def _hash_one(self, path: Path) -> bytes:
+        with self._naming(path):
+            return hash_file(path)
+
+    @contextlib.contextmanager
+    def _naming(self, path: Path) -> Iterator[None]:
+        """UserError with the path instead of whatever reading it raises; opening a pipe would wait for ever."""
+        try:
+            if not path.is_file():
+                raise UnreadableImage(str(path), "not a regular file, or a link to nothing")
+            yield
+        except Exception as error:  # Pillow's readers raise nearly every built-in error on damaged files
+            reason = error if isinstance(error, UnreadableImage) else f"{path}: {type(error).__name__}: {error}"
+            raise UserError(f"'{self.folder}': unreadable image {' '.join(str(reason).split())[:300]}; remove it") from None
 
 
 class NpzImages:
@@ -98,9 +109,8 @@ class NpzImages:
 
     def __init__(self, path: Path):
         self.path = path
-        self.stream, shape, dtype, order = open_array(
-            zipfile.ZipFile(path), "arr_0"
-        )  # stays open: compressed, it reads forward only
+        # It stays open: compressed, it reads forward only.
+        self.stream, shape, dtype, order = open_array(zipfile.ZipFile(path), "arr_0")
         if order == "F":
             raise ValueError("arr_0 is stored column by column")
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
@@ -216,7 +226,10 @@ def read_array(path: Path, name: str) -> np.ndarray | None:
 
 
 def open_array(archive: zipfile.ZipFile, name: str) -> tuple[IO[bytes], tuple[int, ...], np.dtype, str]:
-    """A member, open at its first value, with shape, type and order; ValueError unless its header claims as many bytes as there are."""
+    """A member, open at its first value, with shape, type and order.
+
+    ValueError unless its header claims as many bytes as there are.
+    """
     stream, info = archive.open(f"{name}.npy"), archive.getinfo(f"{name}.npy")
     read = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
     shape, fortran_order, dtype = read(stream)

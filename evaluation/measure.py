@@ -5,6 +5,7 @@ run finds what is done, and no result depends on the number of processes.
 """
 
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,12 @@ class Chunks:
         return self.folder / f"{chunk:05d}.npz"
 
     def missing(self, rank: int, world: int) -> list[int]:
-        """Chunks that this process has to make."""
-        return [chunk for chunk in range(len(self.ranges))[rank::world] if not self.path(chunk).exists()]
+        """Chunks that this process has to make: those without a file, or with one that is empty or ends early."""
+        return [chunk for chunk in range(len(self.ranges))[rank::world] if not zipfile.is_zipfile(self.path(chunk))]
 
     def write(self, chunk: int, arrays: dict[str, np.ndarray]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_file(self.path(chunk), lambda stream: np.savez(stream, **arrays), durable=False)
+        write_file(self.path(chunk), lambda stream: np.savez(stream, **arrays), shared=True)
 
     def has(self, name: str) -> bool:
         with np.load(self.path(0), allow_pickle=False) as arrays:

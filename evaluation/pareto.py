@@ -21,6 +21,7 @@ import torch.distributed as dist
 import cli
 from config import Config, UserError
 from data.files import write_file
+from data.lock import FolderLock
 from diffusion.samplers import SAMPLERS
 from evaluation.extractors import load_extractor
 from evaluation.generate import Run, SamplingOptions, draw_labels, load_run
@@ -50,7 +51,7 @@ class Point:
             seed=args.seed,
             tail_dropping_fraction=self.budget or None,
             lite_cfg=self.lite != "",
-            uncond_tail_dropping_fraction=self.lite or None,
+            uncond_tail_dropping_fraction=self.lite if self.lite != "" else None,
             bf16=args.bf16,
         )
 
@@ -104,9 +105,15 @@ def main(argv: list[str] | None = None) -> None:
     extractor = load_extractor(args.features, args.inception_weights, processes.device)
     check_source(source, extractor)
     settings = settings_of(args, source, runs[args.ckpt[0]].config, extractor.name)
+    with FolderLock(args.output, "--output") as lock:
+        cli.on_first(lock.acquire)
+        measure_points(args, points, runs, source, extractor, settings, processes)
+
+
+def measure_points(args, points: list[Point], runs: dict[str, Run], source: Source, extractor, settings, processes) -> None:
+    """Measure the points that the table lacks, and draw them all."""
     table = args.output / "pareto.csv"
     rows = read_rows(table, settings)
-    args.output.mkdir(parents=True, exist_ok=True)
     reference = measure_source(source, extractor, args.output / "reference", processes.rank, processes.world)
     for name, count in (("the samples", args.num_samples), (args.reference, reference.count)):
         if warning := rank_warning(name, count, reference.width):

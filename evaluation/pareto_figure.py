@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluation.chunk_maps import save_figure
+from evaluation.charts import SMALL, save_figure
 
 METRICS = {"fid": "FID", "frechet_distance": "Fréchet distance"}
 
@@ -108,6 +109,7 @@ def compare_curves(curves: list[Curve]) -> list[tuple[Comparison, Curve, Mark]]:
     return found
 
 
+@rc_context(SMALL)
 def draw(rows: list[dict[str, str]], path: Path) -> list[Comparison]:
     """Write the figure; returns what its annotations say."""
     scales = sorted({row["cfg_scale"] for row in rows}, key=float)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from config import Config, UserError
 from diffusion import schedule
-from evaluation.generate import Kept, Run, SamplingOptions, Watched, check_labels, guided_denoiser, load_run
+from evaluation.generate import Kept, Run, SamplingOptions, Watched, check_labels, guided_denoiser, load_run, prepare_arithmetic
 
 
 class PipelineOutput(NamedTuple):
@@ -64,7 +64,8 @@ class DCDiTPipeline:
             generator: of the noise, as everywhere in diffusers.
 
         Raises:
-            UserError: a value out of range, an unknown label, or a scheduler that does not fit.
+            UserError: a value out of range, an unknown label, an attention kernel that needs bfloat16 (the network runs in
+                float32 here), or a scheduler that does not fit.
         """
         config, device = self.run.config, self.run.device
         options = SamplingOptions(
@@ -72,17 +73,19 @@ class DCDiTPipeline:
         )
         options.check(config)
         check_labels(class_labels, config)
+        prepare_arithmetic(self.run, bf16=False)
         whole = wants_variance(self.scheduler)
         watched = Watched(self.run.model, bf16=False)
         denoise = guided_denoiser(watched, config, torch.tensor(class_labels, device=device), options)
         shape = (len(class_labels), config.data.latent_channels, config.latent_size, config.latent_size)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         x = randn_tensor(shape, generator=generator, device=torch.device(device)) * self.scheduler.init_noise_sigma
+        random = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
         kept = []
         for t in self.scheduler.timesteps:
             prediction = denoise(self.scheduler.scale_model_input(x, t), t.expand(len(x)))
             prediction = prediction if whole else prediction[:, : shape[1]]
-            x = self.scheduler.step(prediction, t, x, generator=generator).prev_sample
+            x = self.scheduler.step(prediction, t, x, **random).prev_sample
             counts = watched.take().keep.sum(1).split(len(x))
             kept.append(Kept(int(t), counts[0], counts[1] if len(counts) > 1 else None))
         return PipelineOutput(to_pil(self.run.autoencoder.decode(x)), kept)

@@ -18,9 +18,9 @@ from evaluation.image_sets import INCEPTION_KEYS, META, OTHER_KEYS, FolderImages
 from evaluation.measure import PR_REFERENCE_IMAGES, Chunks, Extractor
 
 
-def write_reference(path: Path, images: FolderImages, chunks: Chunks, extractor: Extractor, seed: int = 0) -> int:
+def write_reference(path: Path, images: FolderImages, chunks: Chunks, extractor: Extractor) -> int:
     """Write the file; returns how many images `arr_0` holds."""
-    chosen = np.sort(rng(seed, "reference").permutation(len(images))[:PR_REFERENCE_IMAGES])
+    chosen = np.sort(rng(0, "reference").permutation(len(images))[:PR_REFERENCE_IMAGES])
     arrays = {"arr_1": images.labels[chosen]} if images.labels is not None else {}
     for kind, names in (INCEPTION_KEYS if extractor.is_inception else OTHER_KEYS).items():
         arrays |= dict(zip(names, chunks.gaussian(kind)))

@@ -1,10 +1,12 @@
 """The account of a sampling run: each image's cost from its own counts, and sums that add up."""
 
+import errno
+
 import numpy as np
 import pytest
 import torch
 
-from config import config_from_dict
+from config import UserError, config_from_dict
 from evaluation import charts, flops
 from evaluation.accounting import (
     Kept,
@@ -87,8 +89,23 @@ def test_records_of_batches_make_the_whole(tmp_path):
     ]
     for k, part in enumerate(parts):
         save_record(part, Seconds(1.0 + k, 0.5), tmp_path / f"{k}.npz")
-    timesteps, counts, seconds = read_records([tmp_path / "0.npz", tmp_path / "1.npz"])
+    timesteps, counts, seconds = read_records([tmp_path / "0.npz", tmp_path / "1.npz"], 6)
     assert timesteps == TIMESTEPS and np.array_equal(counts, stack_kept(whole)) and seconds == Seconds(3.0, 1.0)
+    _, counts, seconds = read_records([tmp_path / "0.npz", tmp_path / "1.npz"], 5)  # half of the last batch
+    assert len(counts) == 5 and seconds == Seconds(2.0, 0.75)
+
+
+def test_a_full_disk_is_not_a_wrong_file(tmp_path, monkeypatch):
+    def full(path, write):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(charts, "write_file", full)
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a summary.json of a sampling run"):
+        charts.main([str(tmp_path / "summary.json")])
+    save_summary(account(run()), tmp_path / "summary.json")
+    with pytest.raises(OSError, match="No space left"):
+        charts.main([str(tmp_path / "summary.json")])
 
 
 def test_pictures(tmp_path, capsys):
@@ -101,5 +118,8 @@ def test_pictures(tmp_path, capsys):
     summary = summarise(CONFIG, flops.STABLE_DIFFUSION, TIMESTEPS, counts, range(100), None, Seconds(1, 1))
     save_summary(summary, tmp_path / "many" / "summary.json")
     charts.main([str(tmp_path / "many" / "summary.json"), "--output", str(tmp_path / "pictures")])
+    (tmp_path / "many" / "settings.json").touch()  # a folder of samples, among which a chart would be an odd one
+    charts.main([str(tmp_path / "many" / "summary.json")])
+    assert sorted(path.name for path in (tmp_path / "many.charts").iterdir()) == sorted(charts.PICTURES)
     for name in charts.PICTURES:
         assert (tmp_path / "pictures" / name).read_bytes() != (tmp_path / name).read_bytes()

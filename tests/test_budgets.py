@@ -57,6 +57,13 @@ def test_predicted_counts_are_the_routers(fraction):
     assert (Budget(tokens=9).kept(natural.sum(1), torch.zeros(50)) == 9).all()
 
 
+def test_lite_cfg_means_nothing_for_a_static_model():
+    options = SamplingOptions(cfg_scale=2.0, lite_cfg=True, uncond_tail_dropping_fraction=0.5)
+    options.check(CONFIG)
+    with pytest.raises(UserError, match="--lite-cfg: a static DiT has no router"):
+        options.check(config_from_dict({"model": {"patch_size": 2}, "data": {"image_size": 64}}))
+
+
 def test_options_become_budgets_of_the_branches():
     def resolve(**changes):
         return budgets.resolve(SamplingOptions(cfg_scale=2.0, **changes), CONFIG)

@@ -1,4 +1,4 @@
-"""The demo page in a real headless browser; skipped where gradio, selenium or chromium is missing."""
+"""The demo: what it shows, and the page in a headless browser (skipped where gradio, selenium or chromium is missing)."""
 
 import os
 import shutil
@@ -9,11 +9,14 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from config import load_config, to_dict
+import demo
+from config import UserError, load_config, to_dict
 from data.features import open_features
+from evaluation.generate import load_run
 from models import build_model
 from training.checkpoint import save_checkpoint
 
@@ -22,21 +25,42 @@ BROWSER, DRIVER = (shutil.which("chromium") or shutil.which("google-chrome")), s
 PATIENCE = 120  # seconds
 
 
-@pytest.fixture
-def page(tiny_config, tmp_path):
-    """Address of the demo of a random model that keeps half of its tokens."""
-    pytest.importorskip("gradio")
-    config = load_config(tiny_config)
+def save_random(config, folder: Path) -> Path:
+    """Checkpoint of a random model; a router keeps half of its tokens."""
     model = build_model(config)
     with torch.no_grad():
-        model.router.residual_scorer[-1].bias.zero_()
+        if config.model.patch_size is None:
+            model.router.residual_scorer[-1].bias.zero_()
         for parameter in (*model.final_layer.parameters(), *model.blocks[0].adaLN_modulation.parameters()):
             parameter.add_(torch.randn_like(parameter) * 0.1)  # they start at zero: no budget would show
     store = open_features(config.data.feature_path, 32)
     state = {"autoencoder": store.autoencoder, "class_names": store.class_names, "optimizer": {}, "step": 1}
-    ckpt = save_checkpoint(
-        tmp_path, state | {"config": to_dict(config), "model": model.state_dict(), "ema": model.state_dict()}, keep=0
+    return save_checkpoint(
+        folder, state | {"config": to_dict(config), "model": model.state_dict(), "ema": model.state_dict()}, keep=0
     )
+
+
+def test_pictures_and_costs(tiny_config, tmp_path):
+    """Of the function behind the page, without a page: half of the tokens against all of them."""
+    update = demo.compare(load_run(save_random(load_config(tiny_config), tmp_path)), 3, "ddim")
+    image, boundaries, full, cost, full_cost = update(1, 0, 2.0, 0.5)
+    assert image.shape == boundaries.shape == full.shape == (288, 288, 3)
+    assert not np.array_equal(image, full) and float(cost.split()[0]) < float(full_cost.split()[0])
+    assert np.array_equal(update(1, 0, 2.0, 0.0)[0], full)
+
+
+def test_a_static_model_is_refused(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "import_gradio", lambda: None)
+    ckpt = save_random(load_config(tiny_config, ["model.patch_size=2"]), tmp_path)
+    with pytest.raises(UserError, match="is a static DiT, which has no budget to show"):
+        demo.main(["--ckpt", str(ckpt)])
+
+
+@pytest.fixture
+def page(tiny_config, tmp_path):
+    """Address of the demo of a random model."""
+    pytest.importorskip("gradio")
+    ckpt = save_random(load_config(tiny_config), tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -104,6 +104,7 @@ SAMPLING = [
     ("--ckpt {place}", "is not a readable checkpoint of this repository"),
     ("--ckpt {ckpt} --bogus 1", "unrecognized arguments: --bogus 1"),
     ("--ckpt {ckpt} --cfg-scale 1 --lite-cfg", "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1"),
+    ("--ckpt {ckpt} --cfg-scale 2 --lite-cfg", "--lite-cfg: changes nothing without a budget; add e.g. --uncond-tail-dropping"),
     ("--ckpt {ckpt} --uncond-tail-dropping-fraction 0.5", "--uncond-tail-dropping-fraction 0.5: needs --lite-cfg"),
     ("--ckpt {ckpt} --tail-dropping-fraction 1", "--tail-dropping-fraction 1.0: must be in [0, 1)"),
     ("--ckpt {ckpt} --tail-dropping-fraction nan", "--tail-dropping-fraction nan: must be in [0, 1)"),

@@ -4,10 +4,12 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +193,18 @@ def test_timm_folder(place, tmp_path):
         assert torch.allclose(ours.logits, model.fc(ours.features), atol=1e-5) and ours.spatial is None
 
 
+def test_a_timm_folder_is_known_by_the_weights_in_use(tmp_path):
+    """Also where they are in a file that only timm knows the name of."""
+    names = set()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = timm.create_model("resnet10t", num_classes=5)
+        timm.models.save_for_hf(model, tmp_path / "timm", model_args={"num_classes": 5}, safe_serialization=False)
+        (tmp_path / "timm" / "pytorch_model.bin").rename(tmp_path / "timm" / "pytorch_model.pth")
+        names |= {load_extractor(str(tmp_path / "timm"), None, CPU).name for _ in range(2)}
+    assert len(names) == 2
+
+
 # -------------------------------------------------------------------------------------------------------------- commands
 
 
@@ -235,11 +249,30 @@ def test_features_are_cached_by_content(place, monkeypatch):
     lost.unlink()  # as an interrupted run leaves it
     run(place, place / "renamed.npz", place / "reference.npz", cache="known")
     assert calls == [1]
+    lost.write_bytes(b"")  # as a power cut may leave it
+    run(place, place / "renamed.npz", place / "reference.npz", cache="known")
+    assert calls == [1, 1]
     images = np.load(place / "samples.npz")["arr_0"].copy()
     images[0, 0, 0, 0] ^= 1
     np.savez(place / "changed.npz", images)
     run(place, place / "changed.npz", place / "reference.npz", cache="known")
-    assert calls == [1, 0, 1]
+    assert calls == [1, 1, 0, 1]
+
+
+def test_two_runs_may_fill_one_cache(tmp_path, monkeypatch):
+    """The other one writes the same chunk in the middle of ours."""
+    chunks, save = Chunks(tmp_path, 2, 2), np.savez
+
+    def interrupted(stream, **arrays):
+        monkeypatch.setattr(np, "savez", save)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)
+            chunks.write(0, {"features": np.ones(2)})
+        save(stream, **arrays)
+
+    monkeypatch.setattr(np, "savez", interrupted)
+    chunks.write(0, {"features": np.zeros(2)})
+    assert chunks.read("features").tolist() == [0, 0] and [path.name for path in tmp_path.iterdir()] == ["00000.npz"]
 
 
 def test_reference_of_ones_own_data(place, inception_weights, tmp_path, capsys):
@@ -300,11 +333,37 @@ def test_mistakes_are_one_line(place, tmp_path):
     for name, side in (("a", 16), ("b", 17)):
         Image.new("RGB", (side, 16)).save(tmp_path / "mixed" / f"{name}.png")
     assert "mixes image sizes" in refusal(tmp_path / "mixed", reference, *tiny)
+    folder = tmp_path / "folder.npz"
+    folder.mkdir()
+    assert "folder.npz': is a folder; give a file" in refusal(samples, reference, *tiny, "--output", folder)
+    assert "folder.npz': is a folder" in refusal("--make-reference", place / "samples", folder, "--image-size", 16, *tiny)
     assert "is neither" in refusal(samples, reference, "--features", tmp_path / "nowhere")
     assert "not a TorchScript file" in refusal(samples, reference, "--features", samples)
     assert "--image-size" in refusal("--make-reference", place / "samples", tmp_path / "x.npz")
     assert "SAMPLES and REFERENCE" in refusal(samples)
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("kind", ["empty", "bomb", "pipe", "dangling"])
+def test_an_unreadable_image_is_named(place, tmp_path, kind):
+    """Alone, among others, and in a data set that is cropped; a pipe is not waited for."""
+    odd = tmp_path / "images" / "odd.png"
+    odd.parent.mkdir()
+    if kind == "empty":
+        odd.touch()
+    elif kind == "bomb":  # PNG header of 100,000 x 100,000 pixels
+        header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+        odd.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)))
+    elif kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        odd.symlink_to("nothing.png")
+    tiny = ["--features", place / "tiny.pt", "--cache", tmp_path / "cache"]
+    assert "odd.png" in refusal(odd.parent, place / "reference.npz", *tiny)
+    Image.new("RGB", (SIZE, SIZE)).save(odd.parent / "a.png")
+    message = refusal(odd.parent, place / "reference.npz", *tiny)
+    assert "unreadable image" in message and "odd.png" in message and "sizes" not in message
+    assert "odd.png" in refusal("--make-reference", odd.parent, tmp_path / "own.npz", "--image-size", SIZE, *tiny)
 
 
 def test_pickles_are_never_loaded(tmp_path):

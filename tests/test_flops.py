@@ -144,6 +144,9 @@ def test_the_table_needs_no_weights(capsys):
     assert rows["kept tokens"] == ["256", "102"] and rows["residual_proj"] == ["1.208", "1.208"]
     assert rows["GFLOP per forward pass"] == ["59.123", "30.907"] == rows["TFLOP per image, 1000 steps"]
     assert "autoencoder: 0.622 TFLOP more" in lines[-1]
+    flops.main(["--config", str(CONFIGS / "DCDiT-B-N4.yaml"), "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "arch_layout" in printed and "GFLOP" not in printed
 
 
 def test_peaks_by_the_drivers_name():

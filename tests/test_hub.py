@@ -7,13 +7,21 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 
-from config import UserError, load_config, to_dict
+from config import UserError, config_from_dict, load_config, to_dict
 from data.autoencoder import Autoencoder
 from data.features import open_features
 from diffusion import create_diffusion
 from diffusion.samplers import SAMPLERS
 from evaluation import hub
-from evaluation.generate import SamplingOptions, Watched, generate_images, guided_denoiser, load_run
+from evaluation.generate import (
+    SamplingOptions,
+    Watched,
+    check_autoencoder,
+    fingerprint,
+    generate_images,
+    guided_denoiser,
+    load_run,
+)
 from evaluation.pipeline import DCDiTPipeline
 from models import build_model
 from training.checkpoint import save_checkpoint
@@ -77,10 +85,13 @@ def test_push(checkpoint, monkeypatch):
 
 
 def test_an_autoencoder_of_the_hub_is_not_copied(checkpoint, tmp_path):
+    """Nor is that of an earlier export into the same folder left there, nor its model card."""
     run = load_run(checkpoint)
-    run.autoencoder.name = "ema"
     hub.Pretrained(run).save_pretrained(tmp_path)
-    assert not (tmp_path / "vae").exists()
+    assert "after 5 steps" in (tmp_path / "README.md").read_text()
+    run.autoencoder.name = "ema"
+    hub.Pretrained(run._replace(step=6)).save_pretrained(tmp_path)
+    assert not (tmp_path / "vae").exists() and "after 6 steps" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("scale, drop, steps", [(1.0, 0.0, 4), (2.0, 0.5, 7)])
@@ -108,11 +119,11 @@ def test_the_pipeline_samples_what_our_sampler_does(checkpoint, scale, drop, ste
 
 
 def test_other_schedulers(checkpoint):
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
 
     pipe = DCDiTPipeline.from_pretrained(checkpoint)
     settings = pipe.scheduler.config
-    for kind in (DDIMScheduler, DPMSolverMultistepScheduler):
+    for kind in (DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler):
         pipe.scheduler = kind.from_config(settings, variance_type=None)
         first, again = (pipe([0, 1], num_inference_steps=4, generator=torch.manual_seed(0)).images for _ in range(2))
         assert all(np.array_equal(a, b) for a, b in zip(first, again)) and len(first) == 2
@@ -124,11 +135,61 @@ def test_other_schedulers(checkpoint):
             DCDiTPipeline(pipe.run)(**{"class_labels": [0], **mistake})
 
 
+@pytest.fixture
+def backends():
+    """Those with a switch for TF32, which is put back afterwards."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    yield backends
+    for backend, value in zip(backends, before):
+        backend.allow_tf32 = value
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_every_way_of_sampling_sets_tf32_as_the_configuration_asks(checkpoint, asked, backends):
+    run = load_run(checkpoint)
+    run.config.model.hnet.fp32_router_dechunk = "tf32" if asked else True
+    for sample in (lambda: DCDiTPipeline(run)([0], num_inference_steps=1), lambda: generate_images(run, [0], OPTIONS)):
+        for backend in backends:
+            backend.allow_tf32 = not asked
+        sample()
+        assert {backend.allow_tf32 for backend in backends} == {asked}
+
+
+def test_a_kernel_for_gpus_is_refused_on_the_cpu(checkpoint):
+    run = load_run(checkpoint)
+    run.config.model.attention = "varlen"
+    for sample in (lambda: DCDiTPipeline(run)([0]), lambda: generate_images(run, [0], OPTIONS)):
+        with pytest.raises(UserError, match="model.attention: "):
+            sample()
+
+
 def test_the_fast_solver_samples(checkpoint):
     images = generate_images(
         load_run(checkpoint), [0, 1], SamplingOptions(cfg_scale=2.0, num_sampling_steps=5, sampler="dpm++")
     )
     assert images.shape == (2, 3, 32, 32) and images.float().std() > 1
+
+
+@pytest.mark.parametrize(
+    "change, same",
+    [("model.timestep_divisor=127", False), ("diffusion.diffusion_steps=500", False), ("data.num_workers=3", True)],
+)
+def test_what_the_configuration_makes_of_the_weights_is_in_the_fingerprint(checkpoint, change, same):
+    run = load_run(checkpoint)
+    config = config_from_dict(to_dict(run.config), [change])
+    assert config != run.config and (fingerprint(run.model.state_dict(), config) == run.fingerprint) == same
+
+
+def test_another_autoencoder_is_refused(checkpoint, capsys):
+    """Except for the two of the hub, which share their encoder."""
+    run = load_run(checkpoint)
+    known = run.autoencoder.describe() | {"sha256": "0"}
+    with pytest.raises(UserError, match="has other weights than '.*tiny'"):
+        check_autoencoder(run.autoencoder, known, run.config)
+    run.autoencoder.name = "mse"
+    check_autoencoder(run.autoencoder, known | {"name": "ema"}, run.config)
+    assert "warning: --vae mse decodes" in capsys.readouterr().out
 
 
 def test_the_autoencoder_of_the_folder_can_be_replaced(checkpoint, tiny_vae, tmp_path):

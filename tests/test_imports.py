@@ -24,10 +24,13 @@ MAY_IMPORT = {
     "diffusion": set(),
     "training": {"config", "data", "models", "diffusion"},
     "evaluation": {"config", "data", "models", "diffusion", "training"},
-    "benchmarks": {"config", "data", "models", "diffusion", "training", "evaluation"},
+    "benchmarks": {"config", "cli", "data", "models", "diffusion", "training", "evaluation"},
     "script": {"config", "cli", *PACKAGES},
 }
-ALSO = {"models/convert.py": {"data", "training"}}  # a command that reads and writes checkpoints; no module imports it
+ALSO = {
+    "models/convert.py": {"data", "training"},  # a command that reads and writes checkpoints; no module imports it
+    "evaluation/generate.py": {"cli"},  # sets TF32 as training does
+}
 
 
 def imports(file: str, at_module_level=False) -> set[str]:

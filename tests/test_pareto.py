@@ -2,8 +2,10 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
+import kills
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,9 @@ from PIL import Image
 import cli
 import train
 from config import UserError, load_config, to_dict
-from data import shapes
+from data import lock, shapes
 from data.features import open_features
-from evaluation import classifier, flops, generated, pareto
+from evaluation import classifier, elastic_grid, flops, generated, pareto
 from evaluation.extractors import load_extractor
 from evaluation.generate import SamplingOptions, draw_labels, generate, load_run
 from evaluation.generated import measure_samples
@@ -156,6 +158,29 @@ def test_samples_do_not_depend_on_the_processes(place, tiny_extractor, tmp_path)
         assert np.array_equal(one.read(name), two.read(name)) and len(one.read(name)) == 7
 
 
+def test_two_processes_measure_the_same_points(place, tiny_extractor, tmp_path, one_cpu_thread):
+    """And a fraction of 0 for the unconditional branch is a point, too."""
+    argv = ["--ckpt", place / "a.pt", "--cfg-scale", 2, "--budgets", 0.5, "--lite-cfg", 0]
+    for processes in (1, 2):
+        whole = arguments(place, tmp_path / str(processes), tiny_extractor, *argv)
+        codes = kills.attempt(pareto.main, whole, tmp_path / "printed", [None] * processes)
+        assert codes == [0] * processes, (tmp_path / "printed").read_text()
+    one, two = read(tmp_path / "1"), read(tmp_path / "2")
+    assert one == two and [row["lite_cfg"] for row in one] == ["", "0.0"]
+
+
+def test_a_second_run_in_the_folder_is_refused(place, tiny_extractor, tmp_path, one_cpu_thread):
+    argv = arguments(place, tmp_path / "out", tiny_extractor, "--ckpt", place / "a.pt")
+
+    def impatient():
+        lock.PATIENCE = 0.0
+
+    with lock.FolderLock(tmp_path / "out", "") as first:
+        first.acquire()
+        assert kills.attempt(pareto.main, argv, tmp_path / "printed", [impatient]) == [2]
+    assert "is in use by process" in (tmp_path / "printed").read_text()
+
+
 def test_what_cannot_be_compared_is_refused(place, tiny_extractor, tmp_path):
     def refusal(*more, output=tmp_path / "new") -> str:
         with pytest.raises(UserError) as caught:
@@ -247,6 +272,20 @@ def test_evaluation_during_training(tiny_config, tiny_extractor, place, tmp_path
     assert rows[1]["class_accuracy"] == (chunks.read("logits").argmax(1) == labels).mean()
 
 
+def test_evaluation_during_training_on_two_processes(run, tiny_extractor, place, tmp_path, one_cpu_thread):
+    """One row per evaluation, and the cost and quality that the checkpoint has on one process."""
+    keys = {"every": 8, "reference": place / "reference.npz", "features": tiny_extractor, "num_samples": SAMPLES,
+            "num_sampling_steps": STEPS, "batch_size": 4, "cfg_scale": 2}  # fmt: skip
+    codes, printed = run("run", *(f"evaluation.{key}={value}" for key, value in keys.items()), plans=[None, None])
+    assert codes == [0, 0], printed
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    trained, labels = load_run(tmp_path / "run" / "checkpoints" / "0000008.pt"), draw_labels(0, list(range(SAMPLES)), 3)
+    options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=STEPS, sampler="ddim")
+    chunks = measure_samples(trained, options, labels, load_extractor(str(tiny_extractor), None, CPU), tmp_path / "again", 4)
+    assert row["step"] == 8 and row["tflop_per_image"] == pytest.approx(chunks.read("tflop").mean(), rel=1e-12)
+    assert row["class_accuracy"] == (chunks.read("logits").argmax(1) == labels).mean()
+
+
 def test_mistakes_in_the_section_are_found_before_training(tiny_config, tiny_extractor, place, tmp_path):
     def refusal(*settings) -> str:
         with pytest.raises(UserError) as caught:
@@ -259,6 +298,22 @@ def test_mistakes_in_the_section_are_found_before_training(tiny_config, tiny_ext
     np.savez(tmp_path / "large.npz", np.zeros((5, 64, 64, 3), np.uint8))
     assert "64 x 64" in refusal("every=4", f"reference={tmp_path / 'large.npz'}", f"features={tiny_extractor}")
     assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------------------------- grid of budgets
+
+
+def test_elastic_grid(place, tmp_path, capsys):
+    """A column per fraction with its cost; another budget and a folder in place of the file are refused."""
+    argv = ["--ckpt", str(place / "a.pt"), "--num-sampling-steps", "2", "--classes", "0", "2", "--fractions", "0", "0.5"]
+    elastic_grid.main([*argv, "--output", str(tmp_path / "grid.png")])
+    costs = re.findall(r"(\d+)% dropped: (\S+) TFLOP", capsys.readouterr().out)
+    assert [fraction for fraction, _ in costs] == ["0", "50"] and float(costs[1][1]) < float(costs[0][1])
+    assert np.asarray(Image.open(tmp_path / "grid.png")).std() > 1
+    with pytest.raises(UserError, match="leave the other budget out"):
+        elastic_grid.main([*argv, "--token-budget", "9", "--output", str(tmp_path / "grid.png")])
+    with pytest.raises(UserError, match=f"--output '{tmp_path}': is a folder"):
+        elastic_grid.main([*argv, "--output", str(tmp_path)])
 
 
 # ------------------------------------------------------------------------------------------------------------ classifier
