@@ -94,6 +94,7 @@ def die_in_checkpoint(count: int, share: float) -> None:
 def child(main: Callable, argv: list[str], output: Path, environment: dict[str, str], kill: Callable | None) -> None:
     os.environ.update(environment)
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is forked from
+    torch.set_num_threads(1)  # makes PyTorch's thread pool anew before several threads ask for it at once
     stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1), os.dup2(stream, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
