@@ -48,12 +48,13 @@ def main() -> None:
     config = save_tiny_config(folder, save_tiny_images(folder / "images"), save_tiny_vae(folder / "vae"))
     argv = ["--config", config, "--output", folder / "run", *(part for change in CHANGES for part in ("--set", change))]
     codes = kills.attempt(train.main, argv, folder / "printed", [measure])
-    printed = (folder / "printed").read_text().splitlines()
-    print("\n".join(line for line in printed if "resident" in line) if codes == [0] else "\n".join(printed[-20:]))
+    printed = (folder / "printed").read_text()
+    rows = re.findall(r"step +(\d+) resident +([\d.]+) MiB, (\d+) handles, (\d+) threads", printed)
+    rows = [list(map(float, row)) for row in rows if int(row[0]) >= 250]
+    grown = [max(column) - column[0] for column in list(zip(*rows))[1:]]  # MiB, handles, threads
+    lines = re.findall(r"step +\d+ resident .*", printed) if codes == [0] else printed.splitlines()[-20:]
+    print("\n".join(lines))
     log, metrics = (len((folder / "run" / name).read_text().splitlines()) for name in ("log.txt", "metrics.jsonl"))
-    rows = [list(map(float, re.findall(r"[\d.]+", line))) for line in printed if "resident" in line]
-    rows = [row[1:] for row in rows if row[0] >= 250]  # MiB, handles, threads
-    grown = [max(column) - column[0] for column in zip(*rows)]
     print(f"exit codes {codes}; log.txt has {log} lines, metrics.jsonl {metrics}")
     if codes != [0] or grown[0] > 5 or max(grown[1:]) > 0:
         sys.exit(f"error: codes {codes}; grown since step 250 by {grown} (MiB, handles, threads)")

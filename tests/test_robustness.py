@@ -185,6 +185,21 @@ def test_a_full_disk_under_the_log(run, small_disk):
     assert run("disk/run", "logging.ckpt_every=100")[0] == [0]
 
 
+# --------------------------------------------------------------------------------------------------------------- trackers
+
+
+def test_an_unreachable_tracker_is_one_line_and_the_run_can_go_on_without(run):
+    def online():
+        nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "2"}
+        os.environ.update(nowhere, WANDB_MODE="online")
+
+    codes, printed = run("run", "logging.trackers=[wandb]", plans=[online])
+    assert codes == [2] and "Traceback" not in printed
+    assert "error: logging.trackers: cannot start (" in printed and "set WANDB_MODE=offline" in printed
+    codes, printed = run("run", "logging.trackers=[wandb]", plans=[lambda: os.environ.update(WANDB_MODE="offline")])
+    assert codes == [0], printed
+
+
 # ----------------------------------------------------------------------------------------------------- non-finite numbers
 
 
