@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import re
+import secrets
 import signal
 import sys
 from collections import Counter
@@ -260,19 +261,18 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_
     """Start Accelerate's trackers; the wandb run's id is kept in the folder so that a resumed run goes on in it."""
     if not config.logging.trackers:
         return
-    options = {"name": f"{folder.name}-{config.model.name}", "dir": str(folder)}
+    options = {"name": f"{folder.name}-{config.model.name}", "dir": str(folder), "resume": "allow"}
     id_file = folder / "wandb_id.txt"
-    if same_wandb and id_file.is_file() and (identity := id_file.read_text().strip()):  # a power cut may leave it empty
-        options.update(id=identity, resume="allow")
+    known = id_file.read_text().strip() if same_wandb and id_file.is_file() else ""  # empty after a power cut
+    options["id"] = known or secrets.token_hex(4)  # ours from the start: some versions of Accelerate start an offline run twice
     init_kwargs = {"wandb": options} if "wandb" in config.logging.trackers else {}
+    if init_kwargs and accelerator.is_main_process:
+        write_file(id_file, lambda stream: stream.write(options["id"].encode()))
     try:
         accelerator.init_trackers(config.logging.wandb_project, config=cli.flatten(to_dict(config)), init_kwargs=init_kwargs)
     except Exception as error:  # each tracker has its own kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"logging.trackers: cannot start ({reason}); set WANDB_MODE=offline or leave wandb out") from None
-    if init_kwargs and accelerator.is_main_process:
-        identity = accelerator.get_tracker("wandb", unwrap=True).id
-        write_file(id_file, lambda stream: stream.write(identity.encode()))
 
 
 def flops_function(config: Config):

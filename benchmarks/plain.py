@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.attention import KERNELS, pick_kernel
 from models.blocks import DiTBlock
-from models.conv import ConvBlock, ConvStack
+from models.conv import Conv3x3, ConvBlock, ConvStack
 from models.dc_dit import DCDiT
 from models.packing import plan_packing
 from models.router import Router, force_ends
@@ -80,10 +80,14 @@ def conv_stack(stack: ConvStack, x: Tensor, c: Tensor) -> Tensor:
 
 def conv_block(module: ConvBlock, x: Tensor, c: Tensor) -> Tensor:
     x = to_grid(x)
-    h = module.conv1(F.silu(module.norm1(x)))
+    h = conv3x3(module.conv1, F.silu(module.norm1(x)))
     h = h + module.cond_proj(c)[:, :, None, None]
-    h = module.conv2(F.silu(module.norm2(h)))
+    h = conv3x3(module.conv2, F.silu(module.norm2(h)))
     return to_tokens(h + module.skip_proj(x))
+
+
+def conv3x3(module: Conv3x3, x: Tensor) -> Tensor:
+    return F.conv2d(x, module.weight, module.bias, padding=1)
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -94,7 +98,10 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 def router(module: Router, features: Tensor, drop: Tensor | None) -> Routing:
     """(B, L, D) -> Routing."""
     z = module.proj(to_grid(features))
-    score = module.residual_scorer(z - module.context_predictor(z))
+    first, *others = module.residual_scorer
+    score = conv3x3(first, z - conv3x3(module.context_predictor, z))
+    for layer in others:
+        score = layer(score)
     prob = force_ends(score.flatten(1).sigmoid())
     natural = torch.stack([1 - prob, prob], dim=-1).argmax(-1) == 1
     if drop is None:

@@ -13,12 +13,15 @@ from typing import NamedTuple
 from urllib.error import URLError
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from config import UserError
 
 SPATIAL_CHANNELS = 7  # of mixed_6/conv, 17 x 17: 2023 values
+
+TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")  # in timm's order
 
 
 class Outputs(NamedTuple):
@@ -128,6 +131,14 @@ class Scripted:
         return Outputs(features.flatten(1).float(), None if logits is None else logits.float(), None)
 
 
+def read_timm_weights(folder: Path) -> dict[str, Tensor]:
+    """The file that timm itself would take, which some of its versions would unpickle."""
+    file = next((file for name in TIMM_WEIGHTS if (file := folder / name).exists()), None)
+    if file is None:
+        raise FileNotFoundError(f"none of {', '.join(TIMM_WEIGHTS)}")
+    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+
+
 class Timm:
     """A local folder with config.json and weights as timm saves it, with the preprocessing that its configuration names."""
 
@@ -137,7 +148,8 @@ class Timm:
         import timm  # here, because it takes seconds and few commands need it
 
         try:
-            self.network = timm.create_model(f"local-dir:{path}", pretrained=True).to(device).eval()
+            self.network = timm.create_model(f"local-dir:{path}").to(device).eval()
+            self.network.load_state_dict(read_timm_weights(path))
         except Exception as error:  # timm, safetensors and json raise a dozen kinds
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise UserError(f"--features '{path}': is not the folder of a timm model ({reason})") from None
@@ -145,7 +157,7 @@ class Timm:
         self.size, self.interpolation = settings["input_size"][1:], settings["interpolation"]
         self.mean, self.std = (torch.tensor(settings[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
         digest = hashlib.sha256((path / "config.json").read_bytes())
-        for name, value in self.network.state_dict().items():  # timm picks one of several weight files
+        for name, value in self.network.state_dict().items():
             digest.update(name.encode() + value.cpu().numpy().tobytes())
         self.name, self.device = f"timm:{digest.hexdigest()}", device
 

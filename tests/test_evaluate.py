@@ -205,6 +205,18 @@ def test_a_timm_folder_is_known_by_the_weights_in_use(tmp_path):
     assert len(names) == 2
 
 
+def test_a_timm_folder_executes_nothing(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    timm.models.save_for_hf(timm.create_model("resnet10t"), tmp_path / "timm", safe_serialization=False)
+    torch.save(Payload(), tmp_path / "timm" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="is not the folder of a timm model"):
+        load_extractor(str(tmp_path / "timm"), None, CPU)
+    assert not (tmp_path / "executed").exists()
+
+
 # -------------------------------------------------------------------------------------------------------------- commands
 
 
