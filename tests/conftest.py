@@ -10,6 +10,11 @@ import torch
 from PIL import Image
 
 
+def pytest_collection_modifyitems(items):
+    """The compiler's tests last: they leave threads behind, and other tests fork."""
+    items.sort(key=lambda item: item.path.name == "test_compile.py")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test draws the same numbers, whichever tests ran before it."""
