@@ -14,7 +14,13 @@ from tqdm import tqdm
 import cli
 from config import Config
 from evaluation.accounting import report, save_summary, stack_kept, summarise
-from evaluation.arguments import add_sampling_arguments, load_run_from, sampling_options
+from evaluation.arguments import (
+    add_cuda_graph_argument,
+    add_sampling_arguments,
+    load_run_from,
+    sampling_options,
+    use_cuda_graph,
+)
 from evaluation.charts import draw_kept
 from evaluation.chunk_maps import Trace, draw_chunking
 from evaluation.generate import Batch, Run, SamplingOptions, check_labels, describe_choice, generate, settle_budgets
@@ -27,6 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_config_arguments(parser)
     add_sampling_arguments(parser, cfg_scale=4.0, seed=1)
+    add_cuda_graph_argument(parser)
     parser.add_argument("--classes", type=int, nargs="+", help="one image per label (default: eight of them)")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder for the pictures (default: this one)")
     parser.add_argument("--no-visualize", action="store_true", help="write sample.png and summary.json only")
@@ -40,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     device = cli.default_device()
     options, run = sampling_options(args, device), load_run_from(args, device)
     options.check(run.config)
+    run = use_cuda_graph(args, options, run)
     labels = args.classes or default_labels(run.config)
     check_labels(labels, run.config)
     if args.dry_run:

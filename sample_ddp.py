@@ -22,7 +22,13 @@ from config import UserError
 from data.files import write_file
 from data.lock import FolderLock
 from evaluation.accounting import read_records, report, save_record, save_summary, summarise
-from evaluation.arguments import add_sampling_arguments, load_run_from, sampling_options
+from evaluation.arguments import (
+    add_cuda_graph_argument,
+    add_sampling_arguments,
+    load_run_from,
+    sampling_options,
+    use_cuda_graph,
+)
 from evaluation.budgets import UNITS
 from evaluation.generate import Batch, Run, SamplingOptions, describe_choice, draw_labels, generate, settle_budgets
 from evaluation.npz import write_npz
@@ -37,6 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_config_arguments(parser)
     add_sampling_arguments(parser, cfg_scale=1.5, seed=0)
+    add_cuda_graph_argument(parser)
     parser.add_argument("--output-dir", type=Path, default=Path("samples"), help="folder for the PNG files (default: samples)")
     parser.add_argument("--per-proc-batch-size", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument("--num-fid-samples", type=int, default=50000, help="how many images (default: %(default)s)")
@@ -54,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     processes = cli.start_processes()
     options, run = sampling_options(args, processes.device), load_run_from(args, processes.device)
     options.check(run.config)
+    run = use_cuda_graph(args, options, run)
     index = list(range(args.num_fid_samples))
     labels = draw_labels(options.seed, index, run.config.data.num_classes, args.labels == "balanced")
     settings = {**dataclasses.asdict(options), "labels": args.labels, "batch": args.per_proc_batch_size}

@@ -17,7 +17,7 @@ from benchmarks.cases import load, make_case
 from benchmarks.measure import add_to_json, machine, matmul_peak, print_table, read_json
 from config import UserError
 
-PARTS = ("stages", "steps", "dropping", "batches", "resolutions", "around", "processes", "profile")
+PARTS = ("stages", "steps", "dropping", "batches", "resolutions", "graphs", "around", "processes", "profile")
 
 # What fits into minutes on a CPU and into memory and 8 minutes on one large GPU. (configuration, batch, overrides)
 STAGES = {
@@ -32,6 +32,7 @@ STEPS = {
     ],
 }  # fmt: skip
 COMPILED = {"cpu": ("DCDiT-S-N4",), "cuda": ("DCDiT-B-N4", "DCDiT-XL-N4")}
+GRAPHS = {"cpu": [], "cuda": [("DCDiT-S-N4", 8), ("DCDiT-B-N4", 8), ("DCDiT-B-N4", 64), ("DCDiT-XL-N4", 8)]}
 BATCHES = {"cpu": [1, 2, 4, 8], "cuda": [16, 64, 256]}
 RESOLUTIONS = {"cpu": ([128, 256, 512], 1), "cuda": ([256, 512, 1024], 8)}  # pixels, batch
 
@@ -106,6 +107,11 @@ def run_resolutions(args, device, bf16):
     yield "resolutions", steps.measure_sizes("DCDiT-S-N4", sizes, device, bf16, args.seconds)
 
 
+def run_graphs(args, device, bf16):
+    if rows := [steps.measure_graph(*one, device, bf16, args.seconds) for one in GRAPHS[args.device]]:
+        yield "sampling steps as CUDA graphs", rows
+
+
 def run_around(args, device, bf16):
     yield "loading", around.measure_loading(2048, args.seconds / 5)
     yield "updates", around.measure_updates("DCDiT-B-N4", device, args.seconds)
@@ -122,7 +128,7 @@ def run_profile(args, device, bf16):
 
 
 FUNCTIONS = (
-    run_stages, run_steps, run_dropping, run_batches, run_resolutions, run_around, run_processes, run_profile,
+    run_stages, run_steps, run_dropping, run_batches, run_resolutions, run_graphs, run_around, run_processes, run_profile,
 )  # fmt: skip
 RUN = dict(zip(PARTS, FUNCTIONS))
 

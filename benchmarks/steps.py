@@ -11,12 +11,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from benchmarks.cases import Case, fixed_probabilities, load, make_case, plain_forward
-from benchmarks.measure import medians, peak_bytes, saved_bytes, synchronize
+from benchmarks.measure import difference, medians, peak_bytes, saved_bytes, synchronize
 from config import downsample_factors, switch_router_off
 from diffusion import create_diffusion
 from diffusion.guidance import guide
 from evaluation.flops import Kept, forward_flops
 from models import compile_parts
+from models.cuda_graph import GraphedDenoiser
+from models.router import keep_top
 from training.losses import ratio_loss
 
 LITE = 0.9  # share that the unconditional branch of Lite-CFG drops
@@ -153,6 +155,20 @@ def measure_step(name: str, batch: int, device: torch.device, bf16: bool, peak: 
         "sample ratio": guided["plain"] / guided["ours"],
         "Lite-CFG ratio": guided["ours"] / guided["lite"],
     }
+
+
+def measure_graph(name: str, batch: int, device: torch.device, bf16: bool, seconds: float) -> dict:
+    """Guided sampling steps under a token budget, their kernels launched one by one and as a CUDA graph."""
+    case = make_case(load(name), batch, device, bf16)
+    tokens = case.prob.shape[1] // int(downsample_factors(case.config.training.downsample_factor))
+    kept = keep_top(torch.rand_like(case.prob), tokens)
+    case.prob = torch.where(kept, 0.75, 0.25)
+    budget = [tokens] * (2 * batch)
+    ways = {"plain": case.model, "graph": GraphedDenoiser(case.model)}
+    steps = {way: sampling(case, lambda *inputs, model=model: model(*inputs, tokens=budget)) for way, model in ways.items()}
+    times = medians(steps, device, seconds)
+    row = {"model": name, "batch": batch, "tokens": tokens, **{f"{way} ms": time * 1e3 for way, time in times.items()}}
+    return row | {"ratio": times["plain"] / times["graph"], "difference": difference([steps["graph"]()], [steps["plain"]()])}
 
 
 def measure_static(case: Case, batch: int, device: torch.device, seconds: float, compiled: bool) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from config import UserError, load_config
 from diffusion.samplers import SAMPLERS
 from evaluation.generate import Run, SamplingOptions, load_run
 from models import compile_parts
+from models.cuda_graph import GraphedDenoiser
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,13 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float, se
                         help="of network and autoencoder (default: bf16 on CUDA, else fp32)")  # fmt: skip
 
 
+def add_cuda_graph_argument(parser: argparse.ArgumentParser) -> None:
+    """For scripts that evaluate the network often with the same budget."""
+    parser.add_argument(
+        "--cuda-graph", action="store_true", help="launch each evaluation as one CUDA graph; with --token-budget"
+    )
+
+
 def sampling_options(args: argparse.Namespace, device: torch.device) -> SamplingOptions:
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingOptions) if field.name != "bf16"}
     interval = values.pop("guidance_interval")
@@ -60,3 +68,14 @@ def load_run_from(args: argparse.Namespace, device: torch.device) -> Run:
     if args.compile:
         compile_parts(run.model)
     return run
+
+
+def use_cuda_graph(args: argparse.Namespace, options: SamplingOptions, run: Run) -> Run:
+    """The run as --cuda-graph asks for it; UserError where there can be no graph."""
+    if not args.cuda_graph:
+        return run
+    if options.token_budget is None and run.config.model.patch_size is None:
+        raise UserError("--cuda-graph: needs a number of tokens that is known in advance; add --token-budget")
+    if run.device.type != "cuda":
+        raise UserError(f"--cuda-graph: needs a CUDA device, and the model is on {run.device.type}; leave it out")
+    return run._replace(model=GraphedDenoiser(run.model))

@@ -3,6 +3,8 @@
 A token is a boundary where the encoder's features are hard to predict from their surroundings (DC-DiT, section 3).
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -74,8 +76,14 @@ def keep_top(prob: Tensor, tokens: int | list[int]) -> Tensor:
     """
     length = prob.shape[1]
     if isinstance(tokens, list):
-        tokens = torch.tensor(tokens).to(prob.device, non_blocking=True)[:, None]
+        tokens = written_by_device(tokens, prob.device)[:, None]
     return _rank(prob.detach().clone()) >= length - tokens
+
+
+def written_by_device(numbers: list[int], device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor, filled in by runs of equal ones: a copy could not be part of a CUDA graph."""
+    runs = [(len(list(run)), number) for number, run in itertools.groupby(numbers)]
+    return torch.cat([torch.full((length,), number, device=device) for length, number in runs])
 
 
 def _rank(key: Tensor) -> Tensor:

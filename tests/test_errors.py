@@ -111,6 +111,8 @@ SAMPLING = [
     ("--ckpt {ckpt} --lite-cfg --uncond-tail-dropping-fraction -0.1", "-fraction -0.1: must be in [0, 1)"),
     ("--ckpt {ckpt} --token-budget 1", "--token-budget 1: must be from 2 (the first and last token) to 64 (all)"),
     ("--ckpt {ckpt} --token-budget 65", "--token-budget 65: must be from 2 (the first and last token) to 64 (all)"),
+    ("--ckpt {ckpt} --cuda-graph", "--cuda-graph: needs a number of tokens that is known in advance; add --token-budget"),
+    ("--ckpt {ckpt} --cuda-graph --token-budget 9", "--cuda-graph: needs a CUDA device, and the model is on cpu"),
     ("--ckpt {ckpt} --token-budget 3.5", "argument --token-budget: invalid int value: '3.5'"),
     ("--ckpt {ckpt} --tflops-per-image 0", "--tflops-per-image 0.0: must be a positive number"),
     ("--ckpt {ckpt} --num-sampling-steps 2 --tflops-per-image 1e-9", "--tflops-per-image 1e-09: must be at least"),
