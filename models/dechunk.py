@@ -36,7 +36,8 @@ class Dechunk(nn.Module):
         self.register_buffer("disc", torch.tensor(disc), persistent=False)  # (K, 2): rows and columns to a neighbour
 
     def forward(self, tokens: Tensor, routing: Routing, packing: Packing) -> Tensor:
-        prob = routing.prob.flatten()[packing.index].clamp(PROB_MARGIN, 1 - PROB_MARGIN)[:, None]  # (T, 1)
+        prob = routing.prob.flatten()[packing.index].clamp(PROB_MARGIN, 1 - PROB_MARGIN)
+        prob = prob[:, None].to(tokens.dtype)  # (T, 1)
         confidence = torch.where(routing.natural, routing.prob, 1 - routing.prob)  # (B, L), in each token's own decision
         return _SmoothAndPlug.apply(tokens, prob, confidence, nearest_token(routing.keep), self.gaussian_sum(packing))
 
@@ -99,7 +100,7 @@ class _SmoothAndPlug(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens: Tensor, prob: Tensor, confidence: Tensor, nearest: Tensor, gaussian_sum) -> Tensor:
         weight = gaussian_sum(prob) + 1e-8
-        smooth = gaussian_sum(prob * tokens) / weight
+        smooth = gaussian_sum(prob * tokens).div_(weight)
         ctx.save_for_backward(tokens, prob, smooth, weight, nearest)
         ctx.gaussian_sum = gaussian_sum
         mixed = mix(tokens, smooth, prob)
@@ -125,7 +126,7 @@ class _SmoothAndPlug(torch.autograd.Function):
 
 def mix(tokens: Tensor, smooth: Tensor, prob: Tensor) -> Tensor:
     """The more certain the router, the more of a token's own value: (T, D)."""
-    return smooth + prob * (tokens - smooth)
+    return torch.lerp(smooth, tokens, prob)
 
 
 def row_products(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
