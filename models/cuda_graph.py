@@ -51,7 +51,7 @@ class Recording:
                     model(*self.inputs, tokens=tokens)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool):
+            with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):  # others may write images meanwhile
                 self.output = model(*self.inputs, tokens=tokens)
 
     def replay(self, *inputs: Tensor) -> DenoiserOutput:
