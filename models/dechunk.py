@@ -53,7 +53,7 @@ class Dechunk(nn.Module):
         grid = unpack(values, packing, side * side)
         grid = self.kernel @ grid.view(-1, side, side * values.shape[1])  # over rows
         grid = self.kernel @ grid.view(-1, side, values.shape[1])  # over columns
-        return grid.flatten(0, 1)[packing.index]
+        return grid.flatten(0, 1).index_select(0, packing.index).to(values.dtype)  # autocast rounds the products
 
 
 class Neighbours(NamedTuple):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.packing import PIECES
 from models.types import Packing
 
 EPS = 1e-6  # of the LayerNorms (DiT)
@@ -20,7 +21,7 @@ EPS = 1e-6  # of the LayerNorms (DiT)
 
 def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, linear: torch.nn.Linear, packing: Packing) -> Tensor:
     """Linear map of LayerNorm(x) * (1 + scale) + shift (adaLN; DiT, section 3.2): (T, D) -> (T, out)."""
-    return _ModulatedLinear.apply(x, shift, scale, linear.weight, linear.bias, packing.sample, packing.cu_seqlens)
+    return _ModulatedLinear.apply(x, shift, scale, linear.weight, linear.bias, packing.sample, packing.pieces)
 
 
 def gelu_linear(x: Tensor, linear: torch.nn.Linear) -> Tensor:
@@ -30,7 +31,7 @@ def gelu_linear(x: Tensor, linear: torch.nn.Linear) -> Tensor:
 
 def gated_add(x: Tensor, gate: Tensor, y: Tensor, packing: Packing) -> Tensor:
     """x + gate * y, both (T, D)."""
-    return _GatedAdd.apply(x, gate, y, packing.sample, packing.cu_seqlens)
+    return _GatedAdd.apply(x, gate, y, packing.sample, packing.pieces)
 
 
 def per_token(rows: Tensor, sample: Tensor) -> Tensor:
@@ -38,10 +39,11 @@ def per_token(rows: Tensor, sample: Tensor) -> Tensor:
     return rows.float().index_select(0, sample)
 
 
-def per_sample(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums over the tokens of each sample: (T, D) -> (B, D)."""
-    tokens = torch.arange(len(x), device=x.device, dtype=cu_seqlens.dtype)
-    return F.embedding_bag(tokens, x, cu_seqlens, mode="sum", include_last_offset=True)
+def per_sample(x: Tensor, pieces: Tensor) -> Tensor:
+    """Sums over the tokens of each sample, in `pieces` as of a Packing: (T, D) -> (B, D)."""
+    tokens = torch.arange(len(x), device=x.device, dtype=pieces.dtype)
+    sums = F.embedding_bag(tokens, x, pieces, mode="sum", include_last_offset=True)
+    return sums.view(-1, PIECES, x.shape[1]).sum(1)
 
 
 def linear_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,26 +53,25 @@ def linear_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, T
 
 class _ModulatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, scale, weight, bias, sample, cu_seqlens):
+    def forward(ctx, x, shift, scale, weight, bias, sample, pieces):
         normed, mean, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, EPS)
-        ctx.save_for_backward(x, mean, rstd, shift, scale, weight, sample, cu_seqlens)
+        ctx.save_for_backward(x, mean, rstd, shift, scale, weight, sample, pieces)
         y = torch.addcmul(per_token(shift, sample), normed, per_token(1 + scale.float(), sample))
         return F.linear(y, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, mean, rstd, shift, scale, weight, sample, cu_seqlens = ctx.saved_tensors
+        x, mean, rstd, shift, scale, weight, sample, pieces = ctx.saved_tensors
         factor = per_token(1 + scale.float(), sample)
-        normed = (x.float() - mean) * rstd
+        full, shape = x.float(), x.shape[-1:]
+        normed = torch.native_layer_norm(full, shape, None, None, EPS)[0]
         y = torch.addcmul(per_token(shift, sample), normed, factor)
         grad_y, grad_weight, grad_bias = linear_gradients(grad, y, weight)
         grad_y = grad_y.float()
-        grad_shift, grad_scale = per_sample(grad_y, cu_seqlens), per_sample(grad_y * normed, cu_seqlens)
-        grad_normed = grad_y * factor
-        grad_x = rstd * (
-            grad_normed - grad_normed.mean(1, keepdim=True) - normed * (grad_normed * normed).mean(1, keepdim=True)
-        )
+        grad_shift, grad_scale = per_sample(grad_y, pieces), per_sample(grad_y * normed, pieces)
+        mask = [True, False, False]
+        grad_x = torch.ops.aten.native_layer_norm_backward(grad_y * factor, full, shape, mean, rstd, None, None, mask)[0]
         return grad_x, grad_shift, grad_scale, grad_weight, grad_bias, None, None
 
 
@@ -90,13 +91,13 @@ class _GeluLinear(torch.autograd.Function):
 
 class _GatedAdd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate, y, sample, cu_seqlens):
-        ctx.save_for_backward(gate, y, sample, cu_seqlens)
+    def forward(ctx, x, gate, y, sample, pieces):
+        ctx.save_for_backward(gate, y, sample, pieces)
         return torch.addcmul(x, per_token(gate, sample), y.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        gate, y, sample, cu_seqlens = ctx.saved_tensors
-        grad_gate = per_sample(grad * y, cu_seqlens)
+        gate, y, sample, pieces = ctx.saved_tensors
+        grad_gate = per_sample(grad * y, pieces)
         return grad, grad_gate, (grad * per_token(gate, sample)).to(y.dtype), None, None

@@ -22,7 +22,8 @@ class Packing(NamedTuple):
 
     index: Tensor  # (T,) int64, row of the flattened (B * L) tokens
     sample: Tensor  # (T,) int64, which sample a token belongs to
-    cu_seqlens: Tensor  # (B + 1,) int32, first token of each sample
+    cu_seqlens: Tensor  # (B + 1,) int32, first token of each sample; the last entry is T
+    pieces: Tensor  # (B * PIECES + 1,) int32, the same with every sample cut up, so that its sum is taken in parallel
     lengths: Tensor  # (B,) int64, kept-token counts, on the host
     limit: int  # no sample has more tokens: L
 

@@ -275,7 +275,10 @@ def test_training_and_evaluation_mode_are_the_same_function():
 
 
 @pytest.mark.parametrize("fp32_scaffold", ["true", "false"])
-def test_bfloat16_autocast(fp32_scaffold):
+@pytest.mark.parametrize("grid", [False, True])
+def test_bfloat16_autocast(fp32_scaffold, grid, request):
+    if grid:
+        request.getfixturevalue("smooth_on_grid")
     model = tiny_model(model__hnet__fp32_router_dechunk=fp32_scaffold)
     plain = model(*inputs())
     seen = []
