@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10.0, help="measured time per row, without warm-up (default: 10)")
     parser.add_argument("--model", help="measure steps of this configuration only, e.g. DCDiT-XL-N4")
     parser.add_argument("--batch", type=int, default=8, help="batch size of --model (default: 8)")
-    parser.add_argument("--compile", action="store_true", help="some steps (with --model, its) with torch.compile as well")
+    parser.add_argument("--compile", action="store_true", help="at the end, some steps (with --model, its) with torch.compile")
     parser.add_argument("--output", type=Path, default=Path("benchmarks.json"), help="JSON file (default: benchmarks.json)")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device, bf16 = torch.device(args.device), args.device == "cuda"
     print(machine(device))
-    for part in args.only:
+    for part in [*args.only, *(["compiled"] if args.compile else [])]:
         for title, rows in RUN[part](args, device, bf16):
             print_table(title, rows)
             add_to_json(args.output, title, rows, device)
@@ -79,13 +79,19 @@ def run_stages(args, device, bf16):
 
 
 def run_steps(args, device, bf16):
+    yield "steps", measure_steps(args, device, bf16, STEPS[args.device], compiled=False)
+
+
+def run_compiled(args, device, bf16):
+    chosen = [one for one in STEPS[args.device] if one[0] in COMPILED[args.device]]
+    yield "steps, compiled", measure_steps(args, device, bf16, chosen, compiled=True)
+
+
+def measure_steps(args, device, bf16, chosen, compiled: bool) -> list[dict]:
     peak = matmul_peak(device, torch.bfloat16 if bf16 else torch.float32)
-    chosen = [(args.model, args.batch)] if args.model else STEPS[args.device]
     print(f"a matrix product reaches {peak / 1e12:.3g} TFLOP/s")
-    yield "steps", [steps.measure_step(*one, device, bf16, peak, args.seconds, False) for one in chosen]
-    if args.compile:
-        targets = chosen if args.model else [one for one in chosen if one[0] in COMPILED[args.device]]
-        yield "steps, compiled", [steps.measure_step(*one, device, bf16, peak, args.seconds, True) for one in targets]
+    chosen = [(args.model, args.batch)] if args.model else chosen
+    return [steps.measure_step(*one, device, bf16, peak, args.seconds, compiled) for one in chosen]
 
 
 def run_dropping(args, device, bf16):
@@ -130,7 +136,7 @@ def run_profile(args, device, bf16):
 FUNCTIONS = (
     run_stages, run_steps, run_dropping, run_batches, run_resolutions, run_graphs, run_around, run_processes, run_profile,
 )  # fmt: skip
-RUN = dict(zip(PARTS, FUNCTIONS))
+RUN = dict(zip(PARTS, FUNCTIONS)) | {"compiled": run_compiled}  # last: it takes longest, and the others are saved by then
 
 if __name__ == "__main__":
     cli.run(main)

@@ -75,7 +75,8 @@ def forget(folder: Path) -> bool:
 def measure_updates(name: str, device: torch.device, seconds: float) -> list[dict]:
     """Milliseconds of one optimizer step, one EMA update and one checkpoint, in the ways there are."""
     config = load(name)
-    model = build_model(config).to(device)
+    with device:
+        model = build_model(config)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
     ways = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}

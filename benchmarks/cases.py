@@ -49,7 +49,8 @@ def make_case(config: Config, batch: int, device: torch.device, bf16: bool, shar
     """
     cli.allow_tf32(config)
     torch.manual_seed(0)
-    model = build_model(config).to(device)
+    with device:  # filling the weights of a large model on the host takes longer than measuring it
+        model = build_model(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)

@@ -136,6 +136,12 @@ def measure_step(name: str, batch: int, device: torch.device, bf16: bool, peak: 
     training = medians({way: in_turn(steps) for way, steps in training.items()}, device, seconds / 2)
     guided = medians({way: in_turn(steps) for way, steps in guided.items()}, device, seconds / 2)
     flops = statistics.mean(flops)
+    memory = {
+        "saved plain MB": theirs.saved() / 1e6,
+        "saved ours MB": ours.saved() / 1e6,
+        "peak plain MB": peak_bytes(theirs, device) / 1e6,
+        "peak ours MB": peak_bytes(ours, device) / 1e6,
+    }
     static_time, static_flops = measure_static(case, batch, device, seconds / 4, compiled)
     return {
         "model": name,
@@ -146,10 +152,7 @@ def measure_step(name: str, batch: int, device: torch.device, bf16: bool, peak: 
         "train DiT on 2 x 2 patches ms": static_time * 1e3,
         "the same, scaled to equal FLOPs": static_time * 1e3 * flops / static_flops,
         "MFU": 3 * flops / training["ours"] / peak,
-        "saved plain MB": theirs.saved() / 1e6,
-        "saved ours MB": ours.saved() / 1e6,
-        "peak plain MB": peak_bytes(theirs, device) / 1e6,
-        "peak ours MB": peak_bytes(ours, device) / 1e6,
+        **memory,
         "sample plain ms": guided["plain"] * 1e3,
         "sample ours ms": guided["ours"] * 1e3,
         "sample ratio": guided["plain"] / guided["ours"],

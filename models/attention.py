@@ -10,10 +10,13 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.types import Packing
 
 HAS_FLASH = importlib.util.find_spec("flash_attn") is not None
+# cuDNN, which PyTorch would take first on some devices, plans for given shapes, and T is another one in every step.
+PACKED_FIRST = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 
 class Attention(nn.Module):
@@ -75,7 +78,8 @@ def by_sample(qkv: Tensor, packing: Packing) -> Tensor:
 def _varlen(qkv: Tensor, packing: Packing) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(*qkv.unbind(1), packing.cu_seqlens, packing.cu_seqlens, packing.limit, packing.limit)
+    with sdpa_kernel(PACKED_FIRST, set_priority=True):
+        return varlen_attn(*qkv.unbind(1), packing.cu_seqlens, packing.cu_seqlens, packing.limit, packing.limit)
 
 
 def _flash(qkv: Tensor, packing: Packing) -> Tensor:

@@ -23,7 +23,7 @@ class GraphedDenoiser(nn.Module):
         super().__init__()
         self.model = model
         self.recordings: dict[tuple, Recording] = {}
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def forward(
         self, x_t: Tensor, t: Tensor, labels: Tensor, drop: Tensor | float | None = None, tokens: list[int] | None = None
@@ -33,25 +33,25 @@ class GraphedDenoiser(nn.Module):
             return self.model(x_t, t, labels, drop)
         kind = (len(x_t), torch.is_autocast_enabled("cuda"), *(tokens or ()))
         if kind not in self.recordings:
-            self.recordings[kind] = Recording(self.model, (x_t, t, labels), tokens, self.pool)
+            self.recordings[kind] = Recording(self.model, (x_t, t, labels), tokens, self.pool, self.stream)
         return self.recordings[kind].replay(x_t, t, labels)
 
 
 class Recording:
     """One CUDA graph: the inputs and outputs it was recorded with are read and written again at every replay."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], tokens: list[int] | None, pool):
+    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], tokens: list[int] | None, pool, stream):
         self.inputs = tuple(x.clone() for x in inputs)
         # Without its cache, autocast's copies of the weights belong to the graph and live as long as it does.
         with torch.autocast("cuda", torch.bfloat16, torch.is_autocast_enabled("cuda"), cache_enabled=False):
-            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
                     model(*self.inputs, tokens=tokens)
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool, capture_error_mode="thread_local"):  # others may write images meanwhile
+            # "thread_local": other threads may write images meanwhile.
+            with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
                 self.output = model(*self.inputs, tokens=tokens)
 
     def replay(self, *inputs: Tensor) -> DenoiserOutput:

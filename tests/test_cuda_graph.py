@@ -70,7 +70,7 @@ def tapes(smooth_on_grid, monkeypatch):
     stream = SimpleNamespace(wait_stream=lambda other: None)
     stand_ins = {
         "CUDAGraph": make,
-        "graph": lambda tape, pool, **options: tape,
+        "graph": lambda tape, pool, stream, **options: tape,
         "graph_pool_handle": lambda: None,
         "Stream": lambda: stream,
         "current_stream": lambda: stream,
