@@ -1,12 +1,13 @@
 """Dechunk: smooth the kept tokens over space, plug each grid cell with its nearest kept token, keep the router trainable.
 
-Smoothing is a Gaussian sum over the kept tokens of a sample. Two exact ways, each fast where it is used:
-    neighbours (CPU)       lists of the kept tokens within 6 sigma of each token; beyond that a weight is below 2e-8
+Smoothing is a Gaussian sum over the kept tokens of a sample. Two ways, each fast where it is used:
+    neighbours (CPU)       lists of the kept tokens near each token: all with a weight above float32's epsilon
     grid products (else)   the kernel is a product of a row and a column kernel: kept tokens are put on the grid, and two (S, S)
                            products give the sum over all pairs
 Neither has a (T, T) matrix. The lists' length depends on the data, which on a GPU would be a wait for the device.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from models.packing import unpack
 from models.types import Packing, Routing
 
 PROB_MARGIN = 1e-4  # p is clamped to [margin, 1 - margin] as a mixing weight
-REACH = 6  # of the neighbour lists, in sigma
+REACH = 5.65  # of the neighbour lists, in sigma: a weight beyond is below 1.2e-7
 
 
 class Dechunk(nn.Module):
@@ -30,10 +31,10 @@ class Dechunk(nn.Module):
         offset = torch.arange(side, dtype=torch.float64)
         kernel = torch.exp(-((offset[:, None] - offset) ** 2) / (2 * sigma**2))
         self.register_buffer("kernel", kernel.float(), persistent=False)  # (S, S), symmetric
-        reach = min(int(REACH * sigma), side - 1)
-        steps = range(-reach, reach + 1)
-        disc = [(row, column) for row in steps for column in steps if row**2 + column**2 <= (REACH * sigma) ** 2]
-        self.register_buffer("disc", torch.tensor(disc), persistent=False)  # (K, 2): rows and columns to a neighbour
+        radius = REACH * sigma
+        height = min(int(radius), side - 1)
+        disc = [(rows, int((radius**2 - rows**2) ** 0.5)) for rows in range(-height, height + 1)]
+        self.register_buffer("disc", torch.tensor(disc), persistent=False)  # (K, 2): rows up or down, columns to either side
 
     def forward(self, tokens: Tensor, routing: Routing, packing: Packing) -> Tensor:
         prob = routing.prob.flatten()[packing.index].clamp(PROB_MARGIN, 1 - PROB_MARGIN)
@@ -41,16 +42,19 @@ class Dechunk(nn.Module):
         confidence = torch.where(routing.natural, routing.prob, 1 - routing.prob)  # (B, L), in each token's own decision
         return _SmoothAndPlug.apply(tokens, prob, confidence, nearest_token(routing.keep), self.gaussian_sum(packing))
 
-    def gaussian_sum(self, packing: Packing) -> Callable[[Tensor], Tensor]:
-        """The sum over the kept tokens of the same sample, (T, D) -> (T, D), as it is fast on this device."""
-        if not packing.index.is_cpu:
-            return lambda values: self.sum_on_grid(values, packing)
-        near = find_neighbours(packing, self.kernel, self.disc)
-        return lambda values: sum_neighbours(values, near)
+    def gaussian_sum(self, packing: Packing) -> Callable[[Tensor, Tensor], Tensor]:
+        """The sum of values times factors over the kept tokens of the same sample, as it is fast on this device.
 
-    def sum_on_grid(self, values: Tensor, packing: Packing) -> Tensor:
+        Returns:
+            A function, values (T, D) and factors (T, 1) -> (T, D).
+        """
+        if not packing.index.is_cpu:
+            return functools.partial(self.sum_on_grid, packing)
+        return functools.partial(sum_neighbours, find_neighbours(packing, self.kernel, self.disc))
+
+    def sum_on_grid(self, packing: Packing, values: Tensor, factor: Tensor) -> Tensor:
         side = len(self.kernel)
-        grid = unpack(values, packing, side * side)
+        grid = unpack(values * factor, packing, side * side)
         grid = self.kernel @ grid.view(-1, side, side * values.shape[1])  # over rows
         grid = self.kernel @ grid.view(-1, side, values.shape[1])  # over columns
         return grid.flatten(0, 1).index_select(0, packing.index).to(values.dtype)  # autocast rounds the products
@@ -59,30 +63,42 @@ class Dechunk(nn.Module):
 class Neighbours(NamedTuple):
     """For each of T kept tokens the kept tokens near it, itself included, one list after another."""
 
-    index: Tensor  # (pairs,) int64, packed numbers
+    index: Tensor  # (pairs,) int32, packed numbers
     weight: Tensor  # (pairs,) float32, Gaussian weights
-    start: Tensor  # (T + 1,) int64, where each list starts; the last entry is the end of all
+    start: Tensor  # (T + 1,) int32, where each list starts; the last entry is the end of all
 
 
 @torch.no_grad()
 def find_neighbours(packing: Packing, kernel: Tensor, disc: Tensor) -> Neighbours:
-    """The kept tokens of the same sample at the offsets `disc` (K, 2), weighted by `kernel` (S, S)."""
-    side, tokens = len(kernel), len(packing.index)
-    wide = 2 * side  # each sample has an empty margin to its right and above, so that no offset leads to another one
-    row, column = packing.index // side, packing.index % side  # rows count through the batch
-    place = (row + (packing.sample + 1) * side) * wide + column
-    number = place.new_full(((2 * len(packing.lengths) + 1) * side * wide,), -1)
-    number[place] = torch.arange(tokens)
-    candidate = number.take(place[:, None] + disc[:, 0] * wide + disc[:, 1])  # (T, K)
-    kept = candidate >= 0
-    where = kept.flatten().nonzero().squeeze(1)
-    weight = kernel[0][disc.abs()].prod(1)[where % len(disc)]
-    return Neighbours(candidate.take(where), weight, F.pad(kept.sum(1).cumsum(0), (1, 0)))
+    """The kept tokens of the same sample within `disc` (K, 2), weighted by `kernel` (S, S).
+
+    Those in one row of the disc around a token follow one another in the packing: a list is K runs of consecutive numbers.
+    """
+    side, cells, (rows, width) = len(kernel), len(packing.lengths) * packing.limit, disc.unbind(1)
+    kept = torch.zeros(cells + 1, dtype=torch.int64)
+    kept[packing.index + 1] = 1
+    before = kept.cumsum(0)  # kept tokens before each cell
+    column = packing.index % side
+    row = (packing.index // side % side)[:, None] + rows  # (T, K)
+    line = (packing.index - column)[:, None] + rows * side  # the rows' first cells
+    left, right = (column[:, None] - width).clamp(min=0), (column[:, None] + width + 1).clamp(max=side)
+    first = before.take((line + left).clamp(0, cells))
+    count = before.take((line + right).clamp(0, cells)) - first
+    count = count.where((row >= 0) & (row < side), 0)
+    first, count = first.flatten(), count.flatten()  # (T * K,) runs
+    end = count.cumsum(0)
+    run = torch.repeat_interleave(count)  # (pairs,), which run a pair belongs to
+    index = torch.arange(len(run)) + (first - end + count).index_select(0, run)
+    own, down = column.repeat_interleave(len(disc)), kernel[0][rows.abs()].repeat(len(column))  # of each run
+    across = (column.index_select(0, index) - own.index_select(0, run)).abs_()
+    weight = kernel[0].index_select(0, across).mul_(down.index_select(0, run))
+    return Neighbours(index.int(), weight, F.pad(end[len(disc) - 1 :: len(disc)], (1, 0)).int())
 
 
-def sum_neighbours(values: Tensor, near: Neighbours) -> Tensor:
-    """(T, D) -> (T, D): each token's weighted sum over its list."""
-    weight = near.weight.to(values.dtype)
+def sum_neighbours(near: Neighbours, values: Tensor, factor: Tensor) -> Tensor:
+    """Values (T, D), factors (T, 1) -> (T, D): each token's weighted sum over its list."""
+    weight = factor.flatten().index_select(0, near.index).mul_(near.weight)
+    values = values.detach()  # else more is computed, for a gradient that is not asked for
     return F.embedding_bag(near.index, values, near.start, mode="sum", per_sample_weights=weight, include_last_offset=True)
 
 
@@ -90,20 +106,20 @@ class _SmoothAndPlug(torch.autograd.Function):
     """Mix each kept token with the smoothed ones by its probability, and give every cell its nearest token.
 
     A cell's token is multiplied by its confidence "straight through" (DC-DiT, section 3): by 1, with the gradient of a factor.
-    Written out because little needs to be kept, nothing of it as large as the grid, and because the Gaussian is symmetric: the
-    gradient of `gaussian_sum` is `gaussian_sum` again.
+    Written out because next to nothing needs to be kept when the backward pass smooths once more, and because the Gaussian is
+    symmetric: the gradient of `gaussian_sum` is `gaussian_sum` again.
 
     Args:
-        tokens: (T, D). prob: (T, 1). confidence, nearest: (B, L). gaussian_sum: a linear function (T, any) -> (T, any).
+        tokens: (T, D). prob: (T, 1). confidence, nearest: (B, L). gaussian_sum: as of Dechunk.gaussian_sum.
     """
 
     @staticmethod
     def forward(ctx, tokens: Tensor, prob: Tensor, confidence: Tensor, nearest: Tensor, gaussian_sum) -> Tensor:
-        weight = gaussian_sum(prob) + 1e-8
-        smooth = gaussian_sum(prob * tokens).div_(weight)
-        ctx.save_for_backward(tokens, prob, smooth, weight, nearest)
+        weight = gaussian_sum(torch.ones_like(prob), prob) + 1e-8
+        ctx.save_for_backward(tokens, prob, weight, nearest)
         ctx.gaussian_sum = gaussian_sum
-        mixed = mix(tokens, smooth, prob)
+        smooth = gaussian_sum(tokens, prob).div_(weight)
+        mixed = smooth.lerp_(tokens, prob)  # the more certain the router, the more of a token's own value
         plugged = mixed.new_empty(*nearest.shape, mixed.shape[1])  # no view: the caller adds to it in place
         torch.index_select(mixed, 0, nearest.flatten(), out=plugged.flatten(0, 1))
         return plugged
@@ -111,22 +127,18 @@ class _SmoothAndPlug(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        tokens, prob, smooth, weight, nearest = ctx.saved_tensors
-        each = torch.arange(len(tokens), device=tokens.device)
-        grad_confidence = row_products(grad.flatten(0, 1), mix(tokens, smooth, prob), nearest.flatten())
-        grad_mixed = sum_by_token(grad.flatten(0, 1), nearest.flatten(), len(tokens))
+        tokens, prob, weight, nearest = ctx.saved_tensors
+        rows, cell, each = grad.flatten(0, 1), nearest.flatten(), torch.arange(len(tokens), device=tokens.device)
+        smooth = ctx.gaussian_sum(tokens, prob).div_(weight)
+        grad_confidence = row_products(rows, torch.lerp(smooth, tokens, prob), cell)
+        grad_mixed = sum_by_token(rows, cell, len(tokens))
         along_tokens, along_smooth = row_products(grad_mixed, tokens, each), row_products(grad_mixed, smooth, each)
+        del smooth  # from here on another tensor of its size is needed
         share = (1 - prob) / weight  # of the sum over the neighbours
-        grad_weight = -share * along_smooth[:, None]
-        grad_weighted = ctx.gaussian_sum(share * grad_mixed)  # of prob * tokens
+        grad_weighted = ctx.gaussian_sum(grad_mixed, share)  # of prob * tokens
         grad_prob = along_tokens - along_smooth + row_products(grad_weighted, tokens, each)
-        grad_prob = grad_prob[:, None] + ctx.gaussian_sum(grad_weight)
+        grad_prob = grad_prob[:, None] - ctx.gaussian_sum(along_smooth[:, None], share)
         return grad_weighted.add_(grad_mixed).mul_(prob), grad_prob, grad_confidence.view(nearest.shape), None, None
-
-
-def mix(tokens: Tensor, smooth: Tensor, prob: Tensor) -> Tensor:
-    """The more certain the router, the more of a token's own value: (T, D)."""
-    return torch.lerp(smooth, tokens, prob)
 
 
 def row_products(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a tiny autoencoder, folder of images, feature extractor and configuration of a run."""
 
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -26,7 +27,7 @@ def smooth_on_grid(monkeypatch):
     """The dechunk smooths as on a GPU: without reading values on the host, and with products that can be counted."""
     from models.dechunk import Dechunk
 
-    monkeypatch.setattr(Dechunk, "gaussian_sum", lambda self, packing: lambda values: self.sum_on_grid(values, packing))
+    monkeypatch.setattr(Dechunk, "gaussian_sum", lambda self, packing: functools.partial(self.sum_on_grid, packing))
 
 
 @pytest.fixture
