@@ -18,14 +18,22 @@ import torch.distributed as dist
 from config import Config, OneProcessError, UserError, to_yaml, validate_processes
 
 T = TypeVar("T")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # the disk's fault, not the program's
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+)  # the disk's fault, not the program's
 
 
 class Parser(argparse.ArgumentParser):
     """A parser whose mistakes are one line, like all others; options must be written out in full."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -89,7 +97,9 @@ def run(main: Callable[[], None]) -> None:
         if error.errno not in DISK_ERRORS:
             raise
         where = f"'{error.filename}': " if error.filename else ""
-        sys.exit(f"error: {where}{error.strerror}; what is complete stays: make room and run the same command again")
+        sys.exit(
+            f"error: {where}{error.strerror}; what is complete stays: make room and run the same command again"
+        )
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -120,14 +130,18 @@ def start_processes() -> Processes:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # a slow process is not a dead one; torchrun ends those
+        dist.init_process_group(
+            backend, timeout=timedelta(days=1)
+        )  # a slow process is not a dead one; torchrun ends those
     return Processes(rank, world, device)
 
 
 def add_config_arguments(parser: Parser) -> None:
     """--config, --set and --dry-run."""
     parser.add_argument("--config", help="YAML file, e.g. configs/DCDiT-B-N4.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key; repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key; repeatable"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
 
 
@@ -141,7 +155,9 @@ def check_output(option: str, folder: Path | str) -> None:
     """UserError unless files can be written into this folder, which need not exist yet."""
     existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"{option} '{folder}': '{existing}' is not a folder that can be written to; give another")
+        raise UserError(
+            f"{option} '{folder}': '{existing}' is not a folder that can be written to; give another"
+        )
 
 
 def check_output_file(option: str, file: Path) -> None:

@@ -25,13 +25,17 @@ class OneProcessError(UserError):
 
 @dataclass
 class HNetConfig:
-    arch_layout: list = field(default_factory=lambda: ["c2", ["D12"], "c2"])  # [encoder, [main network], decoder]
+    arch_layout: list = field(
+        default_factory=lambda: ["c2", ["D12"], "c2"]
+    )  # [encoder, [main network], decoder]
     d_model: list[int] = field(default_factory=lambda: [768, 768])  # per stage; equal at all stages
     num_heads: list[int] = field(default_factory=lambda: [12, 12])
     tie_embeddings: bool = False  # of the official files; only false has a meaning here
     enc_dec_dim_factor: list[int | None] | None = None  # encoder width = d_model[0] // factor[0]
     dechunk_kernel_sigma: float = 1.0  # in latent cells; 2.0 at 512 px
-    fp32_router_dechunk: bool | str = True  # router, residual projection, dechunk in float32 under autocast too; or "tf32"
+    fp32_router_dechunk: bool | str = (
+        True  # router, residual projection, dechunk in float32 under autocast too; or "tf32"
+    )
 
 
 @dataclass
@@ -39,7 +43,9 @@ class UpcycleConfig:
     """How training.init_from turns a static DiT into a DC-DiT; see training/upcycle.py."""
 
     scaffold: str = "dit"  # stem, encoder, decoder and head start from the DiT's own layers; or "fresh"
-    router: str = "balanced"  # its last layer starts so that 1 token in N is kept from the first step on; or "fresh"
+    router: str = (
+        "balanced"  # its last layer starts so that 1 token in N is kept from the first step on; or "fresh"
+    )
 
 
 @dataclass
@@ -48,8 +54,12 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     init: str = "adaln_zero"  # or "released": what the official code really does
     attention: str = "auto"  # or "flash", "varlen", "sdpa"
-    patch_size: int | None = None  # null: a DC-DiT; P: a static DiT on patches of P x P cells, with hnet's main network only
-    timestep_divisor: int = 128  # frequency k of the timestep is 10000^(-k / divisor); 127: as in diffusers' DiT
+    patch_size: int | None = (
+        None  # null: a DC-DiT; P: a static DiT on patches of P x P cells, with hnet's main network only
+    )
+    timestep_divisor: int = (
+        128  # frequency k of the timestep is 10000^(-k / divisor); 127: as in diffusers' DiT
+    )
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     hnet: HNetConfig = field(default_factory=HNetConfig)
 
@@ -74,7 +84,9 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
-    precision: str = "auto"  # or "bf16", "fp32"; auto: as accelerate launch says, and if it says nothing bf16 on CUDA
+    precision: str = (
+        "auto"  # or "bf16", "fp32"; auto: as accelerate launch says, and if it says nothing bf16 on CUDA
+    )
     compile: bool = False  # torch.compile of transformer blocks, encoder and decoder
     class_dropout_prob: float = 0.1
     learn_sigma: bool = True
@@ -84,16 +96,22 @@ class TrainingConfig:
     downsample_factor_start: float | list[float] | None = None
     downsample_factor_warmup_steps: int = 0
     multi_budget_training: bool = False
-    multi_budget_drop_fractions: list[float] | FractionRange = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3])
+    multi_budget_drop_fractions: list[float] | FractionRange = field(
+        default_factory=lambda: [0.0, 0.1, 0.2, 0.3]
+    )
     multi_budget_start_step: int | None = None  # null: downsample_factor_warmup_steps
     seed: int = 0
     profile: bool = False
     profile_steps: list[int] = field(default_factory=lambda: [10, 20])
     resume_from_ckpt: str | None = None  # start a new run from this checkpoint
-    init_from: str | None = None  # start with the weights of this model; a static DiT becomes a DC-DiT as model.upcycle says
+    init_from: str | None = (
+        None  # start with the weights of this model; a static DiT becomes a DC-DiT as model.upcycle says
+    )
     frozen: list[str] = field(default_factory=list)  # parameters whose names begin so do not change ...
     frozen_steps: int = 0  # ... in this many first steps
-    lr_scales: dict[str, float] = field(default_factory=dict)  # factor on the learning rate by beginning of the name
+    lr_scales: dict[str, float] = field(
+        default_factory=dict
+    )  # factor on the learning rate by beginning of the name
     max_skipped_steps: int = 10  # so many non-finite steps in a row end the run
     rank_timeout: float = 600.0  # seconds after which a process that is dead or hangs ends the others
 
@@ -113,7 +131,9 @@ class DataConfig:
 class DiffusionConfig:
     noise_schedule: str = "linear"  # or "squaredcos_cap_v2"
     diffusion_steps: int = 1000
-    cfg_channels: int | str = 3  # latent channels that guidance changes: the first n (3: DiT's convention), or "all"
+    cfg_channels: int | str = (
+        3  # latent channels that guidance changes: the first n (3: DiT's convention), or "all"
+    )
 
 
 @dataclass
@@ -281,7 +301,9 @@ def downsample_factors(value: float | list[float]) -> float:
 def validate(config: Config) -> None:
     """Check everything that needs neither files nor the number of processes. Raises UserError."""
     data, logging = config.data, config.logging
-    _positive(data, "data", "image_size", "num_classes", "latent_stride", "latent_channels")  # the model's sizes follow
+    _positive(
+        data, "data", "image_size", "num_classes", "latent_stride", "latent_channels"
+    )  # the model's sizes follow
     _check_model(config)
     _check_training(config.training)
     _at_least(data, "data", 0, "num_workers")
@@ -299,7 +321,9 @@ def validate(config: Config) -> None:
     _positive(config.diffusion, "diffusion", "diffusion_steps")
     guided = config.diffusion.cfg_channels
     if guided != "all" and not (isinstance(guided, int) and 1 <= guided <= data.latent_channels):
-        raise UserError(f"diffusion.cfg_channels: {guided!r} must be 'all' or a number from 1 to {data.latent_channels}")
+        raise UserError(
+            f"diffusion.cfg_channels: {guided!r} must be 'all' or a number from 1 to {data.latent_channels}"
+        )
     _positive(logging, "logging", "log_every", "ckpt_every")
     _at_least(logging, "logging", 0, "ckpt_keep", "sample_every")
     _at_least(logging, "logging", 1.0, "sample_cfg_scale")
@@ -333,7 +357,9 @@ def _check_model(config: Config) -> None:
     parse_layout(hnet.arch_layout)
     _choice("model.init", model.init, ("adaln_zero", "released"))
     if hnet.fp32_router_dechunk not in (True, False, "tf32"):
-        raise UserError(f"model.hnet.fp32_router_dechunk: '{hnet.fp32_router_dechunk}' is not true, false or tf32")
+        raise UserError(
+            f"model.hnet.fp32_router_dechunk: '{hnet.fp32_router_dechunk}' is not true, false or tf32"
+        )
     _choice("model.attention", model.attention, ("auto", "flash", "varlen", "sdpa"))
     _choice("model.upcycle.scaffold", model.upcycle.scaffold, ("dit", "fresh"))
     _choice("model.upcycle.router", model.upcycle.router, ("balanced", "fresh"))
@@ -345,23 +371,35 @@ def _check_model(config: Config) -> None:
         )
     _positive(hnet, "model.hnet", "dechunk_kernel_sigma")
     if hnet.tie_embeddings:
-        raise UserError("model.hnet.tie_embeddings: true has no meaning for images; set it to false or leave it out")
+        raise UserError(
+            "model.hnet.tie_embeddings: true has no meaning for images; set it to false or leave it out"
+        )
     factors = hnet.enc_dec_dim_factor if hnet.enc_dec_dim_factor is not None else [None, None]
-    for key, values in (("d_model", hnet.d_model), ("num_heads", hnet.num_heads), ("enc_dec_dim_factor", factors)):
+    for key, values in (
+        ("d_model", hnet.d_model),
+        ("num_heads", hnet.num_heads),
+        ("enc_dec_dim_factor", factors),
+    ):
         if len(values) != 2:
-            raise UserError(f"model.hnet.{key}: {values} must have 2 entries, for the scaffold and for the main network")
+            raise UserError(
+                f"model.hnet.{key}: {values} must have 2 entries, for the scaffold and for the main network"
+            )
     for key, values in (("d_model", hnet.d_model), ("num_heads", hnet.num_heads)):
         if min(values) < 1:
             raise UserError(f"model.hnet.{key}: {values} must be positive")
     if hnet.d_model[0] != hnet.d_model[1]:
-        raise UserError(f"model.hnet.d_model: {hnet.d_model} must be equal at both entries; try {[hnet.d_model[1]] * 2}")
+        raise UserError(
+            f"model.hnet.d_model: {hnet.d_model} must be equal at both entries; try {[hnet.d_model[1]] * 2}"
+        )
     if factors[1] or (factors[0] or 0) < 0:
         raise UserError(f"model.hnet.enc_dec_dim_factor: {factors} must be [positive or null, null]")
     for name, width in (("d_model", config.d_model), ("d_model / enc_dec_dim_factor", config.encoder_width)):
         if model.patch_size is None and (width % 32 or width == 0):
             raise UserError(f"model.hnet.{name}: {width} is not a multiple of 32, which the GroupNorms need")
     if config.d_model % 4:
-        raise UserError(f"model.hnet.d_model: {config.d_model} is not a multiple of 4, which the positions need")
+        raise UserError(
+            f"model.hnet.d_model: {config.d_model} is not a multiple of 4, which the positions need"
+        )
     if config.d_model % hnet.num_heads[1]:
         raise UserError(f"model.hnet.num_heads: {hnet.num_heads[1]} does not divide d_model {config.d_model}")
 
@@ -373,13 +411,22 @@ def _check_training(training: TrainingConfig) -> None:
     )  # fmt: skip
     _choice("training.precision", training.precision, ("auto", "bf16", "fp32"))
     _at_least(
-        training, "training", 0, "lr_warmup_steps", "weight_decay", "downsample_factor_warmup_steps", "frozen_steps", "seed"
+        training,
+        "training",
+        0,
+        "lr_warmup_steps",
+        "weight_decay",
+        "downsample_factor_warmup_steps",
+        "frozen_steps",
+        "seed",
     )
     if training.seed >= 2**63:
         raise UserError(f"training.seed: {training.seed} must be below 2**63")
     for prefix, scale in training.lr_scales.items():
         if scale <= 0:
-            raise UserError(f"training.lr_scales.{prefix}: {scale} must be greater than 0; training.frozen stops parameters")
+            raise UserError(
+                f"training.lr_scales.{prefix}: {scale} must be greater than 0; training.frozen stops parameters"
+            )
     _fraction("training.class_dropout_prob", training.class_dropout_prob)
     _fraction("training.ema_decay", training.ema_decay)
     for key in ("max_steps", "ratio_batch_size"):
@@ -416,7 +463,9 @@ def _check_evaluation(evaluation: EvaluationConfig) -> None:
     _at_least(evaluation, "evaluation", 1.0, "cfg_scale")
     _positive(evaluation, "evaluation", "num_sampling_steps", "batch_size")
     if evaluation.every and evaluation.reference is None:
-        raise UserError("evaluation.reference: is needed with evaluation.every; `evaluate.py --make-reference` writes one")
+        raise UserError(
+            "evaluation.reference: is needed with evaluation.every; `evaluate.py --make-reference` writes one"
+        )
 
 
 def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -28,7 +28,9 @@ class Shown(NamedTuple):
     """One sample as the page shows it."""
 
     image: np.ndarray  # (H, W, 3) uint8
-    boundaries: np.ndarray  # (H, W, 3) uint8, the image with the boundary probability of the last step over it
+    boundaries: (
+        np.ndarray
+    )  # (H, W, 3) uint8, the image with the boundary probability of the last step over it
     tflop: float
     kept: float  # share of the tokens, mean over steps of the conditional branch
 
@@ -46,11 +48,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def draw(run: Run, label: int, options: SamplingOptions) -> Shown:
     """Sample number 0 of a class."""
     last = []
-    (batch,) = generate(run, [0], [label], options, observe=lambda step, routing: last.append(routing.prob[0]))
+    (batch,) = generate(
+        run, [0], [label], options, observe=lambda step, routing: last.append(routing.prob[0])
+    )
     image = enlarge(batch.images[0].permute(1, 2, 0).numpy())
     tokens = run.config.tokens
     kept = np.mean([step.conditional.item() for step in batch.kept]) / tokens
-    return Shown(image, boundary_overlay(image, as_map(last[-1])), float(image_tflop(run.config, batch.kept)[0]), float(kept))
+    return Shown(
+        image,
+        boundary_overlay(image, as_map(last[-1])),
+        float(image_tflop(run.config, batch.kept)[0]),
+        float(kept),
+    )
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:
@@ -94,7 +103,9 @@ def build_page(run: Run, steps: int, sampler: str):
             f"## {run.config.model.name}: one checkpoint, any budget\n{steps} steps of {sampler}, step {run.step} of training"
         )
         with gradio.Row():
-            label = gradio.Dropdown([(name, k) for k, name in enumerate(classes)], value=0, label="class", elem_id="label")
+            label = gradio.Dropdown(
+                [(name, k) for k, name in enumerate(classes)], value=0, label="class", elem_id="label"
+            )
             seed = gradio.Number(0, label="seed", precision=0, minimum=0, elem_id="seed")
             guidance = gradio.Slider(
                 1, 8, 2 if guided else 1, step=0.5, label="guidance", interactive=guided, elem_id="guidance"
@@ -111,11 +122,21 @@ def build_page(run: Run, steps: int, sampler: str):
                 gradio.Textbox(label="cost, nothing dropped", elem_id="full_cost"),
             ]
         inputs = [label, seed, guidance, dropped]
-        gradio.on([page.load, *(each.change for each in inputs)], update, inputs, outputs, trigger_mode="always_last")
+        gradio.on(
+            [page.load, *(each.change for each in inputs)],
+            update,
+            inputs,
+            outputs,
+            trigger_mode="always_last",
+        )
     return page
 
 
-PICTURES = (("at the budget", "image"), ("boundary probability, last step", "boundaries"), ("nothing dropped", "full_image"))
+PICTURES = (
+    ("at the budget", "image"),
+    ("boundary probability, last step", "boundaries"),
+    ("nothing dropped", "full_image"),
+)
 
 
 def import_gradio():
@@ -131,7 +152,9 @@ def main(argv: list[str] | None = None) -> None:
     import_gradio()
     run = load_run_from(args, cli.default_device())
     if run.config.model.patch_size is not None:
-        raise UserError(f"--ckpt '{args.ckpt}': is a static DiT, which has no budget to show; draw its samples with sample.py")
+        raise UserError(
+            f"--ckpt '{args.ckpt}': is a static DiT, which has no budget to show; draw its samples with sample.py"
+        )
     SamplingOptions(num_sampling_steps=args.num_sampling_steps).check(run.config)
     if args.dry_run:
         print(cli.describe(run.config))

@@ -34,20 +34,37 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("samples", nargs="?", metavar="SAMPLES", help=".npz or folder of images")
     parser.add_argument("reference", nargs="?", metavar="REFERENCE", help=".npz or folder of images")
-    parser.add_argument("--make-reference", nargs=2, metavar=("IMAGES", "OUT.npz"), help="write a data set's reference batch")
-    parser.add_argument("--image-size", type=int, help="pixels, with --make-reference: ADM's crop, as in training")
     parser.add_argument(
-        "--features", default="inception", help="or a TorchScript file, or a timm folder (default: %(default)s)"
+        "--make-reference", nargs=2, metavar=("IMAGES", "OUT.npz"), help="write a data set's reference batch"
     )
-    parser.add_argument("--inception-weights", metavar="FILE", help="torch-fidelity's weights (default: download them)")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "dc-dit", help="folder for features, by content")
+    parser.add_argument(
+        "--image-size", type=int, help="pixels, with --make-reference: ADM's crop, as in training"
+    )
+    parser.add_argument(
+        "--features",
+        default="inception",
+        help="or a TorchScript file, or a timm folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--inception-weights", metavar="FILE", help="torch-fidelity's weights (default: download them)"
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path.home() / ".cache" / "dc-dit",
+        help="folder for features, by content",
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the numbers (default: beside SAMPLES)")
     args = parser.parse_args(argv)
     if args.make_reference:
         if args.samples or args.output:
-            raise UserError("--make-reference: takes IMAGES and OUT.npz alone; leave SAMPLES, REFERENCE and --output out")
+            raise UserError(
+                "--make-reference: takes IMAGES and OUT.npz alone; leave SAMPLES, REFERENCE and --output out"
+            )
         if not args.image_size or args.image_size < 1:
-            raise UserError(f"--image-size {args.image_size}: --make-reference needs the size in pixels, e.g. 256")
+            raise UserError(
+                f"--image-size {args.image_size}: --make-reference needs the size in pixels, e.g. 256"
+            )
         if Path(args.make_reference[1]).suffix != ".npz":
             raise UserError(f"--make-reference '{args.make_reference[1]}': the output must end in .npz")
     elif args.reference is None:
@@ -76,7 +93,9 @@ def evaluate(args: argparse.Namespace) -> None:
     extractor = load_extractor(args.features, args.inception_weights, processes.device)
     for source in sources:
         check_source(source, extractor)
-    samples, reference = (measure_source(s, extractor, args.cache, processes.rank, processes.world) for s in sources)
+    samples, reference = (
+        measure_source(s, extractor, args.cache, processes.rank, processes.world) for s in sources
+    )
     if processes.rank > 0:
         return
     for side in (samples, reference):
@@ -86,15 +105,21 @@ def evaluate(args: argparse.Namespace) -> None:
     note = {"samples": str(args.samples), "reference": str(args.reference), "features": extractor.name}
     counts = {"num_samples": samples.count, "num_reference": reference.count}
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(output, lambda stream: stream.write(json.dumps({**found, **counts, **note}, indent=1).encode()))
+    write_file(
+        output, lambda stream: stream.write(json.dumps({**found, **counts, **note}, indent=1).encode())
+    )
     print("\n".join(f"{LABELS[name]:<18}{value:12.4f}" for name, value in found.items()))
-    print(f"{counts['num_samples']} samples, reference of {counts['num_reference'] or 'an unknown number of'} images; {output}")
+    print(
+        f"{counts['num_samples']} samples, reference of {counts['num_reference'] or 'an unknown number of'} images; {output}"
+    )
 
 
 def beside(samples: Path) -> Path:
     """samples/B-N4 and samples/B-N4.npz -> samples/B-N4.evaluation.json."""
     samples = samples.resolve()
-    return samples.with_name((samples.stem if samples.suffix == ".npz" else samples.name) + ".evaluation.json")
+    return samples.with_name(
+        (samples.stem if samples.suffix == ".npz" else samples.name) + ".evaluation.json"
+    )
 
 
 def make_reference(args: argparse.Namespace, folder: Path, output: Path) -> None:

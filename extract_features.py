@@ -40,33 +40,61 @@ LAUNCH = 8  # processes of the official launch: an eighth of the global batch is
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("--data-path", required=True, help="folder with one sub-folder of images per class")
-    parser.add_argument("--features-path", default="features", help="folder of the store (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=256, help="side of the centre crop in pixels (default: %(default)s)")
-    parser.add_argument("--vae", default="ema", help="ema or mse (stabilityai/sd-vae-ft-*) or a local diffusers folder")
+    parser.add_argument(
+        "--features-path", default="features", help="folder of the store (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=256, help="side of the centre crop in pixels (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--vae", default="ema", help="ema or mse (stabilityai/sd-vae-ft-*) or a local diffusers folder"
+    )
     batch_help = "an eighth of it is encoded at once, on any number of processes (default: %(default)s)"
     parser.add_argument("--global-batch-size", type=int, default=256, help=batch_help)
-    parser.add_argument("--num-workers", type=int, default=4, help="image-reading processes per process (default: %(default)s)")
-    parser.add_argument("--global-seed", type=int, default=0, help="of noise and flips with --store sample or official")
+    parser.add_argument(
+        "--num-workers",
+        type=int,
+        default=4,
+        help="image-reading processes per process (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--global-seed", type=int, default=0, help="of noise and flips with --store sample or official"
+    )
     store_help = "moments: mean and std, latents drawn in training; sample: one frozen latent; official: a file per image"
     parser.add_argument("--store", choices=KINDS, default="moments", help=store_help)
     parser.add_argument("--no-flip", action="store_true", help="leave out mirror images")
     parser.add_argument("--dtype", choices=("float16", "float32"), help="default: float16; official: float32")
-    parser.add_argument("--shard-size", type=int, help="images per shard (default: 1024, more above 262,144 images)")
-    parser.add_argument("--max-bad", type=int, default=0, help="unreadable images beyond which the exit status is 1")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and stop")
+    parser.add_argument(
+        "--shard-size", type=int, help="images per shard (default: 1024, more above 262,144 images)"
+    )
+    parser.add_argument(
+        "--max-bad", type=int, default=0, help="unreadable images beyond which the exit status is 1"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print what would be done, and stop"
+    )
     return parser.parse_args(argv)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """UserError for numbers that make no sense; fills in the default of --dtype."""
-    low = {"image_size": 1, "global_batch_size": 1, "num_workers": 0, "global_seed": 0, "max_bad": 0, "shard_size": 1}
+    low = {
+        "image_size": 1,
+        "global_batch_size": 1,
+        "num_workers": 0,
+        "global_seed": 0,
+        "max_bad": 0,
+        "shard_size": 1,
+    }
     for name, least in low.items():
         value = getattr(args, name)
         if value is not None and not least <= value < 2**31:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least} and below 2**31")
     args.dtype = args.dtype or ("float32" if args.store == "official" else "float16")
     if args.store == "official" and args.dtype != "float32":
-        raise UserError(f"--dtype {args.dtype}: the official layout is float32; leave --dtype out or choose another --store")
+        raise UserError(
+            f"--dtype {args.dtype}: the official layout is float32; leave --dtype out or choose another --store"
+        )
 
 
 class Batch(NamedTuple):
@@ -89,7 +117,9 @@ class Readable(torch.utils.data.Dataset):
 
     def collate(self, items: list[tuple[int, np.ndarray | None, str]]) -> Batch:
         good = [(index, image) for index, image, _ in items if image is not None]
-        unreadable = [[index, self.images.paths[index], reason] for index, image, reason in items if image is None]
+        unreadable = [
+            [index, self.images.paths[index], reason] for index, image, reason in items if image is None
+        ]
         size = self.images.image_size
         pixels = np.stack([image for _, image in good]) if good else np.empty((0, size, size, 3), np.uint8)
         return Batch([index for index, _ in good], torch.from_numpy(pixels).permute(0, 3, 1, 2), unreadable)
@@ -118,15 +148,25 @@ def plan(writer: FeatureWriter, lock: FolderLock, processes: cli.Processes) -> l
     return None if missing is None else missing[processes.rank :: processes.world]
 
 
-def read_shards(images: ImageFolder, shards: Iterable[range], batch_size: int, num_workers: int, pin: bool) -> Iterable[Batch]:
+def read_shards(
+    images: ImageFolder, shards: Iterable[range], batch_size: int, num_workers: int, pin: bool
+) -> Iterable[Batch]:
     """Batches of images, cut inside each shard for itself so that they do not depend on who reads which shard."""
-    batches = [list(shard[start : start + batch_size]) for shard in shards for start in range(0, len(shard), batch_size)]
+    batches = [
+        list(shard[start : start + batch_size])
+        for shard in shards
+        for start in range(0, len(shard), batch_size)
+    ]
     dataset = Readable(images)
     workers = max(0, min(num_workers, os.cpu_count() or 1, len(batches) - 1))
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate, pin_memory=pin)
+    return DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=dataset.collate, pin_memory=pin
+    )
 
 
-def extract(writer: FeatureWriter, shards: list[int], autoencoder: Autoencoder, batches: Iterable[Batch], bar: tqdm) -> None:
+def extract(
+    writer: FeatureWriter, shards: list[int], autoencoder: Autoencoder, batches: Iterable[Batch], bar: tqdm
+) -> None:
     """Encode the batches, which are those of `shards` in order, and write the shards."""
     batches = iter(batches)
     for shard in shards:
@@ -165,11 +205,18 @@ def report(manifest: dict, args: argparse.Namespace) -> None:
     for _, path, reason in manifest["unreadable"]:
         print(f"unreadable: {ascii(path)} {ascii(reason)[1:-1]}", file=sys.stderr)
     if len(manifest["unreadable"]) > args.max_bad:
-        sys.exit(f"more than --max-bad {args.max_bad} images were unreadable; the store is complete without them")
+        sys.exit(
+            f"more than --max-bad {args.max_bad} images were unreadable; the store is complete without them"
+        )
 
 
 def run_extraction(
-    args, images: ImageFolder, autoencoder: Autoencoder, writer: FeatureWriter, lock: FolderLock, processes: cli.Processes
+    args,
+    images: ImageFolder,
+    autoencoder: Autoencoder,
+    writer: FeatureWriter,
+    lock: FolderLock,
+    processes: cli.Processes,
 ) -> None:
     """Write this process's share of the missing shards; the first process then completes the store."""
     shards = plan(writer, lock, processes)
@@ -178,13 +225,19 @@ def run_extraction(
             print(f"{args.features_path}: already complete, nothing to do")
         return
     sources = [writer.sources(shard) for shard in shards]
-    batches = read_shards(images, sources, encode_size(args), args.num_workers, pin=processes.device.type == "cuda")
+    batches = read_shards(
+        images, sources, encode_size(args), args.num_workers, pin=processes.device.type == "cuda"
+    )
     caption = f"process 1 of {processes.world}" if processes.world > 1 else ""
     try:
-        with tqdm(total=sum(map(len, sources)), unit="image", desc=caption, disable=processes.rank > 0) as bar:
+        with tqdm(
+            total=sum(map(len, sources)), unit="image", desc=caption, disable=processes.rank > 0
+        ) as bar:
             extract(writer, shards, autoencoder, batches, bar)
         if processes.rank == 0:
-            while processes.world > 1 and writer.missing():  # not a barrier: that would time out on slow processes
+            while (
+                processes.world > 1 and writer.missing()
+            ):  # not a barrier: that would time out on slow processes
                 time.sleep(0.5)
             writer.finish()
     except OSError as error:
@@ -199,8 +252,15 @@ def main(argv: list[str] | None = None) -> None:
     check_arguments(args)
     images = ImageFolder(args.data_path, args.image_size)
     autoencoder = Autoencoder.load(args.vae, processes.device)
-    choices = {"flip": not args.no_flip, "dtype": args.dtype, "shard_size": args.shard_size, "seed": args.global_seed}
-    writer = FeatureWriter(args.features_path, make_settings(args.store, images, autoencoder, **choices), images.labels)
+    choices = {
+        "flip": not args.no_flip,
+        "dtype": args.dtype,
+        "shard_size": args.shard_size,
+        "seed": args.global_seed,
+    }
+    writer = FeatureWriter(
+        args.features_path, make_settings(args.store, images, autoencoder, **choices), images.labels
+    )
     if processes.rank == 0:
         print(describe_plan(writer.settings, args, processes.world))
     if args.dry_run:

@@ -30,10 +30,14 @@ TRAIN_IMAGES, HELD_OUT_IMAGES = 2048, 64
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for everything (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("quickstart"), help="folder for everything (default: %(default)s)"
+    )
     out = parser.parse_args(argv).output
     if (out / "table.txt").is_file():
-        print(f"{(out / 'table.txt').read_text(encoding='utf-8')}\n{out} is complete; remove it to start anew")
+        print(
+            f"{(out / 'table.txt').read_text(encoding='utf-8')}\n{out} is complete; remove it to start anew"
+        )
         return
     seconds = {}
     for name, part in PARTS.items():
@@ -43,19 +47,39 @@ def main(argv: list[str] | None = None) -> None:
         seconds[name] = time.perf_counter() - started
     table = format_table(result, seconds)
     write_file(out / "table.txt", lambda stream: stream.write(f"{table}\n".encode()))
-    print(f"\n{table}\n\n{out}/sample.png and {out}/chunking_viz.png show the samples and what the router kept.")
+    print(
+        f"\n{table}\n\n{out}/sample.png and {out}/chunking_viz.png show the samples and what the router kept."
+    )
 
 
 def write_images(out: Path) -> None:
-    shapes.main(["--output", str(out / "images"), "--image-size", str(IMAGE_SIZE), "--num-images", str(TRAIN_IMAGES)])
+    shapes.main(
+        ["--output", str(out / "images"), "--image-size", str(IMAGE_SIZE), "--num-images", str(TRAIN_IMAGES)]
+    )
 
 
 def train_autoencoder(out: Path) -> None:
-    autoencoder.main(["--images", str(out / "images"), "--output", str(out / "autoencoder"), "--image-size", str(IMAGE_SIZE)])
+    autoencoder.main(
+        [
+            "--images",
+            str(out / "images"),
+            "--output",
+            str(out / "autoencoder"),
+            "--image-size",
+            str(IMAGE_SIZE),
+        ]
+    )
 
 
 def extract(out: Path) -> None:
-    paths = ["--data-path", str(out / "images"), "--features-path", str(out / "features"), "--vae", str(out / "autoencoder")]
+    paths = [
+        "--data-path",
+        str(out / "images"),
+        "--features-path",
+        str(out / "features"),
+        "--vae",
+        str(out / "autoencoder"),
+    ]
     extract_features.main([*paths, "--image-size", str(IMAGE_SIZE), "--num-workers", "0"])
 
 
@@ -65,12 +89,16 @@ def train_model(out: Path) -> None:
 
 
 def draw_samples(out: Path) -> None:
-    sample.main(["--ckpt", newest(out), "--output", str(out), "--cfg-scale", "2", "--num-sampling-steps", "100"])
+    sample.main(
+        ["--ckpt", newest(out), "--output", str(out), "--cfg-scale", "2", "--num-sampling-steps", "100"]
+    )
 
 
 def measure(out: Path) -> RoutingStats:
     """On images that no training has seen."""
-    images, masks, labels = zip(*(shapes.render(TRAIN_IMAGES + k, IMAGE_SIZE) for k in range(HELD_OUT_IMAGES)))
+    images, masks, labels = zip(
+        *(shapes.render(TRAIN_IMAGES + k, IMAGE_SIZE) for k in range(HELD_OUT_IMAGES))
+    )
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     run = load_run(newest(out), cli.default_device())
     return measure_routing(run, pixels, torch.from_numpy(np.stack(masks)), list(labels))

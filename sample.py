@@ -23,7 +23,15 @@ from evaluation.arguments import (
 )
 from evaluation.charts import draw_kept
 from evaluation.chunk_maps import Trace, draw_chunking
-from evaluation.generate import Batch, Run, SamplingOptions, check_labels, describe_choice, generate, settle_budgets
+from evaluation.generate import (
+    Batch,
+    Run,
+    SamplingOptions,
+    check_labels,
+    describe_choice,
+    generate,
+    settle_budgets,
+)
 from evaluation.pictures import save_grid
 
 IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]  # those of the DiT paper's figures
@@ -35,7 +43,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_sampling_arguments(parser, cfg_scale=4.0, seed=1)
     add_cuda_graph_argument(parser)
     parser.add_argument("--classes", type=int, nargs="+", help="one image per label (default: eight of them)")
-    parser.add_argument("--output", type=Path, default=Path("."), help="folder for the pictures (default: this one)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("."), help="folder for the pictures (default: this one)"
+    )
     parser.add_argument("--no-visualize", action="store_true", help="write sample.png and summary.json only")
     args = parser.parse_args(argv)
     cli.check_output("--output", args.output)

@@ -30,7 +30,15 @@ from evaluation.arguments import (
     use_cuda_graph,
 )
 from evaluation.budgets import UNITS
-from evaluation.generate import Batch, Run, SamplingOptions, describe_choice, draw_labels, generate, settle_budgets
+from evaluation.generate import (
+    Batch,
+    Run,
+    SamplingOptions,
+    describe_choice,
+    draw_labels,
+    generate,
+    settle_budgets,
+)
 from evaluation.npz import write_npz
 from evaluation.pictures import save_png
 from training.watch import ProcessWatch
@@ -44,10 +52,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cli.add_config_arguments(parser)
     add_sampling_arguments(parser, cfg_scale=1.5, seed=0)
     add_cuda_graph_argument(parser)
-    parser.add_argument("--output-dir", type=Path, default=Path("samples"), help="folder for the PNG files (default: samples)")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("samples"), help="folder for the PNG files (default: samples)"
+    )
     parser.add_argument("--per-proc-batch-size", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument("--num-fid-samples", type=int, default=50000, help="how many images (default: %(default)s)")
-    parser.add_argument("--labels", choices=("uniform", "balanced"), default="uniform", help="random as in DiT, or in turn")
+    parser.add_argument(
+        "--num-fid-samples", type=int, default=50000, help="how many images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--labels", choices=("uniform", "balanced"), default="uniform", help="random as in DiT, or in turn"
+    )
     args = parser.parse_args(argv)
     for name in ("per_proc_batch_size", "num_fid_samples"):
         if getattr(args, name) < 1:
@@ -65,13 +79,21 @@ def main(argv: list[str] | None = None) -> None:
     index = list(range(args.num_fid_samples))
     labels = draw_labels(options.seed, index, run.config.data.num_classes, args.labels == "balanced")
     settings = {**dataclasses.asdict(options), "labels": args.labels, "batch": args.per_proc_batch_size}
-    settings |= {"model": run.fingerprint, "vae": run.autoencoder.sha256, "cfg_channels": run.config.diffusion.cfg_channels}
+    settings |= {
+        "model": run.fingerprint,
+        "vae": run.autoencoder.sha256,
+        "cfg_channels": run.config.diffusion.cfg_channels,
+    }
     if args.dry_run:
-        cli.print_once(f"{cli.describe(run.config)}\nsamples       {len(index)} into {args.output_dir}, {settings}")
+        cli.print_once(
+            f"{cli.describe(run.config)}\nsamples       {len(index)} into {args.output_dir}, {settings}"
+        )
         return
     watch = ProcessWatch(processes.rank, processes.world)
     with FolderLock(args.output_dir, "--output-dir") as lock:
-        todo = cli.on_first(lambda: prepare_folder(args, settings, index, lock, lambda: settle(run, index, labels, options)))
+        todo = cli.on_first(
+            lambda: prepare_folder(args, settings, index, lock, lambda: settle(run, index, labels, options))
+        )
         options = dataclasses.replace(options, **read_note(args.output_dir)["settled"])
         sample_missing(run, args, options, index, labels, todo[processes.rank :: processes.world])
         if processes.world > 1:
@@ -102,17 +124,27 @@ def prepare_folder(
     folder, size = args.output_dir, args.per_proc_batch_size
     note, settings = folder / NOTE, json.loads(json.dumps(settings))
     names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
-    if not note.is_file() and names - {NOTE + ".tmp"}:  # which a run left that was killed while it wrote the note
-        raise UserError(f"--output-dir '{folder}' holds files that this script did not write; give another folder")
-    settled = None if note.is_file() else settle()  # before the folder is made: a budget may turn out to be impossible
+    if not note.is_file() and names - {
+        NOTE + ".tmp"
+    }:  # which a run left that was killed while it wrote the note
+        raise UserError(
+            f"--output-dir '{folder}' holds files that this script did not write; give another folder"
+        )
+    settled = (
+        None if note.is_file() else settle()
+    )  # before the folder is made: a budget may turn out to be impossible
     lock.acquire()
     if note.is_file():
         earlier = read_note(folder)
         changed = [key for key in settings if settings[key] != earlier.get(key)]
         if changed:
-            raise UserError(f"--output-dir '{folder}' holds samples of another {', '.join(changed)}; give another folder")
+            raise UserError(
+                f"--output-dir '{folder}' holds samples of another {', '.join(changed)}; give another folder"
+            )
     else:
-        write_file(note, lambda stream: stream.write(json.dumps({**settings, "settled": settled}, indent=1).encode()))
+        write_file(
+            note, lambda stream: stream.write(json.dumps({**settings, "settled": settled}, indent=1).encode())
+        )
     (folder / RECORDS).mkdir(exist_ok=True)
     return [start for start in index[::size] if not is_done(folder, start, index[start : start + size])]
 
@@ -124,8 +156,12 @@ def read_note(folder: Path) -> dict:
 def account(run: Run, args, options: SamplingOptions, labels: list[int]) -> str:
     """Write the folder's summary.json from the records of all batches; returns it in words."""
     starts = range(0, args.num_fid_samples, args.per_proc_batch_size)
-    timesteps, counts, seconds = read_records([record_path(args.output_dir, start) for start in starts], len(labels))
-    summary = summarise(run.config, run.autoencoder.model.config, timesteps, counts, labels, run.class_names, seconds)
+    timesteps, counts, seconds = read_records(
+        [record_path(args.output_dir, start) for start in starts], len(labels)
+    )
+    summary = summarise(
+        run.config, run.autoencoder.model.config, timesteps, counts, labels, run.class_names, seconds
+    )
     save_summary({"options": dataclasses.asdict(options), **summary}, args.output_dir / "summary.json")
     return report(summary)
 
@@ -148,7 +184,9 @@ def sample_missing(run: Run, args, options, index: list[int], labels: list[int],
 
 def is_done(folder: Path, start: int, index: list[int]) -> bool:
     """Whether the batch that begins at `start` has its record and all images."""
-    return all(is_complete(path) for path in (record_path(folder, start), *(png_path(folder, i) for i in index)))
+    return all(
+        is_complete(path) for path in (record_path(folder, start), *(png_path(folder, i) for i in index))
+    )
 
 
 def png_jobs(batch: Batch, folder: Path) -> list[tuple]:

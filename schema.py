@@ -27,11 +27,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def read_yaml(path: Path, seen: tuple[Path, ...]) -> dict:
     path = path.resolve()
     if path in seen:
-        raise UserError(f"_base_: '{path}' inherits from itself through {' -> '.join(p.name for p in seen)}; break the cycle")
+        raise UserError(
+            f"_base_: '{path}' inherits from itself through {' -> '.join(p.name for p in seen)}; break the cycle"
+        )
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
-        raise UserError(f"--config '{path}' cannot be read ({error.strerror}); give the path of a YAML file") from None
+        raise UserError(
+            f"--config '{path}' cannot be read ({error.strerror}); give the path of a YAML file"
+        ) from None
     except UserError as error:
         raise UserError(f"--config '{path}': {error}") from None
     except Exception as error:  # PyYAML's constructors raise nearly any kind on strange tags
@@ -104,7 +108,10 @@ def _coerce_one(value, hint, key: str):
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return build(hint, value, key + ".")
     if typing.get_origin(hint) is dict and isinstance(value, dict):
-        return {str(name): _coerce(item, typing.get_args(hint)[1], f"{key}.{name}") for name, item in value.items()}
+        return {
+            str(name): _coerce(item, typing.get_args(hint)[1], f"{key}.{name}")
+            for name, item in value.items()
+        }
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return _number(value)
     if hint is type(None) and value is None or hint in (str, int, bool, list) and type(value) is hint:
@@ -132,5 +139,11 @@ def _describe(hint) -> str:
         return f"a list of {_describe(typing.get_args(hint)[0])}"
     if typing.get_origin(hint) is dict:
         return f"'name: value' pairs with {_describe(typing.get_args(hint)[1])}"
-    names = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", list: "a list"}
+    names = {
+        float: "a finite number",
+        int: "a whole number",
+        bool: "true or false",
+        str: "text",
+        list: "a list",
+    }
     return "null" if hint is type(None) else names[hint]

@@ -18,7 +18,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    LoggerType,
+    broadcast_object_list,
+)
 
 import cli
 from config import Config, UserError, config_from_dict, differences, load_config, to_dict, to_yaml
@@ -51,15 +56,25 @@ SHAPE = ("model.hnet.", "model.mlp_ratio", "model.patch_size", "training.learn_s
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_config_arguments(parser)
-    parser.add_argument("--output", help="folder of the run; if it holds checkpoints, the run goes on (default: a new one)")
-    parser.add_argument("--resume", metavar="EXP_DIR", help="go on with the run in this folder, with its own configuration")
+    parser.add_argument(
+        "--output", help="folder of the run; if it holds checkpoints, the run goes on (default: a new one)"
+    )
+    parser.add_argument(
+        "--resume", metavar="EXP_DIR", help="go on with the run in this folder, with its own configuration"
+    )
     parser.add_argument("--compile", action="store_true", help="the same as --set training.compile=true")
-    parser.add_argument("--same_wandb", type=cli.boolean, default=True, help="go on in the same wandb run (default: true)")
+    parser.add_argument(
+        "--same_wandb", type=cli.boolean, default=True, help="go on in the same wandb run (default: true)"
+    )
     args = parser.parse_args(argv)
     if args.resume and args.output:
-        raise UserError(f"--resume '{args.resume}' and --output '{args.output}' both name the run's folder; give one")
+        raise UserError(
+            f"--resume '{args.resume}' and --output '{args.output}' both name the run's folder; give one"
+        )
     if args.resume and not (Path(args.resume) / "config.yaml").is_file():
-        raise UserError(f"--resume '{args.resume}' is not the folder of a run (it has no config.yaml); start one with --config")
+        raise UserError(
+            f"--resume '{args.resume}' is not the folder of a run (it has no config.yaml); start one with --config"
+        )
     if not args.config and not args.resume:
         raise UserError("--config is missing; give a file of configs/, or --resume with the folder of a run")
     return args
@@ -76,13 +91,17 @@ def main(argv: list[str] | None = None) -> None:
     cli.follow_launcher()
     unknown = set(config.logging.trackers) - set(LoggerType.list())
     if unknown:
-        raise UserError(f"logging.trackers: {', '.join(unknown)} is not one of {', '.join(LoggerType.list())}")
+        raise UserError(
+            f"logging.trackers: {', '.join(unknown)} is not one of {', '.join(LoggerType.list())}"
+        )
     cli.check_output("--output", args.resume or args.output or config.logging.results_dir)
     store = open_checked_features(config)
     folder = Path(args.resume or args.output) if args.resume or args.output else None
     check_parameter_names(config)
     seen = starting_points(folder)
-    state, notes = find_state(config, folder, store)  # before the processes meet: every one of them finds the same mistakes
+    state, notes = find_state(
+        config, folder, store
+    )  # before the processes meet: every one of them finds the same mistakes
     accelerator = make_accelerator(config)
     autoencoder = load_autoencoder(config, store, accelerator)
     grids = sample_grids(config, autoencoder, accelerator)
@@ -93,7 +112,9 @@ def main(argv: list[str] | None = None) -> None:
         cli.on_first(lock.acquire)
         if starting_points(folder) != seen:  # the run that was waited for went on meanwhile
             state, notes = find_state(config, folder, store)
-        cli.on_first(lambda: write_file(folder / "config.yaml", lambda stream: stream.write(to_yaml(config).encode())))
+        cli.on_first(
+            lambda: write_file(folder / "config.yaml", lambda stream: stream.write(to_yaml(config).encode()))
+        )
         start_trackers(accelerator, config, folder, args.same_wandb)
         cost = flops_function(config), total_peak(accelerator)
         trainer = Trainer(config, accelerator, store, folder, state, *cost, grids, evaluation)
@@ -110,7 +131,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_accelerator(config: Config) -> Accelerator:
     """Device, precision and trackers, checked."""
-    buffers_are_constant = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    buffers_are_constant = DistributedDataParallelKwargs(
+        broadcast_buffers=False, gradient_as_bucket_view=True
+    )
     trackers, device = config.logging.trackers, cli.default_device()
     cli.allow_tf32(config)
     accelerator = Accelerator(
@@ -126,13 +149,24 @@ def make_accelerator(config: Config) -> Accelerator:
             f"WORLD_SIZE {announced}: Accelerate found {accelerator.num_processes}; use accelerate launch or torchrun"
         )
     if missing := set(trackers) - {"all"} - {str(tracker) for tracker in accelerator.log_with}:
-        raise UserError(f"logging.trackers: {', '.join(missing)} is not installed; install it or leave it out")
+        raise UserError(
+            f"logging.trackers: {', '.join(missing)} is not installed; install it or leave it out"
+        )
     check_sharding(accelerator)
-    for key, every in (("logging.sample_every", config.logging.sample_every), ("evaluation.every", config.evaluation.every)):
-        if is_sharded(accelerator) and every:  # processes would draw unequal numbers of batches and wait for each other
-            raise UserError(f"{key}: {every} needs the whole model on every GPU; use 0 with FSDP, and sample the checkpoints")
+    for key, every in (
+        ("logging.sample_every", config.logging.sample_every),
+        ("evaluation.every", config.evaluation.every),
+    ):
+        if (
+            is_sharded(accelerator) and every
+        ):  # processes would draw unequal numbers of batches and wait for each other
+            raise UserError(
+                f"{key}: {every} needs the whole model on every GPU; use 0 with FSDP, and sample the checkpoints"
+            )
     if accelerator.mixed_precision == "fp16":
-        raise UserError("--mixed_precision fp16: is not supported, because its loss scale is no part of a checkpoint; use bf16")
+        raise UserError(
+            "--mixed_precision fp16: is not supported, because its loss scale is no part of a checkpoint; use bf16"
+        )
     half = accelerator.mixed_precision == "bf16"
     if problem := kernel_problem(config.model.attention, accelerator.device, half, config.head_size):
         raise UserError(f"model.attention: {problem}")
@@ -159,14 +193,18 @@ def open_checked_features(config: Config):
             f"latent_stride and latent_channels make {expected}; change those keys or extract again"
         )
     if store.labels.max() >= data.num_classes:
-        raise UserError(f"data.num_classes: {data.num_classes} is too small for label {store.labels.max()} in the features")
+        raise UserError(
+            f"data.num_classes: {data.num_classes} is too small for label {store.labels.max()} in the features"
+        )
     if len(store) < config.training.global_batch_size:
         raise UserError(
             f"training.global_batch_size: {config.training.global_batch_size} is more than the {len(store)} images of "
             f"'{data.feature_path}'; make it smaller"
         )
     if total_steps(config, len(store)) == 0:
-        raise UserError("training.epochs: no optimizer step fits into the run; raise it or lower gradient_accumulation_steps")
+        raise UserError(
+            "training.epochs: no optimizer step fits into the run; raise it or lower gradient_accumulation_steps"
+        )
     return store
 
 
@@ -183,13 +221,17 @@ def find_state(config: Config, folder: Path | None, store) -> tuple[dict | None,
     if folder is not None and (folder / "config.yaml").is_file():
         saved = load_config(folder / "config.yaml")
         if changed := changes(config, to_dict(saved)):
-            raise UserError(f"'{folder}' holds a run with other values of {', '.join(changed)}; use another --output")
+            raise UserError(
+                f"'{folder}' holds a run with other values of {', '.join(changed)}; use another --output"
+            )
     notes = []
     for path in reversed(list_checkpoints(folder / "checkpoints") if folder is not None else []):
         try:
             state = load_fitting(config, path, "--output")
             if lacking := [key for key in ("features", "averages", "skipped") if state.get(key) is None]:
-                raise UserError(f"--output '{path}' is not a checkpoint of a run (it lacks {', '.join(lacking)})")
+                raise UserError(
+                    f"--output '{path}' is not a checkpoint of a run (it lacks {', '.join(lacking)})"
+                )
             if foreign := changes(config, state["config"]):
                 raise UserError(f"--output '{path}' is of a run with other values of {', '.join(foreign)}")
         except UserError as error:
@@ -204,7 +246,11 @@ def find_state(config: Config, folder: Path | None, store) -> tuple[dict | None,
         raise UserError(f"{notes[0].removeprefix('warning: ')}; '{folder}' has no other to go on from")
     if config.training.resume_from_ckpt:
         state = load_fitting(config, config.training.resume_from_ckpt, "training.resume_from_ckpt")
-        return {**state, "averages": {}, "skipped": {"total": 0, "in_a_row": 0}}, notes  # a new run reports its own steps
+        return {
+            **state,
+            "averages": {},
+            "skipped": {"total": 0, "in_a_row": 0},
+        }, notes  # a new run reports its own steps
     if config.training.init_from:
         return upcycle.initial_state(config), notes
     return None, notes
@@ -232,16 +278,26 @@ def load_fitting(config: Config, path: Path | str, option: str) -> dict:
     """A checkpoint whose weights have the names and shapes of the network that the configuration describes."""
     state = load_checkpoint(path, option)
     if "optimizer" not in state:
-        raise UserError(f"{option} '{path}' holds weights only, with which no run can go on; give it as training.init_from")
-    state["config"] = to_dict(config_from_dict(state["config"]))  # keys that are newer than the checkpoint have their defaults
+        raise UserError(
+            f"{option} '{path}' holds weights only, with which no run can go on; give it as training.init_from"
+        )
+    state["config"] = to_dict(
+        config_from_dict(state["config"])
+    )  # keys that are newer than the checkpoint have their defaults
     scales = state["config"]["training"]["lr_scales"]
     if scales != config.training.lr_scales:
-        raise UserError(f"training.lr_scales: {config.training.lr_scales} differs from the {scales} of {option} '{path}'")
+        raise UserError(
+            f"training.lr_scales: {config.training.lr_scales} differs from the {scales} of {option} '{path}'"
+        )
     with torch.device("meta"):
         model = build_model(config)
-    if {name: x.shape for name, x in model.state_dict().items()} != {name: x.shape for name, x in state["model"].items()}:
+    if {name: x.shape for name, x in model.state_dict().items()} != {
+        name: x.shape for name, x in state["model"].items()
+    }:
         keys = [key for key in differences(to_dict(config), state["config"]) if key.startswith(SHAPE)]
-        raise UserError(f"{option} '{path}' holds another network than the configuration describes; see {', '.join(keys)}")
+        raise UserError(
+            f"{option} '{path}' holds another network than the configuration describes; see {', '.join(keys)}"
+        )
     return state
 
 
@@ -264,15 +320,21 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_
     options = {"name": f"{folder.name}-{config.model.name}", "dir": str(folder), "resume": "allow"}
     id_file = folder / "wandb_id.txt"
     known = id_file.read_text().strip() if same_wandb and id_file.is_file() else ""  # empty after a power cut
-    options["id"] = known or secrets.token_hex(4)  # ours from the start: some versions of Accelerate start an offline run twice
+    options["id"] = known or secrets.token_hex(
+        4
+    )  # ours from the start: some versions of Accelerate start an offline run twice
     init_kwargs = {"wandb": options} if "wandb" in config.logging.trackers else {}
     if init_kwargs and accelerator.is_main_process:
         write_file(id_file, lambda stream: stream.write(options["id"].encode()))
     try:
-        accelerator.init_trackers(config.logging.wandb_project, config=cli.flatten(to_dict(config)), init_kwargs=init_kwargs)
+        accelerator.init_trackers(
+            config.logging.wandb_project, config=cli.flatten(to_dict(config)), init_kwargs=init_kwargs
+        )
     except Exception as error:  # each tracker has its own kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"logging.trackers: cannot start ({reason}); set WANDB_MODE=offline or leave wandb out") from None
+        raise UserError(
+            f"logging.trackers: cannot start ({reason}); set WANDB_MODE=offline or leave wandb out"
+        ) from None
 
 
 def flops_function(config: Config):
@@ -302,11 +364,15 @@ def load_autoencoder(config: Config, store, accelerator: Accelerator) -> Autoenc
         ours = autoencoder.describe()
         if not known or all(ours[key] == known[key] for key in ("sha256", "shift", "scale")):
             return autoencoder
-        reason = f"{name} is another autoencoder than the features were made with; give a copy of {known['name']}"
+        reason = (
+            f"{name} is another autoencoder than the features were made with; give a copy of {known['name']}"
+        )
     raise UserError(f"data.vae: {reason}")
 
 
-def make_evaluation(config: Config, autoencoder: Autoencoder, folder: Path, accelerator: Accelerator) -> Evaluation | None:
+def make_evaluation(
+    config: Config, autoencoder: Autoencoder, folder: Path, accelerator: Accelerator
+) -> Evaluation | None:
     if not config.evaluation.every:
         return None
     bf16, folder = accelerator.mixed_precision == "bf16", folder / "evaluation"
@@ -338,7 +404,10 @@ def sample_grids(config: Config, autoencoder: Autoencoder | None, accelerator: A
 def report_origin(trainer: Trainer, config: Config, report: dict[str, str]) -> None:
     """Say where the first weights came from: counts in log.txt, every tensor in init_report.txt."""
     ways = Counter(way.split(":")[0] for way in report.values())
-    trainer.log.line(f"from {config.training.init_from}: " + ", ".join(f"{n} tensors {way}" for way, n in ways.most_common()))
+    trainer.log.line(
+        f"from {config.training.init_from}: "
+        + ", ".join(f"{n} tensors {way}" for way, n in ways.most_common())
+    )
     if trainer.accelerator.is_main_process:
         text = "".join(f"{name:<45} {way}\n" for name, way in report.items())
         write_file(trainer.folder / "init_report.txt", lambda stream: stream.write(text.encode()))

@@ -42,18 +42,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="(default: %(default)s)")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to run (default: all)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="measured time per row, without warm-up (default: 10)")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="measured time per row, without warm-up (default: 10)"
+    )
     parser.add_argument("--model", help="measure steps of this configuration only, e.g. DCDiT-XL-N4")
     parser.add_argument("--batch", type=int, default=8, help="batch size of --model (default: 8)")
-    parser.add_argument("--compile", action="store_true", help="at the end, some steps (with --model, its) with torch.compile")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks.json"), help="JSON file (default: benchmarks.json)")
+    parser.add_argument(
+        "--compile", action="store_true", help="at the end, some steps (with --model, its) with torch.compile"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks.json"), help="JSON file (default: benchmarks.json)"
+    )
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device; use cpu")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: must be at least 1")
     if args.model and load(args.model).model.patch_size is not None:
-        raise UserError(f"--model {args.model}: is a static DiT, which has no textbook version here; give a DCDiT-...")
+        raise UserError(
+            f"--model {args.model}: is a static DiT, which has no textbook version here; give a DCDiT-..."
+        )
     cli.check_output("--output", args.output.parent)
     read_json(args.output)
     return args
@@ -136,7 +144,9 @@ def run_profile(args, device, bf16):
 FUNCTIONS = (
     run_stages, run_steps, run_dropping, run_batches, run_resolutions, run_graphs, run_around, run_processes, run_profile,
 )  # fmt: skip
-RUN = dict(zip(PARTS, FUNCTIONS)) | {"compiled": run_compiled}  # last: it takes longest, and the others are saved by then
+RUN = dict(zip(PARTS, FUNCTIONS)) | {
+    "compiled": run_compiled
+}  # last: it takes longest, and the others are saved by then
 
 if __name__ == "__main__":
     cli.run(main)

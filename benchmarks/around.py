@@ -80,12 +80,19 @@ def measure_updates(name: str, device: torch.device, seconds: float) -> list[dic
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter) * 1e-3
     ways = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
-    optimizers = {f"AdamW {way}": torch.optim.AdamW(model.parameters(), **options) for way, options in ways.items()}
+    optimizers = {
+        f"AdamW {way}": torch.optim.AdamW(model.parameters(), **options) for way, options in ways.items()
+    }
     ema, average = ModelEmaV3(model, decay=0.9999), ModelEmaV3(model, decay=0.9999, foreach=False)
     functions = {way: optimizer.step for way, optimizer in optimizers.items()}
     functions |= {"EMA loop": lambda: average.update(model), "EMA foreach": lambda: ema.update(model)}
     times = medians(functions, device, seconds)
-    state = {"step": 1, "config": to_dict(config), "model": model.state_dict(), "ema": ema.module.state_dict()}
+    state = {
+        "step": 1,
+        "config": to_dict(config),
+        "model": model.state_dict(),
+        "ema": ema.module.state_dict(),
+    }
     state["optimizer"] = optimizers["AdamW fused"].state_dict()
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -107,12 +114,16 @@ def measure_processes(name: str, batch: int, cuda: bool, bf16: bool, steps: int)
     return [row | {"of ideal": row["images/s"] / rows[0]["images/s"] / row["processes"]} for row in rows]
 
 
-def _train(rank: int, world: int, folder: str, name: str, batch: int, cuda: bool, bf16: bool, steps: int) -> None:
+def _train(
+    rank: int, world: int, folder: str, name: str, batch: int, cuda: bool, bf16: bool, steps: int
+) -> None:
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     dist.init_process_group("nccl" if cuda else "gloo", f"file://{folder}/meet", rank=rank, world_size=world)
     case = make_case(load(name), batch, device, bf16)
-    step = Training(case, DistributedDataParallel(case.model, gradient_as_bucket_view=True, broadcast_buffers=False))
+    step = Training(
+        case, DistributedDataParallel(case.model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    )
     for k in range(steps + 2):
         if k == 2:  # the first ones allocate
             synchronize(device)

@@ -34,7 +34,9 @@ class Case:
         return self.config.model.hnet.dechunk_kernel_sigma
 
     def autocast(self):
-        return torch.autocast(self.prob.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+        return (
+            torch.autocast(self.prob.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+        )
 
     def kept(self) -> tuple[float, float]:
         """Mean and mean square of the kept tokens per image."""
@@ -42,7 +44,9 @@ class Case:
         return counts.mean().item(), counts.square().mean().item()
 
 
-def make_case(config: Config, batch: int, device: torch.device, bf16: bool, share: float | None = None) -> Case:
+def make_case(
+    config: Config, batch: int, device: torch.device, bf16: bool, share: float | None = None
+) -> Case:
     """A model on the device with a batch; `share` of the tokens is kept (None: 1 / N of the configuration).
 
     TF32 is on or off for the whole process, the textbook version included, as the configuration has it in training: off.

@@ -50,7 +50,9 @@ def saved_bytes(function: Callable[[], object], known: list[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = function()  # noqa: F841  keeps the graph, and so the addresses
-    return sum(storages.values()) - sum(storages.get(x.untyped_storage().data_ptr(), 0) for x in unique(known))
+    return sum(storages.values()) - sum(
+        storages.get(x.untyped_storage().data_ptr(), 0) for x in unique(known)
+    )
 
 
 def unique(tensors: list[Tensor]) -> list[Tensor]:
@@ -64,7 +66,9 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         function()
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     level = peak = 0
@@ -74,7 +78,9 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def compare(variants: Variants, inputs: list[Tensor], module: nn.Module | None, device: torch.device, seconds: float) -> dict:
+def compare(
+    variants: Variants, inputs: list[Tensor], module: nn.Module | None, device: torch.device, seconds: float
+) -> dict:
     """Time and memory of forward, and of forward + backward, of several ways to compute the same.
 
     Gradients go to `inputs` (those that require them) and to the module's parameters.
@@ -134,7 +140,10 @@ def machine(device: torch.device) -> str:
     else:
         cpu = Path("/proc/cpuinfo")
         lines = cpu.read_text().splitlines() if cpu.exists() else []
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        name = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+            platform.processor(),
+        )
         name += f", {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     return f"{name}; torch {torch.__version__}"
 

@@ -155,7 +155,9 @@ def attention(module, x: Tensor, chunks: Chunks) -> Tensor:
     kernel = pick_kernel(qkv)
     if kernel != "sdpa":
         return module.proj(KERNELS[kernel](qkv, chunks.packing).flatten(1))
-    q, k, v = (unpack(y.flatten(1), chunks).unflatten(2, (module.heads, -1)).transpose(1, 2) for y in qkv.unbind(1))
+    q, k, v = (
+        unpack(y.flatten(1), chunks).unflatten(2, (module.heads, -1)).transpose(1, 2) for y in qkv.unbind(1)
+    )
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=chunks.valid[:, None, None])
     return module.proj(out.transpose(1, 2).flatten(2)[chunks.valid])
 

@@ -47,7 +47,11 @@ def stages(case: Case) -> Iterator[tuple[str, Variants, list[Tensor], nn.Module 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, device=x.device).requires_grad_()
 
-    c, features, narrow = random(batch, width), random(batch, length, width), random(batch, length, case.config.encoder_width)
+    c, features, narrow = (
+        random(batch, width),
+        random(batch, length, width),
+        random(batch, length, case.config.encoder_width),
+    )
     for name, stack, tokens in (("encoder", model.encoder, narrow), ("decoder", model.decoder, features)):
         yield (
             name,
@@ -63,7 +67,9 @@ def stages(case: Case) -> Iterator[tuple[str, Variants, list[Tensor], nn.Module 
         "router",
         {
             "plain": lambda: plain.router(model.router, features, drop).prob,
-            "ours": lambda: model.router.forward(to_grid(features), drop).prob,  # without the hook that fixes the mask
+            "ours": lambda: (
+                model.router.forward(to_grid(features), drop).prob
+            ),  # without the hook that fixes the mask
         },
         [features],
         model.router,

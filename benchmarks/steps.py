@@ -34,10 +34,14 @@ class Training:
     def __init__(self, case: Case, forward: Callable, textbook: bool = False):
         self.case, self.forward, self.textbook = case, forward, textbook
         training, process = case.config.training, case.config.diffusion
-        self.diffusion = create_diffusion(process.noise_schedule, process.diffusion_steps, training.learn_sigma)
+        self.diffusion = create_diffusion(
+            process.noise_schedule, process.diffusion_steps, training.learn_sigma
+        )
         self.ema = ModelEmaV3(case.model, decay=0.9999, exclude_buffers=True)
         how = {} if textbook else {"fused": True}
-        self.optimizer = torch.optim.AdamW(case.model.parameters(), lr=1e-5, weight_decay=training.weight_decay, **how)
+        self.optimizer = torch.optim.AdamW(
+            case.model.parameters(), lr=1e-5, weight_decay=training.weight_decay, **how
+        )
 
     def loss(self) -> Tensor:
         (x0, t, labels), noise, training = self.case.inputs, self.case.noise, self.case.config.training
@@ -46,7 +50,9 @@ class Training:
             out = self.forward(x_t, t, labels)
         loss = sum(self.diffusion.losses(out.prediction.float(), x0, x_t, t, noise).values()).mean()
         if training.ratio_loss_weight > 0:
-            loss = loss + training.ratio_loss_weight * ratio_loss(out.routing, downsample_factors(training.downsample_factor))
+            loss = loss + training.ratio_loss_weight * ratio_loss(
+                out.routing, downsample_factors(training.downsample_factor)
+            )
         return loss
 
     def __call__(self) -> None:
@@ -62,7 +68,12 @@ class Training:
             self.ema.update(self.case.model)
 
     def saved(self) -> int:
-        known = [*self.case.model.parameters(), *self.case.model.buffers(), *self.case.inputs, self.case.noise]
+        known = [
+            *self.case.model.parameters(),
+            *self.case.model.buffers(),
+            *self.case.inputs,
+            self.case.noise,
+        ]
         return saved_bytes(self.loss, known)
 
 
@@ -111,7 +122,9 @@ def in_turn(steps: list[Callable[[], object]]) -> Callable[[], None]:
     return lambda: next(turn)()
 
 
-def measure_step(name: str, batch: int, device: torch.device, bf16: bool, peak: float, seconds: float, compiled: bool) -> dict:
+def measure_step(
+    name: str, batch: int, device: torch.device, bf16: bool, peak: float, seconds: float, compiled: bool
+) -> dict:
     """One configuration's row: step times in milliseconds, memory in MB, ratios textbook / ours.
 
     Batches of two different numbers of tokens take turns, so that what was compiled is good for any number, as in training.
@@ -168,13 +181,26 @@ def measure_graph(name: str, batch: int, device: torch.device, bf16: bool, secon
     case.prob = torch.where(kept, 0.75, 0.25)
     budget = [tokens] * (2 * batch)
     ways = {"plain": case.model, "graph": GraphedDenoiser(case.model)}
-    steps = {way: sampling(case, lambda *inputs, model=model: model(*inputs, tokens=budget)) for way, model in ways.items()}
+    steps = {
+        way: sampling(case, lambda *inputs, model=model: model(*inputs, tokens=budget))
+        for way, model in ways.items()
+    }
     times = medians(steps, device, seconds)
-    row = {"model": name, "batch": batch, "tokens": tokens, **{f"{way} ms": time * 1e3 for way, time in times.items()}}
-    return row | {"ratio": times["plain"] / times["graph"], "difference": difference([steps["graph"]()], [steps["plain"]()])}
+    row = {
+        "model": name,
+        "batch": batch,
+        "tokens": tokens,
+        **{f"{way} ms": time * 1e3 for way, time in times.items()},
+    }
+    return row | {
+        "ratio": times["plain"] / times["graph"],
+        "difference": difference([steps["graph"]()], [steps["plain"]()]),
+    }
 
 
-def measure_static(case: Case, batch: int, device: torch.device, seconds: float, compiled: bool) -> tuple[float, float]:
+def measure_static(
+    case: Case, batch: int, device: torch.device, seconds: float, compiled: bool
+) -> tuple[float, float]:
     """Seconds and forward FLOPs of a training step of the static DiT of the same size on patches of 2 x 2."""
     config = copy.deepcopy(case.config)
     config.model.patch_size = 2
@@ -200,17 +226,28 @@ def measure_dropping(name: str, batch: int, device: torch.device, bf16: bool, se
     for drop in drops:
         case.prob = masks[drop]
         flops = sum(forward_flops(case.config, Kept(*case.kept())).values())
-        rows.append({"dropped": drop, "ms": times[str(drop)] * 1e3, "time": times[str(drop)] / times["0.0"], "flops": flops})
+        rows.append(
+            {
+                "dropped": drop,
+                "ms": times[str(drop)] * 1e3,
+                "time": times[str(drop)] / times["0.0"],
+                "flops": flops,
+            }
+        )
     return [row | {"flops": row["flops"] / rows[0]["flops"]} for row in rows]
 
 
-def measure_sizes(name: str, sizes: list[tuple[int, int]], device: torch.device, bf16: bool, seconds: float) -> list[dict]:
+def measure_sizes(
+    name: str, sizes: list[tuple[int, int]], device: torch.device, bf16: bool, seconds: float
+) -> list[dict]:
     """Images per second of a training step on pictures of so many pixels in batches of so many."""
     rows = []
     for pixels, batch in sizes:
         case = make_case(load(name, f"data.image_size={pixels}"), batch, device, bf16)
         time = medians({"step": Training(case, case.model)}, device, seconds / len(sizes))["step"]
-        rows.append({"model": name, "pixels": pixels, "batch": batch, "ms": time * 1e3, "images/s": batch / time})
+        rows.append(
+            {"model": name, "pixels": pixels, "batch": batch, "ms": time * 1e3, "images/s": batch / time}
+        )
     return rows
 
 
@@ -222,4 +259,6 @@ def profile_step(name: str, batch: int, device: torch.device, bf16: bool) -> str
     with torch.profiler.profile() as profiler:
         step()
         synchronize(device)
-    return profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=15, max_name_column_width=60)
+    return profiler.key_averages().table(
+        sort_by=f"self_{device.type}_time_total", row_limit=15, max_name_column_width=60
+    )

@@ -35,7 +35,8 @@ class Autoencoder:
         self.shift, self.scale = shift_and_scale(config, self.channels)
         self.sha256 = hash_weights(model)
         self.shift_map, self.scale_map = (  # (1, C, 1, 1) float32
-            torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1) for values in (self.shift, self.scale)
+            torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+            for values in (self.shift, self.scale)
         )
         layout = torch.channels_last if torch.device(device).type == "cuda" else torch.preserve_format
         self.model = model.requires_grad_(False).eval().to(device, memory_format=layout)
@@ -59,7 +60,9 @@ class Autoencoder:
             if not on_hub:
                 remedy = "give a folder that AutoencoderKL.save_pretrained wrote"
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"--vae {name_or_path}: cannot load {source} ({reason[:200]}); {remedy}") from None
+            raise UserError(
+                f"--vae {name_or_path}: cannot load {source} ({reason[:200]}); {remedy}"
+            ) from None
         return cls(model, name_or_path if on_hub else os.path.abspath(name_or_path), device)
 
     def describe(self) -> dict:
@@ -77,7 +80,9 @@ class Autoencoder:
         """(C, s, s) for square images; UserError where the stride does not divide the size."""
         if image_size < 1 or image_size % self.stride:
             near = max(1, round(image_size / self.stride)) * self.stride
-            raise UserError(f"image size {image_size}: not a multiple of the autoencoder's stride {self.stride}; use {near}")
+            raise UserError(
+                f"image size {image_size}: not a multiple of the autoencoder's stride {self.stride}; use {near}"
+            )
         return self.channels, image_size // self.stride, image_size // self.stride
 
     @torch.no_grad()
@@ -92,7 +97,9 @@ class Autoencoder:
         """
         pixels = images.to(self.shift_map.device).float() / 127.5 - 1
         posterior = self.model.encode(pixels).latent_dist
-        return (posterior.mean.float() - self.shift_map) * self.scale_map, posterior.std.float() * self.scale_map
+        return (
+            posterior.mean.float() - self.shift_map
+        ) * self.scale_map, posterior.std.float() * self.scale_map
 
     @torch.no_grad()
     def decode(self, latents: Tensor, bf16: bool = False) -> Tensor:
@@ -100,7 +107,9 @@ class Autoencoder:
         raw = latents.to(self.shift_map.device).float() / self.scale_map + self.shift_map
         with torch.autocast(raw.device.type, torch.bfloat16, enabled=bf16):
             pixels = self.model.decode(raw).sample.float()
-        return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)  # truncation after + 128: rounds, as in ADM and DiT
+        return (
+            (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
+        )  # truncation after + 128: rounds, as in ADM and DiT
 
 
 def read_model(source: str) -> torch.nn.Module:
@@ -126,7 +135,9 @@ def shift_and_scale(config, channels: int) -> tuple[list[float], list[float]]:
     """
     mean, std = config.get("latents_mean"), config.get("latents_std")
     shift = mean if mean is not None else [config.get("shift_factor") or 0.0] * channels
-    scale = [config.scaling_factor / deviation for deviation in (std if std is not None else [1.0] * channels)]
+    scale = [
+        config.scaling_factor / deviation for deviation in (std if std is not None else [1.0] * channels)
+    ]
     return [float(value) for value in shift], scale
 
 

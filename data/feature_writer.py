@@ -18,7 +18,9 @@ from data.streams import rng
 KINDS = ("moments", "sample", "official")
 
 
-def make_settings(kind: str, images, autoencoder, *, flip: bool, dtype: str, shard_size: int | None, seed: int) -> dict:
+def make_settings(
+    kind: str, images, autoencoder, *, flip: bool, dtype: str, shard_size: int | None, seed: int
+) -> dict:
     """All that determines a store, as plain data: the first part of its manifest.
 
     Args:
@@ -52,8 +54,12 @@ def encode_images(autoencoder, images: Tensor, indices: list[int], settings: dic
     else:
         generators = [rng(settings["seed"], "features", index) for index in indices]
         mirrored = torch.tensor([generator.random() < 0.5 for generator in generators]).view(-1, 1, 1, 1)
-        mean, std = autoencoder.encode(torch.where(mirrored, images.flip(3), images) if settings["flip"] else images)
-        noise = np.stack([generator.standard_normal(mean.shape[1:], dtype=np.float32) for generator in generators])
+        mean, std = autoencoder.encode(
+            torch.where(mirrored, images.flip(3), images) if settings["flip"] else images
+        )
+        noise = np.stack(
+            [generator.standard_normal(mean.shape[1:], dtype=np.float32) for generator in generators]
+        )
         features = (mean + std * torch.from_numpy(noise).to(mean.device)).unsqueeze(1)
     array = features.to(getattr(torch, settings["dtype"])).cpu().numpy()
     if not np.isfinite(array).all():
@@ -87,11 +93,17 @@ class FeatureWriter:
         if begun:
             self._compare(read_json(begun[0]))
             official = rf"{self.prefix}(features|labels|.*\.json(\.tmp)?)"
-            known = re.compile(official if self.official else r"(shard-\d+|labels|manifest|settings)\.(npy|json)(\.tmp)?")
+            known = re.compile(
+                official if self.official else r"(shard-\d+|labels|manifest|settings)\.(npy|json)(\.tmp)?"
+            )
         for name in sorted(os.listdir(self.folder)) if self.folder.exists() else []:
-            other_size = self.official and re.match(r"imagenet\d+_", name) and not name.startswith(self.prefix)
+            other_size = (
+                self.official and re.match(r"imagenet\d+_", name) and not name.startswith(self.prefix)
+            )
             if name[0] != "." and not known.fullmatch(name) and not other_size:
-                raise UserError(f"--features-path {self.folder}: holds {name}, not of this extraction; choose an empty folder")
+                raise UserError(
+                    f"--features-path {self.folder}: holds {name}, not of this extraction; choose an empty folder"
+                )
 
     def prepare(self) -> list[int] | None:
         """Make the folder ready. Returns the shards to write, or None where the store is complete.
@@ -135,7 +147,12 @@ class FeatureWriter:
             unreadable: [source index, path, reason] of each other image.
         """
         sources = self.sources(shard)
-        record = {"first": sources.start, "stop": sources.stop, "count": len(features), "unreadable": unreadable}
+        record = {
+            "first": sources.start,
+            "stop": sources.stop,
+            "count": len(features),
+            "unreadable": unreadable,
+        }
         if self.official:
             write_official(self.official_folders, readable(record), features, self.source_labels)
         else:
@@ -152,7 +169,9 @@ class FeatureWriter:
         manifest["unreadable"] = [entry for record in records for entry in record.pop("unreadable")]
         if self.official:
             if self._official_names() != set(indices):
-                raise UserError(f"--features-path {self.folder}: its files were changed meanwhile; run the same command again")
+                raise UserError(
+                    f"--features-path {self.folder}: its files were changed meanwhile; run the same command again"
+                )
         else:
             labels = np.array([self.source_labels[index] for index in indices], dtype=np.int64)
             write_file(self.folder / "labels.npy", lambda stream: np.save(stream, labels))
@@ -169,7 +188,9 @@ class FeatureWriter:
 
     def _official_names(self) -> set[int]:
         """Numbers that have both a feature and a label file."""
-        existing = [set(list_numbered(folder)) if folder.exists() else set() for folder in self.official_folders]
+        existing = [
+            set(list_numbered(folder)) if folder.exists() else set() for folder in self.official_folders
+        ]
         return existing[0] & existing[1]
 
     def _compare(self, other: dict) -> None:
@@ -192,16 +213,24 @@ class FeatureWriter:
             for entry in manifest["unreadable"]:
                 records[entry[0] // self.settings["shard_size"]]["unreadable"].append(entry)
         except (KeyError, TypeError, ValueError, IndexError):
-            raise UserError(f"{self.manifest_path}: is not the manifest of a feature store; choose an empty folder") from None
+            raise UserError(
+                f"{self.manifest_path}: is not the manifest of a feature store; choose an empty folder"
+            ) from None
         return records + [{}] * (self.shards - len(records))
 
     def _intact(self, shard: int, record: dict, present: set[int]) -> bool:
         """Whether the files of a record exist in full length (their checksums are `damaged_files`'s business)."""
         try:
-            if range(record["first"], record["stop"]) != self.sources(shard) or record["count"] != len(readable(record)):
+            if range(record["first"], record["stop"]) != self.sources(shard) or record["count"] != len(
+                readable(record)
+            ):
                 return False
             file = self._shard_path(shard)
-            return present.issuperset(readable(record)) if self.official else file.stat().st_size == record["bytes"]
+            return (
+                present.issuperset(readable(record))
+                if self.official
+                else file.stat().st_size == record["bytes"]
+            )
         except (OSError, KeyError, TypeError, IndexError):
             return False
 
@@ -222,7 +251,9 @@ def readable(record: dict) -> list[int]:
     return sorted(set(range(record["first"], record["stop"])) - {entry[0] for entry in record["unreadable"]})
 
 
-def write_official(folders: tuple[Path, Path], indices: list[int], latents: np.ndarray, source_labels: list[int]) -> None:
+def write_official(
+    folders: tuple[Path, Path], indices: list[int], latents: np.ndarray, source_labels: list[int]
+) -> None:
     """One file of latents (1, C, s, s) float32 and one of labels (1,) int64 per image, named after its source index."""
     for folder in folders:
         folder.mkdir(exist_ok=True)

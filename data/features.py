@@ -35,7 +35,13 @@ from config import UserError
 FORMAT = 1
 STORE_KINDS = ("moments", "sample")
 SHARD_NAME = re.compile(r"shard-[0-9]{5,}\.npy")
-MANIFEST_TYPES = {"image_size": int, "class_names": list, "unreadable": list, "autoencoder": dict, "labels_sha256": str}
+MANIFEST_TYPES = {
+    "image_size": int,
+    "class_names": list,
+    "unreadable": list,
+    "autoencoder": dict,
+    "labels_sha256": str,
+}
 MAX_OPEN_SHARDS = 256  # every open memory map holds a file handle, and 1024 is a common limit per process
 
 
@@ -46,12 +52,16 @@ def open_features(path: str | os.PathLike, image_size: int) -> "FeatureStore | O
     if (folder / "manifest.json").is_file():
         return FeatureStore(folder, image_size)
     if (folder / f"imagenet{image_size}_settings.json").is_file() or (folder / "settings.json").is_file():
-        raise UserError(f"data.feature_path: {path} is an unfinished extraction; run its extract_features.py command again")
+        raise UserError(
+            f"data.feature_path: {path} is an unfinished extraction; run its extract_features.py command again"
+        )
     if (folder / f"imagenet{image_size}_features").is_dir():
         return OfficialStore(folder, image_size)
     if not folder.is_dir():
         raise UserError(f"data.feature_path: {path} is not a folder; {remedy}")
-    raise UserError(f"data.feature_path: {path} holds no {image_size}-pixel features; {remedy} --image-size {image_size}")
+    raise UserError(
+        f"data.feature_path: {path} holds no {image_size}-pixel features; {remedy} --image-size {image_size}"
+    )
 
 
 class FeatureStore:
@@ -67,16 +77,22 @@ class FeatureStore:
         self.folder = Path(folder).absolute()
         self.manifest = manifest = read_manifest(self.folder / "manifest.json")
         if manifest["image_size"] != image_size:
-            raise UserError(f"data.image_size: {image_size}, but {folder} holds features of size {manifest['image_size']}")
+            raise UserError(
+                f"data.image_size: {image_size}, but {folder} holds features of size {manifest['image_size']}"
+            )
         self.kind, self.image_size, self.class_names = manifest["kind"], image_size, manifest["class_names"]
         self.autoencoder, self.latent_shape = manifest["autoencoder"], tuple(manifest["latent_shape"])
         self.labels = read_labels(self.folder, manifest)
         if not len(self.labels):
-            raise UserError(f"data.feature_path: {folder} holds no image; extract features from readable images")
+            raise UserError(
+                f"data.feature_path: {folder} holds no image; extract features from readable images"
+            )
         for shard in manifest["shards"]:
             file = self.folder / shard["file"]
             if not file.is_file() or file.stat().st_size != shard["bytes"]:
-                raise UserError(f"data.feature_path: {file} is missing or cut off; run the extract_features.py command again")
+                raise UserError(
+                    f"data.feature_path: {file} is missing or cut off; run the extract_features.py command again"
+                )
         self._first = np.cumsum([0] + [shard["count"] for shard in manifest["shards"]])
         self._maps: dict[int, np.ndarray] = {}
 
@@ -100,7 +116,9 @@ class FeatureStore:
     def fingerprint(self) -> str:
         """Hash of the content: equal stores train equally."""
         content = [self.manifest[key] for key in ("kind", "image_size", "labels_sha256")]
-        return hashlib.sha256(json.dumps(content + [shard["sha256"] for shard in self.manifest["shards"]]).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(content + [shard["sha256"] for shard in self.manifest["shards"]]).encode()
+        ).hexdigest()
 
     def _map(self, shard: int) -> np.ndarray:
         """The memory map of a shard, (count, views, C or 2C, s, s)."""
@@ -112,9 +130,16 @@ class FeatureStore:
             try:
                 array = np.lib.format.open_memmap(file, mode="r")
             except Exception as error:  # NumPy and mmap raise many kinds on strange headers
-                raise UserError(f"{file}: cannot be read ({in_a_line(error)}); see python -m data.features --verify") from None
-            if array.shape != (entry["count"], *item_shape(self.manifest)) or array.dtype != self.manifest["dtype"]:
-                raise UserError(f"data.feature_path: {file} is {array.dtype} {array.shape}, which contradicts the manifest")
+                raise UserError(
+                    f"{file}: cannot be read ({in_a_line(error)}); see python -m data.features --verify"
+                ) from None
+            if (
+                array.shape != (entry["count"], *item_shape(self.manifest))
+                or array.dtype != self.manifest["dtype"]
+            ):
+                raise UserError(
+                    f"data.feature_path: {file} is {array.dtype} {array.shape}, which contradicts the manifest"
+                )
             self._maps[shard] = array
         return self._maps[shard]
 
@@ -131,14 +156,25 @@ class OfficialStore:
     def __init__(self, folder: Path, image_size: int):
         folder = Path(folder).absolute()
         self.image_size = image_size
-        self._features, self._labels = folder / f"imagenet{image_size}_features", folder / f"imagenet{image_size}_labels"
+        self._features, self._labels = (
+            folder / f"imagenet{image_size}_features",
+            folder / f"imagenet{image_size}_labels",
+        )
         if not self._labels.is_dir():
-            raise UserError(f"data.feature_path: {self._labels} is missing; it belongs beside {self._features.name}")
+            raise UserError(
+                f"data.feature_path: {self._labels} is missing; it belongs beside {self._features.name}"
+            )
         self._names = list_numbered(self._features)
         odd = set(self._names).symmetric_difference(list_numbered(self._labels))
         if odd or not self._names:
-            state = f"{len(odd)} files lack their counterpart, {sorted(odd)[0]}.npy for one" if odd else "there is no file"
-            raise UserError(f"data.feature_path: {folder} needs a feature and a label file per image; {state}")
+            state = (
+                f"{len(odd)} files lack their counterpart, {sorted(odd)[0]}.npy for one"
+                if odd
+                else "there is no file"
+            )
+            raise UserError(
+                f"data.feature_path: {folder} needs a feature and a label file per image; {state}"
+            )
         manifest_path = folder / f"imagenet{image_size}_manifest.json"
         self._manifest = read_json(manifest_path) if manifest_path.is_file() else {}
         self.autoencoder = self._manifest.get("autoencoder")
@@ -155,18 +191,24 @@ class OfficialStore:
 
     @functools.cached_property
     def class_names(self) -> list[str]:
-        return self._manifest.get("class_names") or [str(label) for label in range(int(self.labels.max()) + 1)]
+        return self._manifest.get("class_names") or [
+            str(label) for label in range(int(self.labels.max()) + 1)
+        ]
 
     def latent(self, index: int, generator: np.random.Generator | None) -> np.ndarray:
         """Latent (C, s, s) float32 of one image, as frozen at extraction; nothing is drawn from `generator`."""
         latent = load_array(self._path(index))
         if latent.shape != (1, *self.latent_shape) or len(self.latent_shape) != 3 or latent.dtype.kind != "f":
-            raise UserError(f"{self._path(index)}: is {latent.dtype} {latent.shape}, not a latent (1, C, s, s) like the others")
+            raise UserError(
+                f"{self._path(index)}: is {latent.dtype} {latent.shape}, not a latent (1, C, s, s) like the others"
+            )
         return latent[0].astype(np.float32)
 
     def fingerprint(self) -> str:
         """Hash of file names, labels and image size (reading all latents would take too long)."""
-        return hashlib.sha256(repr((self._names, self.image_size)).encode() + self.labels.tobytes()).hexdigest()
+        return hashlib.sha256(
+            repr((self._names, self.image_size)).encode() + self.labels.tobytes()
+        ).hexdigest()
 
     def _path(self, index: int) -> Path:
         return self._features / f"{self._names[index]}.npy"
@@ -176,7 +218,9 @@ def list_numbered(folder: Path) -> list[int]:
     """Numbers n of the files n.npy of a folder, ascending; UserError for any other file name."""
     stems = [name.removesuffix(".npy") for name in os.listdir(folder) if name[0] != "."]
     if odd := [stem for stem in stems if not (stem.isascii() and stem.isdigit() and str(int(stem)) == stem)]:
-        raise UserError(f"data.feature_path: {folder / odd[0]} is not named after the number of an image, like 12.npy")
+        raise UserError(
+            f"data.feature_path: {folder / odd[0]} is not named after the number of an image, like 12.npy"
+        )
     return sorted(map(int, stems))
 
 
@@ -218,9 +262,12 @@ def read_manifest(path: Path) -> dict:
     manifest = read_json(path)
     try:
         files = [shard["file"] for shard in manifest["shards"]]
-        numbers = [shard[key] for shard in manifest["shards"] for key in ("count", "bytes")] + [manifest["count"]]
+        numbers = [shard[key] for shard in manifest["shards"] for key in ("count", "bytes")] + [
+            manifest["count"]
+        ]
         sound = (
-            (manifest["format"], manifest["kind"] in STORE_KINDS, manifest["views"] in (1, 2)) == (FORMAT, True, True)
+            (manifest["format"], manifest["kind"] in STORE_KINDS, manifest["views"] in (1, 2))
+            == (FORMAT, True, True)
             and manifest["dtype"] in ("float16", "float32")
             and len(manifest["latent_shape"]) == 3
             and all(type(size) is int and 0 < size < 2**16 for size in manifest["latent_shape"])
@@ -235,7 +282,9 @@ def read_manifest(path: Path) -> dict:
     if not sound:
         raise UserError(f"{path}: is not the manifest of a feature store; extract the features again")
     if strangers := [file for file in files if not (isinstance(file, str) and SHARD_NAME.fullmatch(file))]:
-        raise UserError(f"{path}: names {strangers[0]!r}, which is no shard of this folder; extract the features again")
+        raise UserError(
+            f"{path}: names {strangers[0]!r}, which is no shard of this folder; extract the features again"
+        )
     return manifest
 
 
@@ -243,9 +292,13 @@ def read_labels(folder: Path, manifest: dict) -> np.ndarray:
     """labels.npy, (n,) int64, checked against the manifest."""
     labels = load_array(folder / "labels.npy")
     if labels.dtype != np.int64 or labels.shape != (manifest["count"],):
-        raise UserError(f"{folder / 'labels.npy'}: does not hold {manifest['count']} labels; extract the features again")
+        raise UserError(
+            f"{folder / 'labels.npy'}: does not hold {manifest['count']} labels; extract the features again"
+        )
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(manifest["class_names"]):
-        raise UserError(f"{folder / 'labels.npy'}: holds labels that are no class; extract the features again")
+        raise UserError(
+            f"{folder / 'labels.npy'}: holds labels that are no class; extract the features again"
+        )
     return labels
 
 
@@ -261,7 +314,9 @@ def damaged_files(folder: Path) -> list[str]:
     """One line per file of a store that is missing or differs from its checksum."""
     manifest = read_manifest(folder / "manifest.json")
     lines = []
-    for name, expected in [(s["file"], s["sha256"]) for s in manifest["shards"]] + [("labels.npy", manifest["labels_sha256"])]:
+    for name, expected in [(s["file"], s["sha256"]) for s in manifest["shards"]] + [
+        ("labels.npy", manifest["labels_sha256"])
+    ]:
         if not (folder / name).is_file():
             lines.append(f"{name}: missing")
         elif sha256_of(folder / name) != expected:
@@ -273,7 +328,9 @@ def main() -> None:
     from cli import Parser  # here and below, because cli is above this package
 
     parser = Parser("Compare a feature store with its checksums.")
-    parser.add_argument("--verify", required=True, metavar="PATH", help="a store (the official layout has no checksums)")
+    parser.add_argument(
+        "--verify", required=True, metavar="PATH", help="a store (the official layout has no checksums)"
+    )
     folder = Path(parser.parse_args().verify)
     lines = damaged_files(folder)
     print("\n".join(lines) or f"{folder}: every checksum is right")

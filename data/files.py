@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], None], durable: bool = True, shared: bool = False) -> None:
+def write_file(
+    path: Path, write: Callable[[BinaryIO], None], durable: bool = True, shared: bool = False
+) -> None:
     """Let `write` fill a file that appears under its name only when it is complete; nothing is left where that fails.
 
     `durable` files survive a power cut too, which takes milliseconds each: too long for thousands of pictures.

@@ -49,10 +49,16 @@ class ImageFolder:
         """Lists the files and opens none. UserError where there is no folder, no class folder or no image."""
         self.root, self.image_size = Path(root), image_size
         if not self.root.is_dir():
-            raise UserError(f"--data-path {root}: no such folder; give a folder with one sub-folder of images per class")
-        self.class_names = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != ".")
+            raise UserError(
+                f"--data-path {root}: no such folder; give a folder with one sub-folder of images per class"
+            )
+        self.class_names = sorted(
+            entry.name for entry in os.scandir(self.root) if entry.is_dir() and entry.name[0] != "."
+        )
         if not self.class_names:
-            raise UserError(f"--data-path {root}: holds no sub-folders; put the images of each class into their own sub-folder")
+            raise UserError(
+                f"--data-path {root}: holds no sub-folders; put the images of each class into their own sub-folder"
+            )
         self.paths: list[str] = []
         self.labels: list[int] = []
         for label, name in enumerate(self.class_names):
@@ -60,7 +66,9 @@ class ImageFolder:
             self.paths += [path.relative_to(self.root).as_posix() for path in found]
             self.labels += [label] * len(found)
         if not self.paths:
-            raise UserError(f"--data-path {root}: no image in its sub-folders; known file types are {' '.join(EXTENSIONS)}")
+            raise UserError(
+                f"--data-path {root}: no image in its sub-folders; known file types are {' '.join(EXTENSIONS)}"
+            )
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -87,7 +95,9 @@ def list_images(folder: Path) -> list[Path]:
     for parent, children, files in os.walk(folder, followlinks=True):
         here = Path(parent)
         ancestors = {here.resolve(), *here.resolve().parents}
-        children[:] = [name for name in children if name[0] != "." and (here / name).resolve() not in ancestors]  # no cycles
+        children[:] = [
+            name for name in children if name[0] != "." and (here / name).resolve() not in ancestors
+        ]  # no cycles
         found += [here / name for name in files if name[0] != "." and name.lower().endswith(EXTENSIONS)]
     return sorted(found, key=lambda path: (str(path.parent), path.name))
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from config import UserError
 
-PATIENCE = 40.0  # seconds: a run that was told to stop may still write its last checkpoint (launchers kill after 30)
+PATIENCE = (
+    40.0  # seconds: a run that was told to stop may still write its last checkpoint (launchers kill after 30)
+)
 
 
 class FolderLock:
@@ -29,7 +31,9 @@ class FolderLock:
 
     def __exit__(self, *error) -> None:
         if self.file is not None:
-            self.path.unlink(missing_ok=True)  # while it is locked: who waits for it looks whether it is still the same file
+            self.path.unlink(
+                missing_ok=True
+            )  # while it is locked: who waits for it looks whether it is still the same file
             self.file.close()
             self.file = None
 
@@ -46,7 +50,9 @@ class FolderLock:
                 where = f"{self.option} '{self.path.parent}'"
                 raise UserError(f"{where} is in use by {holder}; stop that run or give another folder")
             if not announced:
-                print(f"waiting up to {PATIENCE:.0f} s for {holder}, which uses {self.path.parent}", flush=True)
+                print(
+                    f"waiting up to {PATIENCE:.0f} s for {holder}, which uses {self.path.parent}", flush=True
+                )
                 announced = True
             time.sleep(0.2)
         self.file.truncate(0)
@@ -63,7 +69,10 @@ class FolderLock:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.close()
                 return False
-            print(f"warning: {self.path.parent} is not protected against a second run ({error.strerror})", flush=True)
+            print(
+                f"warning: {self.path.parent} is not protected against a second run ({error.strerror})",
+                flush=True,
+            )
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
                 self.file = file

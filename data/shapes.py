@@ -161,7 +161,9 @@ def render(index: int, image_size: int = 64, seed: int = 0) -> tuple[np.ndarray,
     level_of, texture_of, first, second = CLASSES[CLASS_NAMES[label]]
     image = background(draw, image_size)
     u, v = object_coordinates(draw, image_size)
-    first, second = (np.asarray(colour, dtype=np.float32) + draw.uniform(-0.03, 0.03) for colour in (first, second))
+    first, second = (
+        np.asarray(colour, dtype=np.float32) + draw.uniform(-0.03, 0.03) for colour in (first, second)
+    )
 
     level = level_of(u, v)
     covered = pixel_coverage(level < 1)
@@ -179,7 +181,9 @@ def write_image(folder: Path, index: int, image_size: int, seed: int) -> None:
     write_file(path, lambda stream: Image.fromarray(image).save(stream, format="PNG"), durable=False)
 
 
-def write_images(folder: str | Path, num_images: int, image_size: int = 64, seed: int = 0, start: int = 0) -> None:
+def write_images(
+    folder: str | Path, num_images: int, image_size: int = 64, seed: int = 0, start: int = 0
+) -> None:
     """Write images start ... start + num_images - 1 into an image folder with one subfolder per class.
 
     Finished images are kept as they are, so the same call again continues an interrupted one.

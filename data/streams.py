@@ -17,7 +17,9 @@ def rng(seed: int, purpose: str, *position: int) -> np.random.Generator:
         purpose: what is drawn ("order", "noise", ...); two purposes never share numbers.
         position: up to three non-negative integers, e.g. (step, sample index).
     """
-    key = np.array([seed, int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")], dtype=np.uint64)
+    key = np.array(
+        [seed, int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")], dtype=np.uint64
+    )
     counter = np.zeros(4, dtype=np.uint64)  # word 0 counts the numbers drawn, words 1-3 hold the position
     counter[1 : 1 + len(position)] = position
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

@@ -49,13 +49,19 @@ class GaussianDiffusion:
     def table(self, name: str, i: Tensor, ndim: int) -> Tensor:
         """Entries i (B,) of a table, float32, shaped to broadcast over (B, ...) with ndim dimensions."""
         if i.device not in self._on_device:
-            tables = {key: torch.as_tensor(values).to(i.device, torch.float32) for key, values in self.tables.items()}
+            tables = {
+                key: torch.as_tensor(values).to(i.device, torch.float32)
+                for key, values in self.tables.items()
+            }
             self._on_device[i.device] = tables
         return self._on_device[i.device][name][i].view(-1, *[1] * (ndim - 1))
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Draw x_t given x_0 (DDPM, equation 4)."""
-        signal, sigma = self.table("sqrt_alpha_bar", t, x0.ndim), self.table("sqrt_one_minus_alpha_bar", t, x0.ndim)
+        signal, sigma = (
+            self.table("sqrt_alpha_bar", t, x0.ndim),
+            self.table("sqrt_one_minus_alpha_bar", t, x0.ndim),
+        )
         return signal * x0 + sigma * noise
 
     def predict_x0(self, x_t: Tensor, i: Tensor, epsilon: Tensor) -> Tensor:
@@ -85,7 +91,9 @@ class GaussianDiffusion:
         share = (logits + 1) / 2
         return share * high + (1 - share) * low
 
-    def losses(self, prediction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def losses(
+        self, prediction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
         """Loss terms per sample (B,); their sum is trained on.
 
         "mse": mean squared error of epsilon. "vb" (learned variance only): the variational bound in bits per dimension, with
@@ -133,7 +141,10 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 
 def create_diffusion(
-    noise_schedule: str = "linear", diffusion_steps: int = 1000, learn_sigma: bool = True, sampling_steps: int | None = None
+    noise_schedule: str = "linear",
+    diffusion_steps: int = 1000,
+    learn_sigma: bool = True,
+    sampling_steps: int | None = None,
 ) -> GaussianDiffusion:
     """Build a diffusion process; `sampling_steps` respaces it for sampling.
 

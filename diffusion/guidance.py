@@ -47,7 +47,9 @@ def guide(
     """
 
     def denoise_guided(x: Tensor, t: Tensor) -> Tensor:
-        inside = interval is None or interval[0] <= t[0].item() <= interval[1]  # samplers give a batch one timestep
+        inside = (
+            interval is None or interval[0] <= t[0].item() <= interval[1]
+        )  # samplers give a batch one timestep
         t = t.to(x.device, non_blocking=True)
         ours, theirs = _at(t, conditional), _at(t, unconditional)
         if not inside:

@@ -26,7 +26,9 @@ class Step(NamedTuple):
     x_next: Tensor  # (B, C, S, S), the result of the step; the sample after the last one
 
 
-def ddpm(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, noise: Callable[[], Tensor]) -> Iterator[Step]:
+def ddpm(
+    diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, noise: Callable[[], Tensor]
+) -> Iterator[Step]:
     """Ancestral sampling (DDPM, algorithm 2). `noise()` returns the next standard normal draw, shaped like x."""
     for i in reversed(range(diffusion.steps)):
         t, index, prediction = _evaluate(diffusion, denoise, x, i)
@@ -36,7 +38,9 @@ def ddpm(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, noise: Calla
         x = x_next
 
 
-def ddim(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, noise: Callable[[], Tensor]) -> Iterator[Step]:
+def ddim(
+    diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, noise: Callable[[], Tensor]
+) -> Iterator[Step]:
     """Deterministic sampling (DDIM, arXiv 2010.02502, equation 12 with eta = 0); `noise` is not called."""
     for i in reversed(range(diffusion.steps)):
         t, index, prediction = _evaluate(diffusion, denoise, x, i)
@@ -48,7 +52,9 @@ def ddim(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, noise: Calla
         x = x_next
 
 
-def dpm_solver(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, noise: Callable[[], Tensor]) -> Iterator[Step]:
+def dpm_solver(
+    diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, noise: Callable[[], Tensor]
+) -> Iterator[Step]:
     """DPM-Solver++ (arXiv 2211.01095), second order, multistep, by diffusers; `noise` is not called.
 
     It solves the same equation as DDIM, of which a step is its first-order case: 20 to 50 steps do.
@@ -63,13 +69,17 @@ def dpm_solver(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, noise:
         epsilon, _ = diffusion.split(prediction)
         x0_hat = diffusion.predict_x0(x, index, epsilon)
         if i == 1:
-            solver.lower_order_nums = 0  # first order to t = 0: the signal-to-noise ratio jumps too far to extrapolate
+            solver.lower_order_nums = (
+                0  # first order to t = 0: the signal-to-noise ratio jumps too far to extrapolate
+            )
         x_next = solver.step(epsilon, i, x).prev_sample
         yield Step(i, t, x, x0_hat, x_next)
         x = x_next
 
 
-def _evaluate(diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, i: int) -> tuple[int, Tensor, Tensor]:
+def _evaluate(
+    diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, i: int
+) -> tuple[int, Tensor, Tensor]:
     index = torch.full((len(x),), i, device=x.device)
     t = int(diffusion.timesteps[i])
     return t, index, denoise(x, torch.full((len(x),), t)).float()

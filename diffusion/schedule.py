@@ -29,12 +29,16 @@ def respaced_timesteps(steps: int, sampling_steps: int) -> np.ndarray:
         ValueError: sampling_steps is not in [1, steps].
     """
     if not 1 <= sampling_steps <= steps:
-        raise ValueError(f"{sampling_steps} sampling steps are outside [1, {steps}], the steps of the diffusion process")
+        raise ValueError(
+            f"{sampling_steps} sampling steps are outside [1, {steps}], the steps of the diffusion process"
+        )
     if sampling_steps == 1:
         return np.array([steps - 1])
     stride = (steps - 1) / (sampling_steps - 1)
     position, kept = 0.0, []
-    for _ in range(sampling_steps):  # summed, not multiplied: the released checkpoints' spacing to the last bit
+    for _ in range(
+        sampling_steps
+    ):  # summed, not multiplied: the released checkpoints' spacing to the last bit
         kept.append(round(position))
         position += stride
     return np.array(kept)

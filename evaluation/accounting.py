@@ -37,7 +37,10 @@ class Seconds(NamedTuple):
 def stack_kept(kept: Sequence[Kept]) -> np.ndarray:
     """One batch's record as an array (B, steps, 2) int32, the branches last; 0 where a branch was not computed."""
     nothing = torch.zeros_like(kept[0].conditional)
-    rows = [torch.stack([step.conditional, nothing if step.unconditional is None else step.unconditional]) for step in kept]
+    rows = [
+        torch.stack([step.conditional, nothing if step.unconditional is None else step.unconditional])
+        for step in kept
+    ]
     return torch.stack(rows).permute(2, 0, 1).int().cpu().numpy()
 
 
@@ -55,7 +58,9 @@ def image_flops(config: Config, counts: np.ndarray) -> dict[str, dict[str, np.nd
         computed = (own > 0).sum(1)  # (B,) steps
         if computed.any():
             mean = flops.Kept(own.sum(1) / computed, (own**2).sum(1) / computed)
-            result[branch] = {name: each * computed for name, each in flops.forward_flops(config, mean).items()}
+            result[branch] = {
+                name: each * computed for name, each in flops.forward_flops(config, mean).items()
+            }
     return result
 
 
@@ -90,7 +95,9 @@ def summarise(
         "tokens": tokens,
         "tflop_per_image": spread(sum(by_branch.values()) / 1e12),
         "tflop_by_branch": {branch: float(value.mean()) / 1e12 for branch, value in by_branch.items()},
-        "tflop_by_component": {name: float(sum(own[name] for own in parts.values()).mean()) / 1e12 for name in components},
+        "tflop_by_component": {
+            name: float(sum(own[name] for own in parts.values()).mean()) / 1e12 for name in components
+        },
         "tflop_decoding": sum(flops.decoder_flops(decoder, config.latent_size).values()) / 1e12,
         "seconds_per_image": {name: value / images for name, value in seconds._asdict().items()},
         "kept_by_step": [step_row(int(t), counts[:, k]) for k, t in enumerate(timesteps)],
@@ -108,7 +115,9 @@ def step_row(t: int, counts: np.ndarray) -> dict:
     return {"t": t, **{name: spread(own) if own.any() else None for name, own in zip(BRANCHES, counts.T)}}
 
 
-def class_rows(counts: np.ndarray, labels: np.ndarray, tokens: int, class_names: Sequence[str] | None) -> list[dict]:
+def class_rows(
+    counts: np.ndarray, labels: np.ndarray, tokens: int, class_names: Sequence[str] | None
+) -> list[dict]:
     """Kept share of the conditional branch over all steps, for each class that was sampled: mean and spread over images."""
     shares = counts[:, :, 0].mean(1) / tokens
     return [
@@ -125,19 +134,29 @@ def class_rows(counts: np.ndarray, labels: np.ndarray, tokens: int, class_names:
 def report(summary: dict) -> str:
     """The account in words."""
     cost, seconds = summary["tflop_per_image"], summary["seconds_per_image"]
-    lines = [f"{summary['images']} images, {sum(seconds.values()):.2f} s each ({seconds['decoding']:.2f} s of it to decode)"]
+    lines = [
+        f"{summary['images']} images, {sum(seconds.values()):.2f} s each ({seconds['decoding']:.2f} s of it to decode)"
+    ]
     for branch in summary["tflop_by_branch"]:
         rows = [row[branch] for row in summary["kept_by_step"] if row[branch]]
         mean, least, most = (
             pick(row[key] for row in rows) / summary["tokens"]
-            for key, pick in (("mean", lambda values: float(np.mean(list(values)))), ("min", min), ("max", max))
+            for key, pick in (
+                ("mean", lambda values: float(np.mean(list(values)))),
+                ("min", min),
+                ("max", max),
+            )
         )
         lines.append(
             f"{branch} branch: {mean:.1%} of {summary['tokens']} tokens kept (from {least:.1%} to {most:.1%}) "
             f"in {len(rows)} steps, {summary['tflop_by_branch'][branch]:.4g} TFLOP per image"
         )
-    parts = ", ".join(f"{name} {value / cost['mean']:.1%}" for name, value in summary["tflop_by_component"].items())
-    lines.append(f"{cost['mean']:.4g} TFLOP per image over {summary['steps']} steps (std {cost['std']:.2g}): {parts}")
+    parts = ", ".join(
+        f"{name} {value / cost['mean']:.1%}" for name, value in summary["tflop_by_component"].items()
+    )
+    lines.append(
+        f"{cost['mean']:.4g} TFLOP per image over {summary['steps']} steps (std {cost['std']:.2g}): {parts}"
+    )
     lines.append(f"{summary['tflop_decoding']:.4g} TFLOP more to decode it")
     return "\n".join(lines)
 
@@ -153,7 +172,9 @@ def read_records(paths: Sequence[Path], images: int) -> tuple[list[int], np.ndar
     loaded, left = [], images
     for path in paths:
         with np.load(path) as arrays:
-            counts = arrays["counts"][:left]  # the last batch was larger if more samples were asked for earlier
+            counts = arrays["counts"][
+                :left
+            ]  # the last batch was larger if more samples were asked for earlier
             loaded.append((arrays["t"], counts, arrays["seconds"] * len(counts) / len(arrays["counts"])))
             left -= len(counts)
     timesteps, counts, seconds = zip(*loaded)

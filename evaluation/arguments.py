@@ -15,30 +15,54 @@ from models.cuda_graph import GraphedDenoiser
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model: --ckpt and --vae; and whether to compile it."""
     parser.add_argument("--ckpt", help="checkpoint that train.py wrote (default: `ckpt` of --config)")
-    parser.add_argument("--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)")
-    parser.add_argument("--compile", action="store_true", help="compile transformer blocks, encoder and decoder first")
+    parser.add_argument(
+        "--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile transformer blocks, encoder and decoder first"
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float, seed: int) -> None:
     """The options of every script that samples; the two defaults are those of the official scripts."""
     add_run_arguments(parser)
-    parser.add_argument("--cfg-scale", type=float, default=cfg_scale, help="guidance scale, 1 is none (default: %(default)s)")
+    parser.add_argument(
+        "--cfg-scale", type=float, default=cfg_scale, help="guidance scale, 1 is none (default: %(default)s)"
+    )
     parser.add_argument("--num-sampling-steps", type=int, default=250, help="(default: %(default)s)")
     parser.add_argument("--sampler", default="ddpm", choices=SAMPLERS, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=seed, help="(default: %(default)s)")
     parser.add_argument(
-        "--guidance-interval", type=float, nargs=2, metavar=("LO", "HI"), help="guide at LO <= t <= HI only (default: always)"
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="guide at LO <= t <= HI only (default: always)",
     )
-    parser.add_argument("--tail-dropping-fraction", type=float, metavar="F", help="budget: share of the kept tokens to drop")
-    parser.add_argument("--token-budget", type=int, metavar="K", help="budget: exactly K tokens per image, the most probable")
-    parser.add_argument("--tflops-per-image", type=float, metavar="X", help="budget: drop what is needed to cost X at most")
     parser.add_argument(
-        "--budget-schedule", metavar="T:F,...", help="budget: fraction by t, linear between, 1000:0.6,300:0.2,0:0"
+        "--tail-dropping-fraction", type=float, metavar="F", help="budget: share of the kept tokens to drop"
     )
-    parser.add_argument("--lite-cfg", action="store_true", help="give the unconditional branch a budget of its own")
-    parser.add_argument("--uncond-tail-dropping-fraction", type=float, metavar="F", help="its budget, with --lite-cfg")
+    parser.add_argument(
+        "--token-budget", type=int, metavar="K", help="budget: exactly K tokens per image, the most probable"
+    )
+    parser.add_argument(
+        "--tflops-per-image", type=float, metavar="X", help="budget: drop what is needed to cost X at most"
+    )
+    parser.add_argument(
+        "--budget-schedule",
+        metavar="T:F,...",
+        help="budget: fraction by t, linear between, 1000:0.6,300:0.2,0:0",
+    )
+    parser.add_argument(
+        "--lite-cfg", action="store_true", help="give the unconditional branch a budget of its own"
+    )
+    parser.add_argument(
+        "--uncond-tail-dropping-fraction", type=float, metavar="F", help="its budget, with --lite-cfg"
+    )
     parser.add_argument("--uncond-token-budget", type=int, metavar="K", help="its budget, with --lite-cfg")
-    parser.add_argument("--uncond-tflops-per-image", type=float, metavar="X", help="its budget (its share), with --lite-cfg")
+    parser.add_argument(
+        "--uncond-tflops-per-image", type=float, metavar="X", help="its budget (its share), with --lite-cfg"
+    )
     parser.add_argument("--uncond-budget-schedule", metavar="T:F,...", help="its budget, with --lite-cfg")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
                         help="of network and autoencoder (default: bf16 on CUDA, else fp32)")  # fmt: skip
@@ -47,12 +71,18 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float, se
 def add_cuda_graph_argument(parser: argparse.ArgumentParser) -> None:
     """For scripts that evaluate the network often with the same budget."""
     parser.add_argument(
-        "--cuda-graph", action="store_true", help="launch each evaluation as one CUDA graph; with --token-budget"
+        "--cuda-graph",
+        action="store_true",
+        help="launch each evaluation as one CUDA graph; with --token-budget",
     )
 
 
 def sampling_options(args: argparse.Namespace, device: torch.device) -> SamplingOptions:
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingOptions) if field.name != "bf16"}
+    values = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(SamplingOptions)
+        if field.name != "bf16"
+    }
     interval = values.pop("guidance_interval")
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
     return SamplingOptions(**values, guidance_interval=tuple(interval) if interval else None, bf16=bf16)
@@ -63,7 +93,9 @@ def load_run_from(args: argparse.Namespace, device: torch.device) -> Run:
     config = load_config(args.config, args.set) if args.config else None
     ckpt = args.ckpt or (config and config.ckpt)
     if not ckpt:
-        raise UserError("--ckpt is missing; give a checkpoint of train.py, e.g. results/000-DC-DiT/checkpoints/0400000.pt")
+        raise UserError(
+            "--ckpt is missing; give a checkpoint of train.py, e.g. results/000-DC-DiT/checkpoints/0400000.pt"
+        )
     run = load_run(ckpt, device, args.vae, config, args.set)
     if args.compile:
         compile_parts(run.model)
@@ -77,5 +109,7 @@ def use_cuda_graph(args: argparse.Namespace, options: SamplingOptions, run: Run)
     if options.token_budget is None and run.config.model.patch_size is None:
         raise UserError("--cuda-graph: needs a number of tokens that is known in advance; add --token-budget")
     if run.device.type != "cuda":
-        raise UserError(f"--cuda-graph: needs a CUDA device, and the model is on {run.device.type}; leave it out")
+        raise UserError(
+            f"--cuda-graph: needs a CUDA device, and the model is on {run.device.type}; leave it out"
+        )
     return run._replace(model=GraphedDenoiser(run.model))

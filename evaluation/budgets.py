@@ -28,7 +28,9 @@ MOST = 0.999  # fraction dropped at the lowest cost that is offered; of up to 10
 class Budget(NamedTuple):
     """What one branch is told at every step."""
 
-    points: tuple[tuple[float, float], ...] = ((0.0, 0.0),)  # (t, fraction dropped) by rising t; constant outside
+    points: tuple[tuple[float, float], ...] = (
+        (0.0, 0.0),
+    )  # (t, fraction dropped) by rising t; constant outside
     tokens: int | None = None  # exactly so many instead
 
     @property
@@ -61,15 +63,23 @@ def check(options, config: Config) -> None:
     """
     if options.lite_cfg and config.model.patch_size is not None:
         raise UserError("--lite-cfg: a static DiT has no router; leave it out")
-    if options.lite_cfg and all(getattr(options, prefix + unit) is None for prefix in ("", "uncond_") for unit in UNITS):
-        raise UserError("--lite-cfg: changes nothing without a budget; add e.g. --uncond-tail-dropping-fraction 0.9")
+    if options.lite_cfg and all(
+        getattr(options, prefix + unit) is None for prefix in ("", "uncond_") for unit in UNITS
+    ):
+        raise UserError(
+            "--lite-cfg: changes nothing without a budget; add e.g. --uncond-tail-dropping-fraction 0.9"
+        )
     for prefix in ("", "uncond_"):
         given = [prefix + unit for unit in UNITS if getattr(options, prefix + unit) is not None]
         if len(given) > 1:
-            raise UserError(f"{' and '.join(flag(name) for name in given)}: are two budgets for the same tokens; give one")
+            raise UserError(
+                f"{' and '.join(flag(name) for name in given)}: are two budgets for the same tokens; give one"
+            )
         for name in given:
             if config.model.patch_size is not None:
-                raise UserError(f"{flag(name)} {getattr(options, name)}: a static DiT has no router; leave it out")
+                raise UserError(
+                    f"{flag(name)} {getattr(options, name)}: a static DiT has no router; leave it out"
+                )
             if prefix and not options.lite_cfg:
                 raise UserError(f"{flag(name)} {getattr(options, name)}: needs --lite-cfg")
             _check_one(name, getattr(options, name), config)
@@ -79,14 +89,18 @@ def _check_one(name: str, value, config: Config) -> None:
     if name.endswith("fraction") and not 0 <= value < 1:
         raise UserError(f"{flag(name)} {value}: must be in [0, 1)")
     if name.endswith("token_budget") and not 2 <= value <= config.tokens:
-        raise UserError(f"{flag(name)} {value}: must be from 2 (the first and last token) to {config.tokens} (all)")
+        raise UserError(
+            f"{flag(name)} {value}: must be from 2 (the first and last token) to {config.tokens} (all)"
+        )
     if name.endswith("tflops_per_image") and not 0 < value < float("inf"):
         raise UserError(f"{flag(name)} {value}: must be a positive number")
     if name.endswith("schedule"):
         parse_schedule(value, config.diffusion.diffusion_steps, flag(name))
 
 
-def parse_schedule(text: str, diffusion_steps: int, option: str = "--budget-schedule") -> tuple[tuple[float, float], ...]:
+def parse_schedule(
+    text: str, diffusion_steps: int, option: str = "--budget-schedule"
+) -> tuple[tuple[float, float], ...]:
     """ "1000:0.6,300:0.2,0:0" -> points (t, fraction) by rising t.
 
     Raises:
@@ -101,7 +115,9 @@ def parse_schedule(text: str, diffusion_steps: int, option: str = "--budget-sche
     points = sorted((float(part[1]), float(part[2])) for part in parts)
     for (t, fraction), following in zip(points, [*points[1:], (None, None)]):
         if t > diffusion_steps or t == following[0]:
-            raise UserError(f"{option} '{text}': t = {t:g} must be from 0 to {diffusion_steps}, and given once")
+            raise UserError(
+                f"{option} '{text}': t = {t:g} must be from 0 to {diffusion_steps}, and given once"
+            )
         if fraction >= 1:
             raise UserError(f"{option} '{text}': the fraction {fraction:g} must be in [0, 1)")
     return tuple(points)
@@ -144,7 +160,11 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    config: Config, probe: Probe, steps: np.ndarray, interval: tuple[float, float] | None, budgets: tuple[Budget, Budget]
+    config: Config,
+    probe: Probe,
+    steps: np.ndarray,
+    interval: tuple[float, float] | None,
+    budgets: tuple[Budget, Budget],
 ) -> Prediction:
     """Mean cost per image over the sampler's timesteps `steps`: what the probe's samples cost, interpolated over t."""
 
@@ -152,12 +172,16 @@ def predict(
         if natural is None:
             return 0.0
         kept = budget.kept(natural, probe.t.expand_as(natural)).double()
-        cost = sum(flops.forward_flops(config, flops.Kept(kept.mean(0), kept.square().mean(0))).values())  # (steps,)
+        cost = sum(
+            flops.forward_flops(config, flops.Kept(kept.mean(0), kept.square().mean(0))).values()
+        )  # (steps,)
         return float(np.interp(at, probe.t.flip(0), cost.flip(0)).sum()) / 1e12
 
     low, high = interval or (float("-inf"), float("inf"))
     guided = steps[(low <= steps) & (steps <= high)]
-    return Prediction(branch(probe.conditional, budgets[0], steps), branch(probe.unconditional, budgets[1], guided))
+    return Prediction(
+        branch(probe.conditional, budgets[0], steps), branch(probe.unconditional, budgets[1], guided)
+    )
 
 
 def smallest_fraction(cost: Callable[[float], float], limit: float, option: str) -> float:
@@ -168,7 +192,9 @@ def smallest_fraction(cost: Callable[[float], float], limit: float, option: str)
     """
     least, most = cost(MOST), cost(0.0)
     if limit < least:
-        raise UserError(f"{option} {limit:g}: must be at least {least:.4g}; dropping nothing costs {most:.4g}")
+        raise UserError(
+            f"{option} {limit:g}: must be at least {least:.4g}; dropping nothing costs {most:.4g}"
+        )
     fractions = range(round(MOST * 1000) + 1)
     low, high = -1, len(fractions) - 1  # cost(high) fits, cost(low) does not
     while high - low > 1:
@@ -184,15 +210,24 @@ def choose_fractions(options, config: Config, probe: Probe, steps: np.ndarray):
     """
 
     def cost(**changes: float) -> Prediction:
-        budgets = resolve(dataclasses.replace(options, tflops_per_image=None, uncond_tflops_per_image=None, **changes), config)
+        budgets = resolve(
+            dataclasses.replace(options, tflops_per_image=None, uncond_tflops_per_image=None, **changes),
+            config,
+        )
         return predict(config, probe, steps, options.guidance_interval, budgets)
 
     if (limit := options.uncond_tflops_per_image) is not None:
         fraction = smallest_fraction(
-            lambda fraction: cost(uncond_tail_dropping_fraction=fraction).unconditional, limit, "--uncond-tflops-per-image"
+            lambda fraction: cost(uncond_tail_dropping_fraction=fraction).unconditional,
+            limit,
+            "--uncond-tflops-per-image",
         )
-        options = dataclasses.replace(options, uncond_tflops_per_image=None, uncond_tail_dropping_fraction=fraction)
+        options = dataclasses.replace(
+            options, uncond_tflops_per_image=None, uncond_tail_dropping_fraction=fraction
+        )
     if (limit := options.tflops_per_image) is not None:
-        fraction = smallest_fraction(lambda fraction: cost(tail_dropping_fraction=fraction).total, limit, "--tflops-per-image")
+        fraction = smallest_fraction(
+            lambda fraction: cost(tail_dropping_fraction=fraction).total, limit, "--tflops-per-image"
+        )
         options = dataclasses.replace(options, tflops_per_image=None, tail_dropping_fraction=fraction)
     return options, cost()

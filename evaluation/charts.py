@@ -53,10 +53,14 @@ def draw_cost(summary: dict, path: Path) -> None:
     total, names = summary["tflop_per_image"]["mean"], list(parts)[::-1]
     figure = Figure(figsize=(5, 0.28 * len(parts) + 0.7), dpi=120, layout="constrained")
     axis = figure.subplots()
-    bars = axis.barh(names, [parts[name] for name in names], color=["tab:grey", *["tab:blue"] * (len(names) - 1)])
+    bars = axis.barh(
+        names, [parts[name] for name in names], color=["tab:grey", *["tab:blue"] * (len(names) - 1)]
+    )
     axis.bar_label(bars, [f" {parts[name] / total:.1%}" for name in names], fontsize=7)
     axis.margins(x=0.12)
-    axis.set_xlabel(f"TFLOP per image over {summary['steps']} steps; % of the {total:.4g} without the autoencoder")
+    axis.set_xlabel(
+        f"TFLOP per image over {summary['steps']} steps; % of the {total:.4g} without the autoencoder"
+    )
     save_figure(figure, path)
 
 
@@ -69,7 +73,9 @@ def draw_classes(summary: dict, path: Path) -> None:
     figure = Figure(figsize=(5, 0.2 * len(rows) + 0.7), dpi=120, layout="constrained")
     axis = figure.subplots()
     mean, std = ([row["share"][key] for row in rows] for key in ("mean", "std"))
-    axis.barh([f"{row['name']} ({row['images']})" for row in rows], mean, xerr=std, color="tab:blue", ecolor="black")
+    axis.barh(
+        [f"{row['name']} ({row['images']})" for row in rows], mean, xerr=std, color="tab:blue", ecolor="black"
+    )
     axis.set_xlabel("share of tokens kept over all steps (number of images)")
     save_figure(figure, path)
 
@@ -79,7 +85,11 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_file(path, lambda stream: figure.savefig(stream, format="png"))
 
 
-PICTURES = {"kept_tokens.png": draw_kept, "cost_by_component.png": draw_cost, "kept_by_class.png": draw_classes}
+PICTURES = {
+    "kept_tokens.png": draw_kept,
+    "cost_by_component.png": draw_cost,
+    "kept_by_class.png": draw_classes,
+}
 
 
 def read_summary(path: Path) -> dict:
@@ -102,7 +112,9 @@ def beside(summary: Path) -> Path:
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("summary", type=Path, help="summary.json of a sampling run")
-    parser.add_argument("--output", type=Path, help="folder (default: the summary's, or beside that of sample_ddp.py)")
+    parser.add_argument(
+        "--output", type=Path, help="folder (default: the summary's, or beside that of sample_ddp.py)"
+    )
     args = parser.parse_args(argv)
     folder = args.output or beside(args.summary)
     cli.check_output("--output", folder)

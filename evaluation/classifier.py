@@ -37,7 +37,9 @@ class Classifier(nn.Module):
         super().__init__()
         widths = (3, *WIDTHS)
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.SiLU(), nn.Conv2d(b, b, 3, 1, 1), nn.SiLU())
+            nn.Sequential(
+                nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.SiLU(), nn.Conv2d(b, b, 3, 1, 1), nn.SiLU()
+            )
             for a, b in zip(widths, widths[1:])
         )
         self.head = nn.Linear(WIDTHS[-1], classes)
@@ -64,7 +66,11 @@ def load_images(folder: str, image_size: int) -> tuple[Tensor, Tensor, int]:
         labels.append(label)
     if len(images) < 2 * HELD_OUT or len(source.class_names) < 2:
         raise UserError(f"--images {folder}: give at least {2 * HELD_OUT} images of two classes")
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), len(source.class_names)
+    return (
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        torch.tensor(labels),
+        len(source.class_names),
+    )
 
 
 def train(model: Classifier, images: Tensor, labels: Tensor, steps: int, seed: int) -> None:
@@ -114,7 +120,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     started = time.perf_counter()
     images, labels, classes = load_images(args.images, args.image_size)
-    held_out = torch.from_numpy(rng(args.seed, "classifier held out").permutation(len(images)) % HELD_OUT == 0)
+    held_out = torch.from_numpy(
+        rng(args.seed, "classifier held out").permutation(len(images)) % HELD_OUT == 0
+    )
     torch.manual_seed(args.seed)
     model = Classifier(classes)
     train(model, images[~held_out], labels[~held_out], args.steps, args.seed)
@@ -123,7 +131,9 @@ def main(argv: list[str] | None = None) -> None:
     accuracy = (guessed == labels[held_out]).double().mean().item()
     save(model, args.image_size, args.output)
     seconds = time.perf_counter() - started
-    print(f"{args.output}: {accuracy:.1%} of {len(guessed)} held-out images right, {sum(WIDTHS)} features, {seconds:.0f} s")
+    print(
+        f"{args.output}: {accuracy:.1%} of {len(guessed)} held-out images right, {sum(WIDTHS)} features, {seconds:.0f} s"
+    )
 
 
 if __name__ == "__main__":

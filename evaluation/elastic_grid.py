@@ -22,7 +22,9 @@ from evaluation.generate import Batch, check_labels, generate
 
 
 @rc_context(SMALL)
-def draw_grid(fractions: list[float], batches: list[Batch], tflop: list[float], names: list[str], path: Path) -> None:
+def draw_grid(
+    fractions: list[float], batches: list[Batch], tflop: list[float], names: list[str], path: Path
+) -> None:
     """One column per fraction: its batch, and its mean TFLOP per image above; one row per sample, named at the left."""
     rows = len(names)
     figure = Figure(figsize=(1.2 * len(batches) + 0.5, 1.2 * rows + 0.5), dpi=120, layout="constrained")
@@ -43,10 +45,16 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_config_arguments(parser)
     add_sampling_arguments(parser, cfg_scale=4.0, seed=1)
     parser.add_argument(
-        "--fractions", type=float, nargs="+", default=[0, 0.2, 0.4, 0.6], help="columns (default: 0 0.2 0.4 0.6)"
+        "--fractions",
+        type=float,
+        nargs="+",
+        default=[0, 0.2, 0.4, 0.6],
+        help="columns (default: 0 0.2 0.4 0.6)",
     )
     parser.add_argument("--classes", type=int, nargs="+", help="one row per label (default: the first four)")
-    parser.add_argument("--output", type=Path, default=Path("elastic_grid.png"), help="picture (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("elastic_grid.png"), help="picture (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     cli.check_output_file("--output", args.output)
     device = cli.default_device()
@@ -60,16 +68,25 @@ def main(argv: list[str] | None = None) -> None:
     for column in columns:
         column.check(run.config)
     if args.dry_run:
-        print(f"{cli.describe(run.config)}\nsamples       {len(labels)} of classes {labels} at {args.fractions} dropped")
+        print(
+            f"{cli.describe(run.config)}\nsamples       {len(labels)} of classes {labels} at {args.fractions} dropped"
+        )
         return
     index, batches = list(range(len(labels))), []
     with tqdm(total=len(columns) * options.num_sampling_steps, unit="step") as bar:
         for column in columns:
-            batches += generate(run, index, labels, column, len(labels), observe=lambda step, routing: bar.update())
+            batches += generate(
+                run, index, labels, column, len(labels), observe=lambda step, routing: bar.update()
+            )
     tflop = [float(image_tflop(run.config, batch.kept).mean()) for batch in batches]
     names = [run.class_names[label] if run.class_names else f"class {label}" for label in labels]
     draw_grid(args.fractions, batches, tflop, names, args.output)
-    print("\n".join(f"{fraction:.0%} dropped: {cost:.4g} TFLOP per image" for fraction, cost in zip(args.fractions, tflop)))
+    print(
+        "\n".join(
+            f"{fraction:.0%} dropped: {cost:.4g} TFLOP per image"
+            for fraction, cost in zip(args.fractions, tflop)
+        )
+    )
     print(f"written to {args.output.resolve()}")
 
 

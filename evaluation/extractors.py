@@ -32,7 +32,9 @@ class Outputs(NamedTuple):
     spatial: Tensor | None  # (B, 2023), Inception only
 
 
-def load_extractor(features: str, inception_weights: str | None, device: torch.device) -> "Inception | Scripted | Timm":
+def load_extractor(
+    features: str, inception_weights: str | None, device: torch.device
+) -> "Inception | Scripted | Timm":
     """The extractor that --features names: "inception", a TorchScript file or the folder of a timm model.
 
     Raises:
@@ -42,12 +44,16 @@ def load_extractor(features: str, inception_weights: str | None, device: torch.d
     if features == "inception":
         return Inception(inception_weights, device)
     if inception_weights:
-        raise UserError(f"--inception-weights '{inception_weights}': has no meaning with --features '{features}'; leave it out")
+        raise UserError(
+            f"--inception-weights '{inception_weights}': has no meaning with --features '{features}'; leave it out"
+        )
     if (path / "config.json").is_file():
         return Timm(path, device)
     if path.is_file():
         return Scripted(path, device)
-    raise UserError(f"--features '{features}': is neither 'inception', a TorchScript file nor the folder of a timm model")
+    raise UserError(
+        f"--features '{features}': is neither 'inception', a TorchScript file nor the folder of a timm model"
+    )
 
 
 class Inception:
@@ -67,13 +73,22 @@ class Inception:
             data = path.read_bytes()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of files that turn out to be something else
-                torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # torch-fidelity's own load would run code
+                torch.load(
+                    io.BytesIO(data), map_location="cpu", weights_only=True
+                )  # torch-fidelity's own load would run code
             network = inception.FeatureExtractorInceptionV3("inception", ["2048"], io.BytesIO(data))
         except OSError as error:
             raise UserError(
                 f"--inception-weights '{path}': cannot be read ({error.strerror}); get it from {inception.URL_INCEPTION_V3}"
             ) from None
-        except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, AttributeError, ValueError) as error:
+        except (
+            RuntimeError,
+            pickle.UnpicklingError,
+            EOFError,
+            TypeError,
+            AttributeError,
+            ValueError,
+        ) as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(
                 f"--inception-weights '{path}': does not hold the Inception weights ({reason}); get them from "
@@ -81,15 +96,21 @@ class Inception:
             ) from None
         self.name, self.device = f"inception:{hashlib.sha256(data).hexdigest()}", device
         self.network = network.to(device)
-        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)  # TensorFlow calls its output mixed_6/conv
+        self.network.Mixed_6d.branch1x1.register_forward_hook(
+            self._keep_spatial
+        )  # TensorFlow calls its output mixed_6/conv
 
     def _keep_spatial(self, module: nn.Module, inputs, output: Tensor) -> None:
-        self.spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # TensorFlow's order: row, column, channel
+        self.spatial = (
+            output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        )  # TensorFlow's order: row, column, channel
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Outputs:
         (features,) = self.network(images)
-        return Outputs(features, features @ self.network.fc.weight.T, self.spatial)  # ADM's softmax leaves the bias out
+        return Outputs(
+            features, features @ self.network.fc.weight.T, self.spatial
+        )  # ADM's softmax leaves the bias out
 
 
 def download(url: str) -> Path:
@@ -121,7 +142,9 @@ class Scripted:
                 self.network = torch.jit.load(io.BytesIO(data), map_location=device).eval()
         except (RuntimeError, ValueError, EOFError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise UserError(f"--features '{path}': is not a TorchScript file ({reason}); torch.jit.save writes one") from None
+            raise UserError(
+                f"--features '{path}': is not a TorchScript file ({reason}); torch.jit.save writes one"
+            ) from None
         self.name, self.device = f"torchscript:{hashlib.sha256(data).hexdigest()}", device
 
     @torch.inference_mode()
@@ -136,7 +159,11 @@ def read_timm_weights(folder: Path) -> dict[str, Tensor]:
     file = next((file for name in TIMM_WEIGHTS if (file := folder / name).exists()), None)
     if file is None:
         raise FileNotFoundError(f"none of {', '.join(TIMM_WEIGHTS)}")
-    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+    return (
+        load_file(file)
+        if file.suffix == ".safetensors"
+        else torch.load(file, map_location="cpu", weights_only=True)
+    )
 
 
 class Timm:
@@ -155,7 +182,9 @@ class Timm:
             raise UserError(f"--features '{path}': is not the folder of a timm model ({reason})") from None
         settings = timm.data.resolve_model_data_config(self.network)
         self.size, self.interpolation = settings["input_size"][1:], settings["interpolation"]
-        self.mean, self.std = (torch.tensor(settings[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+        self.mean, self.std = (
+            torch.tensor(settings[key], device=device).view(3, 1, 1) for key in ("mean", "std")
+        )
         digest = hashlib.sha256((path / "config.json").read_bytes())
         for name, value in self.network.state_dict().items():
             digest.update(name.encode() + value.cpu().numpy().tobytes())
@@ -164,7 +193,9 @@ class Timm:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Outputs:
         mode = self.interpolation if self.interpolation in ("bilinear", "bicubic") else "bicubic"
-        images = F.interpolate(images.float() / 255, self.size, mode=mode, antialias=True, align_corners=False)
+        images = F.interpolate(
+            images.float() / 255, self.size, mode=mode, antialias=True, align_corners=False
+        )
         maps = self.network.forward_features((images - self.mean) / self.std)
         features = self.network.forward_head(maps, pre_logits=True).flatten(1)
         return Outputs(features, self.network.forward_head(maps) if self.network.num_classes else None, None)

@@ -85,12 +85,17 @@ def decoder_flops(vae: Mapping, side: int) -> dict[str, float]:
     widths, layers = list(vae["block_out_channels"])[::-1], vae["layers_per_block"] + 1
     latent, cells, top = vae["latent_channels"], side * side, widths[0]
     quantised = _conv(cells, latent, latent, 1) if vae.get("use_post_quant_conv", True) else 0
-    parts = {"input": quantised + _conv(cells, latent, top, 3), "middle": 2 * _residual_block(cells, top, top)}
+    parts = {
+        "input": quantised + _conv(cells, latent, top, 3),
+        "middle": 2 * _residual_block(cells, top, top),
+    }
     if vae.get("mid_block_add_attention", True):
         parts["middle"] += 2 * cells * 4 * top**2 + _attention(top, 1, cells**2)
     parts["blocks"] = parts["upsampling"] = 0
     for before, width, following in zip([top, *widths], widths, [*widths[1:], None]):
-        parts["blocks"] += _residual_block(cells, before, width) + (layers - 1) * _residual_block(cells, width, width)
+        parts["blocks"] += _residual_block(cells, before, width) + (layers - 1) * _residual_block(
+            cells, width, width
+        )
         if following is not None:
             cells *= 4
             parts["upsampling"] += _conv(cells, width, width, 3)
@@ -100,7 +105,9 @@ def decoder_flops(vae: Mapping, side: int) -> dict[str, float]:
 
 def peak_flops(device: str) -> float | None:
     """Half-precision peak of a GPU by the name that the driver gives it, or None where it is not known."""
-    found = [name for name in HALF_PRECISION_PEAKS if set(name.split()) <= set(device.replace("-", " ").split())]
+    found = [
+        name for name in HALF_PRECISION_PEAKS if set(name.split()) <= set(device.replace("-", " ").split())
+    ]
     return HALF_PRECISION_PEAKS[max(found, key=len)] if found else None
 
 
@@ -157,7 +164,10 @@ def table(config: Config, fractions: Sequence[float], natural: float, steps: int
     counts = [max(2, round(natural * config.tokens * (1 - fraction))) for fraction in fractions]
     columns = [forward_flops(config, Kept(count, count**2)) for count in counts]
     totals = [sum(column.values()) for column in columns]
-    rows = [("dropped", [f"{fraction:g}" for fraction in fractions]), ("kept tokens", [str(count) for count in counts])]
+    rows = [
+        ("dropped", [f"{fraction:g}" for fraction in fractions]),
+        ("kept tokens", [str(count) for count in counts]),
+    ]
     rows += [(name, [f"{column[name] / 1e9:.3f}" for column in columns]) for name in columns[0]]
     rows += [("GFLOP per forward pass", [f"{total / 1e9:.3f}" for total in totals])]
     rows += [(f"TFLOP per image, {steps} steps", [f"{total * steps / 1e12:.3f}" for total in totals])]
@@ -172,14 +182,18 @@ def decoder_config(vae: str) -> Mapping:
     try:
         return json.loads((Path(vae) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"data.vae: '{vae}' is neither ema, mse nor a diffusers folder; make one, or name another") from None
+        raise UserError(
+            f"data.vae: '{vae}' is neither ema, mse nor a diffusers folder; make one, or name another"
+        ) from None
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     cli.add_config_arguments(parser)
     parser.add_argument("--budgets", type=float, nargs="+", help="dropped fractions (default: 0 0.2 0.4 0.6)")
-    parser.add_argument("--kept", type=float, help="share of the tokens that the router keeps by itself (default: 1 / N)")
+    parser.add_argument(
+        "--kept", type=float, help="share of the tokens that the router keeps by itself (default: 1 / N)"
+    )
     parser.add_argument("--num-sampling-steps", type=int, default=250, help="(default: %(default)s)")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
@@ -187,7 +201,11 @@ def main(argv: list[str] | None = None) -> None:
     if static and (args.budgets or args.kept):
         raise UserError("--budgets, --kept: a static DiT has no router and keeps every token; leave them out")
     budgets = args.budgets or ([0] if static else [0, 0.2, 0.4, 0.6])
-    kept = args.kept if args.kept is not None else (1 if static else 1 / downsample_factors(config.training.downsample_factor))
+    kept = (
+        args.kept
+        if args.kept is not None
+        else (1 if static else 1 / downsample_factors(config.training.downsample_factor))
+    )
     for option, value, fits in (
         *(("--budgets", fraction, 0 <= fraction < 1) for fraction in budgets),
         ("--kept", kept, 0 < kept <= 1),
@@ -201,7 +219,9 @@ def main(argv: list[str] | None = None) -> None:
         print(cli.describe(config))
         return
     decoding = sum(decoder_flops(decoder_config(config.data.vae), config.latent_size).values())
-    print(f"{config.model.name}: {config.tokens} tokens per image, 2 FLOP per multiply-add, GFLOP per forward pass\n")
+    print(
+        f"{config.model.name}: {config.tokens} tokens per image, 2 FLOP per multiply-add, GFLOP per forward pass\n"
+    )
     print(table(config, budgets, kept, args.num_sampling_steps))
     print(f"\nautoencoder: {decoding / 1e12:.3f} TFLOP more to decode an image")
 

@@ -66,7 +66,9 @@ class SamplingOptions:
     """
 
     cfg_scale: float = 1.0
-    guidance_interval: tuple[float, float] | None = None  # guide at these timesteps t only, both ends included
+    guidance_interval: tuple[float, float] | None = (
+        None  # guide at these timesteps t only, both ends included
+    )
     num_sampling_steps: int = 250
     sampler: str = "ddpm"
     seed: int = 0
@@ -84,7 +86,9 @@ class SamplingOptions:
     def check(self, config: Config) -> None:
         """Raise UserError for values out of range and for options that contradict each other or the model."""
         if not 1 <= self.cfg_scale < float("inf"):
-            raise UserError(f"--cfg-scale {self.cfg_scale}: must be a number of at least 1 (1 is no guidance)")
+            raise UserError(
+                f"--cfg-scale {self.cfg_scale}: must be a number of at least 1 (1 is no guidance)"
+            )
         if not 1 <= self.num_sampling_steps <= config.diffusion.diffusion_steps:
             steps = config.diffusion.diffusion_steps
             raise UserError(f"--num-sampling-steps {self.num_sampling_steps}: must be from 1 to {steps}")
@@ -93,9 +97,13 @@ class SamplingOptions:
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: must be 0 or greater, and below 2**63")
         if self.lite_cfg and self.cfg_scale == 1:
-            raise UserError("--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; raise the scale")
+            raise UserError(
+                "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; raise the scale"
+            )
         if self.cfg_scale > 1 and config.training.class_dropout_prob == 0:
-            raise UserError(f"--cfg-scale {self.cfg_scale}: the model was trained without class dropout; use 1")
+            raise UserError(
+                f"--cfg-scale {self.cfg_scale}: the model was trained without class dropout; use 1"
+            )
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             if not 0 <= low <= high <= config.diffusion.diffusion_steps:
@@ -104,7 +112,9 @@ class SamplingOptions:
                     f"--guidance-interval {low:g} {high:g}: must be two timesteps from 0 to {steps}, the lower first"
                 )
             if self.cfg_scale == 1:
-                raise UserError(f"--guidance-interval {low:g} {high:g}: --cfg-scale 1 is no guidance; raise the scale")
+                raise UserError(
+                    f"--guidance-interval {low:g} {high:g}: --cfg-scale 1 is no guidance; raise the scale"
+                )
         budgets.check(self, config)
 
 
@@ -149,7 +159,9 @@ def load_run(
         model.load_state_dict(state["ema"])
     except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"--ckpt '{ckpt}': its weights are not those of its configuration ({reason}); give another") from None
+        raise UserError(
+            f"--ckpt '{ckpt}': its weights are not those of its configuration ({reason}); give another"
+        ) from None
     known = state["autoencoder"]
     if vae is None and Path(ckpt, "vae").is_dir():
         vae = str(Path(ckpt, "vae"))
@@ -178,7 +190,9 @@ def check_agreement(given: Config, own: Config) -> None:
     """Refuse a configuration that would make another network or process of the checkpoint's weights."""
     changed = differences(to_dict(given), to_dict(own))
     if contradictions := [key for key in changed if must_agree(key)]:
-        raise UserError(f"--config differs from the checkpoint's configuration in {', '.join(contradictions)}; leave it out")
+        raise UserError(
+            f"--config differs from the checkpoint's configuration in {', '.join(contradictions)}; leave it out"
+        )
 
 
 def check_autoencoder(autoencoder: Autoencoder, known: dict | None, config: Config) -> None:
@@ -199,7 +213,9 @@ def check_autoencoder(autoencoder: Autoencoder, known: dict | None, config: Conf
                 f"--vae '{ours['name']}' has other weights than '{known['name']}' had when the model's features were made; "
                 "give that one"
             )
-        cli.print_once(f"warning: --vae {ours['name']} decodes the latents of a model that was trained on {known['name']}")
+        cli.print_once(
+            f"warning: --vae {ours['name']} decodes the latents of a model that was trained on {known['name']}"
+        )
 
 
 def check_labels(labels: list[int], config: Config) -> None:
@@ -241,7 +257,13 @@ def generate(
             torch.accelerator.synchronize()
         denoised = time.perf_counter()
         images = run.autoencoder.decode(latents, options.bf16).cpu()
-        yield Batch(index[part], labels[part], images, kept, Seconds(denoised - started, time.perf_counter() - denoised))
+        yield Batch(
+            index[part],
+            labels[part],
+            images,
+            kept,
+            Seconds(denoised - started, time.perf_counter() - denoised),
+        )
 
 
 def generate_images(run: Run, labels: list[int], options: SamplingOptions | None = None) -> Tensor:
@@ -262,7 +284,9 @@ def settle_budgets(
         return options, None
     free = {prefix + unit: None for prefix in ("", "uncond_") for unit in budgets.UNITS}
     few = min(options.num_sampling_steps, PROBE_STEPS)
-    natural = dataclasses.replace(options, **free, lite_cfg=False, guidance_interval=None, num_sampling_steps=few)
+    natural = dataclasses.replace(
+        options, **free, lite_cfg=False, guidance_interval=None, num_sampling_steps=few
+    )
     _, kept = sample_latents(run, index[:PROBE_SAMPLES], labels[:PROBE_SAMPLES], natural, None)
     branches = [[getattr(step, branch) for step in kept] for branch in ("conditional", "unconditional")]
     counts = [torch.stack(branch, 1).cpu() if branch[0] is not None else None for branch in branches]
@@ -296,14 +320,20 @@ def sample_latents(
     config, device = run.config, run.device
     prepare_arithmetic(run, options.bf16)
     diffusion = sampling_process(config, options)
-    noise = sample_noise(options.seed, index, (config.data.latent_channels, config.latent_size, config.latent_size), device)
+    noise = sample_noise(
+        options.seed, index, (config.data.latent_channels, config.latent_size, config.latent_size), device
+    )
     watched = Watched(run.model, options.bf16)
     denoise = guided_denoiser(watched, config, torch.tensor(labels, device=device), options)
     kept = []
     for step in SAMPLERS[options.sampler](diffusion, denoise, noise(), noise):
-        routing = watched.take()  # rows of the conditional branch, then of the unconditional one where it was computed
+        routing = (
+            watched.take()
+        )  # rows of the conditional branch, then of the unconditional one where it was computed
         count = routing.keep.sum(1)
-        kept.append(Kept(step.t, count[: len(index)], count[len(index) :] if len(count) > len(index) else None))
+        kept.append(
+            Kept(step.t, count[: len(index)], count[len(index) :] if len(count) > len(index) else None)
+        )
         if observe is not None:
             observe(step, Routing(*(x[: len(index)] for x in routing)))
     return step.x_next, kept
@@ -355,7 +385,9 @@ def conditioning(budget: budgets.Budget, labels: Tensor, sort: bool) -> dict:
     return {"drop": budget.drop} if sort else {}
 
 
-def sample_noise(seed: int, index: list[int], shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:
+def sample_noise(
+    seed: int, index: list[int], shape: tuple[int, ...], device: torch.device
+) -> Callable[[], Tensor]:
     """A function that returns the next standard normal draw (B, *shape), each sample from its own stream."""
     streams = [rng(seed, "sample", i) for i in index]
 

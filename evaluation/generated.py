@@ -13,8 +13,14 @@ from evaluation.measure import Chunks, Extractor, as_arrays, run_extractor
 
 def measure_batch(run: Run, batch: Batch, extractor: Extractor) -> dict[str, np.ndarray]:
     """What is kept of a batch, a row per image: features, cost in TFLOP and kept share of the conditional branch."""
-    share = torch.stack([step.conditional for step in batch.kept]).double().mean(0).cpu().numpy() / run.config.tokens
-    return as_arrays([run_extractor(extractor, batch.images)]) | {"tflop": image_tflop(run.config, batch.kept), "kept": share}
+    share = (
+        torch.stack([step.conditional for step in batch.kept]).double().mean(0).cpu().numpy()
+        / run.config.tokens
+    )
+    return as_arrays([run_extractor(extractor, batch.images)]) | {
+        "tflop": image_tflop(run.config, batch.kept),
+        "kept": share,
+    }
 
 
 def measure_samples(
@@ -35,7 +41,9 @@ def measure_samples(
     """
     chunks = Chunks(folder, len(labels), batch_size)
     todo = chunks.missing(rank, world)
-    with tqdm(total=sum(len(chunks.ranges[c]) for c in todo), unit="img", disable=rank > 0, desc=title) as bar:
+    with tqdm(
+        total=sum(len(chunks.ranges[c]) for c in todo), unit="img", disable=rank > 0, desc=title
+    ) as bar:
         for chunk in todo:
             index = list(chunks.ranges[chunk])
             (batch,) = generate(run, index, [labels[i] for i in index], options, batch_size)

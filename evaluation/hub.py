@@ -23,7 +23,9 @@ DROPPED = (0.0, 0.2, 0.4, 0.6)  # budgets on the model card
 STEPS = 250  # sampling steps of its costs
 
 
-class Pretrained(ModelHubMixin, library_name="dc-dit", tags=["diffusion", "class-conditional-image-generation"]):
+class Pretrained(
+    ModelHubMixin, library_name="dc-dit", tags=["diffusion", "class-conditional-image-generation"]
+):
     """`from_pretrained`, `save_pretrained` and `push_to_hub` of a Run."""
 
     def __init__(self, run: Run):
@@ -34,16 +36,28 @@ class Pretrained(ModelHubMixin, library_name="dc-dit", tags=["diffusion", "class
         run = self.run
         if (save_directory / WEIGHTS).is_file():
             shutil.rmtree(save_directory / "vae", ignore_errors=True)
-        state = {"step": run.step, "config": to_dict(run.config), "autoencoder": run.autoencoder.describe(), "features": None}
-        save_weights(save_directory / WEIGHTS, {**state, "class_names": run.class_names, "ema": run.model.state_dict()})
+        state = {
+            "step": run.step,
+            "config": to_dict(run.config),
+            "autoencoder": run.autoencoder.describe(),
+            "features": None,
+        }
+        save_weights(
+            save_directory / WEIGHTS, {**state, "class_names": run.class_names, "ema": run.model.state_dict()}
+        )
         text = json.dumps(to_dict(run.config), indent=1)
         write_file(save_directory / "config.json", lambda stream: stream.write(text.encode()))
-        write_file(save_directory / "README.md", lambda stream: stream.write(str(self.generate_model_card()).encode()))
+        write_file(
+            save_directory / "README.md",
+            lambda stream: stream.write(str(self.generate_model_card()).encode()),
+        )
         if run.autoencoder.name not in HUB_NAMES:  # one that only this machine has
             run.autoencoder.model.save_pretrained(save_directory / "vae")
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, device="cpu", vae: str | None = None, **download) -> "Pretrained":
+    def _from_pretrained(
+        cls, *, model_id: str, device="cpu", vae: str | None = None, **download
+    ) -> "Pretrained":
         """`model_id` is a local folder, or a repository of which everything is downloaded."""
         folder = model_id if Path(model_id).is_dir() else snapshot_download(model_id, **download)
         return cls(load_run(folder, device, vae))
@@ -104,14 +118,20 @@ def cost_table(config: Config) -> str:
         cost = sum(flops.forward_flops(config, flops.Kept(count, count**2)).values())
         rows.append(f"| {fraction:.0%} | {count:.0f} | {cost / 1e9:.4g} | {cost * STEPS / 1e12:.4g} |")
     return "\n".join(
-        [*rows, "", "Without guidance, which doubles the cost, and without the autoencoder; 2 FLOPs per multiply-add."]
+        [
+            *rows,
+            "",
+            "Without guidance, which doubles the cost, and without the autoencoder; 2 FLOPs per multiply-add.",
+        ]
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--ckpt", required=True, help="checkpoint or weights file")
-    parser.add_argument("--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)")
+    parser.add_argument(
+        "--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload it to this repository as well")
     args = parser.parse_args(argv)

@@ -25,7 +25,9 @@ from evaluation.metrics import Gaussian
 
 READERS = 8  # threads that decode image files
 INCEPTION_KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's
-OTHER_KEYS = {"features": ("feature_mu", "feature_sigma")}  # of any other extractor: names that the ADM suite does not take
+OTHER_KEYS = {
+    "features": ("feature_mu", "feature_sigma")
+}  # of any other extractor: names that the ADM suite does not take
 LARGEST = 2**30  # bytes of labels and statistics; images are read in parts
 META = "dcdit_meta"  # our note in a .npz, JSON text
 
@@ -43,7 +45,9 @@ class FolderImages:
         if not self.paths:
             raise UserError(f"'{folder}': holds no images")
         self.size = (image_size, image_size) if image_size else self._common_size()
-        classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+        classes = sorted(
+            entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."
+        )
         tops = [path.relative_to(folder).parts[0] for path in self.paths]
         self.labels = np.array([classes.index(top) for top in tops]) if set(tops) <= set(classes) else None
 
@@ -96,8 +100,12 @@ class FolderImages:
                 raise UnreadableImage(str(path), "not a regular file, or a link to nothing")
             yield
         except Exception as error:  # Pillow's readers raise nearly every built-in error on damaged files
-            reason = error if isinstance(error, UnreadableImage) else f"{path}: {type(error).__name__}: {error}"
-            raise UserError(f"'{self.folder}': unreadable image {' '.join(str(reason).split())[:300]}; remove it") from None
+            reason = (
+                error if isinstance(error, UnreadableImage) else f"{path}: {type(error).__name__}: {error}"
+            )
+            raise UserError(
+                f"'{self.folder}': unreadable image {' '.join(str(reason).split())[:300]}; remove it"
+            ) from None
 
 
 class NpzImages:
@@ -174,7 +182,9 @@ def open_source(path: str | Path) -> Source:
     if path.is_dir():
         return Source(path, FolderImages(path), {}, {}, {})
     if not path.exists():
-        raise UserError(f"'{path}': does not exist; give an ADM .npz, a folder of images or a file of --make-reference")
+        raise UserError(
+            f"'{path}': does not exist; give an ADM .npz, a folder of images or a file of --make-reference"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
@@ -185,7 +195,9 @@ def open_source(path: str | Path) -> Source:
         raise
     except Exception as error:  # there is no end to what parsers raise on damaged files
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"'{path}': is not a readable .npz of plain arrays ({reason}); give images or an ADM .npz") from None
+        raise UserError(
+            f"'{path}': is not a readable .npz of plain arrays ({reason}); give images or an ADM .npz"
+        ) from None
     if images is None and not inception and not other:
         raise UserError(f"'{path}': holds neither images (arr_0) nor statistics (mu, sigma)")
     return Source(path, images, inception, other, meta)
@@ -199,7 +211,9 @@ def read_statistics(path: Path, names: set[str], keys: dict, meta: dict) -> dict
             continue
         mean, covariance = read_array(path, mean_key), read_array(path, covariance_key)
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise UserError(f"'{path}': {mean_key} {mean.shape} and {covariance_key} {covariance.shape} do not belong together")
+            raise UserError(
+                f"'{path}': {mean_key} {mean.shape} and {covariance_key} {covariance.shape} do not belong together"
+            )
         found[kind] = Gaussian(mean.astype(np.float64), covariance.astype(np.float64), meta.get("images"))
     return found
 

@@ -28,11 +28,22 @@ class Evaluation:
         UserError: a reference or features that cannot be read or do not fit, before training starts.
     """
 
-    def __init__(self, config: Config, autoencoder: Autoencoder, bf16: bool, folder: Path, rank: int, world: int):
-        self.config, self.autoencoder, self.folder, self.rank, self.world = config, autoencoder, folder, rank, world
+    def __init__(
+        self, config: Config, autoencoder: Autoencoder, bf16: bool, folder: Path, rank: int, world: int
+    ):
+        self.config, self.autoencoder, self.folder, self.rank, self.world = (
+            config,
+            autoencoder,
+            folder,
+            rank,
+            world,
+        )
         section, device = config.evaluation, autoencoder.shift_map.device
         self.options = SamplingOptions(
-            cfg_scale=section.cfg_scale, num_sampling_steps=section.num_sampling_steps, sampler="ddim", bf16=bf16
+            cfg_scale=section.cfg_scale,
+            num_sampling_steps=section.num_sampling_steps,
+            sampler="ddim",
+            bf16=bf16,
         )
         self.options.check(config)
         source = open_source(section.reference)
@@ -40,7 +51,9 @@ class Evaluation:
         self.extractor = load_extractor(section.features, section.inception_weights, device)
         check_source(source, self.extractor)
         self.reference = measure_source(source, self.extractor, folder / "reference", rank, world)
-        self.labels = draw_labels(self.options.seed, list(range(section.num_samples)), config.data.num_classes)
+        self.labels = draw_labels(
+            self.options.seed, list(range(section.num_samples)), config.data.num_classes
+        )
 
     def __call__(self, model: torch.nn.Module, step: int) -> dict[str, float]:
         run = Run(model, self.config, self.autoencoder, None, step, fingerprint="")

@@ -40,7 +40,11 @@ class Chunks:
 
     def missing(self, rank: int, world: int) -> list[int]:
         """Chunks that this process has to make: those without a file, or with one that is empty or ends early."""
-        return [chunk for chunk in range(len(self.ranges))[rank::world] if not zipfile.is_zipfile(self.path(chunk))]
+        return [
+            chunk
+            for chunk in range(len(self.ranges))[rank::world]
+            if not zipfile.is_zipfile(self.path(chunk))
+        ]
 
     def write(self, chunk: int, arrays: dict[str, np.ndarray]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -76,21 +80,33 @@ def run_extractor(extractor: Extractor, images: torch.Tensor) -> Outputs:
 def as_arrays(batches: list[Outputs]) -> dict[str, np.ndarray]:
     """Outputs of consecutive batches as arrays (n, ...), without what the extractor does not give."""
     columns = {name: [getattr(batch, name) for batch in batches] for name in Outputs._fields}
-    return {name: torch.cat(values).cpu().numpy() for name, values in columns.items() if values[0] is not None}
+    return {
+        name: torch.cat(values).cpu().numpy() for name, values in columns.items() if values[0] is not None
+    }
 
 
-def extract(images: FolderImages | NpzImages, extractor: Extractor, cache: Path, rank: int = 0, world: int = 1) -> Chunks:
+def extract(
+    images: FolderImages | NpzImages, extractor: Extractor, cache: Path, rank: int = 0, world: int = 1
+) -> Chunks:
     """Features of all images, in a folder of `cache` named by the content of images and extractor. Collective."""
     folder = cache / f"{FORMAT}-{images.digest()[:32]}-{extractor.name.replace(':', '-')[:48]}"
     chunks = Chunks(folder, len(images), CHUNK)
     todo = chunks.missing(rank, world)
-    with tqdm(total=sum(len(chunks.ranges[c]) for c in todo), unit="img", disable=rank > 0, desc="features") as bar:
+    with tqdm(
+        total=sum(len(chunks.ranges[c]) for c in todo), unit="img", disable=rank > 0, desc="features"
+    ) as bar:
         for chunk in todo:
             try:
-                pixels = torch.from_numpy(images.read(chunks.ranges[chunk]).copy()).permute(0, 3, 1, 2).contiguous()
+                pixels = (
+                    torch.from_numpy(images.read(chunks.ranges[chunk]).copy())
+                    .permute(0, 3, 1, 2)
+                    .contiguous()
+                )
             except UserError as error:
                 if rank > 0:
-                    tqdm.write(f"error: {error}", file=sys.stderr)  # cli.run reports what the first process finds only
+                    tqdm.write(
+                        f"error: {error}", file=sys.stderr
+                    )  # cli.run reports what the first process finds only
                 raise
             batches = []
             for batch in pixels.split(BATCH):
@@ -112,7 +128,9 @@ class Measured:
         labels: class of each image (N,), or None.
     """
 
-    def __init__(self, name: str, chunks: Chunks | None, stored: dict[str, Gaussian], labels: np.ndarray | None):
+    def __init__(
+        self, name: str, chunks: Chunks | None, stored: dict[str, Gaussian], labels: np.ndarray | None
+    ):
         self.name, self.chunks, self.labels = name, chunks, labels
         self.gaussians = dict(stored)
 
@@ -146,16 +164,24 @@ def check_source(source: Source, extractor: Extractor) -> None:
         raise UserError(f"'{source.path}': holds statistics of other features only; give its images")
     for kind, width in (("features", 2048), ("spatial", 2023)):
         if extractor.is_inception and kind in stored and len(stored[kind].mean) != width:
-            raise UserError(f"'{source.path}': {kind} have {len(stored[kind].mean)} values, but Inception gives {width}")
+            raise UserError(
+                f"'{source.path}': {kind} have {len(stored[kind].mean)} values, but Inception gives {width}"
+            )
     if source.images is not None and len(source.images) <= metrics.NEIGHBOURS:
-        raise UserError(f"'{source.path}': {len(source.images)} images are too few; give at least {metrics.NEIGHBOURS + 1}")
+        raise UserError(
+            f"'{source.path}': {len(source.images)} images are too few; give at least {metrics.NEIGHBOURS + 1}"
+        )
 
 
-def measure_source(source: Source, extractor: Extractor, cache: Path, rank: int = 0, world: int = 1) -> Measured:
+def measure_source(
+    source: Source, extractor: Extractor, cache: Path, rank: int = 0, world: int = 1
+) -> Measured:
     """Features and statistics of one side. Collective."""
     stored = source.stored(extractor.name)
     chunks = extract(source.images, extractor, cache, rank, world) if source.images is not None else None
-    return Measured(str(source.path), chunks, stored, source.images.labels if source.images is not None else None)
+    return Measured(
+        str(source.path), chunks, stored, source.images.labels if source.images is not None else None
+    )
 
 
 def check_sizes(samples: tuple[int, int] | None, reference: tuple[int, int] | None) -> None:
@@ -173,7 +199,10 @@ def compare(samples: Measured, reference: Measured, extractor: Extractor) -> dic
     `class_accuracy` where the samples have labels and the extractor is a classifier.
     """
     found = {}
-    for kind, name in (("features", "fid" if extractor.is_inception else "frechet_distance"), ("spatial", "sfid")):
+    for kind, name in (
+        ("features", "fid" if extractor.is_inception else "frechet_distance"),
+        ("spatial", "sfid"),
+    ):
         ours, theirs = samples.gaussian(kind), reference.gaussian(kind)
         if ours is not None and theirs is not None:
             found[name] = metrics.frechet_distance(ours, theirs)
@@ -188,7 +217,9 @@ def compare(samples: Measured, reference: Measured, extractor: Extractor) -> dic
     if reference.chunks is not None:
         known = reference.chunks.read("features")
         if len(known) > PR_REFERENCE_IMAGES:
-            known = known[np.sort(rng(0, "precision and recall").permutation(len(known))[:PR_REFERENCE_IMAGES])]
+            known = known[
+                np.sort(rng(0, "precision and recall").permutation(len(known))[:PR_REFERENCE_IMAGES])
+            ]
         device = extractor.device if extractor.device.type == "cuda" else "cpu"  # MPS has no float64
         pair = metrics.precision_recall(known, samples.chunks.read("features"), device)
         found["precision"], found["recall"] = pair

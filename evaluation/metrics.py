@@ -80,7 +80,9 @@ def class_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float((logits.argmax(1) == labels).mean())
 
 
-def precision_recall(reference: np.ndarray, samples: np.ndarray, device: torch.device | str = "cpu") -> tuple[float, float]:
+def precision_recall(
+    reference: np.ndarray, samples: np.ndarray, device: torch.device | str = "cpu"
+) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991).
 
     A set's manifold is the union of balls around its members that reach to their k-th nearest neighbours. Precision is the
@@ -90,14 +92,19 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, device: torch.d
         reference: (M, D), M > NEIGHBOURS. samples: (N, D), N > NEIGHBOURS.
         device: one that knows float64.
     """
-    centre = torch.from_numpy(reference).double().mean(0)  # distances do not see it, and rounding gets smaller
+    centre = (
+        torch.from_numpy(reference).double().mean(0)
+    )  # distances do not see it, and rounding gets smaller
     a, b = ((torch.from_numpy(x).double() - centre).to(device) for x in (reference, samples))
     return covered(b, a, radii(a)), covered(a, b, radii(b))
 
 
 def radii(points: Tensor) -> Tensor:
     """Squared distance of each point (N, D) to its k-th nearest neighbour, (N,)."""
-    nearest = [squared_distances(part, points).topk(NEIGHBOURS + 1, largest=False).values for part in points.split(BLOCK)]
+    nearest = [
+        squared_distances(part, points).topk(NEIGHBOURS + 1, largest=False).values
+        for part in points.split(BLOCK)
+    ]
     return torch.cat([distances[:, -1] for distances in nearest])  # a point is the nearest to itself
 
 

@@ -31,7 +31,17 @@ from evaluation.measure import Measured, check_sizes, check_source, compare, mea
 from evaluation.pareto_figure import draw
 
 # Columns that must be equal in all rows of a file, or its points could not be compared.
-SETTINGS = ("seed", "images", "steps", "sampler", "bf16", "image_size", "features", "reference", "reference_images")
+SETTINGS = (
+    "seed",
+    "images",
+    "steps",
+    "sampler",
+    "bf16",
+    "image_size",
+    "features",
+    "reference",
+    "reference_images",
+)
 
 
 @dataclass(frozen=True)
@@ -67,28 +77,52 @@ def numbers(text: str) -> list[float]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("--ckpt", action="append", required=True, help="checkpoint of train.py; repeatable")
-    parser.add_argument("--reference", required=True, help="ADM .npz, folder of images or file of evaluate.py --make-reference")
-    parser.add_argument("--budgets", type=numbers, default=[0.0], help="tail-dropping fractions, e.g. 0,0.2,0.4 (default: 0)")
-    parser.add_argument("--cfg-scale", type=numbers, default=[1.0], help="guidance scales, e.g. 1,1.5 (default: 1)")
-    parser.add_argument("--lite-cfg", type=numbers, default=[], help="also drop these fractions in the unconditional branch")
-    parser.add_argument("--num-samples", type=int, default=50000, help="images per point (default: %(default)s)")
+    parser.add_argument(
+        "--reference",
+        required=True,
+        help="ADM .npz, folder of images or file of evaluate.py --make-reference",
+    )
+    parser.add_argument(
+        "--budgets", type=numbers, default=[0.0], help="tail-dropping fractions, e.g. 0,0.2,0.4 (default: 0)"
+    )
+    parser.add_argument(
+        "--cfg-scale", type=numbers, default=[1.0], help="guidance scales, e.g. 1,1.5 (default: 1)"
+    )
+    parser.add_argument(
+        "--lite-cfg", type=numbers, default=[], help="also drop these fractions in the unconditional branch"
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=50000, help="images per point (default: %(default)s)"
+    )
     parser.add_argument("--num-sampling-steps", type=int, default=250, help="(default: %(default)s)")
     parser.add_argument("--sampler", default="ddpm", choices=SAMPLERS, help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images per batch and process (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="images per batch and process (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="run the network in bfloat16")
-    parser.add_argument("--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)")
     parser.add_argument(
-        "--features", default="inception", help="or a TorchScript file, or a timm folder (default: %(default)s)"
+        "--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)"
     )
-    parser.add_argument("--inception-weights", metavar="FILE", help="torch-fidelity's weights (default: download them)")
-    parser.add_argument("--output", type=Path, default=Path("results/pareto"), help="folder (default: %(default)s)")
+    parser.add_argument(
+        "--features",
+        default="inception",
+        help="or a TorchScript file, or a timm folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--inception-weights", metavar="FILE", help="torch-fidelity's weights (default: download them)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/pareto"), help="folder (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     for name, least in (("num_samples", 4), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if args.lite_cfg and max(args.cfg_scale) <= 1:
-        raise UserError("--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; add a larger scale")
+        raise UserError(
+            "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; add a larger scale"
+        )
     cli.check_output("--output", args.output)
     return args
 
@@ -110,7 +144,9 @@ def main(argv: list[str] | None = None) -> None:
         measure_points(args, points, runs, source, extractor, settings, processes)
 
 
-def measure_points(args, points: list[Point], runs: dict[str, Run], source: Source, extractor, settings, processes) -> None:
+def measure_points(
+    args, points: list[Point], runs: dict[str, Run], source: Source, extractor, settings, processes
+) -> None:
     """Measure the points that the table lacks, and draw them all."""
     table = args.output / "pareto.csv"
     rows = read_rows(table, settings)
@@ -122,7 +158,9 @@ def measure_points(args, points: list[Point], runs: dict[str, Run], source: Sour
         run = runs[point.ckpt]
         key = point_key(point, run, settings)
         if key not in {row["point"] for row in rows}:
-            folder = args.output / f"{key}-{args.batch_size}"  # an interrupted point goes on with batches of the same size
+            folder = (
+                args.output / f"{key}-{args.batch_size}"
+            )  # an interrupted point goes on with batches of the same size
             found = measure_point(point, run, args, extractor, reference, folder, processes)
             rows.append({"point": key, **describe_point(point, run), **settings, **found})
             if processes.rank == 0:
@@ -156,7 +194,9 @@ def check_runs(runs: dict[str, Run], source: Source) -> None:
         for key in ("image_size", "num_classes"):
             ours, theirs = getattr(run.config.data, key), getattr(first[1].config.data, key)
             if ours != theirs:
-                raise UserError(f"--ckpt '{ckpt}': has data.{key} {ours}, but '{first[0]}' has {theirs}; compare them apart")
+                raise UserError(
+                    f"--ckpt '{ckpt}': has data.{key} {ours}, but '{first[0]}' has {theirs}; compare them apart"
+                )
     check_sizes((first[1].config.data.image_size,) * 2, source.size)
 
 
@@ -197,14 +237,19 @@ def describe_point(point: Point, run: Run) -> dict[str, str]:
     return {key: str(value) for key, value in values.items()}
 
 
-def measure_point(point, run: Run, args, extractor, reference: Measured, folder: Path, processes) -> dict[str, str]:
+def measure_point(
+    point, run: Run, args, extractor, reference: Measured, folder: Path, processes
+) -> dict[str, str]:
     """Sample, compare, and forget the features. The metrics are the first process's."""
     labels = draw_labels(args.seed, list(range(args.num_samples)), run.config.data.num_classes)
-    title = f"{run.config.model.name}, scale {point.cfg_scale}, budget {point.budget}" + f", lite {point.lite}" * (
-        point.lite != ""
+    title = (
+        f"{run.config.model.name}, scale {point.cfg_scale}, budget {point.budget}"
+        + f", lite {point.lite}" * (point.lite != "")
     )
     options = point.options(args)
-    chunks = measure_samples(run, options, labels, extractor, folder, args.batch_size, processes.rank, processes.world, title)
+    chunks = measure_samples(
+        run, options, labels, extractor, folder, args.batch_size, processes.rank, processes.world, title
+    )
     if processes.world > 1:
         dist.barrier()
     if processes.rank > 0:

@@ -57,7 +57,9 @@ class Comparison(NamedTuple):
     def __str__(self) -> str:
         parts = []
         if self.saving is not None:
-            parts.append(f"{abs(self.saving):.1%} {'less' if self.saving > 0 else 'more'} TFLOP at equal quality")
+            parts.append(
+                f"{abs(self.saving):.1%} {'less' if self.saving > 0 else 'more'} TFLOP at equal quality"
+            )
         if self.gain is not None:
             parts.append(f"{abs(self.gain):.4g} {'lower' if self.gain > 0 else 'higher'} at equal cost")
         return f"{self.curve} against {self.baseline}: {', '.join(parts) or 'no overlap to interpolate in'}"
@@ -73,9 +75,9 @@ def read_curves(rows: list[dict[str, str]], scale: str) -> list[Curve]:
     for row in rows:
         if row["cfg_scale"] == scale:
             mark = Mark(float(row["tflop_per_image"]), float(row[metric]), float(row["budget"]))
-            groups.setdefault((row["name"], row["step"], row["static"] == "True", row["lite_cfg"], row["model"]), []).append(
-                mark
-            )
+            groups.setdefault(
+                (row["name"], row["step"], row["static"] == "True", row["lite_cfg"], row["model"]), []
+            ).append(mark)
     curves = []
     for (name, step, static, lite, _), marks in groups.items():
         label = f"{name}, {int(step):,} steps" + (f", Lite-CFG {float(lite):.0%}" if lite else "")
@@ -134,13 +136,25 @@ def draw(rows: list[dict[str, str]], path: Path) -> list[Comparison]:
 def draw_curves(axis: Axes, curves: list[Curve]) -> None:
     """A colour per curve, stars for static models, and each budget at its point."""
     for k, curve in enumerate(curves):
-        style = {"marker": "*", "markersize": 12, "linestyle": "none"} if curve.static else {"marker": "o", "markersize": 4}
+        style = (
+            {"marker": "*", "markersize": 12, "linestyle": "none"}
+            if curve.static
+            else {"marker": "o", "markersize": 4}
+        )
         if curve.lite:
             style["linestyle"] = "--"
-        axis.plot([m.cost for m in curve.marks], [m.metric for m in curve.marks], color=f"C{k}", label=curve.label, **style)
+        axis.plot(
+            [m.cost for m in curve.marks],
+            [m.metric for m in curve.marks],
+            color=f"C{k}",
+            label=curve.label,
+            **style,
+        )
         for mark in curve.marks if not curve.static else []:
             label = f"−{mark.budget:.0%}" if mark.budget else "all"
-            axis.annotate(label, mark[:2], xytext=(4, 4), textcoords="offset points", color=f"C{k}", fontsize=7)
+            axis.annotate(
+                label, mark[:2], xytext=(4, 4), textcoords="offset points", color=f"C{k}", fontsize=7
+            )
 
 
 def annotate(axis: Axes, comparison: Comparison, curve: Curve, mark: Mark) -> None:
@@ -151,6 +165,8 @@ def annotate(axis: Axes, comparison: Comparison, curve: Curve, mark: Mark) -> No
     if comparison.gain is not None:
         targets.append(((mark.cost, curve.metric_at(mark.cost)), f"{comparison.gain:+.3g} gained"))
     for target, text in targets:
-        axis.annotate("", target, xytext=mark[:2], arrowprops={"arrowstyle": "->", "color": "grey", "linestyle": ":"})
+        axis.annotate(
+            "", target, xytext=mark[:2], arrowprops={"arrowstyle": "->", "color": "grey", "linestyle": ":"}
+        )
         middle = [(a + b) / 2 for a, b in zip(target, mark[:2])]
         axis.annotate(text, middle, xytext=(2, 2), textcoords="offset points", fontsize=7, color="grey")

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from config import Config, UserError
 from diffusion import schedule
-from evaluation.generate import Kept, Run, SamplingOptions, Watched, check_labels, guided_denoiser, load_run, prepare_arithmetic
+from evaluation.generate import (
+    Kept,
+    Run,
+    SamplingOptions,
+    Watched,
+    check_labels,
+    guided_denoiser,
+    load_run,
+    prepare_arithmetic,
+)
 
 
 class PipelineOutput(NamedTuple):
@@ -44,7 +53,9 @@ class DCDiTPipeline:
         self.scheduler = scheduler if scheduler is not None else default_scheduler(run.config)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: torch.device | str = "cpu", vae: str | None = None) -> "DCDiTPipeline":
+    def from_pretrained(
+        cls, source: str | Path, device: torch.device | str = "cpu", vae: str | None = None
+    ) -> "DCDiTPipeline":
         """Load a checkpoint, a weights file or a folder of `save_pretrained`; see `evaluation.generate.load_run`."""
         return cls(load_run(source, device, vae))
 
@@ -69,7 +80,9 @@ class DCDiTPipeline:
         """
         config, device = self.run.config, self.run.device
         options = SamplingOptions(
-            cfg_scale=guidance_scale, num_sampling_steps=num_inference_steps, tail_dropping_fraction=drop_fraction or None
+            cfg_scale=guidance_scale,
+            num_sampling_steps=num_inference_steps,
+            tail_dropping_fraction=drop_fraction or None,
         )
         options.check(config)
         check_labels(class_labels, config)
@@ -79,8 +92,15 @@ class DCDiTPipeline:
         denoise = guided_denoiser(watched, config, torch.tensor(class_labels, device=device), options)
         shape = (len(class_labels), config.data.latent_channels, config.latent_size, config.latent_size)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        x = randn_tensor(shape, generator=generator, device=torch.device(device)) * self.scheduler.init_noise_sigma
-        random = {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        x = (
+            randn_tensor(shape, generator=generator, device=torch.device(device))
+            * self.scheduler.init_noise_sigma
+        )
+        random = (
+            {"generator": generator}
+            if "generator" in inspect.signature(self.scheduler.step).parameters
+            else {}
+        )
         kept = []
         for t in self.scheduler.timesteps:
             prediction = denoise(self.scheduler.scale_model_input(x, t), t.expand(len(x)))
@@ -105,7 +125,9 @@ def default_scheduler(config: Config) -> DDPMScheduler:
 
 def wants_variance(scheduler: SchedulerMixin) -> bool:
     """Whether a scheduler takes epsilon together with the variance logits; UserError where it would misread them."""
-    takes_it = "variance_type" in inspect.signature(type(scheduler).__init__).parameters  # others just carry the entry along
+    takes_it = (
+        "variance_type" in inspect.signature(type(scheduler).__init__).parameters
+    )  # others just carry the entry along
     if not takes_it or scheduler.config.variance_type not in ("learned", "learned_range"):
         return False
     if not isinstance(scheduler, DDPMScheduler):

@@ -22,7 +22,9 @@ class RoutingStats(NamedTuple):
 
 
 @torch.inference_mode()
-def measure_routing(run: Run, images: Tensor, masks: Tensor, labels: list[int], seed: int = 0) -> RoutingStats:
+def measure_routing(
+    run: Run, images: Tensor, masks: Tensor, labels: list[int], seed: int = 0
+) -> RoutingStats:
     """Noise held-out images to timesteps 50, 150, ..., 950 and look at what the router keeps.
 
     Args:
@@ -37,7 +39,9 @@ def measure_routing(run: Run, images: Tensor, masks: Tensor, labels: list[int], 
     timesteps = [round((k + 0.5) / 10 * config.diffusion.diffusion_steps) for k in range(10)]
     kept = []
     for t in timesteps:
-        noise = torch.from_numpy(rng(seed, "routing", t).standard_normal(x0.shape, dtype=np.float32)).to(device)
+        noise = torch.from_numpy(rng(seed, "routing", t).standard_normal(x0.shape, dtype=np.float32)).to(
+            device
+        )
         steps = torch.full_like(labels, t)
         kept.append(run.model(diffusion.add_noise(x0, steps, noise), steps, labels).routing.natural.cpu())
     share = torch.stack(kept).float()  # (timesteps, B, L)

@@ -45,7 +45,9 @@ def compile_parts(model: DCDiT | DiT, backend: str = "inductor") -> None:
     Token counts become dynamic when a second one is seen, so compilation ends with the second batch. Where attention has
     neither a kernel for packed tokens nor the CPU's operation (CUDA in float32, MPS), it runs between two parts of a block.
     """
-    attention.by_sample = torch.compiler.disable(attention.by_sample)  # else: one graph for every list of lengths
+    attention.by_sample = torch.compiler.disable(
+        attention.by_sample
+    )  # else: one graph for every list of lengths
     scaffold = (model.encoder, model.decoder) if isinstance(model, DCDiT) else ()
     for part in (*model.blocks, *scaffold):
         part.compile(backend=backend)

@@ -68,7 +68,9 @@ def _sdpa(qkv: Tensor, packing: Packing) -> Tensor:
 def by_sample(qkv: Tensor, packing: Packing) -> Tensor:
     lengths = packing.lengths.tolist()
     if len(set(lengths)) == 1:  # equal samples, as of a static DiT: one call
-        dense = (x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in qkv.unbind(1))  # (B, heads, tokens, D / heads)
+        dense = (
+            x.unflatten(0, (len(lengths), -1)).transpose(1, 2) for x in qkv.unbind(1)
+        )  # (B, heads, tokens, D / heads)
         return F.scaled_dot_product_attention(*dense).transpose(1, 2).flatten(0, 1)
     samples = qkv.transpose(0, 2).split(lengths, dim=2)  # (heads, 3, tokens, D / heads)
     outputs = [F.scaled_dot_product_attention(*part[None].unbind(2))[0] for part in samples]
@@ -79,7 +81,9 @@ def _varlen(qkv: Tensor, packing: Packing) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     with sdpa_kernel(PACKED_FIRST, set_priority=True):
-        return varlen_attn(*qkv.unbind(1), packing.cu_seqlens, packing.cu_seqlens, packing.limit, packing.limit)
+        return varlen_attn(
+            *qkv.unbind(1), packing.cu_seqlens, packing.cu_seqlens, packing.limit, packing.limit
+        )
 
 
 def _flash(qkv: Tensor, packing: Packing) -> Tensor:
@@ -97,7 +101,9 @@ KERNELS = {"sdpa": _sdpa, "varlen": _varlen, "flash": _flash}
 
 _LIBRARY = torch.library.Library("dc_dit", "DEF")
 _LIBRARY.define("attend(Tensor qkv, Tensor lengths) -> (Tensor, Tensor)")
-_LIBRARY.define("attend_backward(Tensor grad, Tensor qkv, Tensor out, Tensor logsum, Tensor lengths) -> Tensor")
+_LIBRARY.define(
+    "attend_backward(Tensor grad, Tensor qkv, Tensor out, Tensor logsum, Tensor lengths) -> Tensor"
+)
 
 
 @torch.library.impl(_LIBRARY, "attend", "CPU")

@@ -40,7 +40,9 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor, packing: Packing) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (B, D); 2: for the MLP
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(
+            6, dim=1
+        )  # (B, D); 2: for the MLP
         qkv = modulated_linear(x, shift1, scale1, self.attn.qkv, packing)  # (T, 3D)
         x = gated_add(x, gate1, self.attn(qkv, packing), packing)
         if self.mlp is None:
@@ -49,7 +51,9 @@ class DiTBlock(nn.Module):
         return gated_add(x, gate2, gelu_linear(hidden, self.mlp.fc2), packing)
 
 
-def run_blocks(blocks: nn.ModuleList, u: Tensor, c: Tensor, packing: Packing, gradient_checkpointing: bool) -> Tensor:
+def run_blocks(
+    blocks: nn.ModuleList, u: Tensor, c: Tensor, packing: Packing, gradient_checkpointing: bool
+) -> Tensor:
     """Tokens (T, D) through all blocks; `gradient_checkpointing` recomputes them in the backward pass."""
     for block in blocks:
         if gradient_checkpointing and torch.is_grad_enabled():

@@ -49,13 +49,17 @@ class _WideConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = (saved.to(grad.dtype) for saved in ctx.saved_tensors)
-        grad_weight = weight_gradient(x, grad).view_as(weight)  # first: what it needs on the way is free again then
+        grad_weight = weight_gradient(x, grad).view_as(
+            weight
+        )  # first: what it needs on the way is free again then
         return torch.nn.grad.conv2d_input(x.shape, weight, grad, padding=1), grad_weight, grad.sum((0, 2, 3))
 
 
 def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     """Of a 3 x 3 convolution with padding: (B, in, S, S), (B, out, S, S) -> (out, in, 9)."""
-    wide, narrow, sign = (grad, x, 1) if x.shape[1] <= grad.shape[1] else (x, grad, -1)  # the narrow one is shifted
+    wide, narrow, sign = (
+        (grad, x, 1) if x.shape[1] <= grad.shape[1] else (x, grad, -1)
+    )  # the narrow one is shifted
     rows, side = to_tokens(wide).flatten(0, 1), wide.shape[-1]  # (B L, wide)
     padded = F.pad(narrow.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     cells = [(1 + sign * (i - 1), 1 + sign * (j - 1)) for i in range(3) for j in range(3)]

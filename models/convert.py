@@ -33,14 +33,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("source", type=Path, help="checkpoint, weights file, or diffusers folder")
     parser.add_argument("output", type=Path, help="*.safetensors, or *.pt")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="which of the two (default: %(default)s)")
+    parser.add_argument(
+        "--weights", choices=("ema", "model"), default="ema", help="which of the two (default: %(default)s)"
+    )
     parser.add_argument("--config", help="configuration, where the source has none")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change its configuration")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change its configuration"
+    )
     args = parser.parse_args(argv)
     if args.output.suffix not in (".safetensors", ".pt"):
         raise UserError(f"output '{args.output}': must end in .safetensors or .pt")
     if not args.source.exists():
-        raise UserError(f"source '{args.source}' does not exist; give a checkpoint, a weights file or a diffusers folder")
+        raise UserError(
+            f"source '{args.source}' does not exist; give a checkpoint, a weights file or a diffusers folder"
+        )
     cli.check_output("output", args.output.parent)
     return args
 
@@ -52,10 +58,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.suffix == ".safetensors":
         save_weights(args.output, state)
     else:
-        content = {"format": FORMAT, **{key: state[key] for key in PLAIN_DATA}, "model": state["ema"], "ema": state["ema"]}
+        content = {
+            "format": FORMAT,
+            **{key: state[key] for key in PLAIN_DATA},
+            "model": state["ema"],
+            "ema": state["ema"],
+        }
         write_file(args.output, lambda stream: torch.save(content, stream))
     parameters = sum(tensor.numel() for tensor in state["ema"].values())
-    print(f"{args.output}: {state['config']['model']['name']}, {parameters:,} numbers, from {kind} {args.source}")
+    print(
+        f"{args.output}: {state['config']['model']['name']}, {parameters:,} numbers, from {kind} {args.source}"
+    )
 
 
 def read_source(args: argparse.Namespace) -> tuple[str, dict]:
@@ -69,9 +82,13 @@ def read_source(args: argparse.Namespace) -> tuple[str, dict]:
     try:
         content = read_untrusted(args.source)
     except (Refused, OSError) as error:
-        raise UserError(f"source '{args.source}' is not a checkpoint that can be read safely: {error}") from None
+        raise UserError(
+            f"source '{args.source}' is not a checkpoint that can be read safely: {error}"
+        ) from None
     if not isinstance(content, dict):
-        raise UserError(f"source '{args.source}' holds no weights; give a checkpoint of DiT, DC-DiT or this repository")
+        raise UserError(
+            f"source '{args.source}' holds no weights; give a checkpoint of DiT, DC-DiT or this repository"
+        )
     if "format" in content:
         state = load_checkpoint(args.source, "source")
         return "our checkpoint", configured({**state, "ema": pick(state, args)}, args)
@@ -80,20 +97,26 @@ def read_source(args: argparse.Namespace) -> tuple[str, dict]:
 
 def pick(content: dict, args: argparse.Namespace) -> dict[str, Tensor]:
     """The state dict under "ema" or "model", or the content itself where it is one."""
-    weights = content if all(isinstance(value, Tensor) for value in content.values()) else content.get(args.weights)
+    weights = (
+        content if all(isinstance(value, Tensor) for value in content.values()) else content.get(args.weights)
+    )
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"source '{args.source}' has no state dict '{args.weights}'; try the other --weights")
     return weights
 
 
-def from_official_file(weights: dict[str, Tensor], config: dict | None, args: argparse.Namespace) -> tuple[str, dict]:
+def from_official_file(
+    weights: dict[str, Tensor], config: dict | None, args: argparse.Namespace
+) -> tuple[str, dict]:
     """An official state dict, of a DC-DiT (with the configuration beside it) or of a DiT."""
     if "x_embedder.proj.weight" not in weights or "pos_embed" not in weights:
         raise UserError(f"source '{args.source}' holds other weights than those of DiT and DC-DiT")
     ours = from_official(weights)
     if any(name.startswith("hnet.") for name in weights):
         if config is None and not args.config:
-            raise UserError(f"source '{args.source}': this DC-DiT comes without its configuration; give it as --config")
+            raise UserError(
+                f"source '{args.source}': this DC-DiT comes without its configuration; give it as --config"
+            )
         return "official DC-DiT", as_checkpoint(ours, configuration(args, config))
     return "official DiT", as_checkpoint(ours, configuration(args, told_by_shapes(ours, args)))
 
@@ -111,13 +134,17 @@ def from_diffusers_folder(args: argparse.Namespace) -> dict:
     try:
         ours = from_diffusers(weights, (about["sample_size"] // about["patch_size"]) ** 2)
     except (KeyError, ValueError) as error:
-        raise UserError(f"source '{folder}' is no DiTTransformer2DModel that can be converted: {error}") from None
+        raise UserError(
+            f"source '{folder}' is no DiTTransformer2DModel that can be converted: {error}"
+        ) from None
     config = told_by_shapes(ours, args, about["num_attention_heads"])
     config["model"]["timestep_divisor"] = DIFFUSERS_DIVISOR
     return as_checkpoint(ours, configuration(args, config))
 
 
-def told_by_shapes(weights: dict[str, Tensor], args: argparse.Namespace, heads: int | None = None) -> dict | None:
+def told_by_shapes(
+    weights: dict[str, Tensor], args: argparse.Namespace, heads: int | None = None
+) -> dict | None:
     """The configuration of a DiT; None where --config gives it."""
     if args.config:
         return None
@@ -137,13 +164,23 @@ def configured(state: dict, args: argparse.Namespace) -> dict:
 
 
 def as_checkpoint(weights: dict[str, Tensor], config: Config) -> dict:
-    return {"step": 0, "config": to_dict(config), "autoencoder": None, "features": None, "class_names": None, "ema": weights}
+    return {
+        "step": 0,
+        "config": to_dict(config),
+        "autoencoder": None,
+        "features": None,
+        "class_names": None,
+        "ema": weights,
+    }
 
 
 def check_fits(state: dict, source: Path) -> None:
     """UserError unless the configured network has the tensors that are about to be written."""
     with torch.device("meta"):
-        want = {name: tuple(x.shape) for name, x in build_model(config_from_dict(state["config"])).state_dict().items()}
+        want = {
+            name: tuple(x.shape)
+            for name, x in build_model(config_from_dict(state["config"])).state_dict().items()
+        }
     have = {name: tuple(x.shape) for name, x in state["ema"].items()}
     wrong = [name for name in sorted(want.keys() | have.keys()) if want.get(name) != have.get(name)]
     if wrong:

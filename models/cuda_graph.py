@@ -26,7 +26,12 @@ class GraphedDenoiser(nn.Module):
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def forward(
-        self, x_t: Tensor, t: Tensor, labels: Tensor, drop: Tensor | float | None = None, tokens: list[int] | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        drop: Tensor | float | None = None,
+        tokens: list[int] | None = None,
     ) -> DenoiserOutput:
         """As of models.dc_dit.DCDiT, without gradients."""
         if isinstance(self.model, DCDiT) and tokens is None:

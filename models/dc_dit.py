@@ -92,7 +92,9 @@ class DCDiT(nn.Module):
             routing = self.router(features, drop, tokens)  # (B, L)
             residual = self.residual_proj(to_tokens(features))  # (B, L, D)
         packing = plan_packing(routing.keep, tokens)
-        u = pack(to_tokens(features), packing) + self.pos_embed.index_select(0, packing.index % len(self.pos_embed))  # (T, D)
+        u = pack(to_tokens(features), packing) + self.pos_embed.index_select(
+            0, packing.index % len(self.pos_embed)
+        )  # (T, D)
         u = self.norm(run_blocks(self.blocks, u, c, packing, self.gradient_checkpointing))
         with self.scaffold_precision(u):
             u = u.float() if self.fp32_scaffold else u

@@ -34,13 +34,19 @@ class Dechunk(nn.Module):
         radius = REACH * sigma
         height = min(int(radius), side - 1)
         disc = [(rows, int((radius**2 - rows**2) ** 0.5)) for rows in range(-height, height + 1)]
-        self.register_buffer("disc", torch.tensor(disc), persistent=False)  # (K, 2): rows up or down, columns to either side
+        self.register_buffer(
+            "disc", torch.tensor(disc), persistent=False
+        )  # (K, 2): rows up or down, columns to either side
 
     def forward(self, tokens: Tensor, routing: Routing, packing: Packing) -> Tensor:
         prob = routing.prob.flatten()[packing.index].clamp(PROB_MARGIN, 1 - PROB_MARGIN)
         prob = prob[:, None].to(tokens.dtype)  # (T, 1)
-        confidence = torch.where(routing.natural, routing.prob, 1 - routing.prob)  # (B, L), in each token's own decision
-        return _SmoothAndPlug.apply(tokens, prob, confidence, nearest_token(routing.keep), self.gaussian_sum(packing))
+        confidence = torch.where(
+            routing.natural, routing.prob, 1 - routing.prob
+        )  # (B, L), in each token's own decision
+        return _SmoothAndPlug.apply(
+            tokens, prob, confidence, nearest_token(routing.keep), self.gaussian_sum(packing)
+        )
 
     def gaussian_sum(self, packing: Packing) -> Callable[[Tensor, Tensor], Tensor]:
         """The sum of values times factors over the kept tokens of the same sample, as it is fast on this device.
@@ -57,7 +63,9 @@ class Dechunk(nn.Module):
         grid = unpack(values * factor, packing, side * side)
         grid = self.kernel @ grid.view(-1, side, side * values.shape[1])  # over rows
         grid = self.kernel @ grid.view(-1, side, values.shape[1])  # over columns
-        return grid.flatten(0, 1).index_select(0, packing.index).to(values.dtype)  # autocast rounds the products
+        return (
+            grid.flatten(0, 1).index_select(0, packing.index).to(values.dtype)
+        )  # autocast rounds the products
 
 
 class Neighbours(NamedTuple):
@@ -99,7 +107,9 @@ def sum_neighbours(near: Neighbours, values: Tensor, factor: Tensor) -> Tensor:
     """Values (T, D), factors (T, 1) -> (T, D): each token's weighted sum over its list."""
     weight = factor.flatten().index_select(0, near.index).mul_(near.weight)
     values = values.detach()  # else more is computed, for a gradient that is not asked for
-    return F.embedding_bag(near.index, values, near.start, mode="sum", per_sample_weights=weight, include_last_offset=True)
+    return F.embedding_bag(
+        near.index, values, near.start, mode="sum", per_sample_weights=weight, include_last_offset=True
+    )
 
 
 class _SmoothAndPlug(torch.autograd.Function):
@@ -114,7 +124,9 @@ class _SmoothAndPlug(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tokens: Tensor, prob: Tensor, confidence: Tensor, nearest: Tensor, gaussian_sum) -> Tensor:
+    def forward(
+        ctx, tokens: Tensor, prob: Tensor, confidence: Tensor, nearest: Tensor, gaussian_sum
+    ) -> Tensor:
         weight = gaussian_sum(torch.ones_like(prob), prob) + 1e-8
         ctx.save_for_backward(tokens, prob, weight, nearest)
         ctx.gaussian_sum = gaussian_sum
@@ -128,17 +140,30 @@ class _SmoothAndPlug(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         tokens, prob, weight, nearest = ctx.saved_tensors
-        rows, cell, each = grad.flatten(0, 1), nearest.flatten(), torch.arange(len(tokens), device=tokens.device)
+        rows, cell, each = (
+            grad.flatten(0, 1),
+            nearest.flatten(),
+            torch.arange(len(tokens), device=tokens.device),
+        )
         smooth = ctx.gaussian_sum(tokens, prob).div_(weight)
         grad_confidence = row_products(rows, torch.lerp(smooth, tokens, prob), cell)
         grad_mixed = sum_by_token(rows, cell, len(tokens))
-        along_tokens, along_smooth = row_products(grad_mixed, tokens, each), row_products(grad_mixed, smooth, each)
+        along_tokens, along_smooth = (
+            row_products(grad_mixed, tokens, each),
+            row_products(grad_mixed, smooth, each),
+        )
         del smooth  # from here on another tensor of its size is needed
         share = (1 - prob) / weight  # of the sum over the neighbours
         grad_weighted = ctx.gaussian_sum(grad_mixed, share)  # of prob * tokens
         grad_prob = along_tokens - along_smooth + row_products(grad_weighted, tokens, each)
         grad_prob = grad_prob[:, None] - ctx.gaussian_sum(along_smooth[:, None], share)
-        return grad_weighted.add_(grad_mixed).mul_(prob), grad_prob, grad_confidence.view(nearest.shape), None, None
+        return (
+            grad_weighted.add_(grad_mixed).mul_(prob),
+            grad_prob,
+            grad_confidence.view(nearest.shape),
+            None,
+            None,
+        )
 
 
 def row_products(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
@@ -147,7 +172,9 @@ def row_products(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
     It is the gradient of the weights of n sums of one term each, which PyTorch computes without an (n, D) tensor.
     """
     each = torch.arange(len(rows), device=rows.device)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(rows, table.to(rows.dtype), index, each, each, mode=0)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        rows, table.to(rows.dtype), index, each, each, mode=0
+    )
 
 
 def sum_by_token(rows: Tensor, index: Tensor, tokens: int) -> Tensor:
@@ -177,7 +204,9 @@ def nearest_kept(keep: Tensor) -> Tensor:
     place = torch.arange(side, device=keep.device, dtype=torch.int32 if side <= 128 else torch.int64)
     row = place[:, None]
     keep = keep.view(batch, side, side)
-    far = side + side // 2  # squared, more than any two cells are apart: marks an empty column. Keys stay below 7.25 side^4
+    far = (
+        side + side // 2
+    )  # squared, more than any two cells are apart: marks an empty column. Keys stay below 7.25 side^4
     above = torch.where(keep, row, -far).cummax(1).values
     below = torch.where(keep, row, far + side).flip(1).cummin(1).values.flip(1)
     nearest = torch.where(row - above <= below - row, above, below)  # ties: the upper row has the lower index

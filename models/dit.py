@@ -79,7 +79,9 @@ class DiT(nn.Module):
 def unpatchify(patches: Tensor, patch: int) -> Tensor:
     """(B, L, P P C), channels varying fastest and then columns -> (B, C, S, S)."""
     side = int(patches.shape[1] ** 0.5)
-    grid = patches.view(len(patches), side, side, patch, patch, -1)  # (B, row, column, row and column in the patch, C)
+    grid = patches.view(
+        len(patches), side, side, patch, patch, -1
+    )  # (B, row, column, row and column in the patch, C)
     return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 

@@ -60,13 +60,17 @@ def from_diffusers(state: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
         block, own_embedding = re.match(r"(?:transformer_blocks\.(\d+)\.)?(norm1\.emb\.)?", name).groups()
         if own_embedding and block != "0":
             if not torch.equal(tensor, state[name.replace(f"blocks.{block}.", "blocks.0.", 1)]):
-                raise ValueError(f"'{name}' differs from that of block 0, but a DiT has one embedding for all blocks")
+                raise ValueError(
+                    f"'{name}' differs from that of block 0, but a DiT has one embedding for all blocks"
+                )
         elif found := re.fullmatch(r"transformer_blocks\.(\d+)\.attn1\.to_([qkv])\.(weight|bias)", name):
             parts.setdefault(f"blocks.{found[1]}.attn.qkv.{found[3]}", {})[found[2]] = tensor
         else:
             converted[_rename(name, _DIFFUSERS)] = tensor
     converted |= {name: torch.cat([part[letter] for letter in "qkv"]) for name, part in parts.items()}
-    converted.setdefault("pos_embed", sincos_positions(converted["x_embedder.weight"].shape[0], int(tokens**0.5)))
+    converted.setdefault(
+        "pos_embed", sincos_positions(converted["x_embedder.weight"].shape[0], int(tokens**0.5))
+    )
     return converted
 
 
@@ -100,8 +104,17 @@ def dit_config(state: dict[str, Tensor], heads: int | None = None) -> dict:
             "name": f"DiT-{blocks}x{width}-{patch}",
             "patch_size": patch,
             "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
-            "hnet": {"arch_layout": ["c2", [f"D{blocks}"], "c2"], "d_model": [width] * 2, "num_heads": [heads] * 2},
+            "hnet": {
+                "arch_layout": ["c2", [f"D{blocks}"], "c2"],
+                "d_model": [width] * 2,
+                "num_heads": [heads] * 2,
+            },
         },
         "training": {"learn_sigma": out == 2 * channels},
-        "data": {"image_size": side * 8, "latent_stride": 8, "latent_channels": channels, "num_classes": labels - 1},
+        "data": {
+            "image_size": side * 8,
+            "latent_stride": 8,
+            "latent_channels": channels,
+            "num_classes": labels - 1,
+        },
     }

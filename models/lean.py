@@ -19,7 +19,9 @@ from models.types import Packing
 EPS = 1e-6  # of the LayerNorms (DiT)
 
 
-def modulated_linear(x: Tensor, shift: Tensor, scale: Tensor, linear: torch.nn.Linear, packing: Packing) -> Tensor:
+def modulated_linear(
+    x: Tensor, shift: Tensor, scale: Tensor, linear: torch.nn.Linear, packing: Packing
+) -> Tensor:
     """Linear map of LayerNorm(x) * (1 + scale) + shift (adaLN; DiT, section 3.2): (T, D) -> (T, out)."""
     return _ModulatedLinear.apply(x, shift, scale, linear.weight, linear.bias, packing.sample, packing.pieces)
 
@@ -71,7 +73,9 @@ class _ModulatedLinear(torch.autograd.Function):
         grad_y = grad_y.float()
         grad_shift, grad_scale = per_sample(grad_y, pieces), per_sample(grad_y * normed, pieces)
         mask = [True, False, False]
-        grad_x = torch.ops.aten.native_layer_norm_backward(grad_y * factor, full, shape, mean, rstd, None, None, mask)[0]
+        grad_x = torch.ops.aten.native_layer_norm_backward(
+            grad_y * factor, full, shape, mean, rstd, None, None, mask
+        )[0]
         return grad_x, grad_shift, grad_scale, grad_weight, grad_bias, None, None
 
 

@@ -22,7 +22,9 @@ def plan_packing(keep: Tensor, lengths: int | list[int] | None = None) -> Packin
         lengths = [lengths] * batch
     total = sum(lengths)
     flat = keep.flatten()
-    slot = torch.where(flat, flat.cumsum(0) - 1, total)  # tokens that are not kept share the spare slot at the end
+    slot = torch.where(
+        flat, flat.cumsum(0) - 1, total
+    )  # tokens that are not kept share the spare slot at the end
     source = torch.arange(batch * tokens, device=keep.device)
     index = source.new_empty(total + 1).scatter_(0, slot, source)[:total]
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=keep.device)
@@ -34,7 +36,9 @@ def full_packing(batch: int, tokens: int, device: torch.device) -> Packing:
     """The Packing of samples that keep every token."""
     index = torch.arange(batch * tokens, device=device)
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
-    return Packing(index, index // tokens, cu_seqlens, cut_up(cu_seqlens), torch.full((batch,), tokens), tokens)
+    return Packing(
+        index, index // tokens, cu_seqlens, cut_up(cu_seqlens), torch.full((batch,), tokens), tokens
+    )
 
 
 def cut_up(cu_seqlens: Tensor) -> Tensor:

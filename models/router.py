@@ -22,9 +22,13 @@ class Router(nn.Module):
         inner = width // 4
         self.proj = nn.Conv2d(width, inner, 1)
         self.context_predictor = Conv3x3(inner, inner)
-        self.residual_scorer = nn.Sequential(Conv3x3(inner, inner), nn.GroupNorm(8, inner), nn.SiLU(), nn.Conv2d(inner, 1, 1))
+        self.residual_scorer = nn.Sequential(
+            Conv3x3(inner, inner), nn.GroupNorm(8, inner), nn.SiLU(), nn.Conv2d(inner, 1, 1)
+        )
 
-    def forward(self, features: Tensor, drop: Tensor | float | None = None, tokens: int | list[int] | None = None) -> Routing:
+    def forward(
+        self, features: Tensor, drop: Tensor | float | None = None, tokens: int | list[int] | None = None
+    ) -> Routing:
         z = self.proj(features)
         surprise = z - self.context_predictor(z)
         score = to_tokens(self.residual_scorer(surprise)).squeeze(2)  # (B, L)
@@ -54,7 +58,9 @@ def drop_tail(prob: Tensor, natural: Tensor, drop: Tensor | float) -> Tensor:
         lowest raster index first; the first and last token stay.
     """
     if not isinstance(drop, Tensor):
-        drop = torch.full((), drop, device=prob.device)  # written by the device: a copy from the host would wait for it
+        drop = torch.full(
+            (), drop, device=prob.device
+        )  # written by the device: a copy from the host would wait for it
     count = natural.sum(1)
     dropped = torch.minimum((count.float() * drop.float()).long(), count - 2)  # the two ends stay
     key = prob.detach().masked_fill(~natural, 3.0)  # above every candidate

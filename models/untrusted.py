@@ -34,7 +34,9 @@ def read_untrusted(path: Path) -> object:
     """
     names = unknown_names(path)
     if strange := sorted(name for name in names if not name.startswith(CONFIG_MODULE)):
-        raise Refused(f"it holds {', '.join(strange[:3])}, which is neither tensor, container nor configuration")
+        raise Refused(
+            f"it holds {', '.join(strange[:3])}, which is neither tensor, container nor configuration"
+        )
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

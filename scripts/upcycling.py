@@ -33,14 +33,24 @@ SMOOTH = 100  # steps over which a loss is averaged before it is compared
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    common = [f"data.feature_path={args.quickstart / 'features'}", f"data.vae={args.quickstart / 'autoencoder'}"]
+    common = [
+        f"data.feature_path={args.quickstart / 'features'}",
+        f"data.vae={args.quickstart / 'autoencoder'}",
+    ]
     common += [f"logging.log_every={WINDOW}", "logging.ckpt_every=1000000"]
-    common += ["training.downsample_factor_start=null", "training.downsample_factor_warmup_steps=0"]  # one N for every step
-    dit = run(args.output / "dit", args.steps, [*common, "model.patch_size=2", "model.name=DiT", "training.seed=1"])
+    common += [
+        "training.downsample_factor_start=null",
+        "training.downsample_factor_warmup_steps=0",
+    ]  # one N for every step
+    dit = run(
+        args.output / "dit", args.steps, [*common, "model.patch_size=2", "model.name=DiT", "training.seed=1"]
+    )
     curves = {"DiT": dit, "from scratch": run(args.output / "scratch", args.steps, common)}
     source = list_checkpoints(args.output / "dit" / "checkpoints")[-1]
     for number, (name, changes) in enumerate(WAYS.items()):
-        steps = args.upcycled_steps if changes else args.steps  # the way that training takes by itself is followed to the end
+        steps = (
+            args.upcycled_steps if changes else args.steps
+        )  # the way that training takes by itself is followed to the end
         changes = [*common, f"training.init_from={source}", *changes]
         curves[name] = run(args.output / f"way{number}", steps, changes)
     table = format_table(curves, args.steps)
@@ -52,19 +62,32 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument(
-        "--quickstart", type=Path, default=Path("quickstart"), help="folder of a quickstart (default: quickstart)"
+        "--quickstart",
+        type=Path,
+        default=Path("quickstart"),
+        help="folder of a quickstart (default: quickstart)",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("results/upcycling"), help="folder for the runs (default: %(default)s)"
+        "--output",
+        type=Path,
+        default=Path("results/upcycling"),
+        help="folder for the runs (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=int, default=1400, help="of the DiT, from scratch and upcycled as is usual (default: 1400)"
+        "--steps",
+        type=int,
+        default=1400,
+        help="of the DiT, from scratch and upcycled as is usual (default: 1400)",
     )
-    parser.add_argument("--upcycled-steps", type=int, default=500, help="of every other way to upcycle (default: 500)")
+    parser.add_argument(
+        "--upcycled-steps", type=int, default=500, help="of every other way to upcycle (default: 500)"
+    )
     args = parser.parse_args(argv)
     for option in ("steps", "upcycled_steps"):
         if getattr(args, option) < SMOOTH:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least {SMOOTH}")
+            raise UserError(
+                f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least {SMOOTH}"
+            )
     cli.check_output("--output", args.output)
     return args
 
@@ -79,7 +102,11 @@ def run(folder: Path, steps: int, changes: list[str]) -> list[dict]:
 def smoothed(rows: list[dict]) -> dict[int, float]:
     """Diffusion loss by step, averaged over the SMOOTH steps before it."""
     losses, count = [row["diffusion_loss"] for row in rows], SMOOTH // WINDOW
-    return {row["step"]: sum(losses[k - count + 1 : k + 1]) / count for k, row in enumerate(rows) if k >= count - 1}
+    return {
+        row["step"]: sum(losses[k - count + 1 : k + 1]) / count
+        for k, row in enumerate(rows)
+        if k >= count - 1
+    }
 
 
 def format_table(curves: dict[str, list[dict]], steps: int) -> str:
@@ -87,16 +114,27 @@ def format_table(curves: dict[str, list[dict]], steps: int) -> str:
     at = [s for s in (100, 200, 500, steps) if s <= steps]
     marks = [s for s in (steps // 4, steps // 2, steps) if s in smoothed(curves["from scratch"])]
     scratch = smoothed(curves["from scratch"])
-    header = ["run", *(f"loss at {s}" for s in at), "kept at the end", *(f"steps to scratch's {s}" for s in marks)]
+    header = [
+        "run",
+        *(f"loss at {s}" for s in at),
+        "kept at the end",
+        *(f"steps to scratch's {s}" for s in marks),
+    ]
     lines = [header, ["---"] * len(header)]
     for name, rows in curves.items():
         own = smoothed(rows)
         losses = [f"{own[s]:.4f}" if s in own else "" for s in at]
         reached = [
-            next((str(s) for s, loss in own.items() if loss <= scratch[mark]), f"> {rows[-1]['step']}") for mark in marks
+            next((str(s) for s, loss in own.items() if loss <= scratch[mark]), f"> {rows[-1]['step']}")
+            for mark in marks
         ]
         lines.append(
-            [name, *losses, f"{rows[-1]['kept_natural_mean']:.1%}", *([""] * len(marks) if name == "DiT" else reached)]
+            [
+                name,
+                *losses,
+                f"{rows[-1]['kept_natural_mean']:.1%}",
+                *([""] * len(marks) if name == "DiT" else reached),
+            ]
         )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -27,7 +27,9 @@ def smooth_on_grid(monkeypatch):
     """The dechunk smooths as on a GPU: without reading values on the host, and with products that can be counted."""
     from models.dechunk import Dechunk
 
-    monkeypatch.setattr(Dechunk, "gaussian_sum", lambda self, packing: functools.partial(self.sum_on_grid, packing))
+    monkeypatch.setattr(
+        Dechunk, "gaussian_sum", lambda self, packing: functools.partial(self.sum_on_grid, packing)
+    )
 
 
 @pytest.fixture
@@ -129,7 +131,14 @@ def tiny_config(tiny_images, tiny_vae, tmp_path_factory) -> Path:
 def save_tiny_config(folder: Path, tiny_images: Path, tiny_vae: Path) -> Path:
     import extract_features
 
-    paths = ["--data-path", str(tiny_images), "--features-path", str(folder / "features"), "--vae", str(tiny_vae)]
+    paths = [
+        "--data-path",
+        str(tiny_images),
+        "--features-path",
+        str(folder / "features"),
+        "--vae",
+        str(tiny_vae),
+    ]
     extract_features.main([*paths, "--image-size", "32", "--num-workers", "0"])
     (folder / "tiny.yaml").write_text(TINY_CONFIG.format(folder=folder, vae=tiny_vae))
     return folder / "tiny.yaml"
@@ -173,7 +182,13 @@ def run(tiny_config, tmp_path):
     import train
 
     def run(name: str, *changes: str, plans=(None,), config=tiny_config, **options) -> tuple[list[int], str]:
-        argv = ["--config", config, "--output", tmp_path / name, *(part for change in changes for part in ("--set", change))]
+        argv = [
+            "--config",
+            config,
+            "--output",
+            tmp_path / name,
+            *(part for change in changes for part in ("--set", change)),
+        ]
         (tmp_path / "printed").unlink(missing_ok=True)
         codes = kills.attempt(train.main, argv, tmp_path / "printed", list(plans), **options)
         return codes, (tmp_path / "printed").read_text()

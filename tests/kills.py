@@ -33,7 +33,13 @@ from training import checkpoint
 
 FORK = multiprocessing.get_context("fork")  # of a process without threads of its own; see `calm`
 STEPS = 60
-EMPTY = {"config": {}, "model": {}, "ema": {}, "autoencoder": None, "class_names": None}  # what a checkpoint needs to be one
+EMPTY = {
+    "config": {},
+    "model": {},
+    "ema": {},
+    "autoencoder": None,
+    "class_names": None,
+}  # what a checkpoint needs to be one
 DEADLINE = 180  # seconds for one attempt: nothing may hang
 TRAINING = ["training.gradient_accumulation_steps=1", f"training.max_steps={STEPS}", "logging.ckpt_every=3",
             "logging.ckpt_keep=2", "logging.log_every=4"]  # fmt: skip
@@ -91,7 +97,9 @@ def die_in_checkpoint(count: int, share: float) -> None:
     checkpoint.torch.save = dying
 
 
-def child(main: Callable, argv: list[str], output: Path, environment: dict[str, str], kill: Callable | None) -> None:
+def child(
+    main: Callable, argv: list[str], output: Path, environment: dict[str, str], kill: Callable | None
+) -> None:
     os.environ.update(environment)
     AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is forked from
     torch.set_num_threads(1)  # makes PyTorch's thread pool anew before several threads ask for it at once
@@ -105,7 +113,9 @@ def child(main: Callable, argv: list[str], output: Path, environment: dict[str, 
     os._exit(0)
 
 
-def attempt(main: Callable, argv: list, output: Path, kills: list[Callable | None], grace: float = 15) -> list[int]:
+def attempt(
+    main: Callable, argv: list, output: Path, kills: list[Callable | None], grace: float = 15
+) -> list[int]:
     """Run `main(argv)` on one process per entry of `kills`, each of which may arrange its own end; their exit codes.
 
     As launchers do, once a process has failed the others have `grace` seconds. AssertionError where all hang.
@@ -184,7 +194,9 @@ class Campaign:
             plans = [self.random_kill(in_checkpoint), *(self.random_kill(False) for _ in range(world - 1))]
             before = self.left_half()
             codes = self.run(name, plans)
-            allowed = (0, -signal.SIGKILL) if world == 1 else (0, 1, -signal.SIGKILL)  # 1: of one that lost the other
+            allowed = (
+                (0, -signal.SIGKILL) if world == 1 else (0, 1, -signal.SIGKILL)
+            )  # 1: of one that lost the other
             good = all(code in allowed for code in codes) and (set(codes) == {0} or -signal.SIGKILL in codes)
             assert good, (codes, self.log.read_text()[-3000:])
             if set(codes) == {0}:
@@ -196,7 +208,9 @@ class Campaign:
         assert self.run(name, [None] * world) == [0] * world, self.log.read_text()[-3000:]
 
 
-def training_campaign(folder: Path, config: Path, kills: int, worlds: list[int], seed: int, rounds: int = 5) -> Campaign:
+def training_campaign(
+    folder: Path, config: Path, kills: int, worlds: list[int], seed: int, rounds: int = 5
+) -> Campaign:
     """Kill training runs; assert that they end like the one that was left alone."""
     argv = ["--config", config, *(part for change in TRAINING for part in ("--set", change))]
     campaign = Campaign(folder, train.main, argv, "--output", (train, "make_accelerator"), seed)
@@ -255,17 +269,23 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "summary.json"}
 
 
-def extraction_campaign(folder: Path, images: Path, vae: Path, kills: int, worlds: list[int], seed: int) -> Campaign:
+def extraction_campaign(
+    folder: Path, images: Path, vae: Path, kills: int, worlds: list[int], seed: int
+) -> Campaign:
     argv = ["--data-path", images, "--vae", vae, "--image-size", 16, "--shard-size", 1, "--num-workers", 0]
     argv += ["--global-batch-size", 24]
-    campaign = Campaign(folder, extract_features.main, argv, "--features-path", (extract_features, "read_shards"), seed)
+    campaign = Campaign(
+        folder, extract_features.main, argv, "--features-path", (extract_features, "read_shards"), seed
+    )
     campaign.whole(1)
     while campaign.kills < kills:
         name = campaign.next_name()
         campaign.killed(name, min(4, kills - campaign.kills), worlds)
         assert content(folder / name) == content(folder / "whole")
         manifest = json.loads((folder / name / "manifest.json").read_text())
-        assert [(shard["first"], shard["stop"]) for shard in manifest["shards"]] == [(i, i + 1) for i in range(10)]
+        assert [(shard["first"], shard["stop"]) for shard in manifest["shards"]] == [
+            (i, i + 1) for i in range(10)
+        ]
     return campaign
 
 
@@ -285,11 +305,15 @@ def sampling_campaign(folder: Path, ckpt: Path, kills: int, worlds: list[int], s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder for everything")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="rows that begin so, e.g. training (sampling needs the first one)")
+    parser.add_argument(
+        "--only", default="", help="rows that begin so, e.g. training (sampling needs the first one)"
+    )
     args = parser.parse_args()
     calm()
     folder, kills, seed = args.folder.resolve(), args.kills, args.seed
@@ -298,10 +322,18 @@ def main() -> None:
     ckpt = folder / "training-1" / "whole" / "checkpoints" / f"{STEPS:07d}.pt"  # of the first row
     table = {
         "training, one process": lambda: training_campaign(folder / "training-1", config, kills, [1], seed),
-        "training, two processes": lambda: training_campaign(folder / "training-2", config, kills // 2, [2], seed),
-        "training, one and two": lambda: training_campaign(folder / "training-12", config, kills // 2, [1, 2], seed),
-        "extraction, one process": lambda: extraction_campaign(folder / "store-1", images, vae, kills, [1], seed),
-        "extraction, one to three": lambda: extraction_campaign(folder / "store-3", images, vae, kills, [1, 2, 3], seed),
+        "training, two processes": lambda: training_campaign(
+            folder / "training-2", config, kills // 2, [2], seed
+        ),
+        "training, one and two": lambda: training_campaign(
+            folder / "training-12", config, kills // 2, [1, 2], seed
+        ),
+        "extraction, one process": lambda: extraction_campaign(
+            folder / "store-1", images, vae, kills, [1], seed
+        ),
+        "extraction, one to three": lambda: extraction_campaign(
+            folder / "store-3", images, vae, kills, [1, 2, 3], seed
+        ),
         "sampling, one process": lambda: sampling_campaign(folder / "samples-1", ckpt, kills, [1], seed),
         "sampling, one and two": lambda: sampling_campaign(folder / "samples-2", ckpt, kills, [1, 2], seed),
     }
@@ -311,7 +343,9 @@ def main() -> None:
         started = time.monotonic()
         done = campaign()
         kinds = f"{done.kills:3d} kills ({done.half_written} of them in the write of a file)"
-        print(f"{name:<26} {kinds}, {done.kills:3d} survived, {time.monotonic() - started:4.0f} s", flush=True)
+        print(
+            f"{name:<26} {kinds}, {done.kills:3d} survived, {time.monotonic() - started:4.0f} s", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -30,9 +30,14 @@ def measure() -> None:
 
     def measured(trainer, batches):
         if trainer.step == 50 or trainer.step % 250 == 0:
-            resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+            resident = (
+                int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+            )
             handles, threads = len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-            print(f"step {trainer.step:5d} resident {resident:7.1f} MiB, {handles} handles, {threads} threads", flush=True)
+            print(
+                f"step {trainer.step:5d} resident {resident:7.1f} MiB, {handles} handles, {threads} threads",
+                flush=True,
+            )
             shift[0] = (86400, -86400)[trainer.step % 500 == 0]
         step(trainer, batches)
 
@@ -40,13 +45,21 @@ def measure() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder for everything")
     folder = parser.parse_args().folder.resolve()
     kills.calm()
     kills.DEADLINE = 3600
     config = save_tiny_config(folder, save_tiny_images(folder / "images"), save_tiny_vae(folder / "vae"))
-    argv = ["--config", config, "--output", folder / "run", *(part for change in CHANGES for part in ("--set", change))]
+    argv = [
+        "--config",
+        config,
+        "--output",
+        folder / "run",
+        *(part for change in CHANGES for part in ("--set", change)),
+    ]
     codes = kills.attempt(train.main, argv, folder / "printed", [measure])
     printed = (folder / "printed").read_text()
     rows = re.findall(r"step +(\d+) resident +([\d.]+) MiB, (\d+) handles, (\d+) threads", printed)
@@ -54,7 +67,9 @@ def main() -> None:
     grown = [max(column) - column[0] for column in list(zip(*rows))[1:]]  # MiB, handles, threads
     lines = re.findall(r"step +\d+ resident .*", printed) if codes == [0] else printed.splitlines()[-20:]
     print("\n".join(lines))
-    log, metrics = (len((folder / "run" / name).read_text().splitlines()) for name in ("log.txt", "metrics.jsonl"))
+    log, metrics = (
+        len((folder / "run" / name).read_text().splitlines()) for name in ("log.txt", "metrics.jsonl")
+    )
     print(f"exit codes {codes}; log.txt has {log} lines, metrics.jsonl {metrics}")
     if codes != [0] or grown[0] > 5 or max(grown[1:]) > 0:
         sys.exit(f"error: codes {codes}; grown since step 250 by {grown} (MiB, handles, threads)")

@@ -37,13 +37,22 @@ def one_pass(count: int) -> float:
 
 def account(kept: list[Kept]) -> dict:
     labels = [0, 2, 2, 0, 2, 2]
-    return summarise(CONFIG, flops.STABLE_DIFFUSION, TIMESTEPS, stack_kept(kept), labels, ["a", "b", "c"], Seconds(3.0, 0.6))
+    return summarise(
+        CONFIG,
+        flops.STABLE_DIFFUSION,
+        TIMESTEPS,
+        stack_kept(kept),
+        labels,
+        ["a", "b", "c"],
+        Seconds(3.0, 0.6),
+    )
 
 
 def test_cost_of_each_image():
     kept = run()
     want = [
-        sum(one_pass(int(counts[k])) for step in kept for counts in step[1:] if counts is not None) / 1e12 for k in range(6)
+        sum(one_pass(int(counts[k])) for step in kept for counts in step[1:] if counts is not None) / 1e12
+        for k in range(6)
     ]
     np.testing.assert_allclose(image_tflop(CONFIG, kept), want, rtol=1e-12)
 
@@ -85,12 +94,15 @@ def test_summary():
 def test_records_of_batches_make_the_whole(tmp_path):
     whole = run()
     parts = [
-        [Kept(t, *(x if x is None else x[part] for x in counts)) for t, *counts in whole] for part in (slice(4), slice(4, 6))
+        [Kept(t, *(x if x is None else x[part] for x in counts)) for t, *counts in whole]
+        for part in (slice(4), slice(4, 6))
     ]
     for k, part in enumerate(parts):
         save_record(part, Seconds(1.0 + k, 0.5), tmp_path / f"{k}.npz")
     timesteps, counts, seconds = read_records([tmp_path / "0.npz", tmp_path / "1.npz"], 6)
-    assert timesteps == TIMESTEPS and np.array_equal(counts, stack_kept(whole)) and seconds == Seconds(3.0, 1.0)
+    assert (
+        timesteps == TIMESTEPS and np.array_equal(counts, stack_kept(whole)) and seconds == Seconds(3.0, 1.0)
+    )
     _, counts, seconds = read_records([tmp_path / "0.npz", tmp_path / "1.npz"], 5)  # half of the last batch
     assert len(counts) == 5 and seconds == Seconds(2.0, 0.75)
 
@@ -118,7 +130,9 @@ def test_pictures(tmp_path, capsys):
     summary = summarise(CONFIG, flops.STABLE_DIFFUSION, TIMESTEPS, counts, range(100), None, Seconds(1, 1))
     save_summary(summary, tmp_path / "many" / "summary.json")
     charts.main([str(tmp_path / "many" / "summary.json"), "--output", str(tmp_path / "pictures")])
-    (tmp_path / "many" / "settings.json").touch()  # a folder of samples, among which a chart would be an odd one
+    (
+        tmp_path / "many" / "settings.json"
+    ).touch()  # a folder of samples, among which a chart would be an odd one
     charts.main([str(tmp_path / "many" / "summary.json")])
     assert sorted(path.name for path in (tmp_path / "many.charts").iterdir()) == sorted(charts.PICTURES)
     for name in charts.PICTURES:

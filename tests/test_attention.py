@@ -19,7 +19,9 @@ def attend_densely(attention: Attention, x, packing):
     """All tokens against all, those of other samples masked out, with the formula written out."""
     heads, width = attention.heads, x.shape[1] // 3
     q, k, v = x.chunk(3, dim=1)
-    q, k, v = (part.unflatten(1, (heads, width // heads)).transpose(0, 1) for part in (q, k, v))  # (heads, T, d)
+    q, k, v = (
+        part.unflatten(1, (heads, width // heads)).transpose(0, 1) for part in (q, k, v)
+    )  # (heads, T, d)
     scores = q @ k.transpose(1, 2) / (width // heads) ** 0.5
     scores = scores.masked_fill(packing.sample[:, None] != packing.sample, float("-inf"))
     return attention.proj((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
@@ -32,12 +34,16 @@ def test_sdpa_per_sample_is_one_masked_attention(heads):
     ours, dense = attention(x, packing), attend_densely(attention, x, packing)
     torch.testing.assert_close(ours, dense)
     weights = torch.randn_like(ours)
-    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), [x, *attention.proj.parameters()]) for y in (ours, dense))):
+    for a, b in zip(
+        *(torch.autograd.grad((y * weights).sum(), [x, *attention.proj.parameters()]) for y in (ours, dense))
+    ):
         torch.testing.assert_close(a, b)
 
 
 def test_auto_is_sdpa_on_the_cpu():
-    assert pick_kernel(torch.zeros(1)) == "sdpa" and pick_kernel(torch.zeros(1, dtype=torch.bfloat16)) == "sdpa"
+    assert (
+        pick_kernel(torch.zeros(1)) == "sdpa" and pick_kernel(torch.zeros(1, dtype=torch.bfloat16)) == "sdpa"
+    )
     auto, forced, packing = Attention(32, 4, "auto"), Attention(32, 4, "sdpa"), make_packing()
     forced.load_state_dict(auto.state_dict())
     x = torch.randn(sum(LENGTHS), 96)

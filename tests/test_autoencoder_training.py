@@ -16,7 +16,18 @@ ROOT = Path(__file__).parents[1]
 
 
 def train_by_command(images: Path, output: Path) -> str:
-    options = ["--images", images, "--output", output, "--image-size", "16", "--steps", "4", "--batch-size", "2"]
+    options = [
+        "--images",
+        images,
+        "--output",
+        output,
+        "--image-size",
+        "16",
+        "--steps",
+        "4",
+        "--batch-size",
+        "2",
+    ]
     command = [sys.executable, "-m", "training.autoencoder", *map(str, options)]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
@@ -40,7 +51,9 @@ def test_command_saves_a_diffusers_model_once(tmp_path):
 
 
 def test_decorrelated_latents_are_white_and_decode_to_the_same_picture():
-    images = torch.stack([torch.from_numpy(shapes.render(index, 16)[0]).permute(2, 0, 1) for index in range(32)])
+    images = torch.stack(
+        [torch.from_numpy(shapes.render(index, 16)[0]).permute(2, 0, 1) for index in range(32)]
+    )
     model = autoencoder.build_autoencoder(seed=0).eval()
     x = autoencoder.to_signed(images)
     with torch.no_grad():
@@ -48,7 +61,9 @@ def test_decorrelated_latents_are_white_and_decode_to_the_same_picture():
         autoencoder.decorrelate_latents(model, images)
         autoencoder.store_latent_statistics(model, images)
         assert torch.allclose(model(x).sample, before, atol=1e-4)
-        mean, std = (torch.tensor(model.config[key])[:, None, None] for key in ("latents_mean", "latents_std"))
+        mean, std = (
+            torch.tensor(model.config[key])[:, None, None] for key in ("latents_mean", "latents_std")
+        )
         z = (autoencoder.posterior_means(model, images) - mean) / std
     assert torch.allclose(torch.cov(z.transpose(0, 1).flatten(1)), torch.eye(4), atol=1e-2)
 

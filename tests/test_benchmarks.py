@@ -59,16 +59,23 @@ def test_memory_counters_on_known_sizes():
 
 
 def test_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command.around, "measure_updates", lambda *arguments: [{"what": "nothing", "ms": 0.0}])  # takes GB
+    monkeypatch.setattr(
+        command.around, "measure_updates", lambda *arguments: [{"what": "nothing", "ms": 0.0}]
+    )  # takes GB
     loading = command.around.measure_loading
     monkeypatch.setattr(command.around, "measure_loading", lambda images, seconds: loading(16, seconds))
     file = tmp_path / "out.json"
-    earlier = {"another machine": {"loading": []}, measure.machine(CPU): {"loading": [], "steps": [{"ms": 1}]}}
+    earlier = {
+        "another machine": {"loading": []},
+        measure.machine(CPU): {"loading": [], "steps": [{"ms": 1}]},
+    }
     file.write_text(json.dumps(earlier))
     command.main(["--device", "cpu", "--only", "around", "--seconds", "0", "--output", str(file)])
     content = json.loads(file.read_text())
     tables = content[measure.machine(CPU)]
-    assert content["another machine"] == {"loading": []} and tables["steps"] == [{"ms": 1}]  # other measurements stay
+    assert content["another machine"] == {"loading": []} and tables["steps"] == [
+        {"ms": 1}
+    ]  # other measurements stay
     assert {row["store"] for row in tables["loading"]} == {"moments", "sample", "official"}
     assert "| official |" in capsys.readouterr().out
 

@@ -79,7 +79,10 @@ def test_options_become_budgets_of_the_branches():
 def cost(count: torch.Tensor) -> torch.Tensor:
     """TFLOP of a forward pass with so many tokens, each by itself."""
     return torch.tensor(
-        [sum(flops.forward_flops(CONFIG, flops.Kept(n, n**2)).values()) / 1e12 for n in count.flatten().tolist()]
+        [
+            sum(flops.forward_flops(CONFIG, flops.Kept(n, n**2)).values()) / 1e12
+            for n in count.flatten().tolist()
+        ]
     )
 
 
@@ -114,7 +117,11 @@ def test_limits_become_fractions_branch_by_branch():
     full = budgets.predict(CONFIG, probe, steps, None, (Budget(), Budget()))
     options = SamplingOptions(cfg_scale=2.0, tflops_per_image=full.total * 0.8)
     chosen, predicted = budgets.choose_fractions(options, CONFIG, probe, steps)
-    assert chosen.tflops_per_image is None and 0 < chosen.tail_dropping_fraction < 1 and predicted.total <= full.total * 0.8
+    assert (
+        chosen.tflops_per_image is None
+        and 0 < chosen.tail_dropping_fraction < 1
+        and predicted.total <= full.total * 0.8
+    )
     assert predicted.conditional == predicted.unconditional
     less = Budget(((0.0, chosen.tail_dropping_fraction - 0.017),))  # one token of the 60 more
     assert budgets.predict(CONFIG, probe, steps, None, (less, less)).total > full.total * 0.8

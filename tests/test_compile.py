@@ -26,7 +26,10 @@ def step(model, seed: int, batch: int = 3, bf16: bool = False):
     """Output, gradients and kept tokens of one batch of its own."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, 4, 8, 8, generator=generator)
-    t, labels = torch.randint(1000, (batch,), generator=generator), torch.randint(4, (batch,), generator=generator)
+    t, labels = (
+        torch.randint(1000, (batch,), generator=generator),
+        torch.randint(4, (batch,), generator=generator),
+    )
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         out = model(x, t, labels)
     model.zero_grad()
@@ -60,7 +63,9 @@ def test_one_compilation_serves_all_token_counts(backend, blocks, steps, bf16, c
             graphs = counters["stats"]["unique_graphs"]
     assert len(kept) == steps
     assert counters["stats"]["unique_graphs"] == graphs
-    close(step(compiled, steps, batch=2, bf16=bf16), step(plain, steps, batch=2, bf16=bf16), bf16)  # a last, smaller batch
+    close(
+        step(compiled, steps, batch=2, bf16=bf16), step(plain, steps, batch=2, bf16=bf16), bf16
+    )  # a last, smaller batch
     assert not counters["graph_break"]
 
 

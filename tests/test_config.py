@@ -111,17 +111,25 @@ def test_shipped_files(file):
     size, factor, *pixels = rest.split("-")
     assert config.model.name == f"DC-DiT-{rest}"
     assert config.training.downsample_factor == float(factor[1:])
-    assert (config.data.image_size, config.model.hnet.dechunk_kernel_sigma) == ((512, 2.0) if pixels else (256, 1.0))
+    assert (config.data.image_size, config.model.hnet.dechunk_kernel_sigma) == (
+        (512, 2.0) if pixels else (256, 1.0)
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert parameters == OFFICIAL_SIZES[size] - 32 * 32 * config.d_model
 
 
 def test_inheritance(tmp_path):
     (tmp_path / "sub").mkdir()
-    write(tmp_path, "a.yaml", "training: {epochs: 7, seed: 1, multi_budget_drop_fractions: [0.1, 0.2]}\nckpt: x.pt\n")
+    write(
+        tmp_path,
+        "a.yaml",
+        "training: {epochs: 7, seed: 1, multi_budget_drop_fractions: [0.1, 0.2]}\nckpt: x.pt\n",
+    )
     write(tmp_path / "sub", "b.yaml", "_base_: ../a.yaml\ntraining: {seed: 2}\n")
     child = write(
-        tmp_path, "c.yaml", f"_base_: {tmp_path}/sub/b.yaml\ntraining: {{multi_budget_drop_fractions: [0.5]}}\nckpt: null\n"
+        tmp_path,
+        "c.yaml",
+        f"_base_: {tmp_path}/sub/b.yaml\ntraining: {{multi_budget_drop_fractions: [0.5]}}\nckpt: null\n",
     )
     config = load_config(child)
     assert (config.training.epochs, config.training.seed, config.ckpt) == (7, 2, None)
@@ -146,13 +154,21 @@ def test_overrides():
     config = load_config(None, overrides)
     assert config.training.learning_rate == 3e-4 and config.training.max_steps is None
     assert config.data.image_size == 512 and config.d_model == 384
-    assert config.ckpt == "a=b.pt" and config.logging.trackers == ["wandb"] and config.training.multi_budget_training is True
+    assert (
+        config.ckpt == "a=b.pt"
+        and config.logging.trackers == ["wandb"]
+        and config.training.multi_budget_training is True
+    )
 
 
-@pytest.mark.parametrize("text, number", [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("'0.5'", 0.5), ("2", 2.0), ("1E+1", 10.0)])
+@pytest.mark.parametrize(
+    "text, number", [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("'0.5'", 0.5), ("2", 2.0), ("1E+1", 10.0)]
+)
 def test_numbers_as_text(tmp_path, text, number):
     """YAML 1.1 reads 1e-4 as text; a learning rate is a number all the same."""
-    value = load_config(write(tmp_path, "a.yaml", f"training: {{learning_rate: {text}}}\n")).training.learning_rate
+    value = load_config(
+        write(tmp_path, "a.yaml", f"training: {{learning_rate: {text}}}\n")
+    ).training.learning_rate
     assert type(value) is float and value == number
 
 
@@ -167,7 +183,10 @@ def test_round_trip(tmp_path):
     assert load_config(write(tmp_path, "a.yaml", to_yaml(config))) == config
     assert differences(to_dict(config), to_dict(config)) == []
     other = config_from_dict(to_dict(config), ["training.seed=3", "model.hnet.dechunk_kernel_sigma=1"])
-    assert differences(to_dict(config), to_dict(other)) == ["model.hnet.dechunk_kernel_sigma", "training.seed"]
+    assert differences(to_dict(config), to_dict(other)) == [
+        "model.hnet.dechunk_kernel_sigma",
+        "training.seed",
+    ]
 
 
 def test_a_config_does_not_share_lists_with_another():
@@ -333,6 +352,9 @@ def test_batches_and_processes():
     message = refusal(validate_processes, config, 5)
     assert "training.global_batch_size: 96 is not a multiple of the 5 processes; try 100" in message
     message = refusal(validate_processes, config, 4)
-    assert "training.ratio_batch_size: 16 does not divide the local batch of 24" in message and "try 12" in message
+    assert (
+        "training.ratio_batch_size: 16 does not divide the local batch of 24" in message
+        and "try 12" in message
+    )
     for harmless in ("training.ratio_batch_size=null", "training.ratio_loss_weight=0"):
         assert validate_processes(config_from_dict(to_dict(config), [harmless]), 4) == 24

@@ -78,7 +78,9 @@ def test_diffusers_spaces_its_timesteps_differently(diffusers_dit, tmp_path):
     assert state["config"]["model"]["timestep_divisor"] == 127
     other = converted(diffusers_dit[1], tmp_path / "dit.safetensors", "--set", "model.timestep_divisor=128")
     x, t, labels = dit_inputs()
-    difference = (loaded_model(state)(x, t, labels).prediction - loaded_model(other)(x, t, labels).prediction).abs()
+    difference = (
+        loaded_model(state)(x, t, labels).prediction - loaded_model(other)(x, t, labels).prediction
+    ).abs()
     assert difference[0].max() < 1e-6 and difference[2].max() > 1e-4
 
 
@@ -109,8 +111,17 @@ def test_official_dit(tmp_path, wrapped):
     assert state["ema"].keys() == weights.keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in state["ema"].items())
     found = config_from_dict(state["config"])
-    assert (found.latent_size, found.token_side, found.model.hnet.num_heads, found.data.num_classes) == (32, 8, [6, 6], 1000)
-    assert (found.model.mlp_ratio, found.training.learn_sigma, found.model.timestep_divisor) == (4.0, True, 128)
+    assert (found.latent_size, found.token_side, found.model.hnet.num_heads, found.data.num_classes) == (
+        32,
+        8,
+        [6, 6],
+        1000,
+    )
+    assert (found.model.mlp_ratio, found.training.learn_sigma, found.model.timestep_divisor) == (
+        4.0,
+        True,
+        128,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- DC-DiT
@@ -130,7 +141,12 @@ def official(tmp_path_factory) -> Path:
             "data": {"image_size": int(about["input_size"]) * 8, "num_classes": int(about["num_classes"])},
         }
     )
-    state = {"model": {name: tensor + 1 for name, tensor in ema.items()}, "ema": ema, "opt": {"state": {}}, "config": config}
+    state = {
+        "model": {name: tensor + 1 for name, tensor in ema.items()},
+        "ema": ema,
+        "opt": {"state": {}},
+        "config": config,
+    }
     path = tmp_path_factory.mktemp("official") / "0400000.pt"
     torch.save(state, path)
     return path
@@ -152,15 +168,25 @@ def test_ours_to_safetensors_and_back(tiny_config, tiny_vae, tmp_path):
     config = load_config(tiny_config)
     model = build_model(config)
     ema = {name: tensor + 0.1 for name, tensor in model.state_dict().items()}
-    plain = {"step": 7, "config": to_dict(config), "autoencoder": None, "features": "f", "class_names": ["a", "b", "c"]}
-    first = save_checkpoint(tmp_path, {**plain, "model": model.state_dict(), "ema": ema, "optimizer": {}}, keep=0)
+    plain = {
+        "step": 7,
+        "config": to_dict(config),
+        "autoencoder": None,
+        "features": "f",
+        "class_names": ["a", "b", "c"],
+    }
+    first = save_checkpoint(
+        tmp_path, {**plain, "model": model.state_dict(), "ema": ema, "optimizer": {}}, keep=0
+    )
     state = converted(first, tmp_path / "ours.safetensors")
     assert {key: state[key] for key in plain} == plain
     convert.main([str(tmp_path / "ours.safetensors"), str(tmp_path / "back.pt")])
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     assert {key: back[key] for key in plain} == plain
     for weights in (state["ema"], back["ema"], back["model"]):
-        assert weights.keys() == ema.keys() and all(torch.equal(ema[name], tensor) for name, tensor in weights.items())
+        assert weights.keys() == ema.keys() and all(
+            torch.equal(ema[name], tensor) for name, tensor in weights.items()
+        )
 
     options = SamplingOptions(num_sampling_steps=2)
     images = [
@@ -266,13 +292,19 @@ def test_mistakes(official, diffusers_dit, tmp_path):
     assert "has no state dict 'model'; try the other --weights" in refusal(
         save(tmp_path / "ema.pt", {"ema": {}, "args": "x"}), out, "--weights", "model"
     )
-    assert "holds other weights than those of DiT and DC-DiT" in refusal(save(tmp_path / "a.pt", {"a": torch.ones(1)}), out)
-    assert "tensors do not fit the configuration, first" in refusal(official, out, "--set", "model.mlp_ratio=3")
+    assert "holds other weights than those of DiT and DC-DiT" in refusal(
+        save(tmp_path / "a.pt", {"a": torch.ones(1)}), out
+    )
+    assert "tensors do not fit the configuration, first" in refusal(
+        official, out, "--set", "model.mlp_ratio=3"
+    )
     names = {f"hnet.{k}": torch.ones(1) for k in range(2)} | {
         "x_embedder.proj.weight": torch.ones(1),
         "pos_embed": torch.ones(1, 1, 1),
     }
-    assert "comes without its configuration; give it as --config" in refusal(save(tmp_path / "bare.pt", names), out)
+    assert "comes without its configuration; give it as --config" in refusal(
+        save(tmp_path / "bare.pt", names), out
+    )
     odd = published_names(build_model(load_config(overrides=["model.patch_size=2", "model.hnet.d_model=[32,32]",
         "model.hnet.num_heads=[2,2]", "data.image_size=32"])).state_dict())  # fmt: skip
     assert "no published DiT is 32 wide" in refusal(save(tmp_path / "odd.pt", odd), out)

@@ -20,7 +20,9 @@ BATCH, SIDE, BUDGETS = 2, 8, ([20, 20], [30, 9])  # the second as of Lite-CFG
 def small_model(patch: int | None = None) -> torch.nn.Module:
     hnet = {"arch_layout": ["c1", ["D1d1"], "c1"], "d_model": [64, 64], "num_heads": [2, 2]}
     model = build_model(
-        config_from_dict({"model": {"hnet": hnet, "patch_size": patch}, "data": {"image_size": SIDE * 8, "num_classes": 3}})
+        config_from_dict(
+            {"model": {"hnet": hnet, "patch_size": patch}, "data": {"image_size": SIDE * 8, "num_classes": 3}}
+        )
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -31,7 +33,10 @@ def small_model(patch: int | None = None) -> torch.nn.Module:
 def inputs(seed: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(BATCH, 4, SIDE, SIDE, generator=generator)
-    t, labels = torch.randint(1000, (BATCH,), generator=generator), torch.randint(4, (BATCH,), generator=generator)
+    t, labels = (
+        torch.randint(1000, (BATCH,), generator=generator),
+        torch.randint(4, (BATCH,), generator=generator),
+    )
     return x.to(device), t.to(device), labels.to(device)
 
 
@@ -124,7 +129,9 @@ class Transfers(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
-        number = function is torch.ops.aten.fill_.Tensor  # written into a tensor, by older versions: the kernel is given it
+        number = (
+            function is torch.ops.aten.fill_.Tensor
+        )  # written into a tensor, by older versions: the kernel is given it
         if len({x.device.type for x in tensors((arguments, options, result))}) > 1 and not number:
             self.found.append(function.overloadpacket.__name__)
         return result
@@ -156,7 +163,10 @@ def test_cuda_graphs_equal_evaluations(patch):
     for seed in range(3):
         for tokens in BUDGETS if patch is None else [None]:
             with torch.autocast("cuda", torch.bfloat16):
-                ours, theirs = graphed(*inputs(seed, "cuda"), tokens=tokens), model(*inputs(seed, "cuda"), tokens=tokens)
+                ours, theirs = (
+                    graphed(*inputs(seed, "cuda"), tokens=tokens),
+                    model(*inputs(seed, "cuda"), tokens=tokens),
+                )
             torch.testing.assert_close(ours.prediction, theirs.prediction)
             assert torch.equal(ours.routing.keep, theirs.routing.keep)
     assert len(graphed.recordings) == (len(BUDGETS) if patch is None else 1)

@@ -44,7 +44,9 @@ def test_no_flipped_bit_is_ever_loaded(tmp_path):
     path = save_checkpoint(tmp_path, state, keep=0)
     whole, random, refused = path.read_bytes(), np.random.default_rng(0), 0
     for _ in range(400):
-        place = random.integers(len(whole)) if random.random() < 0.5 else len(whole) - 1 - random.integers(1500)
+        place = (
+            random.integers(len(whole)) if random.random() < 0.5 else len(whole) - 1 - random.integers(1500)
+        )
         path.write_bytes(whole)
         flip_bit(path, int(place))
         try:
@@ -95,7 +97,9 @@ def test_pruning_keeps_the_last_readable_checkpoint(tmp_path, monkeypatch):
     state = kills.EMPTY
     save_checkpoint(tmp_path, {**state, "step": 1}, keep=1)
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.torch, "save", lambda state, stream: stream.write(b"what a broken disk returns"))
+        patched.setattr(
+            checkpoint.torch, "save", lambda state, stream: stream.write(b"what a broken disk returns")
+        )
         save_checkpoint(tmp_path, {**state, "step": 2}, keep=1)
         save_checkpoint(tmp_path, {**state, "step": 3}, keep=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["0000001.pt", "0000002.pt", "0000003.pt"]
@@ -127,7 +131,9 @@ def test_an_autoencoder_that_has_moved(tiny_config, tiny_vae, tmp_path):
     moved = SimpleNamespace(autoencoder={**known, "name": "/nowhere"})
     assert train.load_autoencoder(config, moved, SimpleNamespace(device="cpu")).sha256 == known["sha256"]
     other = SimpleNamespace(autoencoder={**known, "name": "/nowhere", "sha256": "0"})
-    with pytest.raises(UserError, match="^data.vae: .* is another autoencoder than the features were made with"):
+    with pytest.raises(
+        UserError, match="^data.vae: .* is another autoencoder than the features were made with"
+    ):
         train.load_autoencoder(config, other, SimpleNamespace(device="cpu"))
     config.data.vae = "/neither"
     with pytest.raises(UserError, match="^data.vae: /neither: neither ema, mse"):
@@ -161,11 +167,22 @@ def test_a_folder_as_real_ones_are(tiny_images, tiny_vae, tmp_path, capsys):
     for name, content in bad.items():
         (images / "c" / name).write_bytes(content)
     (images / "c" / "dangling.png").symlink_to("nowhere")
-    argv = ["--data-path", images, "--vae", tiny_vae, "--image-size", 16, "--features-path", tmp_path / "store"]
+    argv = [
+        "--data-path",
+        images,
+        "--vae",
+        tiny_vae,
+        "--image-size",
+        16,
+        "--features-path",
+        tmp_path / "store",
+    ]
     extract_features.main([str(part) for part in [*argv, "--num-workers", 0, "--max-bad", 5]])
     store, folder = open_features(tmp_path / "store", 16), ImageFolder(images, 16)
     assert store.class_names == ["a", "b", "b b ü", "c", "empty"] and len(store) == 16
     left_out = {path for _, path, _ in store.manifest["unreadable"]}
     assert left_out == {f"c/{name}" for name in [*bad, "dangling.png"]}
-    assert store.labels.tolist() == [label for path, label in zip(folder.paths, folder.labels) if path not in left_out]
+    assert store.labels.tolist() == [
+        label for path, label in zip(folder.paths, folder.labels) if path not in left_out
+    ]
     assert capsys.readouterr().err.count("unreadable: ") == 5

@@ -159,7 +159,9 @@ def test_nothing_waits_for_the_device_under_a_token_budget(smooth_on_grid):
 def test_dropping_changes_the_output_but_not_the_decision():
     model = tiny_model()
     full, cheap = model(*inputs()), model(*inputs(), 0.5)
-    assert torch.equal(full.routing.natural, cheap.routing.natural) and torch.equal(full.routing.prob, cheap.routing.prob)
+    assert torch.equal(full.routing.natural, cheap.routing.natural) and torch.equal(
+        full.routing.prob, cheap.routing.prob
+    )
     assert (full.prediction - cheap.prediction).abs().max() > 1e-4
 
 
@@ -206,12 +208,21 @@ def test_blocks_are_identities_at_the_start():
 
 def test_linear_layers_start_xavier_uniform():
     model = tiny_model(perturbed=False, model__init="released")
-    for layer in (model.residual_proj, model.blocks[0].attn.qkv, model.encoder.blocks[0].cond_proj[1], model.blocks[0].mlp.fc1):
+    for layer in (
+        model.residual_proj,
+        model.blocks[0].attn.qkv,
+        model.encoder.blocks[0].cond_proj[1],
+        model.blocks[0].mlp.fc1,
+    ):
         bound = (6 / sum(layer.weight.shape)) ** 0.5
         assert 0.95 * bound < layer.weight.abs().max() <= bound
     fan = model.x_embedder.weight[0].numel() + len(model.x_embedder.weight)
     assert 0.95 * (6 / fan) ** 0.5 < model.x_embedder.weight.abs().max() <= (6 / fan) ** 0.5
-    for weight in (model.y_embedder.table.weight, model.t_embedder.mlp[0].weight, model.t_embedder.mlp[2].weight):
+    for weight in (
+        model.y_embedder.table.weight,
+        model.t_embedder.mlp[0].weight,
+        model.t_embedder.mlp[2].weight,
+    ):
         assert weight.std().item() == pytest.approx(0.02, rel=0.15)
 
 
@@ -226,7 +237,12 @@ def test_options_shape_the_model():
     assert len(tiny_model(training__class_dropout_prob=0).y_embedder.table.weight) == CLASSES
     assert [block.mlp is None for block in tiny_model().blocks] == [False, True, False]
     narrow = tiny_model(model__hnet__enc_dec_dim_factor="[2, null]")
-    assert narrow.x_embedder.out_channels == WIDTH // 2 and narrow(*inputs()).prediction.shape == (4, 8, SIDE, SIDE)
+    assert narrow.x_embedder.out_channels == WIDTH // 2 and narrow(*inputs()).prediction.shape == (
+        4,
+        8,
+        SIDE,
+        SIDE,
+    )
 
 
 def test_positions_put_the_column_first():
@@ -293,7 +309,9 @@ def test_bfloat16_autocast(fp32_scaffold, grid, request):
     assert (out.routing.prob - plain.routing.prob).abs().mean() < 0.02
     loss = out.prediction.float().square().mean()
     loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    assert all(
+        parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None
+    )
 
 
 def test_a_model_can_be_copied_and_saved(tmp_path):

@@ -65,7 +65,9 @@ def test_equal_to_the_dense_formula_with_gradients(sigma, drop, grid):
     packing = plan_packing(routing.keep)
     dechunk = Dechunk(SIDE, sigma)
     offset = torch.arange(SIDE, dtype=torch.float64)
-    dechunk.kernel = torch.exp(-((offset[:, None] - offset) ** 2) / (2 * sigma**2))  # float64: nothing hides in rounding
+    dechunk.kernel = torch.exp(
+        -((offset[:, None] - offset) ** 2) / (2 * sigma**2)
+    )  # float64: nothing hides in rounding
     if grid:
         use_grid(dechunk)
     tokens = torch.randn(sum(packing.lengths), 4, dtype=torch.float64, requires_grad=True)
@@ -75,7 +77,9 @@ def test_equal_to_the_dense_formula_with_gradients(sigma, drop, grid):
     for function in (lambda r: dechunk(tokens, r, packing), lambda r: dechunk_densely(tokens, r, sigma)):
         output = function(routing._replace(prob=prob))
         results.append((output, *torch.autograd.grad((output * weights).sum(), (tokens, prob))))
-    tolerance = 1e-9 if grid or sigma > 1 else 5e-6  # the lists end at 5.65 sigma, which is inside the grid otherwise
+    tolerance = (
+        1e-9 if grid or sigma > 1 else 5e-6
+    )  # the lists end at 5.65 sigma, which is inside the grid otherwise
     for ours, dense in zip(*results):
         torch.testing.assert_close(ours, dense, rtol=tolerance, atol=tolerance)
 
@@ -104,7 +108,10 @@ def test_in_float32():
     packing = plan_packing(routing.keep)
     tokens = torch.randn(sum(packing.lengths), 4)
     torch.testing.assert_close(
-        Dechunk(SIDE, 1.0)(tokens, routing, packing), dechunk_densely(tokens, routing, 1.0), rtol=1e-5, atol=1e-5
+        Dechunk(SIDE, 1.0)(tokens, routing, packing),
+        dechunk_densely(tokens, routing, 1.0),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
@@ -127,7 +134,9 @@ def test_a_sample_does_not_see_its_batch_mates():
     for k in range(3):
         alone = Routing(*(x[k : k + 1] for x in routing))
         single = plan_packing(alone.keep)
-        torch.testing.assert_close(Dechunk(SIDE, 1.0)(pack(grid[k : k + 1], single), alone, single)[0], together[k])
+        torch.testing.assert_close(
+            Dechunk(SIDE, 1.0)(pack(grid[k : k + 1], single), alone, single)[0], together[k]
+        )
 
 
 @pytest.mark.parametrize("side", [2, 3, 7, 16])

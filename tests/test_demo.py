@@ -36,7 +36,9 @@ def save_random(config, folder: Path) -> Path:
     store = open_features(config.data.feature_path, 32)
     state = {"autoencoder": store.autoencoder, "class_names": store.class_names, "optimizer": {}, "step": 1}
     return save_checkpoint(
-        folder, state | {"config": to_dict(config), "model": model.state_dict(), "ema": model.state_dict()}, keep=0
+        folder,
+        state | {"config": to_dict(config), "model": model.state_dict(), "ema": model.state_dict()},
+        keep=0,
     )
 
 
@@ -64,9 +66,24 @@ def page(tiny_config, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GRADIO_ANALYTICS_ENABLED": "False"}
-    command = [sys.executable, "demo.py", "--ckpt", str(ckpt), "--num-sampling-steps", "3", "--port", str(port)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+    }
+    command = [
+        sys.executable,
+        "demo.py",
+        "--ckpt",
+        str(ckpt),
+        "--num-sampling-steps",
+        "3",
+        "--port",
+        str(port),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     address = f"http://127.0.0.1:{port}"
     try:
         wait_for(lambda: answers(address) or process.poll() is not None)
@@ -123,7 +140,11 @@ fetch(source).then(answer => answer.blob()).then(blob => reader.readAsDataURL(bl
 def look(browser) -> dict[str, str] | None:
     """The pictures' addresses and the costs on the page, or None until all are there."""
     found = browser.execute_script(LOOK)
-    return found if all(found.get(key) for key in ("image", "boundaries", "full_image", "cost", "full_cost")) else None
+    return (
+        found
+        if all(found.get(key) for key in ("image", "boundaries", "full_image", "cost", "full_cost"))
+        else None
+    )
 
 
 def pixels(browser, source: str) -> str:
@@ -139,10 +160,14 @@ def test_the_slider_changes_picture_and_cost(page, browser):
     slider = browser.find_element("css selector", "#dropped input[type=range]")
     slider.send_keys("\ue010")  # the End key: as much as the page offers
     after = wait_for(lambda: (seen := look(browser)) and seen["cost"] != before["cost"] and seen)
-    cheaper, cost, full = (float(text.split()[0]) for text in (after["cost"], before["cost"], after["full_cost"]))
+    cheaper, cost, full = (
+        float(text.split()[0]) for text in (after["cost"], before["cost"], after["full_cost"])
+    )
     assert cheaper < cost < full
     assert after["full_cost"] == before["full_cost"]
     wait_for(lambda: pixels(browser, look(browser)["image"]) != shown["image"])
     assert pixels(browser, look(browser)["full_image"]) == shown["full_image"]
-    browser.find_element("css selector", "#seed input").send_keys("\ue0033")  # Backspace: for a moment there is no seed
+    browser.find_element("css selector", "#seed input").send_keys(
+        "\ue0033"
+    )  # Backspace: for a moment there is no seed
     wait_for(lambda: pixels(browser, look(browser)["full_image"]) != shown["full_image"])

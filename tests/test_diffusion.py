@@ -16,7 +16,9 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(scope="module", params=["learned", "fixed"])
 def golden(request):
-    return request.param == "learned", load_file(GOLDEN / f"diffusion_linear_{request.param}_sigma.safetensors")
+    return request.param == "learned", load_file(
+        GOLDEN / f"diffusion_linear_{request.param}_sigma.safetensors"
+    )
 
 
 def close(ours, want, rtol=1e-6):
@@ -48,7 +50,9 @@ def test_reverse_steps(golden):
     learn_sigma, want = golden
     for steps in {int(key.split(".")[1]) for key in want if key.startswith("respaced.")}:
         diffusion = create_diffusion("linear", 1000, learn_sigma, sampling_steps=steps)
-        case = {key.split(".", 2)[2]: value for key, value in want.items() if key.startswith(f"respaced.{steps}.")}
+        case = {
+            key.split(".", 2)[2]: value for key, value in want.items() if key.startswith(f"respaced.{steps}.")
+        }
         assert diffusion.timesteps.tolist() == case["timestep_map"].tolist()
         x_t, i, prediction = want["out.x_t"], case["in.t"], want["in.model_output"]
         mean, log_variance, x0 = diffusion.reverse(prediction, x_t, i)
@@ -96,7 +100,14 @@ def test_samplers_return_what_a_perfect_network_sees(sampler, steps):
         return (x - signal * target) / sigma
 
     generator = torch.Generator().manual_seed(0)
-    trace = list(sampler(diffusion, denoise, torch.randn(target.shape), lambda: torch.randn(target.shape, generator=generator)))
+    trace = list(
+        sampler(
+            diffusion,
+            denoise,
+            torch.randn(target.shape),
+            lambda: torch.randn(target.shape, generator=generator),
+        )
+    )
     assert [step.t for step in trace] == diffusion.timesteps[::-1].tolist()
     torch.testing.assert_close(trace[-1].x_next, target, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(trace[-1].x_next, trace[-1].x0_hat, atol=1e-4, rtol=1e-4)
@@ -107,7 +118,9 @@ def test_variational_bound_vanishes_for_the_true_posterior():
     x0, noise = torch.rand(4, 3, 4, 4) * 2 - 1, torch.randn(4, 3, 4, 4)
     t = torch.tensor([1, 10, 500, 999])
     x_t = diffusion.add_noise(x0, t, noise)
-    perfect = torch.cat([noise, torch.full_like(noise, -1.0)], dim=1)  # logits of -1 choose the posterior variance
+    perfect = torch.cat(
+        [noise, torch.full_like(noise, -1.0)], dim=1
+    )  # logits of -1 choose the posterior variance
     assert diffusion.losses(perfect, x0, x_t, t, noise)["vb"].abs().max() < 1e-4
 
 
@@ -171,11 +184,19 @@ def test_conditioning_may_be_a_list_a_function_of_t_or_of_another_kind():
         return x
 
     x, t = torch.zeros(2, 1), torch.full((2,), 7)
-    guide(denoise, {"drop": lambda t: t / 10, "k": [1, 2]}, {"drop": lambda t: t / 7, "k": [3, 4]}, 2.0, channels=1)(x, t)
+    guide(
+        denoise,
+        {"drop": lambda t: t / 10, "k": [1, 2]},
+        {"drop": lambda t: t / 7, "k": [3, 4]},
+        2.0,
+        channels=1,
+    )(x, t)
     assert len(seen) == 1 and seen[0]["k"] == [1, 2, 3, 4]
     torch.testing.assert_close(seen[0]["drop"], torch.tensor([0.7, 0.7, 1.0, 1.0]))
     seen.clear()
-    guide(denoise, {"drop": lambda t: t / 10}, {"k": [3, 4]}, 2.0, channels=1)(x, t)  # no common batch: one after the other
+    guide(denoise, {"drop": lambda t: t / 10}, {"k": [3, 4]}, 2.0, channels=1)(
+        x, t
+    )  # no common batch: one after the other
     assert [list(conditioning) for conditioning in seen] == [["drop"], ["k"]]
 
 

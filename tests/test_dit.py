@@ -34,7 +34,9 @@ def test_published_sizes(name):
     assert parameters / 1e6 == pytest.approx(millions, abs=0.6)
     ours = forward_flops(config, Kept(0, 0))
     softmax = 3 * len(model.blocks) * config.model.hnet.num_heads[1] * config.tokens**2
-    norms = (2 * len(model.blocks) + 1) * config.tokens * config.d_model  # the published figures count one per element
+    norms = (
+        (2 * len(model.blocks) + 1) * config.tokens * config.d_model
+    )  # the published figures count one per element
     assert (sum(ours.values()) - softmax) / 2e9 + norms / 1e9 == pytest.approx(gmacs, abs=0.01)
 
 
@@ -100,7 +102,9 @@ def test_against_a_plain_transformer(patch):
     model, arguments = tiny_model(patch), inputs()
     prediction, routing = model(*arguments)
     torch.testing.assert_close(prediction, plain_dit(model, *arguments), rtol=1e-4, atol=1e-5)
-    assert routing.prob.shape == (3, (SIDE // patch) ** 2) and routing.keep.all() and (routing.prob == 1).all()
+    assert (
+        routing.prob.shape == (3, (SIDE // patch) ** 2) and routing.keep.all() and (routing.prob == 1).all()
+    )
 
 
 def test_it_starts_at_zero_and_every_parameter_learns():
@@ -123,7 +127,9 @@ def test_configuration():
     assert config.training.ratio_loss_weight == 0 and not config.training.multi_budget_training
     assert config_from_dict(to_dict(config)) == config and config.tokens == 256
     for patch in (3, 0, 64):
-        with pytest.raises(UserError, match=f"model.patch_size: {patch} does not divide the latent's side of 32"):
+        with pytest.raises(
+            UserError, match=f"model.patch_size: {patch} does not divide the latent's side of 32"
+        ):
             load_config(CONFIGS / "DCDiT-B-N4.yaml", [f"model.patch_size={patch}"])
     with pytest.raises(ValueError, match="no router"):
         tiny_model()(*inputs(), 0.5)
@@ -142,7 +148,9 @@ def test_one_word_trains_and_samples_the_baseline(trained):
     run = load_run(trained)
     shown = []
     options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=3)
-    (batch,) = generate(run, [0, 1], [0, 1], options, observe=lambda step, routing: shown.append(routing.keep))
+    (batch,) = generate(
+        run, [0, 1], [0, 1], options, observe=lambda step, routing: shown.append(routing.keep)
+    )
     assert batch.images.shape == (2, 3, 32, 32) and shown[0].shape == (2, 16) and shown[0].all()
     assert all(step.conditional.tolist() == step.unconditional.tolist() == [16, 16] for step in batch.kept)
     with pytest.raises(UserError, match="--tail-dropping-fraction 0.5: a static DiT has no router"):

@@ -28,12 +28,18 @@ def place(tiny_config, tmp_path_factory) -> Path:
     state = build_model(config).state_dict()
     store = open_features(config.data.feature_path, 32)
     common = {"autoencoder": store.autoencoder, "class_names": store.class_names, "optimizer": {}, "step": 1}
-    save_checkpoint(folder / "run" / "checkpoints", common | {"config": to_dict(config), "model": state, "ema": state}, keep=0)
+    save_checkpoint(
+        folder / "run" / "checkpoints",
+        common | {"config": to_dict(config), "model": state, "ema": state},
+        keep=0,
+    )
     (folder / "run" / "config.yaml").write_text(tiny_config.read_text())
 
     config.training.class_dropout_prob = 0.0
     state = build_model(config).state_dict()
-    save_checkpoint(folder / "unguided", common | {"config": to_dict(config), "model": state, "ema": state}, keep=0)
+    save_checkpoint(
+        folder / "unguided", common | {"config": to_dict(config), "model": state, "ema": state}, keep=0
+    )
 
     (folder / "broken" / "checkpoints").mkdir(parents=True)
     whole = (folder / "run" / "checkpoints" / "0000001.pt").read_bytes()
@@ -177,7 +183,10 @@ def test_both_samplers(fill, place, capsys, script, line, part, monkeypatch):
         ("--ckpt {ckpt} --classes 3", "--classes 3: the model knows labels 0 to 2"),
         ("--ckpt {ckpt} --classes 0 -1", "--classes -1: the model knows labels 0 to 2"),
         ("--ckpt {ckpt} --classes", "argument --classes: expected at least one argument"),
-        ("--ckpt {ckpt} --output {place}/a_file", "--output '{place}/a_file': '{place}/a_file' is not a folder"),
+        (
+            "--ckpt {ckpt} --output {place}/a_file",
+            "--output '{place}/a_file': '{place}/a_file' is not a folder",
+        ),
     ],
 )
 def test_sample(fill, place, capsys, line, part):
@@ -205,7 +214,11 @@ def test_samples_of_other_settings_are_not_mixed(fill, tmp_path, capsys):
     few = fill("--ckpt {ckpt} --num-fid-samples 2 --num-sampling-steps 1 --output-dir").split()
     sample_ddp.main([*few, str(tmp_path / "images")])
     before = files(tmp_path)
-    for change, key in (("--seed 1", "seed"), ("--cfg-scale 2", "cfg_scale"), ("--labels balanced", "labels")):
+    for change, key in (
+        ("--seed 1", "seed"),
+        ("--cfg-scale 2", "cfg_scale"),
+        ("--labels balanced", "labels"),
+    ):
         line = refusal(sample_ddp, [*few, tmp_path / "images", *change.split()], capsys)
         assert f"holds samples of another {key}; give another folder" in line
     assert files(tmp_path) == before
@@ -264,7 +277,12 @@ def test_scripts_report_their_own_mistakes(script, capsys, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     lines = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and COMMANDS[script] in lines[0]
+    assert (
+        caught.value.code == 2
+        and len(lines) == 1
+        and lines[0].startswith("error: ")
+        and COMMANDS[script] in lines[0]
+    )
 
 
 def test_a_real_command():

@@ -51,7 +51,9 @@ def place(tmp_path_factory, tiny_extractor) -> Path:
     (folder / "samples").mkdir()
     for i, image in enumerate(samples):
         Image.fromarray(image).save(folder / "samples" / f"{i:06d}.png")
-    np.savez_compressed(folder / "reference.npz", arr_0=numbers.integers(0, 200, (280, SIZE, SIZE, 3), dtype=np.uint8))
+    np.savez_compressed(
+        folder / "reference.npz", arr_0=numbers.integers(0, 200, (280, SIZE, SIZE, 3), dtype=np.uint8)
+    )
     shutil.copy(tiny_extractor, folder / "tiny.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch prefers other formats by now
@@ -83,7 +85,15 @@ def inception_weights(tmp_path_factory) -> Path:
 def run(place: Path, *argv, cache="cache", features="tiny.pt") -> dict:
     output = place / "numbers.json"
     evaluate.main(
-        [*map(str, argv), "--features", str(place / features), "--cache", str(place / cache), "--output", str(output)]
+        [
+            *map(str, argv),
+            "--features",
+            str(place / features),
+            "--cache",
+            str(place / cache),
+            "--output",
+            str(output),
+        ]
     )
     return json.loads(output.read_text())
 
@@ -103,7 +113,11 @@ def test_inception_is_the_published_graph(inception_weights):
     extractor = Inception(str(inception_weights), CPU)
     images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
     ours, net = extractor(images), extractor.network
-    assert ours.features.shape == (2, 2048) and ours.logits.shape == (2, 1008) and ours.spatial.shape == (2, 2023)
+    assert (
+        ours.features.shape == (2, 2048)
+        and ours.logits.shape == (2, 1008)
+        and ours.spatial.shape == (2, 2023)
+    )
     assert torch.equal(ours.logits, ours.features @ net.fc.weight.T)
 
     seen = []
@@ -113,16 +127,27 @@ def test_inception_is_the_published_graph(inception_weights):
     x = seen[0]
     assert x.shape == (2, 3, 299, 299) and x.min() >= -1 and x.max() <= 1
     corner = images[:, :, 0, 0].float() / 128 - 1
-    assert torch.allclose(x[:, :, 0, 0], corner)  # TensorFlow 1: the first output pixel is the first input pixel
+    assert torch.allclose(
+        x[:, :, 0, 0], corner
+    )  # TensorFlow 1: the first output pixel is the first input pixel
     with torch.inference_mode():
-        for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3"):
+        for name in (
+            "Conv2d_1a_3x3",
+            "Conv2d_2a_3x3",
+            "Conv2d_2b_3x3",
+            "MaxPool_1",
+            "Conv2d_3b_1x1",
+            "Conv2d_4a_3x3",
+        ):
             x = getattr(net, name)(x)
         for name in ("MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"):
             x = getattr(net, name)(x)
         branch = net.Mixed_6d.branch1x1
         maps = branch.bn(F.conv2d(x, branch.conv.weight)).relu()  # (2, 192, 17, 17)
     assert maps.shape[2:] == (17, 17)
-    assert torch.allclose(again.spatial.view(2, 17, 17, 7), maps[:, :7].permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(
+        again.spatial.view(2, 17, 17, 7), maps[:, :7].permute(0, 2, 3, 1), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_fid_by_the_whole_command(place, inception_weights, capsys):
@@ -138,11 +163,18 @@ def test_fid_by_the_whole_command(place, inception_weights, capsys):
     for name, kind in (("fid", "features"), ("sfid", "spatial")):
         a, b = (getattr(output, kind).double() for output in outputs)
         (u, v), step = [(x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b)], a.mean(0) - b.mean(0)
-        expected = step.square().sum() + u.square().sum() + v.square().sum() - 2 * torch.linalg.svdvals(u @ v.T).sum()
+        expected = (
+            step.square().sum()
+            + u.square().sum()
+            + v.square().sum()
+            - 2 * torch.linalg.svdvals(u @ v.T).sum()
+        )
         assert found[name] == pytest.approx(expected.item(), rel=1e-4) and found[name] > 0
     p = outputs[0].logits.double().softmax(1)
     score = (p * (p / p.mean(0)).log()).sum(1).mean().exp().item()
-    assert found["inception_score"] == pytest.approx(score, rel=1e-4) and {"precision", "recall"} <= found.keys()
+    assert (
+        found["inception_score"] == pytest.approx(score, rel=1e-4) and {"precision", "recall"} <= found.keys()
+    )
     printed = capsys.readouterr().out
     assert "5 images give 2048 features a covariance of rank 4 at most" in printed
     assert f"FID{found['fid']:27.4f}" in printed
@@ -154,14 +186,19 @@ def test_statistics_alone_are_a_reference(place, inception_weights, monkeypatch,
     np.savez(place / "four.npz", numbers.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
     mu, sigma = numbers.standard_normal(2048), np.diag(numbers.random(2048))
     np.savez(place / "statistics.npz", mu=mu, sigma=sigma)
-    monkeypatch.setattr(metrics, "frechet_distance", lambda a, b: seen.append((a, b)) or 7.0)  # at this size, seconds
+    monkeypatch.setattr(
+        metrics, "frechet_distance", lambda a, b: seen.append((a, b)) or 7.0
+    )  # at this size, seconds
     weights = ["--inception-weights", str(inception_weights), "--cache", str(place / "inception")]
     evaluate.main([str(place / "four.npz"), str(place / "statistics.npz"), *weights])
     ((samples, reference),) = seen
     assert np.array_equal(reference.mean, mu) and np.array_equal(reference.covariance, sigma)
     assert samples.mean.shape == (2048,) and samples.count == 4
     found = json.loads((place / "four.evaluation.json").read_text())
-    assert found.keys() & {"fid", "sfid", "precision", "recall", "inception_score"} == {"fid", "inception_score"}
+    assert found.keys() & {"fid", "sfid", "precision", "recall", "inception_score"} == {
+        "fid",
+        "inception_score",
+    }
     assert found["num_reference"] is None and "an unknown number of images" in capsys.readouterr().out
 
 
@@ -171,8 +208,12 @@ def test_inception_weights_that_are_missing_or_wrong(place, inception_weights, m
     assert URL_INCEPTION_V3 in refusal(*pair, "--inception-weights", tmp_path / "none.pth")
     assert "does not hold the Inception weights" in refusal(*pair, "--inception-weights", place / "tiny.pt")
     (tmp_path / "code.pth").write_bytes(b"cos\nsystem\n(S'false'\ntR.")  # a pickle that would call os.system
-    assert "does not hold the Inception weights" in refusal(*pair, "--inception-weights", tmp_path / "code.pth")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **kwargs: (tmp_path / "gone").read_bytes())  # offline
+    assert "does not hold the Inception weights" in refusal(
+        *pair, "--inception-weights", tmp_path / "code.pth"
+    )
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda *args, **kwargs: (tmp_path / "gone").read_bytes()
+    )  # offline
     message = refusal(*pair)
     assert URL_INCEPTION_V3 in message and "--inception-weights" in message
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
@@ -187,7 +228,9 @@ def test_timm_folder(place, tmp_path):
     images = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8)
     ours, settings = extractor(images), timm.data.resolve_model_data_config(model)
     mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("mean", "std"))
-    resized = F.interpolate(images.float() / 255, settings["input_size"][1:], mode=settings["interpolation"], antialias=True)
+    resized = F.interpolate(
+        images.float() / 255, settings["input_size"][1:], mode=settings["interpolation"], antialias=True
+    )
     with torch.no_grad():
         assert torch.allclose(ours.logits, model((resized - mean) / std), atol=1e-5)
         assert torch.allclose(ours.logits, model.fc(ours.features), atol=1e-5) and ours.spatial is None
@@ -199,7 +242,9 @@ def test_a_timm_folder_is_known_by_the_weights_in_use(tmp_path):
     for seed in range(2):
         torch.manual_seed(seed)
         model = timm.create_model("resnet10t", num_classes=5)
-        timm.models.save_for_hf(model, tmp_path / "timm", model_args={"num_classes": 5}, safe_serialization=False)
+        timm.models.save_for_hf(
+            model, tmp_path / "timm", model_args={"num_classes": 5}, safe_serialization=False
+        )
         (tmp_path / "timm" / "pytorch_model.bin").rename(tmp_path / "timm" / "pytorch_model.pth")
         names |= {load_extractor(str(tmp_path / "timm"), None, CPU).name for _ in range(2)}
     assert len(names) == 2
@@ -239,22 +284,42 @@ def test_one_and_two_processes_give_the_same(place):
     """The same numbers to the last digit, and a cache that holds the same features."""
     one = run(place, place / "samples.npz", place / "reference.npz", cache="one")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "evaluate.py"]
-    command += [place / "samples.npz", place / "reference.npz", "--features", place / "tiny.pt", "--cache", place / "two"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "evaluate.py",
+    ]
+    command += [
+        place / "samples.npz",
+        place / "reference.npz",
+        "--features",
+        place / "tiny.pt",
+        "--cache",
+        place / "two",
+    ]
     command += ["--output", place / "two.json"]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((place / "two.json").read_text()) == one
     assert done.stdout.count("Fréchet distance") == 1
     files = sorted(path.relative_to(place / "one") for path in (place / "one").rglob("*.npz"))
-    assert len(files) == 4 and files == sorted(path.relative_to(place / "two") for path in (place / "two").rglob("*.npz"))
+    assert len(files) == 4 and files == sorted(
+        path.relative_to(place / "two") for path in (place / "two").rglob("*.npz")
+    )
 
 
 def test_features_are_cached_by_content(place, monkeypatch):
     run(place, place / "samples.npz", place / "reference.npz", cache="known")
     (place / "renamed.npz").write_bytes((place / "samples.npz").read_bytes())
     calls, write = [], Chunks.write
-    monkeypatch.setattr(Chunks, "write", lambda self, chunk, arrays: (calls.append(chunk), write(self, chunk, arrays)))
+    monkeypatch.setattr(
+        Chunks, "write", lambda self, chunk, arrays: (calls.append(chunk), write(self, chunk, arrays))
+    )
     run(place, place / "renamed.npz", place / "reference.npz", cache="known")
     assert calls == []
     lost = min(path for path in (place / "known").rglob("00001.npz"))
@@ -284,7 +349,9 @@ def test_two_runs_may_fill_one_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "savez", interrupted)
     chunks.write(0, {"features": np.zeros(2)})
-    assert chunks.read("features").tolist() == [0, 0] and [path.name for path in tmp_path.iterdir()] == ["00000.npz"]
+    assert chunks.read("features").tolist() == [0, 0] and [path.name for path in tmp_path.iterdir()] == [
+        "00000.npz"
+    ]
 
 
 def test_reference_of_ones_own_data(place, inception_weights, tmp_path, capsys):
@@ -314,7 +381,9 @@ def test_reference_of_ones_own_data(place, inception_weights, tmp_path, capsys):
     found = run(place, place / "samples.npz", tmp_path / "tiny.npz")
     assert found["num_reference"] == 4 and found["frechet_distance"] > 0
     other = ["--features", place / "other.pt", *cache]
-    assert "make it again with the same --features" in refusal(place / "samples.npz", tmp_path / "tiny.npz", *other)
+    assert "make it again with the same --features" in refusal(
+        place / "samples.npz", tmp_path / "tiny.npz", *other
+    )
     assert "24 x 24" in refusal(place / "samples.npz", tmp_path / "own.npz", *other)
 
 
@@ -325,7 +394,9 @@ def test_mistakes_are_one_line(place, tmp_path):
     samples, reference = place / "samples.npz", place / "reference.npz"
     tiny = ["--features", place / "tiny.pt", "--cache", tmp_path / "cache"]
     np.savez(tmp_path / "large.npz", np.zeros((5, 24, 24, 3), np.uint8))
-    assert "16 x 16 pixels and the reference's images 24 x 24" in refusal(samples, tmp_path / "large.npz", *tiny)
+    assert "16 x 16 pixels and the reference's images 24 x 24" in refusal(
+        samples, tmp_path / "large.npz", *tiny
+    )
     np.savez(tmp_path / "floats.npz", np.zeros((5, 16, 16, 3)))
     assert "arr_0 is float64" in refusal(tmp_path / "floats.npz", reference, *tiny)
     np.savez(tmp_path / "first.npz", np.zeros((5, 3, 16, 16), np.uint8))
@@ -348,7 +419,9 @@ def test_mistakes_are_one_line(place, tmp_path):
     folder = tmp_path / "folder.npz"
     folder.mkdir()
     assert "folder.npz': is a folder; give a file" in refusal(samples, reference, *tiny, "--output", folder)
-    assert "folder.npz': is a folder" in refusal("--make-reference", place / "samples", folder, "--image-size", 16, *tiny)
+    assert "folder.npz': is a folder" in refusal(
+        "--make-reference", place / "samples", folder, "--image-size", 16, *tiny
+    )
     assert "is neither" in refusal(samples, reference, "--features", tmp_path / "nowhere")
     assert "not a TorchScript file" in refusal(samples, reference, "--features", samples)
     assert "--image-size" in refusal("--make-reference", place / "samples", tmp_path / "x.npz")
@@ -365,7 +438,9 @@ def test_an_unreadable_image_is_named(place, tmp_path, kind):
         odd.touch()
     elif kind == "bomb":  # PNG header of 100,000 x 100,000 pixels
         header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-        odd.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)))
+        odd.write_bytes(
+            b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+        )
     elif kind == "pipe":
         os.mkfifo(odd)
     else:
@@ -375,7 +450,9 @@ def test_an_unreadable_image_is_named(place, tmp_path, kind):
     Image.new("RGB", (SIZE, SIZE)).save(odd.parent / "a.png")
     message = refusal(odd.parent, place / "reference.npz", *tiny)
     assert "unreadable image" in message and "odd.png" in message and "sizes" not in message
-    assert "odd.png" in refusal("--make-reference", odd.parent, tmp_path / "own.npz", "--image-size", SIZE, *tiny)
+    assert "odd.png" in refusal(
+        "--make-reference", odd.parent, tmp_path / "own.npz", "--image-size", SIZE, *tiny
+    )
 
 
 def test_pickles_are_never_loaded(tmp_path):
@@ -396,7 +473,17 @@ def test_pickles_are_never_loaded(tmp_path):
 
 def test_a_file_that_ends_early(place, tmp_path):
     """The archive is whole, the array in it is not."""
-    with zipfile.ZipFile(tmp_path / "cut.npz", "w") as archive, zipfile.ZipFile(place / "samples.npz") as whole:
+    with (
+        zipfile.ZipFile(tmp_path / "cut.npz", "w") as archive,
+        zipfile.ZipFile(place / "samples.npz") as whole,
+    ):
         archive.writestr("arr_0.npy", whole.read("arr_0.npy")[:-1000])
-    pair = [tmp_path / "cut.npz", place / "reference.npz", "--features", place / "tiny.pt", "--cache", tmp_path / "cache"]
+    pair = [
+        tmp_path / "cut.npz",
+        place / "reference.npz",
+        "--features",
+        place / "tiny.pt",
+        "--cache",
+        tmp_path / "cache",
+    ]
     assert "does not hold the (300, 16, 16, 3) uint8 values that its header claims" in refusal(*pair)

@@ -21,19 +21,38 @@ ROOT = Path(__file__).parent.parent
 
 
 def arguments(images: Path, vae: Path, store: Path, /, **changes) -> list[str]:
-    options = {"data-path": images, "features-path": store, "vae": vae, "image-size": 16, "shard-size": 2, "num-workers": 0}
+    options = {
+        "data-path": images,
+        "features-path": store,
+        "vae": vae,
+        "image-size": 16,
+        "shard-size": 2,
+        "num-workers": 0,
+    }
     options |= {"global-batch-size": 24} | {name.replace("_", "-"): value for name, value in changes.items()}
-    return [part for name, value in options.items() for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
+    return [
+        part
+        for name, value in options.items()
+        for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def launch(command: list[str], processes: int | None = None) -> subprocess.CompletedProcess:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, *torchrun, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *torchrun, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +69,21 @@ def test_store_holds_the_moments_of_diffusers(tiny_images, tiny_vae, whole):
     store, images = open_features(whole, 16), ImageFolder(tiny_images, 16)
     assert len(store) == 10 and store.labels.tolist() == images.labels and store.latent_shape == (4, 4, 4)
     model = AutoencoderKL.from_pretrained(tiny_vae).eval()
-    pixels = torch.from_numpy(np.stack([images[index][0] for index in range(10)])).permute(0, 3, 1, 2) / 127.5 - 1
+    pixels = (
+        torch.from_numpy(np.stack([images[index][0] for index in range(10)])).permute(0, 3, 1, 2) / 127.5 - 1
+    )
     with torch.no_grad():
         posteriors = [model.encode(view).latent_dist for view in (pixels, pixels.flip(3))]
     for index in range(10):
         generator = rng(0, "latent", index)
         posterior = posteriors[int(generator.integers(2))]
         noise = generator.standard_normal((4, 4, 4), dtype=np.float32)
-        expected = (posterior.mean[index].numpy() + posterior.std[index].numpy() * noise) * model.config.scaling_factor
-        assert np.allclose(store.latent(index, rng(0, "latent", index)), expected, atol=2e-3, rtol=2e-3)  # stored as float16
+        expected = (
+            posterior.mean[index].numpy() + posterior.std[index].numpy() * noise
+        ) * model.config.scaling_factor
+        assert np.allclose(
+            store.latent(index, rng(0, "latent", index)), expected, atol=2e-3, rtol=2e-3
+        )  # stored as float16
 
 
 def test_autoencoder_inverts_its_scale(tiny_vae):
@@ -67,8 +92,15 @@ def test_autoencoder_inverts_its_scale(tiny_vae):
     with torch.no_grad():
         pixels = autoencoder.model.decode(latents / autoencoder.model.config.scaling_factor).sample
     images = autoencoder.decode(latents)
-    assert (autoencoder.stride, autoencoder.channels, images.shape, images.dtype) == (4, 4, (2, 3, 20, 20), torch.uint8)
-    assert ((pixels * 127.5 + 127.5).clamp(0, 255) - images.float()).abs().max() < 0.502  # rounding, half a level
+    assert (autoencoder.stride, autoencoder.channels, images.shape, images.dtype) == (
+        4,
+        4,
+        (2, 3, 20, 20),
+        torch.uint8,
+    )
+    assert (
+        (pixels * 127.5 + 127.5).clamp(0, 255) - images.float()
+    ).abs().max() < 0.502  # rounding, half a level
     assert Autoencoder.load(autoencoder.describe()["name"], "cpu").describe() == autoencoder.describe()
 
 
@@ -78,7 +110,9 @@ def test_per_channel_latent_statistics(tiny_vae):
     from data.autoencoder import shift_and_scale
 
     model = AutoencoderKL.from_pretrained(tiny_vae)
-    model.register_to_config(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0, 4.0, 8.0, 16.0], scaling_factor=0.5)
+    model.register_to_config(
+        latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0, 4.0, 8.0, 16.0], scaling_factor=0.5
+    )
     assert shift_and_scale(model.config, 4) == ([1, 2, 3, 4], [0.25, 0.125, 0.0625, 0.03125])
     model.register_to_config(latents_mean=None, latents_std=None, shift_factor=0.25)
     assert shift_and_scale(model.config, 4) == ([0.25] * 4, [0.5] * 4)
@@ -108,7 +142,9 @@ extract_features.main(sys.argv[1:])
 def test_three_processes_complete_what_a_killed_one_began(tiny_images, tiny_vae, whole, tmp_path):
     options = arguments(tiny_images, tiny_vae, tmp_path / "three")
     assert launch(["-c", KILLED, *options]).returncode == -9
-    assert "shard-00001.json" in content(tmp_path / "three") and "manifest.json" not in content(tmp_path / "three")
+    assert "shard-00001.json" in content(tmp_path / "three") and "manifest.json" not in content(
+        tmp_path / "three"
+    )
     result = launch(["extract_features.py", *options], processes=3)
     assert result.returncode == 0, result.stderr
     assert content(tmp_path / "three") == content(whole)
@@ -141,7 +177,12 @@ def test_frozen_kinds(tiny_images, tiny_vae, tmp_path, kind):
     extract_features.main(arguments(tiny_images, tiny_vae, tmp_path, store=kind))
     store = open_features(tmp_path, 16)
     latent = store.latent(3, None)
-    assert len(store) == 10 and latent.shape == (4, 4, 4) and latent.dtype == np.float32 and store.labels.max() == 2
+    assert (
+        len(store) == 10
+        and latent.shape == (4, 4, 4)
+        and latent.dtype == np.float32
+        and store.labels.max() == 2
+    )
 
 
 def test_dry_run_writes_nothing(tiny_images, tiny_vae, tmp_path, capsys):
@@ -162,12 +203,18 @@ def test_dry_run_writes_nothing(tiny_images, tiny_vae, tmp_path, capsys):
         ({"store": "official", "dtype": "float16"}, "--dtype float16"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(tiny_images, tiny_vae, tmp_path, monkeypatch, capsys, changes, part):
+def test_mistakes_are_one_line_and_status_2(
+    tiny_images, tiny_vae, tmp_path, monkeypatch, capsys, changes, part
+):
     monkeypatch.chdir(ROOT)
     (tmp_path / "file").write_text("x")
-    changes = {name: str(value).replace("README.md", str(tmp_path / "file")) for name, value in changes.items()}
+    changes = {
+        name: str(value).replace("README.md", str(tmp_path / "file")) for name, value in changes.items()
+    }
     with pytest.raises(SystemExit) as caught:
-        cli.run(lambda: extract_features.main(arguments(tiny_images, tiny_vae, tmp_path / "store", **changes)))
+        cli.run(
+            lambda: extract_features.main(arguments(tiny_images, tiny_vae, tmp_path / "store", **changes))
+        )
     lines = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and part in lines[0]
     assert not (tmp_path / "store").exists()

@@ -31,7 +31,14 @@ class StandIn:
         return 2, image_size // 4, image_size // 4
 
     def describe(self):
-        return {"name": self.name, "stride": 4, "channels": 2, "shift": [0.0] * 2, "scale": [1.0] * 2, "sha256": "0"}
+        return {
+            "name": self.name,
+            "stride": 4,
+            "channels": 2,
+            "shift": [0.0] * 2,
+            "scale": [1.0] * 2,
+            "sha256": "0",
+        }
 
     def encode(self, images):
         mean = images[:, :2, ::4, ::4].float() / 256
@@ -57,13 +64,21 @@ def fill(writer: FeatureWriter, tiny_images: Path, bad: tuple[int, ...] = ()) ->
         features = np.empty((0, *item_shape(writer.settings)), writer.settings["dtype"])
         if good:
             features = encode_images(StandIn(), pixels_of(tiny_images, good), good, writer.settings)
-        writer.write(shard, features, [[index, f"{index}.png", "why"] for index in writer.sources(shard) if index in bad])
+        writer.write(
+            shard,
+            features,
+            [[index, f"{index}.png", "why"] for index in writer.sources(shard) if index in bad],
+        )
     if shards is not None:
         writer.finish()
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_moments_are_those_of_the_image_and_its_mirror_image(tiny_images, tmp_path):
@@ -72,7 +87,9 @@ def test_moments_are_those_of_the_image_and_its_mirror_image(tiny_images, tmp_pa
     images = ImageFolder(tiny_images, SIZE)
     assert len(store) == 10 and store.latent_shape == (2, 2, 2) and store.class_names == ["a", "b", "c"]
     assert (
-        store.labels.tolist() == images.labels and store.labels.dtype == np.int64 and store.autoencoder == StandIn().describe()
+        store.labels.tolist() == images.labels
+        and store.labels.dtype == np.int64
+        and store.autoencoder == StandIn().describe()
     )
     seen = set()
     for draw in range(8):
@@ -95,7 +112,9 @@ def test_without_flips_there_is_one_view(tiny_images, tmp_path):
 
 def test_samples_are_frozen_functions_of_seed_and_index(tiny_images, tmp_path):
     for name, seed, shard_size in (("a", 3, 4), ("b", 3, 100), ("c", 4, 4)):
-        fill(make_writer(tmp_path / name, tiny_images, "sample", seed=seed, shard_size=shard_size), tiny_images)
+        fill(
+            make_writer(tmp_path / name, tiny_images, "sample", seed=seed, shard_size=shard_size), tiny_images
+        )
     a, b, c = (open_features(tmp_path / name, SIZE) for name in "abc")
     latents = [[store.latent(index, None) for index in range(10)] for store in (a, b, c)]
     assert np.array_equal(latents[0], latents[1]) and not np.array_equal(latents[0], latents[2])
@@ -106,7 +125,9 @@ def test_samples_are_frozen_functions_of_seed_and_index(tiny_images, tmp_path):
     assert np.abs(np.where(np.array(flips)[:, None, None, None], mirrored, noise)).max() < 0.25 * 4.5
 
 
-def test_a_kill_at_any_write_leaves_a_folder_from_which_the_same_steps_go_on(tiny_images, tmp_path, monkeypatch):
+def test_a_kill_at_any_write_leaves_a_folder_from_which_the_same_steps_go_on(
+    tiny_images, tmp_path, monkeypatch
+):
     fill(make_writer(tmp_path / "whole", tiny_images), tiny_images, bad=(5,))
     wanted = content(tmp_path / "whole")
 
@@ -164,11 +185,14 @@ def test_unreadable_images_are_left_out_and_listed(tiny_images, tmp_path):
     image = pixels_of(tiny_images, [8])
     mean = StandIn().encode(image.flip(3) if view else image)[0][0].numpy()
     assert np.array_equal(
-        store.latent(3, rng(0, "latent")), mean + np.float32(0.25) * noise.standard_normal((2, 2, 2), np.float32)
+        store.latent(3, rng(0, "latent")),
+        mean + np.float32(0.25) * noise.standard_normal((2, 2, 2), np.float32),
     )
 
 
-@pytest.mark.parametrize("change", [{"dtype": "float16"}, {"shard_size": 5}, {"flip": False}, {"kind": "sample"}])
+@pytest.mark.parametrize(
+    "change", [{"dtype": "float16"}, {"shard_size": 5}, {"flip": False}, {"kind": "sample"}]
+)
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_setting_in_the_same_folder_is_named(tiny_images, tmp_path, change, finished):
     writer = make_writer(tmp_path, tiny_images)
@@ -194,7 +218,9 @@ def test_store_survives_pickling_and_opens_few_maps(tiny_images, tmp_path, monke
     assert len(store._maps) == 3
     copy = pickle.loads(pickle.dumps(store))
     assert not copy._maps and copy.fingerprint() == store.fingerprint()
-    assert all(np.array_equal(copy.latent(index, rng(0, "latent", index)), latents[index]) for index in range(10))
+    assert all(
+        np.array_equal(copy.latent(index, rng(0, "latent", index)), latents[index]) for index in range(10)
+    )
     with pytest.raises(IndexError):
         store.latent(10, rng(0, "latent"))
 
@@ -212,7 +238,11 @@ def test_official_layout_round_trip(tiny_images, tmp_path):
     frozen, official = open_features(tmp_path / "sample", SIZE), open_features(tmp_path / "official", SIZE)
     assert np.load(tmp_path / "official/imagenet8_features/9.npy").shape == (1, 2, 2, 2)
     assert np.load(tmp_path / "official/imagenet8_labels/9.npy").tolist() == [2]
-    assert len(official) == 9 and official.latent_shape == (2, 2, 2) and official.class_names == frozen.class_names
+    assert (
+        len(official) == 9
+        and official.latent_shape == (2, 2, 2)
+        and official.class_names == frozen.class_names
+    )
     assert official.labels.tolist() == frozen.labels.tolist() and official.autoencoder == frozen.autoencoder
     for index in range(9):
         assert np.array_equal(official.latent(index, None), frozen.latent(index, None))
@@ -238,7 +268,12 @@ def make_official(folder: Path, names: list[int], label_names: list[int] | None 
 def test_official_layout_is_paired_by_name_in_numeric_order(tmp_path):
     make_official(tmp_path, [10, 9, 100, 2])
     store = open_features(tmp_path, SIZE)
-    assert [store.latent(index, None).max() for index in range(4)] == [2, 9, 10, 100] and store.labels.tolist() == [2, 4, 0, 0]
+    assert [store.latent(index, None).max() for index in range(4)] == [
+        2,
+        9,
+        10,
+        100,
+    ] and store.labels.tolist() == [2, 4, 0, 0]
     assert store.autoencoder is None and store.class_names == ["0", "1", "2", "3", "4"]
     assert pickle.loads(pickle.dumps(store)).fingerprint() == store.fingerprint()
 
@@ -326,7 +361,10 @@ def test_verify_finds_a_flipped_bit(tiny_images, tmp_path):
     command = [sys.executable, "-m", "data.features", "--verify", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert result.returncode == 1
-    assert result.stdout.splitlines() == ["shard-00000.npy: missing", "shard-00002.npy: differs from its checksum"]
+    assert result.stdout.splitlines() == [
+        "shard-00000.npy: missing",
+        "shard-00002.npy: differs from its checksum",
+    ]
     file.unlink()
     fill(make_writer(tmp_path, tiny_images), tiny_images)
     assert damaged_files(tmp_path) == []

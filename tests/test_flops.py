@@ -44,7 +44,9 @@ def test_paper_table():
     """TFLOP per image over 250 steps without guidance, as read off the paper's figure (to its reading error)."""
     config = load_config(CONFIGS / "DCDiT-B-N4.yaml")
     for kept, recorded in ((256, 14.3), (256 * 0.4, 7.5)):
-        assert sum(forward_flops(config, Kept(kept, kept**2)).values()) * 250 / 1e12 == pytest.approx(recorded, rel=0.07)
+        assert sum(forward_flops(config, Kept(kept, kept**2)).values()) * 250 / 1e12 == pytest.approx(
+            recorded, rel=0.07
+        )
 
 
 def tiny(factor="null", learn_sigma=True):
@@ -69,11 +71,18 @@ def test_against_the_counter(factor, learn_sigma, smooth_on_grid, flop_counter):
         model.router.residual_scorer[-1].weight.normal_(std=3)
     batch = 3
     with torch.no_grad(), flop_counter:
-        out = model(torch.randn(batch, 3, 6, 6), torch.arange(batch), torch.arange(batch), torch.tensor([0.0, 0.3, 0.6]))
+        out = model(
+            torch.randn(batch, 3, 6, 6),
+            torch.arange(batch),
+            torch.arange(batch),
+            torch.tensor([0.0, 0.3, 0.6]),
+        )
     counts = out.routing.keep.sum(1).double()
     assert counts.min() < counts.max()
     ours = forward_flops(config, Kept(counts.mean().item(), counts.square().mean().item()))
-    parts = {name: sum(operations.values()) / batch for name, operations in flop_counter.get_flop_counts().items()}
+    parts = {
+        name: sum(operations.values()) / batch for name, operations in flop_counter.get_flop_counts().items()
+    }
 
     for name in ("encoder", "decoder", "router", "residual_proj", "final_layer", "dechunk"):
         assert ours[name] == pytest.approx(parts[f"DCDiT.{name}"]), name
@@ -102,7 +111,10 @@ def test_every_component_of_the_paper_sizes_against_the_counter(size, smooth_on_
     with FakeTensorMode():
         model = build_model(config)
         arguments = torch.empty(batch, 4, 32, 32), torch.empty(batch), torch.empty(batch, dtype=torch.int64)
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={ATTEND: attention_products}) as counter:
+        with (
+            torch.no_grad(),
+            FlopCounterMode(display=False, custom_mapping={ATTEND: attention_products}) as counter,
+        ):
             model(*arguments, tokens=tokens)
     ours = forward_flops(config, Kept(tokens, tokens**2))
     parts = {name: sum(operations.values()) / batch for name, operations in counter.get_flop_counts().items()}
@@ -128,7 +140,10 @@ def test_decoder_against_the_counter(vae):
 
     config, side = VAES[vae], 8
     stages = len(config["block_out_channels"])
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * stages, "up_block_types": ("UpDecoderBlock2D",) * stages}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * stages,
+        "up_block_types": ("UpDecoderBlock2D",) * stages,
+    }
     with torch.device("meta"):
         model = AutoencoderKL(**config, **blocks)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -138,7 +153,17 @@ def test_decoder_against_the_counter(vae):
 
 
 def test_the_table_needs_no_weights(capsys):
-    flops.main(["--config", str(CONFIGS / "DCDiT-B-N4.yaml"), "--budgets", "0", "0.6", "--num-sampling-steps", "1000"])
+    flops.main(
+        [
+            "--config",
+            str(CONFIGS / "DCDiT-B-N4.yaml"),
+            "--budgets",
+            "0",
+            "0.6",
+            "--num-sampling-steps",
+            "1000",
+        ]
+    )
     lines = capsys.readouterr().out.splitlines()
     rows = {line[:28].strip(): line[28:].split() for line in lines}
     assert rows["kept tokens"] == ["256", "102"] and rows["residual_proj"] == ["1.208", "1.208"]

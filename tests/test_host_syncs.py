@@ -18,7 +18,15 @@ from models import attention
 from training.trainer import Trainer
 
 READING = ("cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "bincount", "repeat_interleave")
+WAITING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+    "bincount",
+    "repeat_interleave",
+)
 
 
 class Waits(TorchDispatchMode):
@@ -44,7 +52,9 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         name = function.overloadpacket.__name__
-        masked = name in ("index", "index_put_") and any(x is not None and x.dtype == torch.bool for x in arguments[1])
+        masked = name in ("index", "index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in arguments[1]
+        )
         if (name in WAITING or masked) and not self.inside:
             self.found.append(name)
         return function(*arguments, **(options or {}))
@@ -69,7 +79,9 @@ def make_trainer(tiny_config, tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)  # of other tests
         config = load_config(tiny_config, ["training.gradient_accumulation_steps=1", *DROPPING])
         store = open_features(config.data.feature_path, config.data.image_size)
-        return Trainer(config, Accelerator(**options), store, Path(tmp_path), None, lambda *_: 0.0, None, None)
+        return Trainer(
+            config, Accelerator(**options), store, Path(tmp_path), None, lambda *_: 0.0, None, None
+        )
 
     yield make
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -109,7 +109,9 @@ def test_no_checkpoint_executes_code(tmp_path_factory, number, wrapping, layout,
         torch.save(content, file, pickle_protocol=protocol, _use_new_zipfile_serialization=layout != "legacy")
     if layout == "deflated":
         squeeze(file)
-    assert "is not a " in one_line(load_checkpoint, file) and "checkpoint of this repository" in one_line(load_run, file)
+    assert "is not a " in one_line(load_checkpoint, file) and "checkpoint of this repository" in one_line(
+        load_run, file
+    )
     assert os.listdir(folder) == [file.name]
 
 
@@ -136,8 +138,17 @@ def test_no_checkpoint_of_plain_nonsense_gets_through(tmp_path_factory, content,
     """Neither to a sampler nor, with the right format and types on the outside, by accident."""
     file = tmp_path_factory.mktemp("nonsense") / "0000001.pt"
     if sound:
-        content = {**content, "format": 1, "step": 1, "config": to_dict(Config()), "model": {}, "ema": {"w": torch.zeros(1)}}
-        content["config"]["model"]["hnet"].update(d_model=[32, 32], num_heads=[2, 2], arch_layout=["c1", ["D1"], "c1"])
+        content = {
+            **content,
+            "format": 1,
+            "step": 1,
+            "config": to_dict(Config()),
+            "model": {},
+            "ema": {"w": torch.zeros(1)},
+        }
+        content["config"]["model"]["hnet"].update(
+            d_model=[32, 32], num_heads=[2, 2], arch_layout=["c1", ["D1"], "c1"]
+        )
     torch.save(content, file)
     one_line(load_run, file)
 
@@ -145,7 +156,9 @@ def test_no_checkpoint_of_plain_nonsense_gets_through(tmp_path_factory, content,
 @settings(max_examples=60, **QUIET)
 @given(
     content=st.dictionaries(KEYS, PLAIN),
-    text=st.none() | st.text(max_size=20) | st.sampled_from(["[" * 100_000, "{", "[]", '{"format": 1}', "NaN"]),
+    text=st.none()
+    | st.text(max_size=20)
+    | st.sampled_from(["[" * 100_000, "{", "[]", '{"format": 1}', "NaN"]),
     sound=st.booleans(),
 )
 def test_no_metadata_of_a_weights_file_are_believed(tmp_path_factory, content, text, sound):
@@ -171,7 +184,9 @@ def test_changed_weights_are_not_loaded(tmp_path):
     assert "is damaged: its weights differ from their checksum" in one_line(load_checkpoint, file)
 
 
-ENTRIES = st.sampled_from(["step", "config", "model", "ema", "autoencoder", "class_names", "features", "averages", "skipped"])
+ENTRIES = st.sampled_from(
+    ["step", "config", "model", "ema", "autoencoder", "class_names", "features", "averages", "skipped"]
+)
 
 
 @settings(max_examples=60, **QUIET)
@@ -182,8 +197,20 @@ def test_no_foreign_entry_stops_a_run_with_a_traceback(tmp_path_factory, tiny_co
     config = load_config(tiny_config)
     model = build_model(config).state_dict()
     store = open_features(config.data.feature_path, 32)
-    state = {"step": 1, "config": to_dict(config), "model": model, "ema": model, "optimizer": {}, "class_names": None}
-    state |= {"autoencoder": store.autoencoder, "features": store.fingerprint(), "averages": {}, "skipped": {"total": 0}}
+    state = {
+        "step": 1,
+        "config": to_dict(config),
+        "model": model,
+        "ema": model,
+        "optimizer": {},
+        "class_names": None,
+    }
+    state |= {
+        "autoencoder": store.autoencoder,
+        "features": store.fingerprint(),
+        "averages": {},
+        "skipped": {"total": 0},
+    }
     save_checkpoint(folder / "checkpoints", state, keep=0)
     assert train.find_state(config, folder, store)[0]["step"] == 1
     state[key] = value
@@ -279,7 +306,9 @@ def test_no_manifest_leads_outside_or_crashes(tmp_path_factory, tiny_config, dat
     if data.draw(st.booleans()):
         manifest["shards"][0]["file"] = data.draw(st.sampled_from(OUTSIDE) | st.text(max_size=12) | PLAIN)
     else:
-        keys = [(manifest, key) for key in manifest] + [(manifest["shards"][0], key) for key in manifest["shards"][0]]
+        keys = [(manifest, key) for key in manifest] + [
+            (manifest["shards"][0], key) for key in manifest["shards"][0]
+        ]
         place, key = data.draw(st.sampled_from(keys))
         place[key] = data.draw(PLAIN)
     (store / "manifest.json").write_text(json.dumps(manifest))
@@ -298,7 +327,9 @@ def npy(header: str, version=(1, 0), body=b"") -> bytes:
     return b"\x93NUMPY" + bytes(version) + length + text + body
 
 
-SHAPES = st.lists(st.integers(-5, 2**70) | st.sampled_from([0, 10, 2**31, 2**62, 2**63]), max_size=4).map(tuple)
+SHAPES = st.lists(st.integers(-5, 2**70) | st.sampled_from([0, 10, 2**31, 2**62, 2**63]), max_size=4).map(
+    tuple
+)
 TYPES = st.sampled_from(["<i8", "|O", "<f4", "<U9999999", "|V2147483647", "<i8,<i8", "|S0", "bogus", ">i8"])
 
 
@@ -311,7 +342,9 @@ TYPES = st.sampled_from(["<i8", "|O", "<f4", "<U9999999", "|V2147483647", "<i8,<
     name=st.sampled_from(["labels.npy", "shard-00000.npy"]),
     padding=st.sampled_from([0, 20, 60_000]),
 )
-def test_no_header_of_an_array_is_believed(tmp_path_factory, tiny_config, shape, kind, version, body, name, padding):
+def test_no_header_of_an_array_is_believed(
+    tmp_path_factory, tiny_config, shape, kind, version, body, name, padding
+):
     store = tmp_path_factory.mktemp("store") / "features"
     shutil.copytree(load_config(tiny_config).data.feature_path, store)
     header = f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': {shape}, }}" + " " * padding + "\n"
@@ -334,7 +367,9 @@ def test_no_header_of_an_array_is_believed(tmp_path_factory, tiny_config, shape,
 def test_no_header_of_safetensors_is_believed(tmp_path_factory, tiny_vae, length, shape, offsets):
     folder = tmp_path_factory.mktemp("vae")
     shutil.copy(tiny_vae / "config.json", folder)
-    header = json.dumps({"encoder.conv_in.weight": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+    header = json.dumps(
+        {"encoder.conv_in.weight": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}
+    ).encode()
     content = struct.pack("<Q", length if length > 100 else len(header)) + header + bytes(64)
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(content)
     assert "cannot load" in one_line(Autoencoder.load, str(folder), "cpu")
@@ -350,7 +385,12 @@ def npz(members: dict[str, bytes], compression=zipfile.ZIP_STORED) -> bytes:
 
 def sound_members() -> dict[str, bytes]:
     """Images, labels and statistics that are read, as bytes of .npy files."""
-    arrays = {"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(2, np.int64), "mu": np.zeros(3), "sigma": np.eye(3)}
+    arrays = {
+        "arr_0": np.zeros((2, 4, 4, 3), np.uint8),
+        "arr_1": np.zeros(2, np.int64),
+        "mu": np.zeros(3),
+        "sigma": np.eye(3),
+    }
     arrays["dcdit_meta"] = np.array(json.dumps({"extractor": "inception:x", "images": 2, "image_size": 4}))
     members = {}
     for name, values in arrays.items():
@@ -370,7 +410,9 @@ def sound_members() -> dict[str, bytes]:
     padding=st.sampled_from([0, 20, 60_000]),
     compression=st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]),
 )
-def test_no_header_of_an_npz_is_believed(tmp_path_factory, name, shape, kind, version, body, padding, compression):
+def test_no_header_of_an_npz_is_believed(
+    tmp_path_factory, name, shape, kind, version, body, padding, compression
+):
     """A header claims other values than there are: refused before anything of that size is allocated."""
     file = tmp_path_factory.mktemp("npz") / "samples.npz"
     header = f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': {shape}, }}" + " " * padding + "\n"
@@ -380,7 +422,11 @@ def test_no_header_of_an_npz_is_believed(tmp_path_factory, name, shape, kind, ve
     except UserError as error:
         assert "\n" not in str(error)
     else:  # only where the header is true
-        assert name == "arr_1.npy" and math.prod(shape) * np.dtype(kind).itemsize == len(body) and opened.images.labels is None
+        assert (
+            name == "arr_1.npy"
+            and math.prod(shape) * np.dtype(kind).itemsize == len(body)
+            and opened.images.labels is None
+        )
 
 
 @settings(max_examples=60, **QUIET)
@@ -400,7 +446,9 @@ def test_no_damaged_npz_crashes_or_executes(tmp_path_factory, monkeypatch, data)
         members[name] = pickle.dumps(gadgets(folder)[data.draw(st.integers(0, 8))])
     if kind == "bomb":  # its header is true, but no statistics are that large
         monkeypatch.setattr(image_sets, "LARGEST", 100_000)
-        members["mu.npy"] = npy("{'descr': '<f8', 'fortran_order': False, 'shape': (40000,), }\n", body=bytes(320_000))
+        members["mu.npy"] = npy(
+            "{'descr': '<f8', 'fortran_order': False, 'shape': (40000,), }\n", body=bytes(320_000)
+        )
     if kind == "renamed":
         members[name.removesuffix(".npy")] = members.pop(name)
     content = bytearray(npz(members, zipfile.ZIP_DEFLATED if kind == "bomb" else zipfile.ZIP_STORED))
@@ -440,26 +488,40 @@ NUMBERS = [key for key, value in LEAVES if isinstance(value, (int, float)) and n
 SWITCHES = [key for key, value in LEAVES if isinstance(value, bool)]
 LISTS = [key for key, value in LEAVES if isinstance(value, list)]
 WORDS = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12)
-NO_NUMBER = st.sampled_from(["-7", "-0.5", ".nan", ".inf", "-.inf", "[1]", "{a: 1}", "true", "null", "many", "''", "-1e400"])
+NO_NUMBER = st.sampled_from(
+    ["-7", "-0.5", ".nan", ".inf", "-.inf", "[1]", "{a: 1}", "true", "null", "many", "''", "-1e400"]
+)
 BAD_OVERRIDES = st.one_of(
     st.tuples(st.sampled_from([key for key in NUMBERS if key != "diffusion.cfg_channels"]), NO_NUMBER).filter(
         lambda pair: pair != ("training.ratio_batch_size", "null")  # the whole batch
     ),
     st.tuples(st.just("diffusion.cfg_channels"), st.sampled_from(["0", "5", "-1", "some", "1.5", "[3]"])),
-    st.tuples(st.sampled_from(SWITCHES), st.sampled_from(["1", "0", "'true'", "[]", "null", "perhaps", "{}"])),
+    st.tuples(
+        st.sampled_from(SWITCHES), st.sampled_from(["1", "0", "'true'", "[]", "null", "perhaps", "{}"])
+    ),
     st.tuples(
         st.sampled_from([key for key in LISTS if key not in ("logging.trackers", "training.frozen")]),
         st.sampled_from(["[]", "[{}]", "3", "x", "[null]"]),
     ),
-    st.tuples(st.sampled_from(["model", "training", "data", "diffusion", "logging"]), st.sampled_from(["3", "[1]", "text"])),
     st.tuples(
-        st.tuples(st.sampled_from(["model", "training", "data", "logging", "model.hnet"]), WORDS).map(".".join), st.just("1")
+        st.sampled_from(["model", "training", "data", "diffusion", "logging"]),
+        st.sampled_from(["3", "[1]", "text"]),
+    ),
+    st.tuples(
+        st.tuples(st.sampled_from(["model", "training", "data", "logging", "model.hnet"]), WORDS).map(
+            ".".join
+        ),
+        st.just("1"),
     ).filter(lambda pair: pair[0] not in dict(LEAVES) and pair[0] not in ("model.hnet",)),
     st.tuples(WORDS.filter(lambda word: word not in to_dict(Config())), st.just("1")),
     st.tuples(
-        st.sampled_from(["data.image_size", "model.hnet.d_model"]), st.sampled_from(["33", "[33, 33]", "[64, 32]", "[]"])
+        st.sampled_from(["data.image_size", "model.hnet.d_model"]),
+        st.sampled_from(["33", "[33, 33]", "[64, 32]", "[]"]),
     ),
-    st.tuples(st.sampled_from(["model.init", "model.attention", "diffusion.noise_schedule"]), WORDS.map("x_{}".format)),
+    st.tuples(
+        st.sampled_from(["model.init", "model.attention", "diffusion.noise_schedule"]),
+        WORDS.map("x_{}".format),
+    ),
     st.tuples(st.just("data.feature_path"), st.sampled_from(["/nowhere", "README.md", "''", "null", "3"])),
 )
 
@@ -476,7 +538,9 @@ def refused(argv: list[str], capsys, folder: Path) -> None:
 
 @settings(max_examples=320, **QUIET)
 @given(override=BAD_OVERRIDES, in_file=st.booleans())
-def test_bad_configurations_are_one_line_and_status_2(tmp_path_factory, tiny_config, capsys, override, in_file):
+def test_bad_configurations_are_one_line_and_status_2(
+    tmp_path_factory, tiny_config, capsys, override, in_file
+):
     """Each is bad by construction: another type, out of range, an unknown name."""
     folder = tmp_path_factory.mktemp("bad")
     key, text = override
@@ -518,7 +582,16 @@ def test_any_file_is_a_configuration_or_an_error(tmp_path_factory, text):
 
 def test_the_command_itself_refuses(tiny_config, tmp_path):
     """As users see it: a process, one line on stderr, nothing on stdout."""
-    command = [sys.executable, "train.py", "--config", tiny_config, "--output", tmp_path / "run", "--set", "training.seed=[1]"]
+    command = [
+        sys.executable,
+        "train.py",
+        "--config",
+        tiny_config,
+        "--output",
+        tmp_path / "run",
+        "--set",
+        "training.seed=[1]",
+    ]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
     assert done.stderr.splitlines() == ["error: training.seed: [1] is not a whole number"]

@@ -39,10 +39,18 @@ def checkpoint(tiny_config, tmp_path_factory):
         model.router.residual_scorer[-1].weight.mul_(20)
         model.router.residual_scorer[-1].bias.zero_()
     store = open_features(config.data.feature_path, 32)
-    state = {"step": 5, "config": to_dict(config), "autoencoder": store.autoencoder, "features": None, "optimizer": {}}
+    state = {
+        "step": 5,
+        "config": to_dict(config),
+        "autoencoder": store.autoencoder,
+        "features": None,
+        "optimizer": {},
+    }
     weights = model.state_dict()
     return save_checkpoint(
-        tmp_path_factory.mktemp("hub"), {**state, "class_names": store.class_names, "model": weights, "ema": weights}, keep=0
+        tmp_path_factory.mktemp("hub"),
+        {**state, "class_names": store.class_names, "model": weights, "ema": weights},
+        keep=0,
     )
 
 
@@ -52,18 +60,31 @@ OPTIONS = SamplingOptions(num_sampling_steps=3, cfg_scale=2.0)
 def test_folder(checkpoint, tmp_path, capsys):
     folder = tmp_path / "hub"
     hub.main(["--ckpt", str(checkpoint), "--output", str(folder)])
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "vae"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "vae",
+    ]
     again = hub.Pretrained.from_pretrained(folder).run
     run = load_run(checkpoint)
     assert again.fingerprint == run.fingerprint and again.config == run.config and again.step == 5
-    assert again.autoencoder.sha256 == run.autoencoder.sha256 and again.autoencoder.name == str(folder / "vae")
+    assert again.autoencoder.sha256 == run.autoencoder.sha256 and again.autoencoder.name == str(
+        folder / "vae"
+    )
     assert json.loads((folder / "config.json").read_text()) == to_dict(run.config)
     images = [generate_images(load_run(source), [0, 1], OPTIONS) for source in (checkpoint, folder)]
     assert torch.equal(*images) and images[0].float().std() > 1
 
     card = ModelCard.load(folder / "README.md")
-    assert card.data.library_name == "dc-dit" and "3 classes: a, b, c" in card.text and "arch_layout" in card.text
-    budgets = [line.split("|")[1:4] for line in card.text.splitlines() if line.startswith("| ") and "%" in line]
+    assert (
+        card.data.library_name == "dc-dit"
+        and "3 classes: a, b, c" in card.text
+        and "arch_layout" in card.text
+    )
+    budgets = [
+        line.split("|")[1:4] for line in card.text.splitlines() if line.startswith("| ") and "%" in line
+    ]
     assert [row[0].strip() for row in budgets] == ["0%", "20%", "40%", "60%"]
     costs = [float(row[2]) for row in budgets]
     assert costs == sorted(costs, reverse=True) and costs[3] < costs[0]
@@ -113,24 +134,41 @@ def test_the_pipeline_samples_what_our_sampler_does(checkpoint, scale, drop, ste
 
     ours = np.stack([np.asarray(image) for image in output.images])
     assert ours.shape == (3, 32, 32, 3) and images.std() > 1
-    assert np.abs(ours.astype(int) - images.astype(int)).max() <= 1  # a level, where rounding falls the other way
-    record = [(row.t, row.conditional.tolist() + (row.unconditional.tolist() if scale > 1 else [])) for row in output.kept]
+    assert (
+        np.abs(ours.astype(int) - images.astype(int)).max() <= 1
+    )  # a level, where rounding falls the other way
+    record = [
+        (row.t, row.conditional.tolist() + (row.unconditional.tolist() if scale > 1 else []))
+        for row in output.kept
+    ]
     assert record == kept
 
 
 def test_other_schedulers(checkpoint):
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
+    from diffusers import (
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        HeunDiscreteScheduler,
+        UniPCMultistepScheduler,
+    )
 
     pipe = DCDiTPipeline.from_pretrained(checkpoint)
     settings = pipe.scheduler.config
     for kind in (DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler):
         pipe.scheduler = kind.from_config(settings, variance_type=None)
-        first, again = (pipe([0, 1], num_inference_steps=4, generator=torch.manual_seed(0)).images for _ in range(2))
+        first, again = (
+            pipe([0, 1], num_inference_steps=4, generator=torch.manual_seed(0)).images for _ in range(2)
+        )
         assert all(np.array_equal(a, b) for a, b in zip(first, again)) and len(first) == 2
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(settings)
     with pytest.raises(UserError, match="make it with variance_type=None"):
         pipe([0])
-    for mistake in ({"guidance_scale": 0.5}, {"drop_fraction": 1.0}, {"num_inference_steps": 0}, {"class_labels": [3]}):
+    for mistake in (
+        {"guidance_scale": 0.5},
+        {"drop_fraction": 1.0},
+        {"num_inference_steps": 0},
+        {"class_labels": [3]},
+    ):
         with pytest.raises(UserError):
             DCDiTPipeline(pipe.run)(**{"class_labels": [0], **mistake})
 
@@ -149,7 +187,10 @@ def backends():
 def test_every_way_of_sampling_sets_tf32_as_the_configuration_asks(checkpoint, asked, backends):
     run = load_run(checkpoint)
     run.config.model.hnet.fp32_router_dechunk = "tf32" if asked else True
-    for sample in (lambda: DCDiTPipeline(run)([0], num_inference_steps=1), lambda: generate_images(run, [0], OPTIONS)):
+    for sample in (
+        lambda: DCDiTPipeline(run)([0], num_inference_steps=1),
+        lambda: generate_images(run, [0], OPTIONS),
+    ):
         for backend in backends:
             backend.allow_tf32 = not asked
         sample()
@@ -173,7 +214,11 @@ def test_the_fast_solver_samples(checkpoint):
 
 @pytest.mark.parametrize(
     "change, same",
-    [("model.timestep_divisor=127", False), ("diffusion.diffusion_steps=500", False), ("data.num_workers=3", True)],
+    [
+        ("model.timestep_divisor=127", False),
+        ("diffusion.diffusion_steps=500", False),
+        ("data.num_workers=3", True),
+    ],
 )
 def test_what_the_configuration_makes_of_the_weights_is_in_the_fingerprint(checkpoint, change, same):
     run = load_run(checkpoint)
@@ -194,4 +239,6 @@ def test_another_autoencoder_is_refused(checkpoint, capsys):
 
 def test_the_autoencoder_of_the_folder_can_be_replaced(checkpoint, tiny_vae, tmp_path):
     hub.Pretrained(load_run(checkpoint)).save_pretrained(tmp_path)
-    assert load_run(tmp_path, vae=str(tiny_vae)).autoencoder.name == Autoencoder.load(str(tiny_vae), "cpu").name
+    assert (
+        load_run(tmp_path, vae=str(tiny_vae)).autoencoder.name == Autoencoder.load(str(tiny_vae), "cpu").name
+    )

@@ -60,7 +60,9 @@ def test_order_and_labels_are_torchvisions(tmp_path):
         "z/1.bmp",
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (noise_image(9, 9) if not name.endswith("txt") else Image.new("L", (1, 1))).save(tmp_path / name, format="PNG")
+        (noise_image(9, 9) if not name.endswith("txt") else Image.new("L", (1, 1))).save(
+            tmp_path / name, format="PNG"
+        )
     ours, theirs = ImageFolder(tmp_path, 8), TorchvisionFolder(tmp_path)
     assert ours.class_names == theirs.classes
     assert [(str(tmp_path / path), label) for path, label in zip(ours.paths, ours.labels)] == theirs.samples
@@ -82,7 +84,11 @@ def test_empty_class_keeps_its_number_and_hidden_names_are_skipped(tiny_images, 
     (copy / ".cache").mkdir()
     (copy / "a" / "._0.png").write_bytes(b"resource fork")
     images = ImageFolder(copy, 8)
-    assert images.class_names == ["a", "aa", "b", "c"] and sorted(set(images.labels)) == [0, 2, 3] and len(images) == 10
+    assert (
+        images.class_names == ["a", "aa", "b", "c"]
+        and sorted(set(images.labels)) == [0, 2, 3]
+        and len(images) == 10
+    )
 
 
 def test_linked_folders_are_followed_once(tiny_images, tmp_path):
@@ -107,7 +113,9 @@ def test_folders_without_images_are_user_errors(tmp_path, kind):
         ImageFolder(root, 8)
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "dangling", "pipe", "bomb", "elongated", "float"])
+@pytest.mark.parametrize(
+    "kind", ["empty", "text", "truncated", "dangling", "pipe", "bomb", "elongated", "float"]
+)
 def test_unreadable_files_say_why(tmp_path, kind):
     file = tmp_path / "a" / "x.png"
     file.parent.mkdir()
@@ -116,7 +124,9 @@ def test_unreadable_files_say_why(tmp_path, kind):
     elif kind == "pipe":
         os.mkfifo(file)
     elif kind == "bomb":
-        file.write_bytes(b"P5 20000 20000 255\n" + bytes(1000))  # whatever it is called, Pillow sees a PGM of 400 megapixels
+        file.write_bytes(
+            b"P5 20000 20000 255\n" + bytes(1000)
+        )  # whatever it is called, Pillow sees a PGM of 400 megapixels
     elif kind == "elongated":
         Image.new("1", (1, 2**21)).save(file)
     elif kind == "float":

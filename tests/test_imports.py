@@ -8,11 +8,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("data", "models", "diffusion", "training", "evaluation", "benchmarks")
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"config", "schema", "cli"}
-SOURCES = sorted([*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))])
+SOURCES = sorted(
+    [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))]
+)
 BUILDERS = ("models/__init__.py", "models/convert.py")
 FILES = [str(path.relative_to(ROOT)) for path in SOURCES]
 
-PICTURES = tuple(f"evaluation/{name}.py" for name in ("charts", "chunk_maps", "elastic_grid", "pareto_figure"))  # slow import
+PICTURES = tuple(
+    f"evaluation/{name}.py" for name in ("charts", "chunk_maps", "elastic_grid", "pareto_figure")
+)  # slow import
 
 # What each place may import besides itself; `cli` is below the scripts, and for any module that can be run as a command.
 MAY_IMPORT = {
@@ -28,7 +32,10 @@ MAY_IMPORT = {
     "script": {"config", "cli", *PACKAGES},
 }
 ALSO = {
-    "models/convert.py": {"data", "training"},  # a command that reads and writes checkpoints; no module imports it
+    "models/convert.py": {
+        "data",
+        "training",
+    },  # a command that reads and writes checkpoints; no module imports it
     "evaluation/generate.py": {"cli"},  # sets TF32 as training does
 }
 
@@ -54,8 +61,13 @@ def tops(file: str, **options) -> set[str]:
 
 def test_the_reader_of_imports_sees_them():
     assert {"cli", "models", "training"} <= tops("train.py")
-    assert "diffusers" in tops("data/autoencoder.py") and "diffusers" not in tops("data/autoencoder.py", at_module_level=True)
-    assert len(FILES) > 30 and {"train", "sample", "sample_ddp", "evaluate", "extract_features", "quickstart"} <= SCRIPTS
+    assert "diffusers" in tops("data/autoencoder.py") and "diffusers" not in tops(
+        "data/autoencoder.py", at_module_level=True
+    )
+    assert (
+        len(FILES) > 30
+        and {"train", "sample", "sample_ddp", "evaluate", "extract_features", "quickstart"} <= SCRIPTS
+    )
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -71,7 +83,9 @@ def test_direction(file):
     assert "tests" not in tops(file)
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("models/") and file not in BUILDERS])
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if file.startswith("models/") and file not in BUILDERS]
+)
 def test_layers_take_plain_numbers(file):
     """Only build_model and the converter's command see a configuration."""
     assert "config" not in tops(file)

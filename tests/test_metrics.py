@@ -35,7 +35,9 @@ def test_frechet_distance_of_two_features():
         a, b = gaussian(2, 10), gaussian(2, 10)
         product = a.covariance @ b.covariance
         root = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
-        expected = np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * root
+        expected = (
+            np.square(a.mean - b.mean).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * root
+        )
         assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
 
 
@@ -49,7 +51,10 @@ def test_frechet_distance_equals_the_matrix_square_root():
 
 def test_frechet_distance_without_full_rank():
     """Fewer images than features: equal to the distance within the space that they span."""
-    low, turn = [gaussian(5, 40) for _ in range(2)], scipy.linalg.qr(NUMBERS.standard_normal((60, 60)))[0][:, :5]
+    low, turn = (
+        [gaussian(5, 40) for _ in range(2)],
+        scipy.linalg.qr(NUMBERS.standard_normal((60, 60)))[0][:, :5],
+    )
     high = [Gaussian(turn @ mean, turn @ cov @ turn.T, count) for mean, cov, count in low]
     assert frechet_distance(*high) == pytest.approx(frechet_distance(*low), rel=1e-9)
 
@@ -79,7 +84,9 @@ def test_inception_score_by_its_definition():
     for part in (p[:5000], p[5000:10_000], p[10_000:]):
         scores.append(np.exp(scipy.stats.entropy(part, part.mean(0)[None], axis=1).mean()))
     assert inception_score(logits) == pytest.approx(np.mean(scores), rel=1e-10)
-    assert inception_score(1000 * np.eye(7, dtype=np.float32)) == pytest.approx(7)  # probabilities of exactly 0 and 1
+    assert inception_score(1000 * np.eye(7, dtype=np.float32)) == pytest.approx(
+        7
+    )  # probabilities of exactly 0 and 1
     assert inception_score(np.ones((9, 7), dtype=np.float32)) == pytest.approx(1)
 
 
@@ -87,7 +94,10 @@ def brute_force(reference: np.ndarray, samples: np.ndarray) -> tuple[float, floa
     """Precision and recall with one distance at a time."""
 
     def reach(points):  # distance to the third nearest other point
-        return [sorted(np.linalg.norm(p - q) for j, q in enumerate(points) if j != i)[2] for i, p in enumerate(points)]
+        return [
+            sorted(np.linalg.norm(p - q) for j, q in enumerate(points) if j != i)[2]
+            for i, p in enumerate(points)
+        ]
 
     def share(points, centres):
         balls = list(zip(centres, reach(centres)))
@@ -103,7 +113,9 @@ def test_precision_and_recall_equal_brute_force(monkeypatch):
         reference = NUMBERS.standard_normal((40, 3)).astype(np.float32) + 50
         samples = (0.7 * NUMBERS.standard_normal((31, 3)) + 50 + shift).astype(np.float32)
         ours = precision_recall(reference, samples)
-        assert ours == pytest.approx(brute_force(reference.astype(np.float64), samples.astype(np.float64)), abs=1e-12)
+        assert ours == pytest.approx(
+            brute_force(reference.astype(np.float64), samples.astype(np.float64)), abs=1e-12
+        )
     assert ours[0] < 0.1  # three standard deviations away
     assert precision_recall(reference, reference) == (1.0, 1.0)
 

@@ -37,7 +37,11 @@ class Golden:
             {
                 "model": {"hnet": meta["hnet"], "mlp_ratio": meta["mlp_ratio"]},
                 "training": {"learn_sigma": meta["learn_sigma"]},
-                "data": {"image_size": meta["input_size"], "latent_stride": 1, "num_classes": meta["num_classes"]},
+                "data": {
+                    "image_size": meta["input_size"],
+                    "latent_stride": 1,
+                    "num_classes": meta["num_classes"],
+                },
             }
         )
         self.model = build_model(config)
@@ -81,7 +85,9 @@ def test_gradients(golden):
         assert ours[official_name(name)].norm().item() == pytest.approx(norm, rel=1e-4, abs=floor), name
     for key, value in golden.tensors.items():
         if key.startswith("grad."):
-            torch.testing.assert_close(ours[official_name(key[5:])], value, rtol=1e-4, atol=1e-4 * value.abs().max().item())
+            torch.testing.assert_close(
+                ours[official_name(key[5:])], value, rtol=1e-4, atol=1e-4 * value.abs().max().item()
+            )
 
 
 def test_guidance():

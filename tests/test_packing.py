@@ -31,7 +31,9 @@ def test_lengths_that_are_known_are_not_read():
     known = plan.lengths.tolist()
     for same in (plan_packing(keep, known), plan_packing(keep[:1], known[0])):
         part = slice(0, len(same.index))
-        assert torch.equal(same.index, plan.index[part]) and same.lengths.tolist() == known[: len(same.lengths)]
+        assert (
+            torch.equal(same.index, plan.index[part]) and same.lengths.tolist() == known[: len(same.lengths)]
+        )
     with pytest.raises((NotImplementedError, RuntimeError)):
         plan_packing(keep.to("meta"))
     assert plan_packing(keep.to("meta"), 5).index.shape == (15,)

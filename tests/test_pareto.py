@@ -51,11 +51,15 @@ def place(tiny_config, tmp_path_factory) -> Path:
         for tensor in model.parameters():
             tensor.data += 0.05 * torch.randn_like(tensor)  # zero initialisation would make all models equal
         if name != "static":
-            model.router.residual_scorer[-1].bias.data.fill_(20.0)  # keeps all 64 tokens, so that budgets have what to drop
+            model.router.residual_scorer[-1].bias.data.fill_(
+                20.0
+            )  # keeps all 64 tokens, so that budgets have what to drop
         weights = model.state_dict()
         store = open_features(config.data.feature_path, 32)
         state = {"step": step, "config": to_dict(config), "model": weights, "ema": weights, "optimizer": {}}
-        save_checkpoint(folder, state | {"autoencoder": store.autoencoder, "class_names": store.class_names}, keep=0)
+        save_checkpoint(
+            folder, state | {"autoencoder": store.autoencoder, "class_names": store.class_names}, keep=0
+        )
         (folder / f"{step:07d}.pt").rename(folder / f"{name}.pt")
     images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     np.savez(folder / "reference.npz", images)
@@ -63,7 +67,16 @@ def place(tiny_config, tmp_path_factory) -> Path:
 
 
 def arguments(place: Path, output: Path, extractor: Path, *more) -> list[str]:
-    fixed = ["--reference", place / "reference.npz", "--features", extractor, "--num-samples", SAMPLES, "--output", output]
+    fixed = [
+        "--reference",
+        place / "reference.npz",
+        "--features",
+        extractor,
+        "--num-samples",
+        SAMPLES,
+        "--output",
+        output,
+    ]
     fixed += ["--num-sampling-steps", STEPS, "--batch-size", 4]
     return [str(part) for part in (*fixed, *more)]
 
@@ -82,7 +95,10 @@ def test_table_of_points(place, tiny_extractor, tmp_path, monkeypatch, capsys):
     points = [(row["name"], float(row["cfg_scale"]), float(row["budget"]), row["lite_cfg"]) for row in rows]
     of_one = [(1, 0, ""), (1, 0.5, ""), (2, 0, ""), (2, 0.5, ""), (2, 0, "0.75"), (2, 0.5, "0.75")]
     assert points == [(name, *point) for name in "ab" for point in of_one]
-    assert "the samples: 6 images give 9 features a covariance of rank 5 at most" in printed and "12 points" in printed
+    assert (
+        "the samples: 6 images give 9 features a covariance of rank 5 at most" in printed
+        and "12 points" in printed
+    )
     assert Image.open(tmp_path / "pareto.png").size[0] > 600  # two panels
     assert {path.name for path in tmp_path.iterdir()} == {"pareto.csv", "pareto.png", "reference"}
 
@@ -107,7 +123,11 @@ def test_table_of_points(place, tiny_extractor, tmp_path, monkeypatch, capsys):
 
 
 def test_a_point_is_what_sampling_and_comparing_give(place, tiny_extractor, tmp_path):
-    pareto.main(arguments(place, tmp_path, tiny_extractor, "--ckpt", place / "a.pt", "--cfg-scale", "2", "--budgets", "0.5"))
+    pareto.main(
+        arguments(
+            place, tmp_path, tiny_extractor, "--ckpt", place / "a.pt", "--cfg-scale", "2", "--budgets", "0.5"
+        )
+    )
     (row,) = read(tmp_path)
     run = load_run(place / "a.pt")
     labels = draw_labels(0, list(range(SAMPLES)), 3)
@@ -121,7 +141,9 @@ def test_a_point_is_what_sampling_and_comparing_give(place, tiny_extractor, tmp_
         x = np.concatenate([x.astype(np.float32).mean((2, 3)), x[:, :, 0, 0], x[:, :, -1, -1]], axis=1)
         return Gaussian(x.mean(0), np.cov(x, rowvar=False), len(x))
 
-    assert float(row["frechet_distance"]) == pytest.approx(frechet_distance(gaussian(images), gaussian(reference)), rel=1e-4)
+    assert float(row["frechet_distance"]) == pytest.approx(
+        frechet_distance(gaussian(images), gaussian(reference)), rel=1e-4
+    )
     accuracy = (images.astype(np.float32).mean((2, 3)).argmax(1) == labels).mean()
     assert float(row["class_accuracy"]) == pytest.approx(accuracy)
     kept = [torch.stack([step.conditional for step in batch.kept]).double().mean(0) / 64 for batch in batches]
@@ -129,7 +151,16 @@ def test_a_point_is_what_sampling_and_comparing_give(place, tiny_extractor, tmp_
 
 
 def test_a_static_model_is_one_point_per_scale(place, tiny_extractor, tmp_path, capsys):
-    models = ["--ckpt", place / "a.pt", "--ckpt", place / "static.pt", "--budgets", "0,0.5", "--cfg-scale", "1,2"]
+    models = [
+        "--ckpt",
+        place / "a.pt",
+        "--ckpt",
+        place / "static.pt",
+        "--budgets",
+        "0,0.5",
+        "--cfg-scale",
+        "1,2",
+    ]
     pareto.main(arguments(place, tmp_path, tiny_extractor, *models, "--lite-cfg", "0.75"))
     rows = read(tmp_path)
     assert len(rows) == 6 + 2
@@ -226,7 +257,9 @@ def test_without_a_static_model_the_first_curve_is_the_baseline():
     ]  # fmt: skip
     full, lite = read_curves(rows, "2.0")
     assert full.marks == [Mark(6, 14, 0.5), Mark(8, 10, 0)] and "Lite-CFG 90%" in lite.label
-    ((comparison, curve, mark),) = compare_curves([full, lite])  # full guidance: 12 at cost 7, and 11 at cost 7.5
+    ((comparison, curve, mark),) = compare_curves(
+        [full, lite]
+    )  # full guidance: 12 at cost 7, and 11 at cost 7.5
     assert curve is full and mark == Mark(7, 11, 0)
     assert comparison.saving == pytest.approx(1 - 7 / 7.5) and comparison.gain == pytest.approx(1)
     ((comparison, _, _),) = compare_curves([full, lite._replace(marks=[Mark(7, 13, 0)])])
@@ -250,24 +283,37 @@ def test_evaluation_during_training(tiny_config, tiny_extractor, place, tmp_path
     rows = [json.loads(line) for line in lines.splitlines()]
     assert [row["step"] for row in rows] == [4, 8]
     for row in rows:
-        assert {"frechet_distance", "precision", "recall", "class_accuracy", "kept", "tflop_per_image"} <= row.keys()
+        assert {
+            "frechet_distance",
+            "precision",
+            "recall",
+            "class_accuracy",
+            "kept",
+            "tflop_per_image",
+        } <= row.keys()
         assert 0 < row["kept"] <= 1 and row["tflop_per_image"] > 0
     assert rows[0]["frechet_distance"] != rows[1]["frechet_distance"]
     assert [path.name for path in (tmp_path / "run" / "evaluation").iterdir()] == ["reference"]
     assert "frechet_distance=" in (tmp_path / "run" / "log.txt").read_text()
 
     train.main(["--config", str(tiny_config), "--output", str(tmp_path / "plain")])
-    assert (tmp_path / "plain" / "metrics.jsonl").read_text() == (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert (tmp_path / "plain" / "metrics.jsonl").read_text() == (
+        tmp_path / "run" / "metrics.jsonl"
+    ).read_text()
     assert not (tmp_path / "plain" / "evaluation.jsonl").exists()
     for name in ("0000006.pt", "0000008.pt"):
         (tmp_path / "run" / "checkpoints" / name).unlink()
     train.main(argv)
     assert (tmp_path / "run" / "evaluation.jsonl").read_text() == lines
 
-    run = load_run(tmp_path / "run" / "checkpoints" / "0000008.pt")  # the last row is that of the EMA in the last checkpoint
+    run = load_run(
+        tmp_path / "run" / "checkpoints" / "0000008.pt"
+    )  # the last row is that of the EMA in the last checkpoint
     options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=STEPS, sampler="ddim")
     labels = draw_labels(0, list(range(SAMPLES)), 3)
-    chunks = measure_samples(run, options, labels, load_extractor(str(tiny_extractor), None, CPU), tmp_path / "again", 4)
+    chunks = measure_samples(
+        run, options, labels, load_extractor(str(tiny_extractor), None, CPU), tmp_path / "again", 4
+    )
     assert rows[1]["tflop_per_image"] == pytest.approx(chunks.read("tflop").mean(), rel=1e-12)
     assert rows[1]["class_accuracy"] == (chunks.read("logits").argmax(1) == labels).mean()
 
@@ -276,13 +322,22 @@ def test_evaluation_during_training_on_two_processes(run, tiny_extractor, place,
     """One row per evaluation, and the cost and quality that the checkpoint has on one process."""
     keys = {"every": 8, "reference": place / "reference.npz", "features": tiny_extractor, "num_samples": SAMPLES,
             "num_sampling_steps": STEPS, "batch_size": 4, "cfg_scale": 2}  # fmt: skip
-    codes, printed = run("run", *(f"evaluation.{key}={value}" for key, value in keys.items()), plans=[None, None])
+    codes, printed = run(
+        "run", *(f"evaluation.{key}={value}" for key, value in keys.items()), plans=[None, None]
+    )
     assert codes == [0, 0], printed
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
-    trained, labels = load_run(tmp_path / "run" / "checkpoints" / "0000008.pt"), draw_labels(0, list(range(SAMPLES)), 3)
+    trained, labels = (
+        load_run(tmp_path / "run" / "checkpoints" / "0000008.pt"),
+        draw_labels(0, list(range(SAMPLES)), 3),
+    )
     options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=STEPS, sampler="ddim")
-    chunks = measure_samples(trained, options, labels, load_extractor(str(tiny_extractor), None, CPU), tmp_path / "again", 4)
-    assert row["step"] == 8 and row["tflop_per_image"] == pytest.approx(chunks.read("tflop").mean(), rel=1e-12)
+    chunks = measure_samples(
+        trained, options, labels, load_extractor(str(tiny_extractor), None, CPU), tmp_path / "again", 4
+    )
+    assert row["step"] == 8 and row["tflop_per_image"] == pytest.approx(
+        chunks.read("tflop").mean(), rel=1e-12
+    )
     assert row["class_accuracy"] == (chunks.read("logits").argmax(1) == labels).mean()
 
 
@@ -293,10 +348,14 @@ def test_mistakes_in_the_section_are_found_before_training(tiny_config, tiny_ext
             train.main(["--config", str(tiny_config), "--output", str(tmp_path / "run"), *argv])
         return str(caught.value)
 
-    assert "does not exist" in refusal("every=4", f"reference={tmp_path / 'none.npz'}", f"features={tiny_extractor}")
+    assert "does not exist" in refusal(
+        "every=4", f"reference={tmp_path / 'none.npz'}", f"features={tiny_extractor}"
+    )
     assert "is neither" in refusal("every=4", f"reference={place / 'reference.npz'}", "features=nowhere")
     np.savez(tmp_path / "large.npz", np.zeros((5, 64, 64, 3), np.uint8))
-    assert "64 x 64" in refusal("every=4", f"reference={tmp_path / 'large.npz'}", f"features={tiny_extractor}")
+    assert "64 x 64" in refusal(
+        "every=4", f"reference={tmp_path / 'large.npz'}", f"features={tiny_extractor}"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -305,7 +364,18 @@ def test_mistakes_in_the_section_are_found_before_training(tiny_config, tiny_ext
 
 def test_elastic_grid(place, tmp_path, capsys):
     """A column per fraction with its cost; another budget and a folder in place of the file are refused."""
-    argv = ["--ckpt", str(place / "a.pt"), "--num-sampling-steps", "2", "--classes", "0", "2", "--fractions", "0", "0.5"]
+    argv = [
+        "--ckpt",
+        str(place / "a.pt"),
+        "--num-sampling-steps",
+        "2",
+        "--classes",
+        "0",
+        "2",
+        "--fractions",
+        "0",
+        "0.5",
+    ]
     elastic_grid.main([*argv, "--output", str(tmp_path / "grid.png")])
     costs = re.findall(r"(\d+)% dropped: (\S+) TFLOP", capsys.readouterr().out)
     assert [fraction for fraction, _ in costs] == ["0", "50"] and float(costs[1][1]) < float(costs[0][1])
@@ -322,11 +392,22 @@ def test_elastic_grid(place, tmp_path, capsys):
 def test_classifier_of_the_embedded_data_set(tmp_path, capsys):
     """A minute's work at full size; here enough to tell eight classes apart, and the features depend on more than the class."""
     shapes.write_images(tmp_path / "images", 160, 24)
-    argv = ["--images", tmp_path / "images", "--output", tmp_path / "classifier.pt", "--image-size", 24, "--steps", 50]
+    argv = [
+        "--images",
+        tmp_path / "images",
+        "--output",
+        tmp_path / "classifier.pt",
+        "--image-size",
+        24,
+        "--steps",
+        50,
+    ]
     classifier.main([str(part) for part in argv])
     assert "of 20 held-out images right, 112 features" in capsys.readouterr().out
     extractor = load_extractor(str(tmp_path / "classifier.pt"), None, CPU)
-    images, labels = zip(*((image, label) for image, _, label in (shapes.render(1000 + i, 24) for i in range(80))))
+    images, labels = zip(
+        *((image, label) for image, _, label in (shapes.render(1000 + i, 24) for i in range(80)))
+    )
     outputs = extractor(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
     assert outputs.features.shape == (80, 112) and outputs.logits.shape == (80, 8)
     assert (outputs.logits.argmax(1) == torch.tensor(labels)).double().mean() > 0.9

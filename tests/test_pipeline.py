@@ -51,7 +51,9 @@ def on_one_thread_of_the_cpu():
 
 def launch(command: list, **options) -> subprocess.CompletedProcess:
     command = [str(part) for part in command]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, **options
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 
@@ -61,7 +63,18 @@ def trained(tiny_config) -> Path:
     """The folder of an uninterrupted run under `accelerate launch`, with sample grids on the way."""
     folder = tiny_config.parent / "whole"
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    done = launch([*accelerate, "train.py", "--config", tiny_config, "--output", folder, "--set", "logging.sample_every=4"])
+    done = launch(
+        [
+            *accelerate,
+            "train.py",
+            "--config",
+            tiny_config,
+            "--output",
+            folder,
+            "--set",
+            "logging.sample_every=4",
+        ]
+    )
     assert f"finished at step {STEPS} of {STEPS}: {folder}" in done.stdout
     return folder
 
@@ -102,7 +115,11 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_what_a_run_leaves_behind(trained, tiny_config, tiny_vae):
     names = {path.name for path in trained.iterdir()}
     assert names == {"checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "samples"}
-    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["0000003.pt", "0000006.pt", "0000008.pt"]
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == [
+        "0000003.pt",
+        "0000006.pt",
+        "0000008.pt",
+    ]
     assert load_config(trained / "config.yaml") == load_config(tiny_config, ["logging.sample_every=4"])
     state = torch.load(newest(trained), weights_only=True)
     assert state["class_names"] == ["a", "b", "c"] and state["autoencoder"]["name"] == str(tiny_vae)
@@ -182,7 +199,9 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_bitwise(in_one_process
     """The signal falls into the middle of a log window and between two regular checkpoints."""
     stopped = tiny_config.parent / "stopped"
     assert f"stopped by SIGTERM at step 5 of {STEPS}: {stopped}" in in_one_process.stdout
-    assert max(path.name for path in (tiny_config.parent / "copied" / "checkpoints").iterdir()) == "0000005.pt"
+    assert (
+        max(path.name for path in (tiny_config.parent / "copied" / "checkpoints").iterdir()) == "0000005.pt"
+    )
     assert "8 steps going on from step 5" in (stopped / "log.txt").read_text()
     assert_same_run(stopped, trained)
 
@@ -191,7 +210,9 @@ def test_a_run_in_pieces_is_the_same_run(in_one_process, trained, tiny_config):
     """First with fewer steps, then the finished run again, then on with --resume, which knows its own configuration."""
     pieces = tiny_config.parent / "pieces"
     lines = [line for line in in_one_process.stdout.splitlines() if line.endswith(str(pieces))]
-    assert lines == ["finished at step 4 of 4: " + str(pieces)] * 2 + [f"finished at step {STEPS} of {STEPS}: {pieces}"]
+    assert lines == ["finished at step 4 of 4: " + str(pieces)] * 2 + [
+        f"finished at step {STEPS} of {STEPS}: {pieces}"
+    ]
     assert_same_run(pieces, trained)
 
 
@@ -224,7 +245,9 @@ def test_wandb_offline(in_one_process, tiny_config):
     """One wandb run over both pieces: the second has the id of the first."""
     folder = tiny_config.parent / "tracked"
     identity = (folder / "wandb_id.txt").read_text().strip()
-    runs = [path.name.split("-")[3] for path in (folder / "wandb").glob("offline-run-*")]  # behind it, some versions count
+    runs = [
+        path.name.split("-")[3] for path in (folder / "wandb").glob("offline-run-*")
+    ]  # behind it, some versions count
     assert runs and set(runs) == {identity}
     assert [row["step"] for row in read_metrics(folder)] == [1, 2]
 
@@ -264,9 +287,15 @@ def test_two_processes(in_one_process, trained, tiny_config, tmp_path):
     script.write_text(ON_TWO_PROCESSES)
     with open(tmp_path / "output", "w") as output:
         command = [*TORCHRUN, "--nproc_per_node=2", script, tiny_config, folder]
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT
+        )
         patience = time.monotonic() + 200
-        while not (folder / "endless" / "metrics.jsonl").exists() and process.poll() is None and time.monotonic() < patience:
+        while (
+            not (folder / "endless" / "metrics.jsonl").exists()
+            and process.poll() is None
+            and time.monotonic() < patience
+        ):
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)  # torchrun passes it on
         process.wait(60)
@@ -290,9 +319,22 @@ def test_two_processes(in_one_process, trained, tiny_config, tmp_path):
 LITE = ["--lite-cfg", "--uncond-tail-dropping-fraction", "0.5"]
 
 
-@pytest.mark.parametrize("extra", [[], LITE, ["--sampler", "ddim", "--precision", "bf16"]], ids=["plain", "lite", "ddim"])
+@pytest.mark.parametrize(
+    "extra", [[], LITE, ["--sampler", "ddim", "--precision", "bf16"]], ids=["plain", "lite", "ddim"]
+)
 def test_sample_writes_its_pictures(trained, tmp_path, capsys, extra):
-    fixed = ["--ckpt", str(newest(trained)), "--num-sampling-steps", "5", "--classes", "0", "1", "2", "--output", str(tmp_path)]
+    fixed = [
+        "--ckpt",
+        str(newest(trained)),
+        "--num-sampling-steps",
+        "5",
+        "--classes",
+        "0",
+        "1",
+        "2",
+        "--output",
+        str(tmp_path),
+    ]
     sample.main([*fixed, "--cfg-scale", "2", *extra])
     assert sorted(os.listdir(tmp_path)) == WRITTEN
     pixels = np.asarray(Image.open(tmp_path / "sample.png"))
@@ -328,7 +370,9 @@ def test_a_sample_is_a_function_of_seed_and_number(trained):
     assert (whole[0] - other[0]).abs().max() > 10
 
     shown = []
-    (batch,) = generate(run, [0, 1], labels[:2], options, observe=lambda step, routing: shown.append((step, routing)))
+    (batch,) = generate(
+        run, [0, 1], labels[:2], options, observe=lambda step, routing: shown.append((step, routing))
+    )
     assert [step.t for step, _ in shown] == [999, 500, 0] == [kept.t for kept in batch.kept]
     for (_, routing), kept in zip(shown, batch.kept):
         assert routing.keep.sum(1).tolist() == kept.conditional.tolist() and len(kept.unconditional) == 2
@@ -356,7 +400,9 @@ def test_budgets_in_every_unit(trained, tmp_path, capsys):
     run.model.router.residual_scorer[-1].bias.data.fill_(20.0)  # keep all 64 tokens
 
     def kept(**changes):
-        (batch,) = generate(run, [0, 1], [0, 1], SamplingOptions(num_sampling_steps=3, cfg_scale=2.0, **changes))
+        (batch,) = generate(
+            run, [0, 1], [0, 1], SamplingOptions(num_sampling_steps=3, cfg_scale=2.0, **changes)
+        )
         assert [step.t for step in batch.kept] == [999, 500, 0]
         rows = [[x if x is None else x.tolist() for x in step[1:]] for step in batch.kept]
         assert all(len(set(counts)) == 1 for row in rows for counts in row if counts)
@@ -382,19 +428,29 @@ def test_a_limit_on_the_cost(trained):
     full, _ = cost()
     least, _ = cost(tail_dropping_fraction=0.999)
     limit = (full + least) / 2
-    options, prediction = settle_budgets(run, [0], [1], SamplingOptions(2.0, None, 12, tflops_per_image=limit))
+    options, prediction = settle_budgets(
+        run, [0], [1], SamplingOptions(2.0, None, 12, tflops_per_image=limit)
+    )
     chosen, _ = cost(tail_dropping_fraction=options.tail_dropping_fraction)
     assert prediction.total == pytest.approx(chosen, rel=1e-9) and least < chosen <= limit
     assert cost(tflops_per_image=limit)[0] == chosen
-    assert cost(tail_dropping_fraction=options.tail_dropping_fraction - 0.017)[0] > limit  # one token of 64 more
+    assert (
+        cost(tail_dropping_fraction=options.tail_dropping_fraction - 0.017)[0] > limit
+    )  # one token of 64 more
     assert cost(tflops_per_image=2 * full)[0] == full
-    narrow, kept = cost(tflops_per_image=limit, guidance_interval=(0, 300))  # what the other branch saves goes to this one
+    narrow, kept = cost(
+        tflops_per_image=limit, guidance_interval=(0, 300)
+    )  # what the other branch saves goes to this one
     assert narrow <= limit and kept[0].conditional.item() > 64 * (1 - options.tail_dropping_fraction)
 
 
 def content(folder: Path) -> dict[str, bytes]:
     """All files that equal runs leave equal: those without times."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("records", "summary.json")}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.name not in ("records", "summary.json")
+    }
 
 
 def account(folder: Path) -> dict:
@@ -405,7 +461,10 @@ def account(folder: Path) -> dict:
 
 
 def test_many_samples_on_one_two_and_three_processes(trained, tmp_path):
-    count, options = 7, ["--ckpt", str(newest(trained)), "--num-sampling-steps", "3", "--num-fid-samples", "7"]
+    count, options = (
+        7,
+        ["--ckpt", str(newest(trained)), "--num-sampling-steps", "3", "--num-fid-samples", "7"],
+    )
     options += ["--per-proc-batch-size", "2", "--cfg-scale", "1.5", "--seed", "3"]
     one = tmp_path / "one"
     sample_ddp.main([*options, "--output-dir", str(one)])
@@ -427,14 +486,29 @@ def test_many_samples_on_one_two_and_three_processes(trained, tmp_path):
     for name in ("000000.png", "000003.png", "000006.png"):
         (one / name).unlink()
     (tmp_path / "one.npz").unlink()
-    kept = {path.name: path.stat().st_mtime_ns for path in one.iterdir() if path.name in ("000004.png", "000005.png")}
+    kept = {
+        path.name: path.stat().st_mtime_ns
+        for path in one.iterdir()
+        if path.name in ("000004.png", "000005.png")
+    }
     sample_ddp.main([*options, "--output-dir", str(one)])
     assert content(one) == whole and (tmp_path / "one.npz").read_bytes() == npz and account(one) == costs
-    assert kept == {name: (one / name).stat().st_mtime_ns for name in kept}  # a whole batch is not sampled again
+    assert kept == {
+        name: (one / name).stat().st_mtime_ns for name in kept
+    }  # a whole batch is not sampled again
 
 
 def test_an_interrupted_run_keeps_the_fraction_that_it_chose(trained, tmp_path, capsys):
-    fixed = ["--ckpt", str(newest(trained)), "--num-sampling-steps", "2", "--num-fid-samples", "3", "--cfg-scale", "1"]
+    fixed = [
+        "--ckpt",
+        str(newest(trained)),
+        "--num-sampling-steps",
+        "2",
+        "--num-fid-samples",
+        "3",
+        "--cfg-scale",
+        "1",
+    ]
     fixed += ["--per-proc-batch-size", "1", "--output-dir", str(tmp_path / "images"), "--tflops-per-image"]
     sample_ddp.main([*fixed, "1"])
     assert "budget: drops 0 of the kept tokens; predicted" in capsys.readouterr().out
@@ -451,7 +525,16 @@ def test_an_interrupted_run_keeps_the_fraction_that_it_chose(trained, tmp_path, 
 
 
 def test_balanced_labels(trained, tmp_path):
-    fixed = ["--ckpt", str(newest(trained)), "--num-sampling-steps", "1", "--num-fid-samples", "5", "--cfg-scale", "1"]
+    fixed = [
+        "--ckpt",
+        str(newest(trained)),
+        "--num-sampling-steps",
+        "1",
+        "--num-fid-samples",
+        "5",
+        "--cfg-scale",
+        "1",
+    ]
     sample_ddp.main([*fixed, "--labels", "balanced", "--output-dir", str(tmp_path / "images")])
     with np.load(tmp_path / "images.npz") as arrays:
         assert arrays["arr_1"].tolist() == [0, 1, 2, 0, 1]

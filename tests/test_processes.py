@@ -44,7 +44,9 @@ def test_a_second_run_is_refused_while_the_first_lives(tmp_path, monkeypatch):
     holder = kills.FORK.Process(target=hold)
     holder.start()
     assert ready.wait(10)
-    refusal = pytest.raises(UserError, match=rf"--output '.*run' is in use by process {holder.pid} on .*; stop that run")
+    refusal = pytest.raises(
+        UserError, match=rf"--output '.*run' is in use by process {holder.pid} on .*; stop that run"
+    )
     with FolderLock(tmp_path / "run", "--output") as second, refusal:
         second.acquire()
     assert (tmp_path / "run" / ".lock").exists()  # still the first one's
@@ -120,13 +122,17 @@ def lose(number: int) -> None:
     Trainer.optimizer_step = lost
 
 
-@pytest.mark.parametrize("number, reason", [(signal.SIGKILL, "is gone"), (signal.SIGSTOP, "has not answered for 6 s")])
+@pytest.mark.parametrize(
+    "number, reason", [(signal.SIGKILL, "is gone"), (signal.SIGSTOP, "has not answered for 6 s")]
+)
 def test_a_lost_process_ends_the_others_and_is_named(run, number, reason):
     """One that dies, and one that stops; nobody but the processes themselves ends them here within 30 s."""
     started = time.monotonic()
     grace = 30 if number == signal.SIGKILL else 1
     patience = 20 if number == signal.SIGKILL else 6  # what is gone need not be waited for
-    codes, printed = run("run", f"training.rank_timeout={patience}", plans=[None, partial(lose, number)], grace=grace)
+    codes, printed = run(
+        "run", f"training.rank_timeout={patience}", plans=[None, partial(lose, number)], grace=grace
+    )
     assert codes == [1, -signal.SIGKILL] and time.monotonic() - started < 30, printed
     named = [line for line in printed.splitlines() if line.startswith("error: process 1 on ")]
     assert len(named) == 1 and reason in named[0]
@@ -140,7 +146,11 @@ def test_a_loop_that_hangs_is_named(monkeypatch):
     watcher.world, watcher._end = 3, lambda ranks, reason: ends.append((ranks, reason))
     for second in range(25):
         clock[0] = float(second)
-        places = [[7, "training"], [7, "reading images"], [7, "training"]] if second > 9 else [[second, "training"]] * 3
+        places = (
+            [[7, "training"], [7, "reading images"], [7, "training"]]
+            if second > 9
+            else [[second, "training"]] * 3
+        )
         watcher._look([[second, place] for place in places])
         assert not ends or second > 20
     assert ends[0] == ([1], "is reading images of step 7 for 10 s")
@@ -161,7 +171,10 @@ def test_processes_that_start_unlike_are_refused(run):
     codes, printed = run("run", plans=[None, differ])
     host = os.uname().nodename
     assert codes == [2, 2] and printed.count("error: ") == 1
-    assert f"error: process 1 on {host} differs from process 0 on {host} in configuration, features, weights;" in printed
+    assert (
+        f"error: process 1 on {host} differs from process 0 on {host} in configuration, features, weights;"
+        in printed
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -183,7 +196,18 @@ def test_extraction_does_not_wait_for_a_lost_process(tiny_images, tiny_vae, tmp_
         if lost:
             setattr(extract_features, place, lambda *args: os.kill(os.getpid(), signal.SIGSTOP))
 
-    argv = ["--data-path", tiny_images, "--vae", tiny_vae, "--image-size", 16, "--shard-size", 1, "--num-workers", 0]
+    argv = [
+        "--data-path",
+        tiny_images,
+        "--vae",
+        tiny_vae,
+        "--image-size",
+        16,
+        "--shard-size",
+        1,
+        "--num-workers",
+        0,
+    ]
     plans = [partial(prepare, "extract", lost) for lost in (False, True)]
     argv += ["--features-path", tmp_path / "store"]
     codes = kills.attempt(extract_features.main, argv, tmp_path / "printed", plans, grace=1)
@@ -191,13 +215,22 @@ def test_extraction_does_not_wait_for_a_lost_process(tiny_images, tiny_vae, tmp_
     assert "error: process 1 on " in (tmp_path / "printed").read_text()
 
 
-SCRIPT = "import os, time, cli; cli.follow_launcher(); print('started', os.getpid(), flush=True); time.sleep(60)"
+SCRIPT = (
+    "import os, time, cli; cli.follow_launcher(); print('started', os.getpid(), flush=True); time.sleep(60)"
+)
 
 
 def test_processes_end_with_their_launcher(tmp_path):
     """A SIGKILL to torchrun, which cannot tell its processes."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "script.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        tmp_path / "script.py",
+    ]
     with open(tmp_path / "printed", "w") as output:
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
         launcher = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -227,8 +260,12 @@ def is_alive(process: int) -> bool:
 
 
 def shard() -> None:
-    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
-    os.environ.update(FSDP_TRANSFORMER_CLS_TO_WRAP="DiTBlock", FSDP_CPU_RAM_EFFICIENT_LOADING="true")  # as the launcher does
+    os.environ.update(
+        ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP"
+    )
+    os.environ.update(
+        FSDP_TRANSFORMER_CLS_TO_WRAP="DiTBlock", FSDP_CPU_RAM_EFFICIENT_LOADING="true"
+    )  # as the launcher does
 
 
 def test_sharded_training_is_the_same_run_and_mixes_with_every_other(run, whole_run, tmp_path):
@@ -236,7 +273,9 @@ def test_sharded_training_is_the_same_run_and_mixes_with_every_other(run, whole_
     for steps, plans in ((3, [shard, shard]), (5, [None]), (8, [shard, shard])):
         codes, printed = run("sharded", f"training.max_steps={steps}", plans=plans)
         assert codes == [0] * len(plans), printed
-    ours, theirs = (load_checkpoint(folder / "checkpoints" / "0000008.pt") for folder in (whole_run, tmp_path / "sharded"))
+    ours, theirs = (
+        load_checkpoint(folder / "checkpoints" / "0000008.pt") for folder in (whole_run, tmp_path / "sharded")
+    )
     for key in ("model", "ema"):
         assert ours[key].keys() == theirs[key].keys()
         for name in ours[key]:
@@ -250,11 +289,15 @@ def test_sharded_training_in_bf16_goes_on_with_several_learning_rates(run, tmp_p
     for steps in (3, 6):
         codes, printed = run("sharded", *changes, f"training.max_steps={steps}", plans=[shard, shard])
         assert codes == [0, 0], printed
-    ours, theirs = (load_checkpoint(tmp_path / name / "checkpoints" / "0000006.pt") for name in ("alone", "sharded"))
+    ours, theirs = (
+        load_checkpoint(tmp_path / name / "checkpoints" / "0000006.pt") for name in ("alone", "sharded")
+    )
     for name, value in ours["model"].items():
         assert theirs["model"][name].dtype == torch.float32
         torch.testing.assert_close(theirs["model"][name], value, rtol=1e-2, atol=1e-3)
-    own, other = ({k: x["exp_avg_sq"] for k, x in state["optimizer"]["state"].items()} for state in (ours, theirs))
+    own, other = (
+        {k: x["exp_avg_sq"] for k, x in state["optimizer"]["state"].items()} for state in (ours, theirs)
+    )
     assert {k: x.shape for k, x in own.items()} == {k: x.shape for k, x in other.items()}
     own, other = (torch.cat([x.flatten() for x in moments.values()]) for moments in (own, other))
     torch.testing.assert_close(other.sum(), own.sum(), rtol=0.3, atol=0)

@@ -23,7 +23,9 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip()
 ]
-PROSE = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))  # what stands in backticks
+PROSE = re.findall(
+    r"`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+)  # what stands in backticks
 SHARED = (arguments.add_sampling_arguments, arguments.add_run_arguments, cli.add_config_arguments)
 OTHERS = {"--machine_rank"}  # accelerate's
 DEFAULTS = to_dict(config_from_dict({}))
@@ -72,7 +74,9 @@ def test_options_and_keys_in_the_text():
     files = [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]
     source = "".join(file.read_text(encoding="utf-8") for file in files)
     options = {word.split("=")[0] for code in PROSE for word in code.split() if word.startswith("--")}
-    keys = {match[0] for code in PROSE if (match := re.match(r"(model|training|logging)(\.[a-z_0-9]+)+", code))}
+    keys = {
+        match[0] for code in PROSE if (match := re.match(r"(model|training|logging)(\.[a-z_0-9]+)+", code))
+    }
     assert len(options) > 20 and len(keys) > 20
     for option in options - OTHERS:
         start, family, _ = option.partition("...")  # `--uncond-...` are several

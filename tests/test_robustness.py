@@ -69,9 +69,22 @@ def test_sampling_killed_in_the_write_of_its_settings(whole_run, tmp_path, call)
         files.os = SimpleNamespace(**vars(os) | replaced)
 
     ckpt = list_checkpoints(whole_run / "checkpoints")[-1]
-    argv = ["--ckpt", ckpt, "--num-sampling-steps", 1, "--num-fid-samples", 1, "--output-dir", tmp_path / "out"]
-    assert kills.attempt(sample_ddp.main, argv, tmp_path / "printed", [partial(die, call)]) == [-signal.SIGKILL]
-    assert kills.attempt(sample_ddp.main, argv, tmp_path / "printed", [None]) == [0], (tmp_path / "printed").read_text()
+    argv = [
+        "--ckpt",
+        ckpt,
+        "--num-sampling-steps",
+        1,
+        "--num-fid-samples",
+        1,
+        "--output-dir",
+        tmp_path / "out",
+    ]
+    assert kills.attempt(sample_ddp.main, argv, tmp_path / "printed", [partial(die, call)]) == [
+        -signal.SIGKILL
+    ]
+    assert kills.attempt(sample_ddp.main, argv, tmp_path / "printed", [None]) == [0], (
+        tmp_path / "printed"
+    ).read_text()
 
 
 def test_grid_and_metrics_that_a_kill_prevented_are_made_up_for(run, tmp_path):
@@ -162,7 +175,9 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(run, small_disk):
     assert codes == [1] and "No space left on device" in printed and "Traceback" not in printed and names
     assert all(checkpoint.damage(small_disk / "run" / "checkpoints" / name) is None for name in names)
     assert not list(small_disk.rglob("*.tmp"))
-    codes, printed = run("disk/run", "logging.ckpt_keep=1", "logging.ckpt_every=100")  # nor does anything else fit by itself
+    codes, printed = run(
+        "disk/run", "logging.ckpt_keep=1", "logging.ckpt_every=100"
+    )  # nor does anything else fit by itself
     assert codes == [1] and f"going on from step {int(names[-1][:7])}" in printed
 
 
@@ -190,13 +205,19 @@ def test_a_full_disk_under_the_log(run, small_disk):
 
 def test_an_unreachable_tracker_is_one_line_and_the_run_can_go_on_without(run):
     def online():
-        nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "2"}
+        nowhere = {
+            "WANDB_BASE_URL": "http://127.0.0.1:9",
+            "WANDB_API_KEY": "0" * 40,
+            "WANDB_INIT_TIMEOUT": "2",
+        }
         os.environ.update(nowhere, WANDB_MODE="online")
 
     codes, printed = run("run", "logging.trackers=[wandb]", plans=[online])
     assert codes == [2] and "Traceback" not in printed
     assert "error: logging.trackers: cannot start (" in printed and "set WANDB_MODE=offline" in printed
-    codes, printed = run("run", "logging.trackers=[wandb]", plans=[lambda: os.environ.update(WANDB_MODE="offline")])
+    codes, printed = run(
+        "run", "logging.trackers=[wandb]", plans=[lambda: os.environ.update(WANDB_MODE="offline")]
+    )
     assert codes == [0], printed
 
 
@@ -214,7 +235,10 @@ def test_a_step_with_a_bad_loss_leaves_no_trace():
         poison(loss).backward()
         guard.update(optimizer, torch.nn.utils.clip_grad_norm_([weight], 1.0), number)
         optimizer.zero_grad()
-        return {"weight": weight.detach().clone(), **{k: v.clone() for k, v in optimizer.state[weight].items()}}
+        return {
+            "weight": weight.detach().clone(),
+            **{k: v.clone() for k, v in optimizer.state[weight].items()},
+        }
 
     before = step(0, 1.0)
     for number, factor in ((1, float("nan")), (2, float("inf"))):
@@ -264,11 +288,17 @@ def test_bad_steps_are_skipped_counted_and_named(run, poisoned, tmp_path):
     assert rows[-1]["skipped_steps"] == len(lines) < 8
     assert sum(row["loss"] is None for row in rows) == len(lines)  # NaN is no JSON
     state = load_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
-    assert state["skipped"]["total"] == len(lines) and all(value.isfinite().all() for value in state["ema"].values())
+    assert state["skipped"]["total"] == len(lines) and all(
+        value.isfinite().all() for value in state["ema"].values()
+    )
     assert state["optimizer"]["state"][0]["step"] == 8 - len(lines)
-    codes, _ = run("two", single, "logging.log_every=1", config=config, plans=[None, None])  # the image is on one of them
+    codes, _ = run(
+        "two", single, "logging.log_every=1", config=config, plans=[None, None]
+    )  # the image is on one of them
     others = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert codes == [0, 0] and [row["skipped_steps"] for row in others] == [row["skipped_steps"] for row in rows]
+    assert codes == [0, 0] and [row["skipped_steps"] for row in others] == [
+        row["skipped_steps"] for row in rows
+    ]
 
 
 def test_too_many_bad_steps_end_the_run(run, poisoned, tmp_path):
@@ -276,7 +306,14 @@ def test_too_many_bad_steps_end_the_run(run, poisoned, tmp_path):
     config = poisoned(list(range(10)))
     last = tmp_path / "run" / "checkpoints" / "0000003.pt"
     codes, printed = run(
-        "run", "training.max_skipped_steps=4", "training.max_steps=100", "logging.ckpt_every=100", config=config
+        "run",
+        "training.max_skipped_steps=4",
+        "training.max_steps=100",
+        "logging.ckpt_every=100",
+        config=config,
     )
     assert codes == [1] and printed.count("update skipped") == 4 and "Traceback" not in printed
-    assert f"error: 4 steps in a row up to 7 had a non-finite loss or gradient; the last good checkpoint is {last}" in printed
+    assert (
+        f"error: 4 steps in a row up to 7 had a non-finite loss or gradient; the last good checkpoint is {last}"
+        in printed
+    )

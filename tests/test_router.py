@@ -108,7 +108,11 @@ def test_router_follows_its_formula():
     z = F.conv2d(features, router.proj.weight, router.proj.bias)
     delta = z - F.conv2d(z, router.context_predictor.weight, router.context_predictor.bias, padding=1)
     first, norm, _, last = router.residual_scorer
-    hidden = F.silu(F.group_norm(F.conv2d(delta, first.weight, first.bias, padding=1), 8, norm.weight, norm.bias, eps=1e-5))
+    hidden = F.silu(
+        F.group_norm(
+            F.conv2d(delta, first.weight, first.bias, padding=1), 8, norm.weight, norm.bias, eps=1e-5
+        )
+    )
     want = F.conv2d(hidden, last.weight, last.bias).sigmoid().flatten(1)
     want[:, 0] = want[:, -1] = 1
     torch.testing.assert_close(prob, want)

@@ -13,7 +13,12 @@ def test_image_is_a_function_of_seed_and_index():
     image, mask, label = shapes.render(5, image_size=32, seed=3)
     again, mask_again, label_again = shapes.render(5, image_size=32, seed=3)
     assert np.array_equal(image, again) and np.array_equal(mask, mask_again) and label == label_again
-    assert image.shape == (32, 32, 3) and image.dtype == np.uint8 and mask.shape == (32, 32) and mask.dtype == bool
+    assert (
+        image.shape == (32, 32, 3)
+        and image.dtype == np.uint8
+        and mask.shape == (32, 32)
+        and mask.dtype == bool
+    )
     assert not np.array_equal(image, shapes.render(5, image_size=32, seed=4)[0])
     assert not np.array_equal(image, shapes.render(13, image_size=32, seed=3)[0])  # the same class
 

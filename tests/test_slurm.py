@@ -7,12 +7,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SLURM = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "77"}
-TORCHRUN = (
-    "--kill-on-bad-exit=1 torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node1:29500 --rdzv_id=77"
-)
+SLURM = {
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_NNODES": "2",
+    "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_JOB_ID": "77",
+}
+TORCHRUN = "--kill-on-bad-exit=1 torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node1:29500 --rdzv_id=77"
 CALLS = {
-    "train": ("a.yaml results/a --set training.seed=1", "train.py --config a.yaml --output results/a --set training.seed=1"),
+    "train": (
+        "a.yaml results/a --set training.seed=1",
+        "train.py --config a.yaml --output results/a --set training.seed=1",
+    ),
     "extract": ("--data-path images", "extract_features.py --data-path images"),
     "sample": ("--ckpt 0400000.pt", "sample_ddp.py --ckpt 0400000.pt"),
 }

@@ -53,7 +53,10 @@ class FakeStore:
     labels = np.arange(100) % 7
 
     def latent(self, index, generator):
-        return np.full((4, 2, 2), index, dtype=np.float32) + generator.standard_normal((4, 2, 2), dtype=np.float32) / 100
+        return (
+            np.full((4, 2, 2), index, dtype=np.float32)
+            + generator.standard_normal((4, 2, 2), dtype=np.float32) / 100
+        )
 
 
 def make_samples(seed=0, dropout=0.5):
@@ -73,7 +76,10 @@ def test_a_sample_is_a_function_of_its_key():
 def test_samples_have_the_right_distribution():
     samples = [make_samples(dropout=0.25)[step, image] for step in range(10) for image in range(100)]
     batch = collate(samples)
-    assert batch.x0.shape == batch.noise.shape == (1000, 4, 2, 2) and batch.x0.dtype == batch.noise.dtype == torch.float32
+    assert (
+        batch.x0.shape == batch.noise.shape == (1000, 4, 2, 2)
+        and batch.x0.dtype == batch.noise.dtype == torch.float32
+    )
     assert batch.t.dtype == batch.labels.dtype == torch.int64
     assert (batch.x0.mean((1, 2, 3)) - batch.index).abs().max() < 0.1
     assert batch.noise.mean().abs() < 0.03 and abs(batch.noise.std() - 1) < 0.03
@@ -113,7 +119,9 @@ def test_a_continuous_budget_draw():
     draws = [schedules.drop_fraction(step, config.training) for step in range(2000)]
     assert draws[:3] == [schedules.drop_fraction(step, config.training) for step in range(3)]
     assert 0.2 <= min(draws) < 0.21 and 0.59 < max(draws) < 0.6
-    assert np.mean(draws) == pytest.approx(0.4, abs=0.01) and np.std(draws) == pytest.approx(0.4 / 12**0.5, abs=0.01)
+    assert np.mean(draws) == pytest.approx(0.4, abs=0.01) and np.std(draws) == pytest.approx(
+        0.4 / 12**0.5, abs=0.01
+    )
     config.training.seed = 1
     assert schedules.drop_fraction(0, config.training) != draws[0]
 
@@ -133,9 +141,17 @@ def test_downsample_factor():
     training = TrainingConfig(downsample_factor=[16.0])
     assert schedules.downsample_factor(0, training) == 16
     training.downsample_factor_start = 4.0
-    assert schedules.downsample_factor(0, training) == 16  # without warm-up steps there is nothing to start from
+    assert (
+        schedules.downsample_factor(0, training) == 16
+    )  # without warm-up steps there is nothing to start from
     training.downsample_factor_warmup_steps = 100
-    assert [schedules.downsample_factor(step, training) for step in (0, 25, 50, 100, 1000)] == [4, 7, 10, 16, 16]
+    assert [schedules.downsample_factor(step, training) for step in (0, 25, 50, 100, 1000)] == [
+        4,
+        7,
+        10,
+        16,
+        16,
+    ]
 
 
 def test_learning_rate():
@@ -147,7 +163,9 @@ def test_learning_rate():
 
 
 def test_total_steps():
-    config = load_config(None, ["training.global_batch_size=4", "training.ratio_batch_size=4", "training.epochs=3"])
+    config = load_config(
+        None, ["training.global_batch_size=4", "training.ratio_batch_size=4", "training.epochs=3"]
+    )
     assert total_steps(config, 10) == 6
     config.training.gradient_accumulation_steps = 4
     assert total_steps(config, 10) == 1
@@ -198,12 +216,20 @@ def test_ratio_loss_trains_the_probability_only():
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-EMPTY = {"config": {}, "model": {}, "ema": {}, "autoencoder": None, "class_names": None}  # what a checkpoint needs to be one
+EMPTY = {
+    "config": {},
+    "model": {},
+    "ema": {},
+    "autoencoder": None,
+    "class_names": None,
+}  # what a checkpoint needs to be one
 
 
 def test_checkpoints_are_numbered_pruned_and_plain(tmp_path):
     for step in (5, 10, 999, 12345678):
-        path = save_checkpoint(tmp_path, {**EMPTY, "step": step, "model": {"w": torch.full((2,), step)}}, keep=2)
+        path = save_checkpoint(
+            tmp_path, {**EMPTY, "step": step, "model": {"w": torch.full((2,), step)}}, keep=2
+        )
     assert path.name == "12345678.pt"
     assert [path.name for path in list_checkpoints(tmp_path)] == ["0000999.pt", "12345678.pt"]
     assert sorted(os.listdir(tmp_path)) == ["0000999.pt", "12345678.pt"]
@@ -248,7 +274,11 @@ class Malicious:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_loading_executes_nothing(tmp_path, zipped):
-    torch.save({"format": 1, "x": Malicious(tmp_path / "executed")}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"format": 1, "x": Malicious(tmp_path / "executed")},
+        tmp_path / "a.pt",
+        _use_new_zipfile_serialization=zipped,
+    )
     with pytest.raises(UserError, match="is not a readable checkpoint of this repository"):
         load_checkpoint(tmp_path / "a.pt")
     assert not (tmp_path / "executed").exists()
@@ -314,7 +344,9 @@ def test_averages_over_processes():
         other.add("x", part)
         rows.append(torch.stack(other.values["x"]))
     pair = Averages(
-        one_process(num_processes=2, gather=lambda x: torch.stack([row.sum(0, keepdim=True) for row in rows]).to(x))
+        one_process(
+            num_processes=2, gather=lambda x: torch.stack([row.sum(0, keepdim=True) for row in rows]).to(x)
+        )
     )
     pair.add("x", values[0])
     assert pair.reduce()["x"] == pytest.approx(single.reduce()["x"], rel=1e-6)
@@ -346,7 +378,10 @@ def test_kept_fractions():
     natural = torch.tensor([[True, True, False, True], [True, False, False, True]])
     keep = torch.tensor([[True, False, False, True], [True, False, False, True]])
     fractions = kept_fractions(Routing(natural.float(), natural, keep))
-    assert fractions["kept_natural"].tolist() == [0.75, 0.5] and fractions["kept_effective"].tolist() == [0.5, 0.5]
+    assert fractions["kept_natural"].tolist() == [0.75, 0.5] and fractions["kept_effective"].tolist() == [
+        0.5,
+        0.5,
+    ]
 
 
 def test_metrics(tmp_path):
@@ -354,7 +389,9 @@ def test_metrics(tmp_path):
     log = RunLog(tmp_path, accelerator, step=0)
     log.metrics(5, {"loss": 1.5, "steps_per_sec": 3.0})
     log.line("hello")
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [{"step": 5, "loss": 1.5}]
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        {"step": 5, "loss": 1.5}
+    ]
     assert accelerator.logged == [(5, {"train/loss": 1.5, "train/steps_per_sec": 3.0})]
     assert (tmp_path / "log.txt").read_text().endswith("] hello\n")
     quiet = tmp_path / "other process"

@@ -25,7 +25,10 @@ def build(factor=None, **model):
         "num_heads": [4, 4],
         "enc_dec_dim_factor": [factor, None],
     }
-    raw = {"model": {"hnet": hnet, **model}, "data": {"image_size": SIDE, "latent_stride": 1, "num_classes": 5}}
+    raw = {
+        "model": {"hnet": hnet, **model},
+        "data": {"image_size": SIDE, "latent_stride": 1, "num_classes": 5},
+    }
     return build_model(config_from_dict(raw))
 
 
@@ -51,9 +54,14 @@ def test_every_tensor_is_accounted_for():
     assert all(torch.equal(ours[name], theirs[name]) for name in copied)
     assert all(name in copied for name in ours if name.startswith(("blocks.", "t_embedder.", "y_embedder.")))
     untouched = {name for name, way in report.items() if way == "new"}
-    assert all(torch.equal(ours[name], fresh[name]) for name in untouched) and "residual_proj.weight" in untouched
+    assert (
+        all(torch.equal(ours[name], fresh[name]) for name in untouched)
+        and "residual_proj.weight" in untouched
+    )
     assert all(
-        not torch.equal(ours[name], fresh[name]) for name in ours.keys() - untouched - copied if "conv2.bias" not in name
+        not torch.equal(ours[name], fresh[name])
+        for name in ours.keys() - untouched - copied
+        if "conv2.bias" not in name
     )
 
 
@@ -67,7 +75,9 @@ def test_features_are_the_embeddings_of_patches(factor):
         c = model.t_embedder(t) + model.y_embedder(labels)
         features = model.encoder(model.x_embedder(x), c)[:, :, ::2, ::2]
         patches = dit.x_embedder(x)
-    torch.testing.assert_close(F.normalize(features, dim=1), F.normalize(patches, dim=1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        F.normalize(features, dim=1), F.normalize(patches, dim=1), atol=1e-4, rtol=1e-4
+    )
     noise_length = dit.x_embedder(torch.randn(200, 4, SIDE, SIDE)).square().mean().sqrt()
     assert features.square().mean().sqrt().item() == pytest.approx(noise_length.item(), rel=0.05)
     lattice = model.pos_embed.view(SIDE, SIDE, -1)[::2, ::2].flatten(0, 1)
@@ -97,7 +107,9 @@ def test_the_first_output_is_the_mean_of_the_dits():
 def test_the_balanced_router_keeps_one_in_n(factor):
     model = build()
     upcycle(perturbed_dit(), model, "dit", "balanced", factor)
-    x = torch.cat([torch.randn(32, 4, SIDE, SIDE), 5 * torch.rand(32, 4, 1, 1) + torch.randn(32, 4, SIDE, SIDE)])
+    x = torch.cat(
+        [torch.randn(32, 4, SIDE, SIDE), 5 * torch.rand(32, 4, 1, 1) + torch.randn(32, 4, SIDE, SIDE)]
+    )
     kept = model(x, torch.arange(64) * 15, torch.arange(64) % 5).routing.natural[:, 1:-1].float().mean()
     assert 0.5 / factor < kept < 1.8 / factor
 
@@ -106,12 +118,18 @@ def test_a_fresh_scaffold_is_left_alone():
     dit, model = perturbed_dit(), build()
     fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     report = upcycle(dit, model, "fresh", "fresh", 4.0)
-    assert all(torch.equal(model.state_dict()[name], fresh[name]) for name, way in report.items() if way == "new")
-    assert {way.split(":")[0] for name, way in report.items() if name.startswith(("x_emb", "final", "enc", "router"))} == {
-        "new"
-    }
+    assert all(
+        torch.equal(model.state_dict()[name], fresh[name]) for name, way in report.items() if way == "new"
+    )
+    assert {
+        way.split(":")[0]
+        for name, way in report.items()
+        if name.startswith(("x_emb", "final", "enc", "router"))
+    } == {"new"}
     centre = model.pos_embed.view(SIDE, SIDE, -1)
-    torch.testing.assert_close(centre[2, 4], sincos_positions(WIDTH, 100, 0.25).view(100, 100, -1)[3, 7])  # (2 - 0.5) / 2, ...
+    torch.testing.assert_close(
+        centre[2, 4], sincos_positions(WIDTH, 100, 0.25).view(100, 100, -1)[3, 7]
+    )  # (2 - 0.5) / 2, ...
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4, 8])
@@ -135,17 +153,25 @@ def dit_run(tiny_config, tmp_path_factory) -> Path:
 
 
 def start(tiny_config, folder, *changes) -> dict:
-    train.main(["--config", str(tiny_config), "--output", str(folder), *(w for c in changes for w in ("--set", c))])
+    train.main(
+        ["--config", str(tiny_config), "--output", str(folder), *(w for c in changes for w in ("--set", c))]
+    )
     return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
 
 
 def test_frozen_parameters_wait(dit_run, tiny_config, tmp_path, capsys):
     """Two steps frozen, then they move; the same run in two pieces is the same run."""
     source = load_checkpoint(dit_run)["ema"]
-    options = [f"training.init_from={dit_run}", "training.frozen=[blocks, y_embedder]", "training.frozen_steps=2"]
+    options = [
+        f"training.init_from={dit_run}",
+        "training.frozen=[blocks, y_embedder]",
+        "training.frozen_steps=2",
+    ]
     state = start(tiny_config, tmp_path / "a", *options, "training.max_steps=2")
     frozen = [
-        name for name, _ in build_model(load_config(tiny_config)).named_parameters() if name.startswith(("blocks", "y_emb"))
+        name
+        for name, _ in build_model(load_config(tiny_config)).named_parameters()
+        if name.startswith(("blocks", "y_emb"))
     ]
     assert frozen and all(torch.equal(state["model"][name], source[name]) for name in frozen)
     assert not torch.equal(state["model"]["t_embedder.mlp.0.weight"], source["t_embedder.mlp.0.weight"])
@@ -155,7 +181,8 @@ def test_frozen_parameters_wait(dit_run, tiny_config, tmp_path, capsys):
 
     on = start(tiny_config, tmp_path / "a", *options, "training.max_steps=4")
     assert all(
-        not torch.equal(on["model"][name], source[name]) for name in ("blocks.0.attn.qkv.weight", "y_embedder.table.weight")
+        not torch.equal(on["model"][name], source[name])
+        for name in ("blocks.0.attn.qkv.weight", "y_embedder.table.weight")
     )
     whole = start(tiny_config, tmp_path / "b", *options, "training.max_steps=4")
     assert all(torch.equal(whole["model"][name], tensor) for name, tensor in on["model"].items())
@@ -183,17 +210,33 @@ def test_groups_keep_the_order_of_parameters():
 
 
 def test_the_same_network_is_taken_over(dit_run, tiny_config, tmp_path):
-    state = start(tiny_config, tmp_path, f"training.init_from={dit_run}", "model.patch_size=2", "training.max_steps=1")
+    state = start(
+        tiny_config, tmp_path, f"training.init_from={dit_run}", "model.patch_size=2", "training.max_steps=1"
+    )
     report = (tmp_path / "init_report.txt").read_text()
-    assert all(line.endswith("copied") for line in report.splitlines()) and len(report.splitlines()) == len(state["model"])
+    assert all(line.endswith("copied") for line in report.splitlines()) and len(report.splitlines()) == len(
+        state["model"]
+    )
 
 
 MISTAKES = [
-    (["training.init_from={dit}", "model.mlp_ratio=2"], "is a DiT with another model.mlp_ratio; make them equal"),
-    (["training.init_from={dit}", "model.hnet.arch_layout=[c1,[D2],c1]"], "is a DiT with another model.hnet.arch_layout"),
-    (["training.init_from={dit}", "model.patch_size=4"], "holds another network than the configuration describes"),
+    (
+        ["training.init_from={dit}", "model.mlp_ratio=2"],
+        "is a DiT with another model.mlp_ratio; make them equal",
+    ),
+    (
+        ["training.init_from={dit}", "model.hnet.arch_layout=[c1,[D2],c1]"],
+        "is a DiT with another model.hnet.arch_layout",
+    ),
+    (
+        ["training.init_from={dit}", "model.patch_size=4"],
+        "holds another network than the configuration describes",
+    ),
     (["training.init_from=nowhere.pt"], "training.init_from 'nowhere.pt' does not exist"),
-    (["training.init_from={dit}", "training.resume_from_ckpt={dit}"], "already starts from training.resume_from_ckpt"),
+    (
+        ["training.init_from={dit}", "training.resume_from_ckpt={dit}"],
+        "already starts from training.resume_from_ckpt",
+    ),
     (
         ["training.frozen=[block.]"],
         "training.frozen: no parameter's name begins with 'block.'; they begin with blocks, decoder",
@@ -201,7 +244,10 @@ MISTAKES = [
     (["training.lr_scales={head: 2}"], "training.lr_scales: no parameter's name begins with 'head'"),
     (["training.lr_scales={blocks: 0}"], "training.lr_scales.blocks: 0.0 must be greater than 0"),
     (["training.lr_scales=[1]"], "training.lr_scales: [1] is not 'name: value' pairs with a finite number"),
-    (["training.resume_from_ckpt={dit}", "model.patch_size=2", "training.lr_scales={blocks: 0.5}"], "differs from the {} of"),
+    (
+        ["training.resume_from_ckpt={dit}", "model.patch_size=2", "training.lr_scales={blocks: 0.5}"],
+        "differs from the {} of",
+    ),
     (["model.upcycle.scaffold=old"], "model.upcycle.scaffold: 'old' is not one of dit, fresh"),
 ]
 

@@ -27,10 +27,16 @@ STRIDE = 4  # pixels per latent cell and axis: two of the three blocks halve the
 CHANNELS = (16, 16, 32)  # per block; few at full resolution, where they cost most
 GROUPS = 8  # of each group normalization; with one channel per group, every channel would lose its level
 PEAK_LEARNING_RATE = 4e-3
-KL_WEIGHT = 5e-5  # posterior noise of a few per cent of a channel's spread: a decoder that forgives small errors
-CROP_SHARE = 0.75  # the first steps see crops of half the size, which cost a quarter; the last ones whole images
+KL_WEIGHT = (
+    5e-5  # posterior noise of a few per cent of a channel's spread: a decoder that forgives small errors
+)
+CROP_SHARE = (
+    0.75  # the first steps see crops of half the size, which cost a quarter; the last ones whole images
+)
 LATENT_SCALE = 3.5  # std of a latent channel; at 1 a small network errs by more than the mean colour varies at high noise
-STATISTICS_IMAGES = 512  # training images, evenly spread, behind the axes, means and deviations of the latents
+STATISTICS_IMAGES = (
+    512  # training images, evenly spread, behind the axes, means and deviations of the latents
+)
 HELD_OUT = 16  # one image in so many measures the reconstruction and trains nothing
 
 
@@ -60,7 +66,9 @@ def load_images(folder: str, image_size: int) -> Tensor:
         except UnreadableImage as error:
             tqdm.write(f"skipped {error}")
     if len(images) < HELD_OUT:
-        raise UserError(f"--images {folder}: {len(images)} readable images are too few; give at least {HELD_OUT}")
+        raise UserError(
+            f"--images {folder}: {len(images)} readable images are too few; give at least {HELD_OUT}"
+        )
     return torch.stack(images).permute(0, 3, 1, 2).contiguous()
 
 
@@ -92,14 +100,18 @@ def autoencoder_loss(model: AutoencoderKL, x: Tensor, noise: Tensor) -> Tensor:
 def train(model: AutoencoderKL, images: Tensor, steps: int, batch_size: int, seed: int) -> None:
     """AdamW with one warm-up and decay of the learning rate, on crops first and on whole images at the end."""
     device, image_size = model.device, images.shape[-1]
-    optimizer = torch.optim.AdamW(model.parameters(), PEAK_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), PEAK_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, steps + 1, pct_start=0.1)
     crop_size = max(image_size // (2 * STRIDE), 1) * STRIDE
     progress = tqdm(range(steps), desc="autoencoder", unit="step")
     for step in progress:
         size = crop_size if step < CROP_SHARE * steps else image_size
         x = draw_batch(images, batch_size, size, seed, step).to(device)
-        noise = rng(seed, "autoencoder noise", step).standard_normal((batch_size, 4, *(size // STRIDE,) * 2), dtype=np.float32)
+        noise = rng(seed, "autoencoder noise", step).standard_normal(
+            (batch_size, 4, *(size // STRIDE,) * 2), dtype=np.float32
+        )
         loss = autoencoder_loss(model, x, torch.from_numpy(noise).to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -113,7 +125,9 @@ def train(model: AutoencoderKL, images: Tensor, steps: int, batch_size: int, see
 @torch.no_grad()
 def posterior_means(model: AutoencoderKL, images: Tensor) -> Tensor:
     """Raw latents (N, 4, H / STRIDE, W / STRIDE) of uint8 images."""
-    return torch.cat([model.encode(to_signed(part).to(model.device)).latent_dist.mean for part in images.split(64)])
+    return torch.cat(
+        [model.encode(to_signed(part).to(model.device)).latent_dist.mean for part in images.split(64)]
+    )
 
 
 @torch.no_grad()
@@ -124,7 +138,9 @@ def decorrelate_latents(model: AutoencoderKL, images: Tensor) -> None:
     channel, would show in the picture. The posterior's log variance is averaged with the squared weights of the rotation.
     """
     z = posterior_means(model, images)
-    axes = torch.linalg.eigh(torch.cov(z.transpose(0, 1).flatten(1)).cpu()).eigenvectors.to(z)  # (4, 4), one axis per column
+    axes = torch.linalg.eigh(torch.cov(z.transpose(0, 1).flatten(1)).cpu()).eigenvectors.to(
+        z
+    )  # (4, 4), one axis per column
     into, out_of = model.quant_conv, model.post_quant_conv
     turn = torch.block_diag(axes.T, axes.T.square())  # of the moments: mean and log variance
     into.weight.copy_(torch.einsum("ij,jkhw->ikhw", turn, into.weight))
@@ -172,14 +188,18 @@ def is_complete(output: Path) -> bool:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("Train a small AutoencoderKL and save it in diffusers format.")
     parser.add_argument("--images", required=True, help="folder with one subfolder of images per class")
-    parser.add_argument("--output", required=True, help="folder for the model; a complete one is left as it is")
+    parser.add_argument(
+        "--output", required=True, help="folder for the model; a complete one is left as it is"
+    )
     parser.add_argument("--image-size", type=int, default=64, help="height and width in pixels")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.image_size < STRIDE or args.image_size % STRIDE:
-        raise UserError(f"--image-size {args.image_size}: must be a positive multiple of the autoencoder's stride {STRIDE}")
+        raise UserError(
+            f"--image-size {args.image_size}: must be a positive multiple of the autoencoder's stride {STRIDE}"
+        )
     for option in ("steps", "batch_size"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least 1")
@@ -205,7 +225,9 @@ def main(argv: list[str] | None = None) -> None:
     store_latent_statistics(model, sample)
     save(model, output)
     psnr, seconds = reconstruction_psnr(model, images[held_out]), time.perf_counter() - start
-    print(f"{output}: reconstruction PSNR {psnr:.1f} dB on {int(held_out.sum())} held-out images, {seconds:.0f} s")
+    print(
+        f"{output}: reconstruction PSNR {psnr:.1f} dB on {int(held_out.sum())} held-out images, {seconds:.0f} s"
+    )
 
 
 if __name__ == "__main__":

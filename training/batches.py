@@ -44,7 +44,9 @@ class Order(Sampler):
     parts of the global batch, so groups of neighbours stay together for any number of processes.
     """
 
-    def __init__(self, images: int, global_batch: int, seed: int, first: int, last: int, rank: int, world: int):
+    def __init__(
+        self, images: int, global_batch: int, seed: int, first: int, last: int, rank: int, world: int
+    ):
         self.images, self.global_batch, self.seed = images, global_batch, seed
         self.micro_steps = range(first, last)
         local = global_batch // world
@@ -109,7 +111,9 @@ def next_batch(batches: Iterator[Batch]) -> Batch:
         return next(batches)
     except UserError as error:  # from a loader process it comes as the last line of a traceback
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in multiprocessing.active_children():  # at the end of the program it would wait for them in vain
+        for (
+            worker
+        ) in multiprocessing.active_children():  # at the end of the program it would wait for them in vain
             worker.kill()
         name = f"{UserError.__module__}.{UserError.__name__}: "
         raise OneProcessError(str(error).splitlines()[-1].removeprefix(name)) from None

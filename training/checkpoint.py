@@ -33,7 +33,13 @@ from data.files import write_file
 FORMAT = 1
 PLAIN_DATA = ("step", "config", "autoencoder", "features", "class_names")
 WEIGHTS = "model.safetensors"  # the weights file in a folder that is laid out for the Hugging Face hub
-TYPES = {"step": int, "config": dict, "autoencoder": dict | None, "features": str | None, "class_names": list | None}
+TYPES = {
+    "step": int,
+    "config": dict,
+    "autoencoder": dict | None,
+    "features": str | None,
+    "class_names": list | None,
+}
 AUTOENCODER = {"name", "stride", "channels", "shift", "scale", "sha256"}
 
 
@@ -49,7 +55,10 @@ def save_checkpoint(folder: Path, state: dict, keep: int) -> Path:
     path = folder / f"{state['step']:07d}.pt"
     try:
         write_file(path, lambda stream: torch.save({"format": FORMAT, **state}, stream))
-    except (OSError, RuntimeError) as error:  # PyTorch's writer hides the system's reason behind one of its own
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # PyTorch's writer hides the system's reason behind one of its own
         system = error if isinstance(error, OSError) else error.__context__
         reason = os.strerror(system.errno) if isinstance(system, OSError) else str(error).splitlines()[0]
         sys.exit(
@@ -102,18 +111,28 @@ def load_checkpoint(path: str | Path, option: str = "--ckpt") -> dict:
         except Exception as error:  # whatever a file made by others makes the unpickler raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
     if reason is not None:
-        raise UserError(f"{option} '{path}' is not a readable checkpoint of this repository ({reason}); give another")
+        raise UserError(
+            f"{option} '{path}' is not a readable checkpoint of this repository ({reason}); give another"
+        )
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{option} '{path}' is not a checkpoint of this repository (format {FORMAT}); give another")
+        raise UserError(
+            f"{option} '{path}' is not a checkpoint of this repository (format {FORMAT}); give another"
+        )
     return checked(state, ("model", "ema"), f"{option} '{path}' is not a checkpoint of this repository")
 
 
 def checked(state: dict, weights: tuple[str, ...], refusal: str) -> dict:
     """What a file holds, with None for optional entries that it lacks; UserError unless all are what they should be."""
     state = {**dict.fromkeys(TYPES), **state}
-    wrong = [key for key, kind in TYPES.items() if not isinstance(state[key], kind) or not is_plain(state[key])]
-    tensors = {key: list(state[key].values()) if isinstance(state.get(key), dict) else [None] for key in weights}
-    wrong += [key for key, values in tensors.items() if not all(isinstance(value, torch.Tensor) for value in values)]
+    wrong = [
+        key for key, kind in TYPES.items() if not isinstance(state[key], kind) or not is_plain(state[key])
+    ]
+    tensors = {
+        key: list(state[key].values()) if isinstance(state.get(key), dict) else [None] for key in weights
+    }
+    wrong += [
+        key for key, values in tensors.items() if not all(isinstance(value, torch.Tensor) for value in values)
+    ]
     if isinstance(state["autoencoder"], dict) and AUTOENCODER - state["autoencoder"].keys():
         wrong.append("autoencoder")
     if wrong:
@@ -142,7 +161,9 @@ def checksum(weights: dict[str, torch.Tensor]) -> int:
     """CRC-32 of names and values on the CPU."""
     crc = 0
     for name, tensor in sorted(weights.items()):
-        crc = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+        crc = zlib.crc32(
+            tensor.contiguous().flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc)
+        )
     return crc
 
 
@@ -154,9 +175,15 @@ def load_weights(path: Path, option: str) -> dict:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise UserError(f"{option} '{path}' is not a readable weights file ({reason}); give another") from None
+        raise UserError(
+            f"{option} '{path}' is not a readable weights file ({reason}); give another"
+        ) from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise UserError(f"{option} '{path}' has no configuration in its metadata; make it with python -m models.convert")
+        raise UserError(
+            f"{option} '{path}' has no configuration in its metadata; make it with python -m models.convert"
+        )
     if about.pop("crc32", None) not in (None, checksum(weights)):
         raise UserError(f"{option} '{path}' is damaged: its weights differ from their checksum; give another")
-    return checked({**about, "ema": weights}, ("ema",), f"{option} '{path}' is not a weights file of this repository")
+    return checked(
+        {**about, "ema": weights}, ("ema",), f"{option} '{path}' is not a weights file of this repository"
+    )

@@ -25,7 +25,11 @@ def check_sharding(accelerator: Accelerator) -> None:
 
     On a CPU, where Accelerate leaves FSDP out, put it in (for tests).
     """
-    if accelerator.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.num_processes > 1:
+    if (
+        accelerator.device.type == "cpu"
+        and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        and accelerator.num_processes > 1
+    ):
         for state in (PartialState(), accelerator.state):
             state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
@@ -34,7 +38,9 @@ def check_sharding(accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise UserError("--fsdp_version 1: is not supported; use --fsdp_version 2")
-    plugin.cpu_ram_efficient_loading = False  # the launcher's default, which fails at buffers such as the positions
+    plugin.cpu_ram_efficient_loading = (
+        False  # the launcher's default, which fails at buffers such as the positions
+    )
     plugin.mixed_precision_policy = MixedPrecisionPolicy()  # weights stay in float32; see `forward`
 
 
@@ -66,10 +72,14 @@ def whole(value):
 
 def shard_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     """An optimizer's state dict with its whole tensors cut like the parameters that they belong to."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]  # numbered in this order
+    parameters = [
+        parameter for group in optimizer.param_groups for parameter in group["params"]
+    ]  # numbered in this order
 
     def cut(value, parameter):
-        if not (isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape):
+        if not (
+            isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape
+        ):
             return value
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 

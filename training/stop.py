@@ -26,7 +26,9 @@ class StopRequest:
         self.number, self.received, self.when = 0, 0, 0.0
         self.group = dist.new_group(backend="gloo", timeout=LONG) if accelerator.num_processes > 1 else None
         self.flag, self.pending = torch.zeros(1), None
-        self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers = {
+            number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)
+        }
 
     def _receive(self, number: int, frame) -> None:
         if not self.received:

@@ -32,13 +32,17 @@ class Averages:
     def add(self, name: str, values: Tensor) -> None:
         """values: (B,) or a scalar. Kept as (sum, sum of squares, min, max, count)."""
         values = values.detach().float().flatten()
-        count = torch.full_like(values[0], len(values))  # made on the device: new_tensor would copy from the host and wait
+        count = torch.full_like(
+            values[0], len(values)
+        )  # made on the device: new_tensor would copy from the host and wait
         row = torch.stack([values.sum(), values.square().sum(), values.min(), values.max(), count])
         self.values.setdefault(name, []).append(row)
 
     def reduce(self) -> dict[str, dict[str, float]]:
         """Statistics over all processes, then start anew. Collective: every process must call it."""
-        rows = torch.stack([_combine(torch.stack(rows).cpu()) for rows in self.values.values()])[None]  # (1, names, 5) float64
+        rows = torch.stack([_combine(torch.stack(rows).cpu()) for rows in self.values.values()])[
+            None
+        ]  # (1, names, 5) float64
         if self.accelerator.num_processes > 1:
             rows = self.accelerator.gather(rows.to(self.accelerator.device)).cpu()  # (world, names, 5)
         combined = [_combine(rows[:, k]).tolist() for k in range(rows.shape[1])]
@@ -50,7 +54,9 @@ class Averages:
 
         Collective: every process must call it.
         """
-        return {name: self.accelerator.gather(torch.stack(rows)[None]).cpu() for name, rows in self.values.items()}
+        return {
+            name: self.accelerator.gather(torch.stack(rows)[None]).cpu() for name, rows in self.values.items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from `state_dict`; with another number of processes the first one takes all rows."""
@@ -68,7 +74,9 @@ def _combine(rows: Tensor) -> Tensor:
     """(n, 5) on the host -> (5,) float64; rows of batches with a non-finite value do not count."""
     rows = torch.cat([rows.double(), torch.tensor([NOTHING], dtype=torch.float64)])
     rows = rows[rows[:, :2].isfinite().all(1)]
-    return torch.stack([rows[:, 0].sum(), rows[:, 1].sum(), rows[:, 2].amin(), rows[:, 3].amax(), rows[:, 4].sum()])
+    return torch.stack(
+        [rows[:, 0].sum(), rows[:, 1].sum(), rows[:, 2].amin(), rows[:, 3].amax(), rows[:, 4].sum()]
+    )
 
 
 def _statistics(total: float, squares: float, least: float, most: float, count: float) -> dict[str, float]:
@@ -124,7 +132,9 @@ class RunLog:
     def _row(self, name: str, step: int, scalars: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             with open(self.folder / name, "a", encoding="utf-8") as file:
-                plain = {key: value if math.isfinite(value) else None for key, value in scalars.items()}  # JSON has no NaN
+                plain = {
+                    key: value if math.isfinite(value) else None for key, value in scalars.items()
+                }  # JSON has no NaN
                 file.write(json.dumps({"step": step, **plain}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # a checkpoint that follows must not outlive it in a power cut

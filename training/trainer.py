@@ -71,18 +71,24 @@ class Trainer:
         self.log = RunLog(folder, accelerator, self.step)
         self.last_step = total_steps(config, len(store))
         self.stop = StopRequest(accelerator)
-        self.watch = ProcessWatch(accelerator.process_index, accelerator.num_processes, config.training.rank_timeout)
+        self.watch = ProcessWatch(
+            accelerator.process_index, accelerator.num_processes, config.training.rank_timeout
+        )
 
     def build(self, state: dict | None) -> None:
         """Model, EMA and optimizer, fresh from the seed or from a checkpoint; the same on every process."""
         training = self.config.training
         torch.manual_seed(training.seed)
         sharded = is_sharded(self.accelerator)
-        model = build_model(self.config).to("cpu" if sharded else self.accelerator.device)  # whole, it may fit the host only
+        model = build_model(self.config).to(
+            "cpu" if sharded else self.accelerator.device
+        )  # whole, it may fit the host only
         self.ema = ModelEmaV3(model, decay=training.ema_decay, exclude_buffers=True)
         fused = self.accelerator.device.type in ("cpu", "cuda")
         groups = parameter_groups(model, training.lr_scales)
-        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(
+            groups, lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused
+        )
         if state is not None:
             model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
@@ -97,7 +103,9 @@ class Trainer:
         self.frozen = [x for name, x in named if name.startswith(tuple(training.frozen))]
         if state is not None and "optimizer" in state:
             self.optimizer.load_state_dict(shard_state(state["optimizer"], self.optimizer))
-            for group, own in zip(self.optimizer.param_groups, groups):  # loading brings the saved options back
+            for group, own in zip(
+                self.optimizer.param_groups, groups
+            ):  # loading brings the saved options back
                 group.update(weight_decay=training.weight_decay, fused=fused, lr_scale=own["lr_scale"])
 
     def train(self) -> bool:
@@ -114,7 +122,9 @@ class Trainer:
     def run_steps(self) -> None:
         """Steps with their reports, checkpoints and grids, up to the last one or to a signal."""
         logging = self.config.logging
-        bar = tqdm(total=self.last_step, initial=self.step, unit="step", disable=not self.accelerator.is_main_process)
+        bar = tqdm(
+            total=self.last_step, initial=self.step, unit="step", disable=not self.accelerator.is_main_process
+        )
         self.window_start = time.perf_counter(), self.step
         batches = iter(self.batches())
         saved = self.step
@@ -157,9 +167,15 @@ class Trainer:
             accelerator.process_index, accelerator.num_processes,
         )  # fmt: skip
         samples = Samples(
-            self.store, training.seed, self.config.diffusion.diffusion_steps, training.class_dropout_prob, data.num_classes
+            self.store,
+            training.seed,
+            self.config.diffusion.diffusion_steps,
+            training.class_dropout_prob,
+            data.num_classes,
         )
-        return make_loader(self.order, samples, data.num_workers, pin_memory=accelerator.device.type == "cuda")
+        return make_loader(
+            self.order, samples, data.num_workers, pin_memory=accelerator.device.type == "cuda"
+        )
 
     def optimizer_step(self, batches) -> None:
         """Accumulate gradients over the micro-batches, then update weights and EMA."""
@@ -178,7 +194,9 @@ class Trainer:
             for parameter in self.frozen:
                 parameter.grad = None  # neither the norm nor the optimizer sees it
         norm = whole_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm))
-        self.averages.add("grad_norm", norm.expand(training.global_batch_size // self.accelerator.num_processes))
+        self.averages.add(
+            "grad_norm", norm.expand(training.global_batch_size // self.accelerator.num_processes)
+        )
         self.guard.update(self.optimizer, norm, self.step)
         self.optimizer.zero_grad()
         self.ema.update(self.accelerator.unwrap_model(self.model))
@@ -203,7 +221,9 @@ class Trainer:
             loss = loss + training.ratio_loss_weight * ratio
             logged["ratio_loss"] = ratio
         for name, values in {"loss": loss, **logged}.items():
-            self.averages.add(name, values.expand(len(x0)))  # a scalar weighs as many samples as it stands for
+            self.averages.add(
+                name, values.expand(len(x0))
+            )  # a scalar weighs as many samples as it stands for
         return loss
 
     def report(self) -> str:
@@ -218,7 +238,9 @@ class Trainer:
         kept = statistics["kept_effective"]
         squared = (kept["mean"] ** 2 + kept["std"] ** 2) * tokens**2
         forward = self.flops_per_image(kept["mean"] * tokens, squared)
-        scalars["tflop_per_image"] = 3 * forward / 1e12  # a backward pass costs two forward passes; recomputation not counted
+        scalars["tflop_per_image"] = (
+            3 * forward / 1e12
+        )  # a backward pass costs two forward passes; recomputation not counted
         scalars["downsample_factor"] = schedules.downsample_factor(self.step - 1, training)
         scalars["drop_fraction"] = schedules.drop_fraction(self.step - 1, training)
         scalars["skipped_steps"] = self.guard.total
@@ -229,7 +251,9 @@ class Trainer:
         images = training.global_batch_size * training.gradient_accumulation_steps
         scalars["images_per_sec"] = scalars["steps_per_sec"] * images
         if self.peak_flops:
-            scalars["model_flop_utilisation"] = scalars["images_per_sec"] * scalars["tflop_per_image"] * 1e12 / self.peak_flops
+            scalars["model_flop_utilisation"] = (
+                scalars["images_per_sec"] * scalars["tflop_per_image"] * 1e12 / self.peak_flops
+            )
         self.log.metrics(self.step, scalars)
         summary = " ".join(f"{key}={scalars[key]:.4g}" for key in SUMMARY if key in scalars)
         if self.accelerator.is_main_process:
@@ -240,7 +264,11 @@ class Trainer:
         """Write a checkpoint from the main process; returns the step."""
         averages, skipped = self.averages.state_dict(), self.guard.state_dict()
         model, ema = self.accelerator.unwrap_model(self.model), self.ema.module
-        weights = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": self.optimizer.state_dict()}
+        weights = {
+            "model": model.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         if is_sharded(self.accelerator):
             weights = whole(weights)
         if self.accelerator.is_main_process:
@@ -263,7 +291,9 @@ class Trainer:
         """Log a step whose update was left out, with its images."""
         accumulation = self.config.training.gradient_accumulation_steps
         micro_steps = range(step * accumulation, (step + 1) * accumulation)
-        images = ", ".join(str(image) for micro_step in micro_steps for image in self.order.global_batch_of(micro_step))
+        images = ", ".join(
+            str(image) for micro_step in micro_steps for image in self.order.global_batch_of(micro_step)
+        )
         self.log.line(
             f"step {step + 1:7d}: loss or gradient is not finite, update skipped ({self.guard.total} so far); images {images}"
         )
@@ -282,7 +312,9 @@ class Trainer:
         if not (self.config.training.profile and self.accelerator.is_main_process):
             return contextlib.nullcontext()
         first, last = self.config.training.profile_steps
-        schedule = torch.profiler.schedule(wait=max(first - 1, 0), warmup=1, active=last - first + 1, repeat=1)
+        schedule = torch.profiler.schedule(
+            wait=max(first - 1, 0), warmup=1, active=last - first + 1, repeat=1
+        )
         write = torch.profiler.tensorboard_trace_handler(str(self.folder / "profiler"))
         return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
 

@@ -40,7 +40,13 @@ def initial_state(config: Config) -> dict:
     if isinstance(source, DiT) and isinstance(model, DCDiT):
         check_shared(config, own)
         factor = config.training.downsample_factor_start or config.training.downsample_factor
-        report = upcycle(source, model, config.model.upcycle.scaffold, config.model.upcycle.router, downsample_factors(factor))
+        report = upcycle(
+            source,
+            model,
+            config.model.upcycle.scaffold,
+            config.model.upcycle.router,
+            downsample_factors(factor),
+        )
     else:
         report = take_over(source, model, path)
     state = model.state_dict()
@@ -71,7 +77,9 @@ def take_over(source: nn.Module, model: nn.Module, path: str) -> dict[str, str]:
 
 
 @torch.no_grad()
-def upcycle(source: DiT, model: DCDiT, scaffold: str, router: str, downsample_factor: float) -> dict[str, str]:
+def upcycle(
+    source: DiT, model: DCDiT, scaffold: str, router: str, downsample_factor: float
+) -> dict[str, str]:
     """Put a DiT's weights into a freshly built DC-DiT of the same width and blocks.
 
     Args:
@@ -87,7 +95,9 @@ def upcycle(source: DiT, model: DCDiT, scaffold: str, router: str, downsample_fa
             ours[name].copy_(theirs[name])
             report[name] = "copied"
     side = int(len(model.pos_embed) ** 0.5)
-    from_the_cell_on = scaffold == "dit" and source.patch <= 2  # as `embed_in_3x3` lays the patch; else around the cell
+    from_the_cell_on = (
+        scaffold == "dit" and source.patch <= 2
+    )  # as `embed_in_3x3` lays the patch; else around the cell
     offset = 0.0 if from_the_cell_on else (1 - source.patch) / 2
     model.pos_embed.copy_(sincos_positions(model.pos_embed.shape[1], side, 1 / source.patch, offset))
     report["pos_embed"] = f"resampled: {source.patch} cells per step of the DiT's grid"
@@ -119,7 +129,9 @@ def start_stem(source: DiT, model: DCDiT) -> dict[str, str]:
         widen.weight[:, :rank, 0, 0].copy_(u[:, :rank] * s[:rank].sqrt())
         widen.bias.copy_(source.x_embedder.bias)
         last = len(model.encoder.blocks) - 1
-        report |= {f"encoder.blocks.{last}.skip_proj.{x}": "resampled: widens the stem" for x in ("weight", "bias")}
+        report |= {
+            f"encoder.blocks.{last}.skip_proj.{x}": "resampled: widens the stem" for x in ("weight", "bias")
+        }
     length = (kernel.square().sum((1, 2, 3)) + source.x_embedder.bias.square()).mean().sqrt()
     model.encoder.norm.weight.fill_(length)
     report["encoder.norm.weight"] = "new: length of the DiT's embedding of noise"
@@ -130,7 +142,9 @@ def embed_in_3x3(kernel: Tensor) -> Tensor:
     """A patch kernel (D, C, P, P) as a 3 x 3 one: patches of 2 from the centre on, larger ones shrunk to 3 cells."""
     size = kernel.shape[-1]
     if size > 2:
-        return nn.functional.adaptive_avg_pool2d(kernel, 3) * (size * size / 9)  # about the same answer to a constant
+        return nn.functional.adaptive_avg_pool2d(kernel, 3) * (
+            size * size / 9
+        )  # about the same answer to a constant
     out = kernel.new_zeros(*kernel.shape[:2], 3, 3)
     out[:, :, 1 : 1 + size, 1 : 1 + size] = kernel
     return out
@@ -155,7 +169,11 @@ def start_head(source: DiT, model: DCDiT) -> dict[str, str]:
 def pass_through(stack: nn.Module, name: str) -> dict[str, str]:
     """Let the blocks of a convolution stack start as their skip connections."""
     zero_layers(*(block.conv2 for block in stack.blocks))
-    return {f"{name}.blocks.{k}.conv2.{x}": "new: zero" for k in range(len(stack.blocks)) for x in ("weight", "bias")}
+    return {
+        f"{name}.blocks.{k}.conv2.{x}": "new: zero"
+        for k in range(len(stack.blocks))
+        for x in ("weight", "bias")
+    }
 
 
 def balance_router(model: DCDiT, downsample_factor: float) -> dict[str, str]:

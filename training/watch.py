@@ -15,7 +15,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-LONG = timedelta(days=1)  # for collectives: the watch decides what is lost, and before any library does; a slow process is not
+LONG = timedelta(
+    days=1
+)  # for collectives: the watch decides what is lost, and before any library does; a slow process is not
 PATIENCE = 600.0  # seconds, where no configuration says another number
 BEAT = 0.5  # seconds between two signs of life
 GONE = 5.0  # seconds of silence after which a process counts as lost once a collective has failed
@@ -68,9 +70,13 @@ class ProcessWatch:
         """After a failed collective: end the program naming the lost process; return where all of them live."""
         if self.world > 1 and not self.closed.wait(GONE + 2 * BEAT):
             now = time.monotonic()
-            silent = [rank for rank, (_, when) in self.seen.items() if now - when > GONE and rank != self.rank]
+            silent = [
+                rank for rank, (_, when) in self.seen.items() if now - when > GONE and rank != self.rank
+            ]
             if silent:
-                self._end(silent[:1] if silent[0] == 0 else silent, "is gone")  # without the first, nobody hears of the others
+                self._end(
+                    silent[:1] if silent[0] == 0 else silent, "is gone"
+                )  # without the first, nobody hears of the others
 
     def _talk(self) -> None:
         """Tell the others, and listen. Ends or stands still where the store, which lives in the first process, is lost."""
@@ -99,9 +105,13 @@ class ProcessWatch:
         silent = [rank for rank, (_, when) in self.seen.items() if now - when > self.patience]
         if silent:
             self._end(silent, f"has not answered for {self.patience:.0f} s")
-        stuck = {rank: place for rank, (place, when) in self.moved.items() if place and now - when > self.patience}
+        stuck = {
+            rank: place for rank, (place, when) in self.moved.items() if place and now - when > self.patience
+        }
         if len(stuck) == self.world:  # all wait for one of them
-            behind = [rank for rank, place in stuck.items() if place == min(stuck.values())]  # "reading" is before "training"
+            behind = [
+                rank for rank, place in stuck.items() if place == min(stuck.values())
+            ]  # "reading" is before "training"
             step, what = stuck[behind[0]]
             self._end(behind, f"is {what} of step {step} for {self.patience:.0f} s")
 
@@ -109,5 +119,7 @@ class ProcessWatch:
         if self.rank == min(set(range(self.world)) - set(lost), default=self.rank):
             names = " and ".join(f"process {rank} on {self.hosts[rank]}" for rank in lost)
             remedy = "the others end, too: run the same command again to go on from the newest checkpoint"
-            print(f"\nerror: {names} {reason}; {remedy}", file=sys.stderr, flush=True)  # not behind the progress bar
+            print(
+                f"\nerror: {names} {reason}; {remedy}", file=sys.stderr, flush=True
+            )  # not behind the progress bar
         os._exit(1)  # the training loop hangs in a collective and cannot be asked
