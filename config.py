@@ -13,11 +13,9 @@ from pathlib import Path
 
 import yaml
 
-from schema import UserError, build, merge, parse_override, read_yaml
+from schema import OneProcessError, UserError, build, flatten, merge, one_line, parse_override, read_yaml
 
-
-class OneProcessError(UserError):
-    """A UserError that one process of several has alone, and must report itself."""
+__all__ = ["OneProcessError", "UserError", "flatten", "one_line"]  # passed on for those above
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -40,7 +38,7 @@ class HNetConfig:
 
 @dataclass
 class UpcycleConfig:
-    """How training.init_from turns a static DiT into a DC-DiT; see training/upcycle.py."""
+    """How training.init_from turns a static DiT into a DC-DiT; see weights/upcycle.py."""
 
     scaffold: str = "dit"  # stem, encoder, decoder and head start from the DiT's own layers; or "fresh"
     router: str = (
@@ -173,6 +171,11 @@ class Config:
     ckpt: str | None = None  # checkpoint to sample from when --ckpt is not given
 
     @property
+    def is_static(self) -> bool:
+        """Whether the network is a static DiT, which has no router."""
+        return self.model.patch_size is not None
+
+    @property
     def latent_size(self) -> int:
         """Side S of the square latent."""
         return self.data.image_size // self.data.latent_stride
@@ -229,7 +232,7 @@ def config_from_dict(raw: dict, overrides: typing.Sequence[str] = ()) -> Config:
         raw = merge(raw, parse_override(override))
     config = build(Config, raw, "")
     validate(config)
-    if config.model.patch_size is not None:
+    if config.is_static:
         switch_router_off(config.training)
     return config
 
@@ -394,7 +397,7 @@ def _check_model(config: Config) -> None:
     if factors[1] or (factors[0] or 0) < 0:
         raise UserError(f"model.hnet.enc_dec_dim_factor: {factors} must be [positive or null, null]")
     for name, width in (("d_model", config.d_model), ("d_model / enc_dec_dim_factor", config.encoder_width)):
-        if model.patch_size is None and (width % 32 or width == 0):
+        if not config.is_static and (width % 32 or width == 0):
             raise UserError(f"model.hnet.{name}: {width} is not a multiple of 32, which the GroupNorms need")
     if config.d_model % 4:
         raise UserError(

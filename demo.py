@@ -15,10 +15,12 @@ import numpy as np
 import cli
 from config import UserError
 from diffusion.samplers import SAMPLERS
-from evaluation.accounting import image_tflop
-from evaluation.arguments import add_run_arguments, load_run_from
-from evaluation.chunk_maps import as_map, boundary_overlay
-from evaluation.generate import Run, SamplingOptions, generate
+from figures.chunking import as_map, boundary_overlay
+from models import describe
+from processes import group
+from sampling.accounting import image_tflop
+from sampling.arguments import add_run_arguments, load_trained_from
+from sampling.generate import SamplingOptions, TrainedModel, generate
 
 MOST_DROPPED = 0.95  # right end of the slider
 PIXELS = 288  # small images are enlarged to at least so many
@@ -45,19 +47,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def draw(run: Run, label: int, options: SamplingOptions) -> Shown:
+def draw(trained: TrainedModel, label: int, options: SamplingOptions) -> Shown:
     """Sample number 0 of a class."""
     last = []
     (batch,) = generate(
-        run, [0], [label], options, observe=lambda step, routing: last.append(routing.prob[0])
+        trained, [0], [label], options, observe=lambda step, routing: last.append(routing.prob[0])
     )
     image = enlarge(batch.images[0].permute(1, 2, 0).numpy())
-    tokens = run.config.tokens
+    tokens = trained.config.tokens
     kept = np.mean([step.conditional.item() for step in batch.kept]) / tokens
     return Shown(
         image,
         boundary_overlay(image, as_map(last[-1])),
-        float(image_tflop(run.config, batch.kept)[0]),
+        float(image_tflop(trained.config, batch.kept)[0]),
         float(kept),
     )
 
@@ -68,13 +70,13 @@ def enlarge(image: np.ndarray) -> np.ndarray:
     return image.repeat(factor, 0).repeat(factor, 1)
 
 
-def compare(run: Run, steps: int, sampler: str):
+def compare(trained: TrainedModel, steps: int, sampler: str):
     """The page's function: (label, seed, guidance, dropped) -> three pictures and two costs in words."""
 
     @functools.lru_cache(maxsize=256)  # the right half changes with the budget only
     def sample(label: int, seed: int, guidance: float, dropped: float) -> Shown:
         options = SamplingOptions(guidance, None, steps, sampler, seed, tail_dropping_fraction=dropped)
-        return draw(run, label, options)
+        return draw(trained, label, options)
 
     def update(label: int, seed: float | None, guidance: float | None, dropped: float | None):
         if None in (seed, guidance, dropped):  # a field is empty while its number is being typed
@@ -92,15 +94,15 @@ def compare(run: Run, steps: int, sampler: str):
     return update
 
 
-def build_page(run: Run, steps: int, sampler: str):
+def build_page(trained: TrainedModel, steps: int, sampler: str):
     """The Gradio page."""
     gradio = import_gradio()
-    update = compare(run, steps, sampler)
-    classes = run.class_names or [str(label) for label in range(run.config.data.num_classes)]
-    guided = run.config.training.class_dropout_prob > 0
-    with gradio.Blocks(title=run.config.model.name) as page:
+    update = compare(trained, steps, sampler)
+    classes = trained.class_names or [str(label) for label in range(trained.config.data.num_classes)]
+    guided = trained.config.training.class_dropout_prob > 0
+    with gradio.Blocks(title=trained.config.model.name) as page:
         gradio.Markdown(
-            f"## {run.config.model.name}: one checkpoint, any budget\n{steps} steps of {sampler}, step {run.step} of training"
+            f"## {trained.config.model.name}: one checkpoint, any budget\n{steps} steps of {sampler}, step {trained.step} of training"
         )
         with gradio.Row():
             label = gradio.Dropdown(
@@ -150,16 +152,16 @@ def import_gradio():
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     import_gradio()
-    run = load_run_from(args, cli.default_device())
-    if run.config.model.patch_size is not None:
+    trained = load_trained_from(args, group.default_device())
+    if trained.config.is_static:
         raise UserError(
             f"--ckpt '{args.ckpt}': is a static DiT, which has no budget to show; draw its samples with sample.py"
         )
-    SamplingOptions(num_sampling_steps=args.num_sampling_steps).check(run.config)
+    SamplingOptions(num_sampling_steps=args.num_sampling_steps).check(trained.config)
     if args.dry_run:
-        print(cli.describe(run.config))
+        print(describe(trained.config))
         return
-    page = build_page(run, args.num_sampling_steps, args.sampler)
+    page = build_page(trained, args.num_sampling_steps, args.sampler)
     page.launch(server_name="127.0.0.1", server_port=args.port)
 
 

@@ -18,6 +18,7 @@ from evaluation.extractors import load_extractor
 from evaluation.image_sets import FolderImages, open_source
 from evaluation.measure import check_sizes, check_source, compare, extract, measure_source, rank_warning
 from evaluation.reference import write_reference
+from processes import group
 
 LABELS = {
     "fid": "FID",
@@ -89,7 +90,7 @@ def evaluate(args: argparse.Namespace) -> None:
     cli.check_output_file("--output", output)
     cli.check_output("--cache", args.cache)
     check_sizes(sources[0].size, sources[1].size)
-    processes = cli.start_processes()
+    processes = group.start_processes()
     extractor = load_extractor(args.features, args.inception_weights, processes.device)
     for source in sources:
         check_source(source, extractor)
@@ -128,7 +129,7 @@ def make_reference(args: argparse.Namespace, folder: Path, output: Path) -> None
     cli.check_output_file("--make-reference", output)
     cli.check_output("--cache", args.cache)
     images = FolderImages(folder, args.image_size)
-    processes = cli.start_processes()
+    processes = group.start_processes()
     extractor = load_extractor(args.features, args.inception_weights, processes.device)
     chunks = extract(images, extractor, args.cache, processes.rank, processes.world)
     if processes.rank == 0:

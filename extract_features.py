@@ -31,8 +31,9 @@ from data.autoencoder import Autoencoder
 from data.feature_writer import KINDS, FeatureWriter, encode_images, make_settings
 from data.features import item_shape, read_json
 from data.images import ImageFolder, UnreadableImage
-from data.lock import FolderLock
-from training.watch import ProcessWatch
+from processes import group
+from processes.lock import FolderLock
+from processes.watch import ProcessWatch
 
 LAUNCH = 8  # processes of the official launch: an eighth of the global batch is encoded at once, on any number of processes
 
@@ -97,7 +98,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
 
 
-class Batch(NamedTuple):
+class ImageBatch(NamedTuple):
     indices: list[int]  # source indices of the readable images
     images: Tensor  # (len(indices), 3, H, W) uint8
     unreadable: list[list]  # [source index, path, reason]
@@ -115,17 +116,19 @@ class Readable(torch.utils.data.Dataset):
         except UnreadableImage as error:
             return index, None, error.reason
 
-    def collate(self, items: list[tuple[int, np.ndarray | None, str]]) -> Batch:
+    def collate(self, items: list[tuple[int, np.ndarray | None, str]]) -> ImageBatch:
         good = [(index, image) for index, image, _ in items if image is not None]
         unreadable = [
             [index, self.images.paths[index], reason] for index, image, reason in items if image is None
         ]
         size = self.images.image_size
         pixels = np.stack([image for _, image in good]) if good else np.empty((0, size, size, 3), np.uint8)
-        return Batch([index for index, _ in good], torch.from_numpy(pixels).permute(0, 3, 1, 2), unreadable)
+        return ImageBatch(
+            [index for index, _ in good], torch.from_numpy(pixels).permute(0, 3, 1, 2), unreadable
+        )
 
 
-def plan(writer: FeatureWriter, lock: FolderLock, processes: cli.Processes) -> list[int] | None:
+def plan(writer: FeatureWriter, lock: FolderLock, processes: group.Processes) -> list[int] | None:
     """Shards that this process has to write; None where the store is complete. Every process raises the same UserError."""
     found = [writer.settings["source_hash"]] * processes.world
     if processes.world > 1:
@@ -144,13 +147,13 @@ def plan(writer: FeatureWriter, lock: FolderLock, processes: cli.Processes) -> l
             where = f"--features-path {writer.folder}"
             raise UserError(f"{where}: cannot be written ({error.strerror}); choose another folder") from None
 
-    missing = cli.on_first(prepare)
+    missing = group.on_first(prepare)
     return None if missing is None else missing[processes.rank :: processes.world]
 
 
 def read_shards(
     images: ImageFolder, shards: Iterable[range], batch_size: int, num_workers: int, pin: bool
-) -> Iterable[Batch]:
+) -> Iterable[ImageBatch]:
     """Batches of images, cut inside each shard for itself so that they do not depend on who reads which shard."""
     batches = [
         list(shard[start : start + batch_size])
@@ -165,7 +168,11 @@ def read_shards(
 
 
 def extract(
-    writer: FeatureWriter, shards: list[int], autoencoder: Autoencoder, batches: Iterable[Batch], bar: tqdm
+    writer: FeatureWriter,
+    shards: list[int],
+    autoencoder: Autoencoder,
+    batches: Iterable[ImageBatch],
+    bar: tqdm,
 ) -> None:
     """Encode the batches, which are those of `shards` in order, and write the shards."""
     batches = iter(batches)
@@ -216,7 +223,7 @@ def run_extraction(
     autoencoder: Autoencoder,
     writer: FeatureWriter,
     lock: FolderLock,
-    processes: cli.Processes,
+    processes: group.Processes,
 ) -> None:
     """Write this process's share of the missing shards; the first process then completes the store."""
     shards = plan(writer, lock, processes)
@@ -248,7 +255,7 @@ def run_extraction(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    processes = cli.start_processes()
+    processes = group.start_processes()
     check_arguments(args)
     images = ImageFolder(args.data_path, args.image_size)
     autoencoder = Autoencoder.load(args.vae, processes.device)

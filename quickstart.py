@@ -16,12 +16,12 @@ import cli
 import extract_features
 import sample
 import train
-from data import shapes
 from data.files import write_file
-from evaluation.generate import load_run
-from evaluation.routing_stats import RoutingStats, measure_routing
-from training import autoencoder
-from training.checkpoint import list_checkpoints
+from processes import group
+from sampling.generate import load_trained
+from toy import autoencoder, shapes
+from toy.routing_stats import RoutingStats, measure_routing
+from weights.checkpoint import list_checkpoints
 
 CONFIG = "configs/shapes.yaml"
 IMAGE_SIZE = 48  # pixels, as in CONFIG
@@ -100,8 +100,8 @@ def measure(out: Path) -> RoutingStats:
         *(shapes.render(TRAIN_IMAGES + k, IMAGE_SIZE) for k in range(HELD_OUT_IMAGES))
     )
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    run = load_run(newest(out), cli.default_device())
-    return measure_routing(run, pixels, torch.from_numpy(np.stack(masks)), list(labels))
+    trained = load_trained(newest(out), group.default_device())
+    return measure_routing(trained, pixels, torch.from_numpy(np.stack(masks)), list(labels))
 
 
 def newest(out: Path) -> str:

@@ -13,26 +13,28 @@ from tqdm import tqdm
 
 import cli
 from config import Config
-from evaluation.accounting import report, save_summary, stack_kept, summarise
-from evaluation.arguments import (
+from figures.chunking import Trace, draw_chunking
+from figures.cost import draw_kept
+from models import describe
+from processes import group
+from sampling.accounting import report, save_summary, stack_kept, summarise
+from sampling.arguments import (
     add_cuda_graph_argument,
     add_sampling_arguments,
-    load_run_from,
+    load_trained_from,
     sampling_options,
     use_cuda_graph,
 )
-from evaluation.charts import draw_kept
-from evaluation.chunk_maps import Trace, draw_chunking
-from evaluation.generate import (
-    Batch,
-    Run,
+from sampling.generate import (
+    SampledBatch,
     SamplingOptions,
+    TrainedModel,
     check_labels,
     describe_choice,
     generate,
     settle_budgets,
 )
-from evaluation.pictures import save_grid
+from sampling.pictures import save_grid
 
 IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]  # those of the DiT paper's figures
 
@@ -54,17 +56,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    device = cli.default_device()
-    options, run = sampling_options(args, device), load_run_from(args, device)
-    options.check(run.config)
-    run = use_cuda_graph(args, options, run)
-    labels = args.classes or default_labels(run.config)
-    check_labels(labels, run.config)
+    device = group.default_device()
+    options, trained = sampling_options(args, device), load_trained_from(args, device)
+    options.check(trained.config)
+    trained = use_cuda_graph(args, options, trained)
+    labels = args.classes or default_labels(trained.config)
+    check_labels(labels, trained.config)
     if args.dry_run:
-        print(f"{cli.describe(run.config)}\nsamples       {len(labels)} of classes {labels}, {options}")
+        print(f"{describe(trained.config)}\nsamples       {len(labels)} of classes {labels}, {options}")
         return
     index = list(range(len(labels)))
-    options, prediction = settle_budgets(run, index, labels, options)
+    options, prediction = settle_budgets(trained, index, labels, options)
     if prediction:
         print(describe_choice(options, prediction))
     trace = Trace(options.num_sampling_steps)
@@ -74,21 +76,23 @@ def main(argv: list[str] | None = None) -> None:
             bar.update()
             trace.observe(step, routing)
 
-        (batch,) = generate(run, index, labels, options, batch_size=len(labels), observe=observe)
-    summary = account(run, batch, options)
+        (batch,) = generate(trained, index, labels, options, batch_size=len(labels), observe=observe)
+    summary = account(trained, batch, options)
     save_grid(batch.images, args.output / "sample.png", columns=4)
     save_summary(summary, args.output / "summary.json")
     if not args.no_visualize:
-        draw_chunking(trace, run.autoencoder, args.output / "chunking_viz.png")
+        draw_chunking(trace, trained.autoencoder, args.output / "chunking_viz.png")
         draw_kept(summary, args.output / "chunking_summary.png")
     print(report(summary))
     print(f"written to {args.output.resolve()}")
 
 
-def account(run: Run, batch: Batch, options: SamplingOptions) -> dict:
+def account(trained: TrainedModel, batch: SampledBatch, options: SamplingOptions) -> dict:
     timesteps = [step.t for step in batch.kept]
-    decoder, counts = run.autoencoder.model.config, stack_kept(batch.kept)
-    summary = summarise(run.config, decoder, timesteps, counts, batch.labels, run.class_names, batch.seconds)
+    decoder, counts = trained.autoencoder.model.config, stack_kept(batch.kept)
+    summary = summarise(
+        trained.config, decoder, timesteps, counts, batch.labels, trained.class_names, batch.seconds
+    )
     return {"options": dataclasses.asdict(options), **summary}
 
 

@@ -20,28 +20,30 @@ from tqdm import tqdm
 import cli
 from config import UserError
 from data.files import write_file
-from data.lock import FolderLock
-from evaluation.accounting import read_records, report, save_record, save_summary, summarise
-from evaluation.arguments import (
+from models import describe
+from processes import group
+from processes.lock import FolderLock
+from processes.watch import ProcessWatch
+from sampling.accounting import read_records, report, save_record, save_summary, summarise
+from sampling.arguments import (
     add_cuda_graph_argument,
     add_sampling_arguments,
-    load_run_from,
+    load_trained_from,
     sampling_options,
     use_cuda_graph,
 )
-from evaluation.budgets import UNITS
-from evaluation.generate import (
-    Batch,
-    Run,
+from sampling.budgets import UNITS
+from sampling.generate import (
+    SampledBatch,
     SamplingOptions,
+    TrainedModel,
     describe_choice,
     draw_labels,
     generate,
     settle_budgets,
 )
-from evaluation.npz import write_npz
-from evaluation.pictures import save_png
-from training.watch import ProcessWatch
+from sampling.npz import write_npz
+from sampling.pictures import save_png
 
 NOTE, RECORDS = "settings.json", "records"
 WRITERS = 4  # threads per process that compress and write PNG files while the next batch is sampled
@@ -72,43 +74,45 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    processes = cli.start_processes()
-    options, run = sampling_options(args, processes.device), load_run_from(args, processes.device)
-    options.check(run.config)
-    run = use_cuda_graph(args, options, run)
+    processes = group.start_processes()
+    options, trained = sampling_options(args, processes.device), load_trained_from(args, processes.device)
+    options.check(trained.config)
+    trained = use_cuda_graph(args, options, trained)
     index = list(range(args.num_fid_samples))
-    labels = draw_labels(options.seed, index, run.config.data.num_classes, args.labels == "balanced")
+    labels = draw_labels(options.seed, index, trained.config.data.num_classes, args.labels == "balanced")
     settings = {**dataclasses.asdict(options), "labels": args.labels, "batch": args.per_proc_batch_size}
     settings |= {
-        "model": run.fingerprint,
-        "vae": run.autoencoder.sha256,
-        "cfg_channels": run.config.diffusion.cfg_channels,
+        "model": trained.fingerprint,
+        "vae": trained.autoencoder.sha256,
+        "cfg_channels": trained.config.diffusion.cfg_channels,
     }
     if args.dry_run:
-        cli.print_once(
-            f"{cli.describe(run.config)}\nsamples       {len(index)} into {args.output_dir}, {settings}"
+        group.print_once(
+            f"{describe(trained.config)}\nsamples       {len(index)} into {args.output_dir}, {settings}"
         )
         return
     watch = ProcessWatch(processes.rank, processes.world)
     with FolderLock(args.output_dir, "--output-dir") as lock:
-        todo = cli.on_first(
-            lambda: prepare_folder(args, settings, index, lock, lambda: settle(run, index, labels, options))
+        todo = group.on_first(
+            lambda: prepare_folder(
+                args, settings, index, lock, lambda: settle(trained, index, labels, options)
+            )
         )
         options = dataclasses.replace(options, **read_note(args.output_dir)["settled"])
-        sample_missing(run, args, options, index, labels, todo[processes.rank :: processes.world])
+        sample_missing(trained, args, options, index, labels, todo[processes.rank :: processes.world])
         if processes.world > 1:
             dist.barrier()  # watched, for some may take long
         watch.close()
         if processes.rank == 0:
             npz = args.output_dir.resolve().with_suffix(args.output_dir.resolve().suffix + ".npz")
             write_npz(npz, [png_path(args.output_dir, i) for i in index], labels)
-            print(account(run, args, options, labels))
+            print(account(trained, args, options, labels))
             print(f"{len(index)} images in {args.output_dir} and {npz}")
 
 
-def settle(run: Run, index: list[int], labels: list[int], options: SamplingOptions) -> dict:
+def settle(trained: TrainedModel, index: list[int], labels: list[int], options: SamplingOptions) -> dict:
     """The budgets with fractions in place of limits on the cost, as options."""
-    settled, prediction = settle_budgets(run, index, labels, options)
+    settled, prediction = settle_budgets(trained, index, labels, options)
     if prediction:
         print(describe_choice(settled, prediction))
     return {name: value for name, value in dataclasses.asdict(settled).items() if name.endswith(UNITS)}
@@ -153,20 +157,28 @@ def read_note(folder: Path) -> dict:
     return json.loads((folder / NOTE).read_text(encoding="utf-8"))
 
 
-def account(run: Run, args, options: SamplingOptions, labels: list[int]) -> str:
+def account(trained: TrainedModel, args, options: SamplingOptions, labels: list[int]) -> str:
     """Write the folder's summary.json from the records of all batches; returns it in words."""
     starts = range(0, args.num_fid_samples, args.per_proc_batch_size)
     timesteps, counts, seconds = read_records(
         [record_path(args.output_dir, start) for start in starts], len(labels)
     )
     summary = summarise(
-        run.config, run.autoencoder.model.config, timesteps, counts, labels, run.class_names, seconds
+        trained.config,
+        trained.autoencoder.model.config,
+        timesteps,
+        counts,
+        labels,
+        trained.class_names,
+        seconds,
     )
     save_summary({"options": dataclasses.asdict(options), **summary}, args.output_dir / "summary.json")
     return report(summary)
 
 
-def sample_missing(run: Run, args, options, index: list[int], labels: list[int], todo: list[int]) -> None:
+def sample_missing(
+    trained: TrainedModel, args, options, index: list[int], labels: list[int], todo: list[int]
+) -> None:
     """Sample the batches that begin at `todo`. A batch has the same samples for any number of processes."""
     size = args.per_proc_batch_size
     bar = tqdm(total=len(todo), unit="batch", disable=int(os.environ.get("RANK", 0)) > 0)
@@ -174,7 +186,7 @@ def sample_missing(run: Run, args, options, index: list[int], labels: list[int],
         pending = []
         for start in todo:
             part = slice(start, start + size)
-            (batch,) = generate(run, index[part], labels[part], options, batch_size=size)
+            (batch,) = generate(trained, index[part], labels[part], options, batch_size=size)
             save_record(batch.kept, batch.seconds, record_path(args.output_dir, start))
             finish(pending)  # of the batch before: errors show up here, and at most one batch waits in memory
             pending = [writers.submit(save_png, *job) for job in png_jobs(batch, args.output_dir)]
@@ -189,7 +201,7 @@ def is_done(folder: Path, start: int, index: list[int]) -> bool:
     )
 
 
-def png_jobs(batch: Batch, folder: Path) -> list[tuple]:
+def png_jobs(batch: SampledBatch, folder: Path) -> list[tuple]:
     return [(image, png_path(folder, i)) for image, i in zip(batch.images, batch.index)]
 
 

@@ -13,6 +13,15 @@ class UserError(ValueError):
     """A mistake that the user can mend; the message is one line naming the option, the value and the remedy."""
 
 
+class OneProcessError(UserError):
+    """A UserError that only one process of several has, so that this process must print it itself."""
+
+
+def one_line(error: BaseException, limit: int = 160) -> str:
+    """Kind and text of an error as one line of at most `limit` characters, to be quoted in a UserError."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """A safe loader that refuses a key given twice, which YAML itself would silently let win."""
 
@@ -147,3 +156,14 @@ def _describe(hint) -> str:
         list: "a list",
     }
     return "null" if hint is type(None) else names[hint]
+
+
+def flatten(nested: dict, where: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}, with lists as text: the form that experiment trackers take."""
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{where}{key}."))
+        else:
+            flat[where + key] = str(value) if isinstance(value, list) else value
+    return flat

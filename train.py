@@ -26,22 +26,24 @@ from accelerate.utils import (
 )
 
 import cli
-from config import Config, UserError, config_from_dict, differences, load_config, to_dict, to_yaml
+from config import Config, UserError, config_from_dict, differences, flatten, load_config, to_dict, to_yaml
 from data.autoencoder import Autoencoder
 from data.features import open_features
 from data.files import write_file
-from data.lock import FolderLock
-from evaluation import flops
-from evaluation.generate import Run, SamplingOptions, generate_images
 from evaluation.in_training import Evaluation
-from evaluation.pictures import save_grid
-from models import build_model
+from models import architecture, build_model, describe, flops
 from models.attention import kernel_problem
-from training import upcycle
-from training.checkpoint import list_checkpoints, load_checkpoint
-from training.sharding import check_sharding, is_sharded
+from models.ops.precision import allow_tf32
+from processes import group
+from processes.lock import FolderLock
+from processes.sharding import check_sharding, is_sharded
+from processes.watch import LONG
+from sampling.generate import SamplingOptions, TrainedModel, generate_images
+from sampling.pictures import save_grid
+from training import launch
 from training.trainer import GRIDS, Trainer, total_steps
-from training.watch import LONG
+from weights import upcycle
+from weights.checkpoint import list_checkpoints, load_checkpoint
 
 # Keys that may change when a run goes on: they do not touch what was learned so far.
 MAY_CHANGE = ("training.epochs", "training.max_steps", "training.compile", "training.profile", "training.resume_from_ckpt",
@@ -86,9 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     overrides = [*args.set, *(["training.compile=true"] if args.compile else [])]
     config = load_config(args.config or Path(args.resume) / "config.yaml", overrides)
     if args.dry_run:
-        cli.print_once(f"{cli.describe(config)}\n{cli.describe_batches(config)}")
+        group.print_once(f"{describe(config)}\n{launch.describe_batches(config)}")
         return
-    cli.follow_launcher()
+    group.follow_launcher()
     unknown = set(config.logging.trackers) - set(LoggerType.list())
     if unknown:
         raise UserError(
@@ -109,10 +111,10 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.project_configuration.set_directories(str(folder))
     evaluation = make_evaluation(config, autoencoder, folder, accelerator)
     with FolderLock(folder, "--resume" if args.resume else "--output") as lock:
-        cli.on_first(lock.acquire)
+        group.on_first(lock.acquire)
         if starting_points(folder) != seen:  # the run that was waited for went on meanwhile
             state, notes = find_state(config, folder, store)
-        cli.on_first(
+        group.on_first(
             lambda: write_file(folder / "config.yaml", lambda stream: stream.write(to_yaml(config).encode()))
         )
         start_trackers(accelerator, config, folder, args.same_wandb)
@@ -134,8 +136,8 @@ def make_accelerator(config: Config) -> Accelerator:
     buffers_are_constant = DistributedDataParallelKwargs(
         broadcast_buffers=False, gradient_as_bucket_view=True
     )
-    trackers, device = config.logging.trackers, cli.default_device()
-    cli.allow_tf32(config)
+    trackers, device = config.logging.trackers, group.default_device()
+    allow_tf32(config.model.hnet.fp32_router_dechunk == "tf32")
     accelerator = Accelerator(
         cpu=device.type == "cpu",  # else Accelerate takes torchrun's processes on a CPU for separate runs
         mixed_precision=mixed_precision(config, device),
@@ -183,7 +185,7 @@ def mixed_precision(config: Config, device: torch.device) -> str:
 
 def open_checked_features(config: Config):
     """The feature store, checked against the configuration."""
-    cli.validate_world(config)
+    launch.local_batch_size(config)
     data = config.data
     store = open_features(data.feature_path, data.image_size)
     expected = (data.latent_channels, config.latent_size, config.latent_size)
@@ -328,7 +330,7 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_
         write_file(id_file, lambda stream: stream.write(options["id"].encode()))
     try:
         accelerator.init_trackers(
-            config.logging.wandb_project, config=cli.flatten(to_dict(config)), init_kwargs=init_kwargs
+            config.logging.wandb_project, config=flatten(to_dict(config)), init_kwargs=init_kwargs
         )
     except Exception as error:  # each tracker has its own kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -339,7 +341,7 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_
 
 def flops_function(config: Config):
     """FLOPs of a forward pass as a function of the kept tokens."""
-    return lambda count, squared: sum(flops.forward_flops(config, flops.Kept(count, squared)).values())
+    return lambda count, squared: flops.total_flops(architecture(config), flops.TokenCounts(count, squared))
 
 
 def total_peak(accelerator: Accelerator) -> float | None:
@@ -392,10 +394,10 @@ def sample_grids(config: Config, autoencoder: Autoencoder | None, accelerator: A
 
     def draw(model: torch.nn.Module, step: int) -> None:
         if accelerator.is_main_process:
-            run = Run(model, config, autoencoder, None, step, fingerprint="")
+            trained = TrainedModel(model, config, autoencoder, None, step, fingerprint="")
             labels = [k % config.data.num_classes for k in range(16)]
             file = Path(accelerator.project_dir, GRIDS, f"{step:07d}.png")
-            save_grid(generate_images(run, labels, options), file, columns=8)
+            save_grid(generate_images(trained, labels, options), file, columns=8)
         accelerator.wait_for_everyone()
 
     return draw

@@ -58,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--device cuda: PyTorch finds no CUDA device; use cpu")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: must be at least 1")
-    if args.model and load(args.model).model.patch_size is not None:
+    if args.model and load(args.model).is_static:
         raise UserError(
             f"--model {args.model}: is a static DiT, which has no textbook version here; give a DCDiT-..."
         )

@@ -19,7 +19,7 @@ from config import to_dict
 from data.feature_writer import KINDS, FeatureWriter
 from data.features import FORMAT, FeatureStore, OfficialStore, item_shape, open_features
 from models import build_model
-from training.checkpoint import save_checkpoint
+from weights.checkpoint import save_checkpoint
 
 
 def measure_loading(images: int, seconds: float) -> list[dict]:

@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import cli
-from benchmarks import plain
 from config import Config, downsample_factors, load_config
-from models import build_model
+from models import build_model, reference
 from models.dc_dit import DCDiT
+from models.ops.precision import allow_tf32
 from models.router import force_ends
 from models.types import Routing
 
@@ -51,7 +50,7 @@ def make_case(
 
     TF32 is on or off for the whole process, the textbook version included, as the configuration has it in training: off.
     """
-    cli.allow_tf32(config)
+    allow_tf32(config.model.hnet.fp32_router_dechunk == "tf32")
     torch.manual_seed(0)
     with device:  # filling the weights of a large model on the host takes longer than measuring it
         model = build_model(config)
@@ -87,7 +86,9 @@ def pin(routing: Routing, prob: Tensor) -> Routing:
 
 def plain_forward(case: Case, x: Tensor, t: Tensor, labels: Tensor):
     """The textbook model with the case's mask."""
-    return plain.forward(case.model, case.sigma, x, t, labels, pin=lambda routing: pin(routing, case.prob))
+    return reference.forward(
+        case.model, case.sigma, x, t, labels, pin=lambda routing: pin(routing, case.prob)
+    )
 
 
 def load(name: str, *overrides: str) -> Config:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from benchmarks import plain
 from benchmarks.cases import Case
 from benchmarks.measure import Variants, compare
+from models import reference
 from models.conv import to_grid, to_tokens
 from models.packing import pack, plan_packing
 from models.types import Routing
@@ -56,7 +56,7 @@ def stages(case: Case) -> Iterator[tuple[str, Variants, list[Tensor], nn.Module 
         yield (
             name,
             {
-                "plain": lambda stack=stack, tokens=tokens: plain.conv_stack(stack, tokens, c),
+                "plain": lambda stack=stack, tokens=tokens: reference.conv_stack(stack, tokens, c),
                 "ours": lambda stack=stack, tokens=tokens: to_tokens(stack(to_grid(tokens), c)),
             },
             [tokens, c],
@@ -66,7 +66,7 @@ def stages(case: Case) -> Iterator[tuple[str, Variants, list[Tensor], nn.Module 
     yield (
         "router",
         {
-            "plain": lambda: plain.router(model.router, features, drop).prob,
+            "plain": lambda: reference.router(model.router, features, drop).prob,
             "ours": lambda: (
                 model.router.forward(to_grid(features), drop).prob
             ),  # without the hook that fixes the mask
@@ -80,14 +80,14 @@ def stages(case: Case) -> Iterator[tuple[str, Variants, list[Tensor], nn.Module 
 def packed_stages(case: Case, c: Tensor, features: Tensor):
     model, prob = case.model, case.prob.clone().requires_grad_()
     routing = Routing(prob, prob > 0.5, prob > 0.5)
-    packing, chunks = plan_packing(routing.keep), plain.plan(routing)
+    packing, chunks = plan_packing(routing.keep), reference.plan(routing)
     tokens = torch.randn(len(packing.index), case.config.d_model, device=c.device).requires_grad_()
     residual, block = torch.randn_like(features).requires_grad_(), model.blocks[0]
     sigma = case.sigma
     yield (
         "pack",
         {
-            "plain": lambda: plain.pack(features, plain.plan(routing)),
+            "plain": lambda: reference.pack(features, reference.plan(routing)),
             "ours": lambda: pack(features, plan_packing(routing.keep)),
         },
         [features],
@@ -96,7 +96,7 @@ def packed_stages(case: Case, c: Tensor, features: Tensor):
     yield (
         "attention",
         {
-            "plain": lambda: plain.attention(block.attn, tokens, chunks),
+            "plain": lambda: reference.attention(block.attn, tokens, chunks),
             "ours": lambda: block.attn(block.attn.qkv(tokens), packing),
         },
         [tokens],
@@ -104,14 +104,17 @@ def packed_stages(case: Case, c: Tensor, features: Tensor):
     )
     yield (
         "block",
-        {"plain": lambda: plain.block(block, tokens, c, chunks), "ours": lambda: block(tokens, c, packing)},
+        {
+            "plain": lambda: reference.block(block, tokens, c, chunks),
+            "ours": lambda: block(tokens, c, packing),
+        },
         [tokens, c],
         block,
     )
     yield (
         "dechunk",
         {
-            "plain": lambda: plain.dechunk(tokens, routing, chunks, sigma) + residual,
+            "plain": lambda: reference.dechunk(tokens, routing, chunks, sigma) + residual,
             "ours": lambda: model.dechunk(tokens, routing, packing).add_(residual),
         },
         [tokens, prob, residual],

@@ -15,10 +15,10 @@ from benchmarks.measure import difference, medians, peak_bytes, saved_bytes, syn
 from config import downsample_factors, switch_router_off
 from diffusion import create_diffusion
 from diffusion.guidance import guide
-from evaluation.flops import Kept, forward_flops
-from models import compile_parts
-from models.cuda_graph import GraphedDenoiser
+from models import architecture, compile_parts
+from models.flops import TokenCounts, forward_flops, total_flops
 from models.router import keep_top
+from sampling.cuda_graph import GraphedDenoiser
 from training.losses import ratio_loss
 
 LITE = 0.9  # share that the unconditional branch of Lite-CFG drops
@@ -145,7 +145,9 @@ def measure_step(
         guided["ours"].append(under(case, prob, sampling(case, case.model)))
         guided["plain"].append(under(case, prob, sampling(case, textbook)))
         guided["lite"].append(under(case, prob, sampling(case, case.model, lite=True)))
-        flops.append(sum(forward_flops(case.config, Kept(*case.kept())).values()) * batch)
+        flops.append(
+            sum(forward_flops(architecture(case.config), TokenCounts(*case.kept())).values()) * batch
+        )
     training = medians({way: in_turn(steps) for way, steps in training.items()}, device, seconds / 2)
     guided = medians({way: in_turn(steps) for way, steps in guided.items()}, device, seconds / 2)
     flops = statistics.mean(flops)
@@ -210,7 +212,7 @@ def measure_static(
         torch._dynamo.reset()
         compile_parts(static.model)
     time = medians({"static": Training(static, static.model)}, device, seconds)["static"]
-    return time, sum(forward_flops(config, Kept(0, 0)).values()) * batch
+    return time, total_flops(architecture(config), TokenCounts(0, 0)) * batch
 
 
 def measure_dropping(name: str, batch: int, device: torch.device, bf16: bool, seconds: float) -> list[dict]:
@@ -225,7 +227,7 @@ def measure_dropping(name: str, batch: int, device: torch.device, bf16: bool, se
     times = medians(runs, device, seconds)
     for drop in drops:
         case.prob = masks[drop]
-        flops = sum(forward_flops(case.config, Kept(*case.kept())).values())
+        flops = sum(forward_flops(architecture(case.config), TokenCounts(*case.kept())).values())
         rows.append(
             {
                 "dropped": drop,

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
+import cli
 from config import UserError
 
 FORMAT = 1
@@ -325,9 +326,7 @@ def damaged_files(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    from cli import Parser  # here and below, because cli is above this package
-
-    parser = Parser("Compare a feature store with its checksums.")
+    parser = cli.Parser("Compare a feature store with its checksums.")
     parser.add_argument(
         "--verify", required=True, metavar="PATH", help="a store (the official layout has no checksums)"
     )
@@ -339,6 +338,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from cli import run
-
-    run(main)
+    cli.run(main)

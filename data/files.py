@@ -1,10 +1,11 @@
 """Files that are complete when their name shows."""
 
+import json
 import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write_file(
@@ -34,3 +35,13 @@ def write_file(
         os.fsync(folder)  # the new name, too, must survive a power cut
     finally:
         os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file as `write_file` does."""
+    write_file(path, lambda stream: stream.write(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data as indented JSON, as `write_file` does."""
+    write_text(path, json.dumps(value, indent=1) + "\n")

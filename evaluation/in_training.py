@@ -10,10 +10,17 @@ import torch.distributed as dist
 from config import Config
 from data.autoencoder import Autoencoder
 from evaluation.extractors import load_extractor
-from evaluation.generate import Run, SamplingOptions, draw_labels
-from evaluation.generated import mean_of, measure_samples
 from evaluation.image_sets import open_source
-from evaluation.measure import Measured, check_sizes, check_source, compare, measure_source
+from evaluation.measure import (
+    Measured,
+    check_sizes,
+    check_source,
+    compare,
+    mean_of,
+    measure_samples,
+    measure_source,
+)
+from sampling.generate import SamplingOptions, TrainedModel, draw_labels
 
 
 class Evaluation:
@@ -56,14 +63,22 @@ class Evaluation:
         )
 
     def __call__(self, model: torch.nn.Module, step: int) -> dict[str, float]:
-        run = Run(model, self.config, self.autoencoder, None, step, fingerprint="")
+        trained = TrainedModel(model, self.config, self.autoencoder, None, step, fingerprint="")
         folder = self.folder / f"{step:07d}"
         if self.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # of an interrupted attempt, perhaps with other weights
         self.wait()
         batch_size, title = self.config.evaluation.batch_size, f"evaluation at step {step}"
         chunks = measure_samples(
-            run, self.options, self.labels, self.extractor, folder, batch_size, self.rank, self.world, title
+            trained,
+            self.options,
+            self.labels,
+            self.extractor,
+            folder,
+            batch_size,
+            self.rank,
+            self.world,
+            title,
         )
         self.wait()
         found = {}

@@ -20,6 +20,8 @@ from evaluation import metrics
 from evaluation.extractors import Inception, Outputs, Scripted, Timm
 from evaluation.image_sets import FolderImages, NpzImages, Source
 from evaluation.metrics import Gaussian, Moments
+from sampling.accounting import image_tflop
+from sampling.generate import SampledBatch, SamplingOptions, TrainedModel, generate
 
 Extractor = Inception | Scripted | Timm
 FORMAT = 1  # of cached features; a change of what they are must raise it
@@ -234,3 +236,51 @@ def rank_warning(name: str, count: int | None, width: int) -> str | None:
         f"warning: {name}: {count} images give {width} features a covariance of rank {count - 1} at most; distances are "
         f"comparable only between sets of this size; give {width + 1} or more"
     )
+
+
+# ---------------------------------------------------------- a trained model, measured while it samples
+
+
+def measure_batch(trained: TrainedModel, batch: SampledBatch, extractor: Extractor) -> dict[str, np.ndarray]:
+    """What is kept of a batch, a row per image: features, cost in TFLOP and kept share of the conditional branch."""
+    share = (
+        torch.stack([step.conditional for step in batch.kept]).double().mean(0).cpu().numpy()
+        / trained.config.tokens
+    )
+    return as_arrays([run_extractor(extractor, batch.images)]) | {
+        "tflop": image_tflop(trained.config, batch.kept),
+        "kept": share,
+    }
+
+
+def measure_samples(
+    trained: TrainedModel,
+    options: SamplingOptions,
+    labels: list[int],
+    extractor: Extractor,
+    folder: Path,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    title: str = "samples",
+) -> Chunks:
+    """Sample image i with labels[i] for all i and keep its features in `folder`, a file per batch.
+
+    Batches that have a file are not sampled again, and process `rank` of `world` makes its share. When all processes have
+    returned, the result is complete; it does not depend on their number.
+    """
+    chunks = Chunks(folder, len(labels), batch_size)
+    todo = chunks.missing(rank, world)
+    with tqdm(
+        total=sum(len(chunks.ranges[c]) for c in todo), unit="img", disable=rank > 0, desc=title
+    ) as bar:
+        for chunk in todo:
+            index = list(chunks.ranges[chunk])
+            (batch,) = generate(trained, index, [labels[i] for i in index], options, batch_size)
+            chunks.write(chunk, measure_batch(trained, batch, extractor))
+            bar.update(len(index))
+    return chunks
+
+
+def mean_of(chunks: Chunks, name: str) -> float:
+    return float(chunks.read(name).mean())

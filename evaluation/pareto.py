@@ -1,9 +1,6 @@
-"""Quality against cost: every budget of every checkpoint is sampled, compared with a reference, and drawn.
+"""The points of quality against cost: every budget of every checkpoint is sampled and compared with a reference.
 
-    python -m evaluation.pareto --ckpt A.pt --ckpt B.pt --budgets 0,0.2,0.4,0.6 --cfg-scale 1,1.5 --reference R.npz
-
-writes pareto.csv, a row per point, and pareto.png into --output. The same command again goes on where it was, and with more
-checkpoints, budgets or scales it adds points. A static DiT is one point per scale. Under torchrun the processes share the work.
+`figures/pareto.py` is the command and draws them.
 """
 
 import argparse
@@ -18,17 +15,23 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-import cli
 from config import Config, UserError
 from data.files import write_file
-from data.lock import FolderLock
-from diffusion.samplers import SAMPLERS
 from evaluation.extractors import load_extractor
-from evaluation.generate import Run, SamplingOptions, draw_labels, load_run
-from evaluation.generated import mean_of, measure_samples
 from evaluation.image_sets import Source, hash_file, open_source
-from evaluation.measure import Measured, check_sizes, check_source, compare, measure_source, rank_warning
-from evaluation.pareto_figure import draw
+from evaluation.measure import (
+    Measured,
+    check_sizes,
+    check_source,
+    compare,
+    mean_of,
+    measure_samples,
+    measure_source,
+    rank_warning,
+)
+from processes import group
+from processes.lock import FolderLock
+from sampling.generate import SamplingOptions, TrainedModel, draw_labels, load_trained
 
 # Columns that must be equal in all rows of a file, or its points could not be compared.
 SETTINGS = (
@@ -66,115 +69,51 @@ class Point:
         )
 
 
-def numbers(text: str) -> list[float]:
-    """ "0,0.2" -> [0.0, 0.2], each once and in order."""
-    try:
-        return sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers such as 0,0.2,0.4") from None
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--ckpt", action="append", required=True, help="checkpoint of train.py; repeatable")
-    parser.add_argument(
-        "--reference",
-        required=True,
-        help="ADM .npz, folder of images or file of evaluate.py --make-reference",
-    )
-    parser.add_argument(
-        "--budgets", type=numbers, default=[0.0], help="tail-dropping fractions, e.g. 0,0.2,0.4 (default: 0)"
-    )
-    parser.add_argument(
-        "--cfg-scale", type=numbers, default=[1.0], help="guidance scales, e.g. 1,1.5 (default: 1)"
-    )
-    parser.add_argument(
-        "--lite-cfg", type=numbers, default=[], help="also drop these fractions in the unconditional branch"
-    )
-    parser.add_argument(
-        "--num-samples", type=int, default=50000, help="images per point (default: %(default)s)"
-    )
-    parser.add_argument("--num-sampling-steps", type=int, default=250, help="(default: %(default)s)")
-    parser.add_argument("--sampler", default="ddpm", choices=SAMPLERS, help="(default: %(default)s)")
-    parser.add_argument(
-        "--batch-size", type=int, default=64, help="images per batch and process (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--bf16", action="store_true", help="run the network in bfloat16")
-    parser.add_argument(
-        "--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)"
-    )
-    parser.add_argument(
-        "--features",
-        default="inception",
-        help="or a TorchScript file, or a timm folder (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--inception-weights", metavar="FILE", help="torch-fidelity's weights (default: download them)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("results/pareto"), help="folder (default: %(default)s)"
-    )
-    args = parser.parse_args(argv)
-    for name, least in (("num_samples", 4), ("batch_size", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
-    if args.lite_cfg and max(args.cfg_scale) <= 1:
-        raise UserError(
-            "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; add a larger scale"
-        )
-    cli.check_output("--output", args.output)
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+def measure(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Measure the points that the table lacks; returns all its rows. Collective."""
     source = open_source(args.reference)
-    processes = cli.start_processes()
-    runs = {ckpt: load_run(ckpt, processes.device, args.vae) for ckpt in args.ckpt}
-    points = [point for ckpt, run in runs.items() for point in points_of(ckpt, run.config, args)]
+    processes = group.start_processes()
+    models = {ckpt: load_trained(ckpt, processes.device, args.vae) for ckpt in args.ckpt}
+    points = [point for ckpt, trained in models.items() for point in points_of(ckpt, trained.config, args)]
     for point in points:
-        point.options(args).check(runs[point.ckpt].config)
-    check_runs(runs, source)
+        point.options(args).check(models[point.ckpt].config)
+    check_runs(models, source)
     extractor = load_extractor(args.features, args.inception_weights, processes.device)
     check_source(source, extractor)
-    settings = settings_of(args, source, runs[args.ckpt[0]].config, extractor.name)
+    settings = settings_of(args, source, models[args.ckpt[0]].config, extractor.name)
     with FolderLock(args.output, "--output") as lock:
-        cli.on_first(lock.acquire)
-        measure_points(args, points, runs, source, extractor, settings, processes)
+        group.on_first(lock.acquire)
+        return measure_points(args, points, models, source, extractor, settings, processes)
 
 
 def measure_points(
-    args, points: list[Point], runs: dict[str, Run], source: Source, extractor, settings, processes
-) -> None:
-    """Measure the points that the table lacks, and draw them all."""
+    args, points: list[Point], runs: dict[str, TrainedModel], source: Source, extractor, settings, processes
+) -> list[dict[str, str]]:
+    """The rows of the table, with those of the points that it lacked."""
     table = args.output / "pareto.csv"
     rows = read_rows(table, settings)
     reference = measure_source(source, extractor, args.output / "reference", processes.rank, processes.world)
     for name, count in (("the samples", args.num_samples), (args.reference, reference.count)):
         if warning := rank_warning(name, count, reference.width):
-            cli.print_once(warning)
+            group.print_once(warning)
     for point in points:
-        run = runs[point.ckpt]
-        key = point_key(point, run, settings)
+        trained = runs[point.ckpt]
+        key = point_key(point, trained, settings)
         if key not in {row["point"] for row in rows}:
             folder = (
                 args.output / f"{key}-{args.batch_size}"
             )  # an interrupted point goes on with batches of the same size
-            found = measure_point(point, run, args, extractor, reference, folder, processes)
-            rows.append({"point": key, **describe_point(point, run), **settings, **found})
+            found = measure_point(point, trained, args, extractor, reference, folder, processes)
+            rows.append({"point": key, **describe_point(point, trained), **settings, **found})
             if processes.rank == 0:
                 write_rows(table, rows)
                 shutil.rmtree(folder)
-    if processes.rank == 0:
-        for comparison in draw(rows, args.output / "pareto.png"):
-            print(comparison)
-        print(f"{len(points)} points: {table} and {args.output / 'pareto.png'}")
+    return rows
 
 
 def is_static(config: Config) -> bool:
     """Whether the checkpoint is a static DiT, which keeps every token."""
-    return config.model.patch_size is not None
+    return config.is_static
 
 
 def points_of(ckpt: str, config: Config, args: argparse.Namespace) -> list[Point]:
@@ -187,12 +126,12 @@ def points_of(ckpt: str, config: Config, args: argparse.Namespace) -> list[Point
     return points
 
 
-def check_runs(runs: dict[str, Run], source: Source) -> None:
+def check_runs(runs: dict[str, TrainedModel], source: Source) -> None:
     """Checkpoints and reference must be of one image size, and the checkpoints of one set of classes."""
     first, *others = runs.items()
-    for ckpt, run in others:
+    for ckpt, trained in others:
         for key in ("image_size", "num_classes"):
-            ours, theirs = getattr(run.config.data, key), getattr(first[1].config.data, key)
+            ours, theirs = getattr(trained.config.data, key), getattr(first[1].config.data, key)
             if ours != theirs:
                 raise UserError(
                     f"--ckpt '{ckpt}': has data.{key} {ours}, but '{first[0]}' has {theirs}; compare them apart"
@@ -217,19 +156,24 @@ def settings_of(args: argparse.Namespace, source: Source, config: Config, extrac
     return {key: str(value) for key, value in values.items()}
 
 
-def point_key(point: Point, run: Run, settings: dict[str, str]) -> str:
+def point_key(point: Point, trained: TrainedModel, settings: dict[str, str]) -> str:
     """Names a point in the table and its folder: equal keys mean equal samples and an equal comparison."""
-    identity = [run.fingerprint, run.autoencoder.sha256, run.config.diffusion.cfg_channels, settings]
+    identity = [
+        trained.fingerprint,
+        trained.autoencoder.sha256,
+        trained.config.diffusion.cfg_channels,
+        settings,
+    ]
     identity += [point.cfg_scale, point.budget, point.lite]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
 
 
-def describe_point(point: Point, run: Run) -> dict[str, str]:
+def describe_point(point: Point, trained: TrainedModel) -> dict[str, str]:
     values = {
-        "model": run.fingerprint[:12],
-        "name": run.config.model.name,
-        "step": run.step,
-        "static": is_static(run.config),
+        "model": trained.fingerprint[:12],
+        "name": trained.config.model.name,
+        "step": trained.step,
+        "static": is_static(trained.config),
         "cfg_scale": point.cfg_scale,
         "budget": point.budget,
         "lite_cfg": point.lite,
@@ -238,17 +182,17 @@ def describe_point(point: Point, run: Run) -> dict[str, str]:
 
 
 def measure_point(
-    point, run: Run, args, extractor, reference: Measured, folder: Path, processes
+    point, trained: TrainedModel, args, extractor, reference: Measured, folder: Path, processes
 ) -> dict[str, str]:
     """Sample, compare, and forget the features. The metrics are the first process's."""
-    labels = draw_labels(args.seed, list(range(args.num_samples)), run.config.data.num_classes)
+    labels = draw_labels(args.seed, list(range(args.num_samples)), trained.config.data.num_classes)
     title = (
-        f"{run.config.model.name}, scale {point.cfg_scale}, budget {point.budget}"
+        f"{trained.config.model.name}, scale {point.cfg_scale}, budget {point.budget}"
         + f", lite {point.lite}" * (point.lite != "")
     )
     options = point.options(args)
     chunks = measure_samples(
-        run, options, labels, extractor, folder, args.batch_size, processes.rank, processes.world, title
+        trained, options, labels, extractor, folder, args.batch_size, processes.rank, processes.world, title
     )
     if processes.world > 1:
         dist.barrier()
@@ -280,7 +224,3 @@ def write_rows(table: Path, rows: list[dict[str, str]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_file(table, lambda stream: stream.write(text.getvalue().encode()))
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -82,14 +82,14 @@ def _varlen(qkv: Tensor, packing: Packing) -> Tensor:
 
     with sdpa_kernel(PACKED_FIRST, set_priority=True):
         return varlen_attn(
-            *qkv.unbind(1), packing.cu_seqlens, packing.cu_seqlens, packing.limit, packing.limit
+            *qkv.unbind(1), packing.cu_seqlens, packing.cu_seqlens, packing.max_length, packing.max_length
         )
 
 
 def _flash(qkv: Tensor, packing: Packing) -> Tensor:
     from flash_attn import flash_attn_varlen_qkvpacked_func
 
-    return flash_attn_varlen_qkvpacked_func(qkv, packing.cu_seqlens, packing.limit)
+    return flash_attn_varlen_qkvpacked_func(qkv, packing.cu_seqlens, packing.max_length)
 
 
 KERNELS = {"sdpa": _sdpa, "varlen": _varlen, "flash": _flash}

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention
-from models.lean import EPS, gated_add, gelu_linear, modulated_linear
-from models.types import Packing
+from models.ops.recompute import EPS, gated_add, gelu_linear, modulated_linear
+from models.types import Architecture, Packing
 
 
 class RMSNorm(nn.Module):
@@ -49,6 +49,17 @@ class DiTBlock(nn.Module):
             return x
         hidden = modulated_linear(x, shift2, scale2, self.mlp.fc1, packing)
         return gated_add(x, gate2, gelu_linear(hidden, self.mlp.fc2), packing)
+
+
+def build_blocks(architecture: Architecture) -> nn.ModuleList:
+    """The transformer blocks, one per letter of `main_blocks`."""
+    a = architecture
+    return nn.ModuleList(DiTBlock(a.width, a.heads, ratio, a.attention) for ratio in block_ratios(a))
+
+
+def block_ratios(architecture: Architecture) -> list[float]:
+    """MLP ratio of each transformer block; 0: attention only."""
+    return [architecture.mlp_ratio if letter == "D" else 0.0 for letter in architecture.main_blocks]
 
 
 def run_blocks(

@@ -3,70 +3,37 @@
 import torch
 from torch import Tensor, nn
 
-from models.blocks import DiTBlock, FinalLayer, RMSNorm, run_blocks
+from models.blocks import FinalLayer, RMSNorm, build_blocks, run_blocks
 from models.conv import build_decoder, build_encoder, to_grid, to_tokens
 from models.dechunk import Dechunk
-from models.embeddings import FREQUENCIES, LabelEmbedder, TimestepEmbedder, sincos_positions
+from models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
 from models.init import init_transformer, zero_layers
 from models.packing import pack, plan_packing
 from models.router import INITIAL_BIAS, Router
-from models.types import DenoiserOutput
+from models.types import Architecture, DenoiserOutput
 
 
 class DCDiT(nn.Module):
-    """Noised latents -> epsilon and variance logits, with a learned number of tokens in the transformer.
+    """Noised latents -> epsilon and variance logits, with a learned number of tokens in the transformer."""
 
-    Args:
-        side: latent side S.
-        channels: latent channels C.
-        num_classes: class labels; label `num_classes` is the null label when `null_label` is true.
-        encoder_blocks, main_blocks, decoder_blocks: the layout; main_blocks has a letter per block, D = attention and MLP,
-            d = attention only.
-        width: D of the transformer. conv_width: E of encoder and decoder.
-        learn_sigma: predict variance logits beside epsilon.
-        sigma: standard deviation of the dechunk smoothing, in latent cells.
-        fp32_scaffold: router, residual projection and dechunk in float32 under autocast too.
-        attention: "auto" or a kernel of models/attention.py.
-        init: "adaln_zero" or "released" (see `init_weights`).
-    """
-
-    def __init__(
-        self,
-        side: int,
-        channels: int,
-        num_classes: int,
-        null_label: bool,
-        encoder_blocks: int,
-        main_blocks: str,
-        decoder_blocks: int,
-        width: int,
-        conv_width: int,
-        heads: int,
-        mlp_ratio: float,
-        learn_sigma: bool,
-        sigma: float,
-        fp32_scaffold: bool,
-        attention: str,
-        init: str,
-        gradient_checkpointing: bool = False,
-        timestep_divisor: int = FREQUENCIES,
-    ):
+    def __init__(self, architecture: Architecture):
         super().__init__()
-        self.fp32_scaffold, self.gradient_checkpointing = fp32_scaffold, gradient_checkpointing
-        self.x_embedder = nn.Conv2d(channels, conv_width, 3, padding=1)
-        self.t_embedder = TimestepEmbedder(width, timestep_divisor)
-        self.y_embedder = LabelEmbedder(num_classes, width, null_label)
-        self.register_buffer("pos_embed", sincos_positions(width, side))  # (L, D)
-        self.encoder = build_encoder(encoder_blocks, conv_width, width)
-        self.router = Router(width)
-        self.residual_proj = nn.Linear(width, width)
-        ratios = [mlp_ratio if letter == "D" else 0.0 for letter in main_blocks]
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, ratio, attention) for ratio in ratios)
-        self.norm = RMSNorm(width)
-        self.dechunk = Dechunk(side, sigma)
-        self.decoder = build_decoder(decoder_blocks, conv_width, width)
-        self.final_layer = FinalLayer(conv_width, width, 2 * channels if learn_sigma else channels)
-        init_weights(self, init)
+        a = architecture
+        self.fp32_scaffold = a.fp32_scaffold
+        self.gradient_checkpointing = a.gradient_checkpointing
+        self.x_embedder = nn.Conv2d(a.latent_channels, a.conv_width, 3, padding=1)
+        self.t_embedder = TimestepEmbedder(a.width, a.timestep_divisor)
+        self.y_embedder = LabelEmbedder(a.num_classes, a.width, a.has_null_label)
+        self.register_buffer("pos_embed", sincos_positions(a.width, a.latent_side))  # (L, D)
+        self.encoder = build_encoder(a.encoder_blocks, a.conv_width, a.width)
+        self.router = Router(a.width)
+        self.residual_proj = nn.Linear(a.width, a.width)
+        self.blocks = build_blocks(a)
+        self.norm = RMSNorm(a.width)
+        self.dechunk = Dechunk(a.latent_side, a.smoothing_sigma)
+        self.decoder = build_decoder(a.decoder_blocks, a.conv_width, a.width)
+        self.final_layer = FinalLayer(a.conv_width, a.width, a.out_channels)
+        init_weights(self, a.init)
 
     def forward(
         self,

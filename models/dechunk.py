@@ -42,7 +42,7 @@ class Dechunk(nn.Module):
         prob = routing.prob.flatten()[packing.index].clamp(PROB_MARGIN, 1 - PROB_MARGIN)
         prob = prob[:, None].to(tokens.dtype)  # (T, 1)
         confidence = torch.where(
-            routing.natural, routing.prob, 1 - routing.prob
+            routing.boundary, routing.prob, 1 - routing.prob
         )  # (B, L), in each token's own decision
         return _SmoothAndPlug.apply(
             tokens, prob, confidence, nearest_token(routing.keep), self.gaussian_sum(packing)
@@ -82,7 +82,7 @@ def find_neighbours(packing: Packing, kernel: Tensor, disc: Tensor) -> Neighbour
 
     Those in one row of the disc around a token follow one another in the packing: a list is K runs of consecutive numbers.
     """
-    side, cells, (rows, width) = len(kernel), len(packing.lengths) * packing.limit, disc.unbind(1)
+    side, cells, (rows, width) = len(kernel), len(packing.lengths) * packing.max_length, disc.unbind(1)
     kept = torch.zeros(cells + 1, dtype=torch.int64)
     kept[packing.index + 1] = 1
     before = kept.cumsum(0)  # kept tokens before each cell

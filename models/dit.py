@@ -1,55 +1,35 @@
 """The static DiT (arXiv 2212.09748): a Diffusion Transformer over fixed patches, the baseline of DC-DiT.
 
 It is called and answers like models/dc_dit.py, with a routing that keeps every patch. Its parameters have the names of the
-published checkpoints but for those of the two embedding tables (see models/convert.py).
+published checkpoints but for those of the two embedding tables (see weights/convert.py).
 """
 
 import torch
 from torch import Tensor, nn
 
-from models.blocks import DiTBlock, FinalLayer, run_blocks
+from models.blocks import FinalLayer, build_blocks, run_blocks
 from models.conv import to_tokens
-from models.embeddings import FREQUENCIES, LabelEmbedder, TimestepEmbedder, sincos_positions
+from models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
 from models.init import init_transformer
 from models.packing import full_packing
-from models.types import DenoiserOutput, Routing
+from models.types import Architecture, DenoiserOutput, Routing
 
 
 class DiT(nn.Module):
-    """Noised latents -> epsilon and variance logits, with one token per patch of P x P cells.
+    """Noised latents -> epsilon and variance logits, with one token per patch of P x P cells."""
 
-    Args: as of models.dc_dit.DCDiT, and
-        patch: P; divides the latent side.
-    """
-
-    def __init__(
-        self,
-        side: int,
-        channels: int,
-        num_classes: int,
-        null_label: bool,
-        main_blocks: str,
-        patch: int,
-        width: int,
-        heads: int,
-        mlp_ratio: float,
-        learn_sigma: bool,
-        attention: str,
-        init: str,
-        gradient_checkpointing: bool = False,
-        timestep_divisor: int = FREQUENCIES,
-    ):
+    def __init__(self, architecture: Architecture):
         super().__init__()
-        self.patch, self.gradient_checkpointing = patch, gradient_checkpointing
-        self.x_embedder = nn.Conv2d(channels, width, patch, stride=patch)
-        self.t_embedder = TimestepEmbedder(width, timestep_divisor)
-        self.y_embedder = LabelEmbedder(num_classes, width, null_label)
-        self.register_buffer("pos_embed", sincos_positions(width, side // patch))  # (L, D)
-        ratios = [mlp_ratio if letter == "D" else 0.0 for letter in main_blocks]
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, ratio, attention) for ratio in ratios)
-        out = 2 * channels if learn_sigma else channels
-        self.final_layer = FinalLayer(width, width, patch * patch * out)
-        init_transformer(self, zero_blocks=init == "adaln_zero")
+        a = architecture
+        self.patch = a.patch
+        self.gradient_checkpointing = a.gradient_checkpointing
+        self.x_embedder = nn.Conv2d(a.latent_channels, a.width, a.patch, stride=a.patch)
+        self.t_embedder = TimestepEmbedder(a.width, a.timestep_divisor)
+        self.y_embedder = LabelEmbedder(a.num_classes, a.width, a.has_null_label)
+        self.register_buffer("pos_embed", sincos_positions(a.width, a.latent_side // a.patch))  # (L, D)
+        self.blocks = build_blocks(a)
+        self.final_layer = FinalLayer(a.width, a.width, a.patch**2 * a.out_channels)
+        init_transformer(self, zero_blocks=a.init == "adaln_zero")
 
     def forward(
         self,

@@ -1,20 +1,61 @@
-"""The shape legend of the package.
+"""The values that travel between the parts of a network, and the legend of their shapes.
 
 B batch, S latent side, L = S * S tokens in raster order (index = row * S + column), C latent channels, E width of the
 convolutions, D model width, T = kept tokens of the whole batch. A static DiT has L = (S / P)^2 patches for tokens.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that decides a network's parameters and what it computes; DCDiT and DiT are built from this value alone."""
+
+    latent_side: int  # S, in latent cells
+    latent_channels: int  # C
+    num_classes: int  # label `num_classes` is the null label, if there is one
+    has_null_label: bool  # whether labels were dropped in training, which guidance needs
+    main_blocks: str  # a letter per transformer block: D attention and MLP, d attention only
+    width: int  # D
+    heads: int
+    mlp_ratio: float  # hidden width of an MLP / D
+    learn_sigma: bool  # predict variance logits beside epsilon
+    timestep_divisor: int  # frequency k of the timestep is 10000^(-k / divisor)
+    patch: int | None  # P of a static DiT; None: a DC-DiT, which alone has the five entries that follow
+    encoder_blocks: int
+    decoder_blocks: int
+    conv_width: int  # E
+    smoothing_sigma: float  # standard deviation of the dechunk smoothing, in latent cells
+    fp32_scaffold: bool  # router, residual projection and dechunk in float32 under autocast too
+    attention: str  # "auto" or a kernel of models/attention.py
+    init: str  # "adaln_zero" or "released", see models/init.py
+    gradient_checkpointing: bool  # recompute the transformer blocks in the backward pass
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the network is a static DiT, which has no router."""
+        return self.patch is not None
+
+    @property
+    def tokens(self) -> int:
+        """L: all tokens of an image, kept or not."""
+        return (self.latent_side // (self.patch or 1)) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the prediction: epsilon, then the variance logits."""
+        return 2 * self.latent_channels if self.learn_sigma else self.latent_channels
 
 
 class Routing(NamedTuple):
     """What the router decided for every token."""
 
     prob: Tensor  # (B, L) boundary probability p, float32 unless fp32_scaffold is off; 1 at the first and last token
-    natural: Tensor  # (B, L) bool, p > 0.5: the network's own decision
-    keep: Tensor  # (B, L) bool, what is kept: a subset of natural under tail dropping, any K tokens under a token budget
+    boundary: Tensor  # (B, L) bool, p > 0.5: the network's own decision
+    keep: Tensor  # (B, L) bool: a subset of boundary under tail dropping, the K most probable under a token budget
 
 
 class Packing(NamedTuple):
@@ -23,9 +64,9 @@ class Packing(NamedTuple):
     index: Tensor  # (T,) int64, row of the flattened (B * L) tokens
     sample: Tensor  # (T,) int64, which sample a token belongs to
     cu_seqlens: Tensor  # (B + 1,) int32, first token of each sample; the last entry is T
-    pieces: Tensor  # (B * PIECES + 1,) int32, the same with every sample cut up, so that its sum is taken in parallel
+    pieces: Tensor  # (B * PIECES + 1,) int32, the same for equal pieces of each sample, whose sums run in parallel
     lengths: Tensor  # (B,) int64, kept-token counts, on the host
-    limit: int  # no sample has more tokens: L
+    max_length: int  # no sample has more tokens than this: L
 
 
 class DenoiserOutput(NamedTuple):

@@ -15,7 +15,7 @@ import cli
 import train
 from config import UserError
 from data.files import write_file
-from training.checkpoint import list_checkpoints
+from weights.checkpoint import list_checkpoints
 
 CONFIG = "configs/shapes.yaml"
 COPIED = "[blocks, t_embedder, y_embedder]"
@@ -142,7 +142,7 @@ def format_table(curves: dict[str, list[dict]], steps: int) -> str:
 def draw(curves: dict[str, list[dict]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    from evaluation.chunk_maps import save_figure
+    from figures.chunking import save_figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axis = figure.subplots()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from processes import group
+
 
 def pytest_collection_modifyitems(items):
     """The compiler's tests last: they leave threads behind, and other tests fork."""
@@ -149,10 +151,8 @@ def one_cpu_thread():
     """Results of this process and its forks do not depend on the machine."""
     import kills
 
-    import cli
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "default_device", cli.default_device)  # put back afterwards, as the rest
+        patch.setattr(group, "default_device", group.default_device)  # put back afterwards, as the rest
         threads, environment = torch.get_num_threads(), dict(os.environ)
         kills.calm()
         yield

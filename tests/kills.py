@@ -29,7 +29,8 @@ import cli
 import extract_features
 import sample_ddp
 import train
-from training import checkpoint
+from processes import group
+from weights import checkpoint
 
 FORK = multiprocessing.get_context("fork")  # of a process without threads of its own; see `calm`
 STEPS = 60
@@ -49,7 +50,7 @@ def calm() -> None:
     """One thread: results do not depend on the machine, and forks find no pool of threads that they did not inherit."""
     torch.set_num_threads(1)
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
-    cli.default_device = lambda local_rank=0: torch.device("cpu")
+    group.default_device = lambda local_rank=0: torch.device("cpu")
 
 
 # --------------------------------------------------------------------------------------------------------- one attempt

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from config import UserError, config_from_dict
-from evaluation import charts, flops
-from evaluation.accounting import (
-    Kept,
+from figures import cost
+from models import architecture, flops
+from sampling.accounting import (
     Seconds,
+    StepCounts,
     image_flops,
     image_tflop,
     read_records,
@@ -25,17 +26,21 @@ CONFIG = config_from_dict({"data": {"image_size": 64, "num_classes": 3}})  # 64 
 TIMESTEPS = [900, 500, 100]
 
 
-def run(images=6) -> list[Kept]:
+def run(images=6) -> list[StepCounts]:
     """Counts of some images; the unconditional branch is computed in the middle step only."""
     counts = torch.randint(2, 65, (4, images))
-    return [Kept(900, counts[0], None), Kept(500, counts[1], counts[3]), Kept(100, counts[2], None)]
+    return [
+        StepCounts(900, counts[0], None),
+        StepCounts(500, counts[1], counts[3]),
+        StepCounts(100, counts[2], None),
+    ]
 
 
 def one_pass(count: int) -> float:
-    return sum(flops.forward_flops(CONFIG, flops.Kept(count, count**2)).values())
+    return flops.total_flops(architecture(CONFIG), flops.TokenCounts(count, count**2))
 
 
-def account(kept: list[Kept]) -> dict:
+def account(kept: list[StepCounts]) -> dict:
     labels = [0, 2, 2, 0, 2, 2]
     return summarise(
         CONFIG,
@@ -94,7 +99,7 @@ def test_summary():
 def test_records_of_batches_make_the_whole(tmp_path):
     whole = run()
     parts = [
-        [Kept(t, *(x if x is None else x[part] for x in counts)) for t, *counts in whole]
+        [StepCounts(t, *(x if x is None else x[part] for x in counts)) for t, *counts in whole]
         for part in (slice(4), slice(4, 6))
     ]
     for k, part in enumerate(parts):
@@ -111,29 +116,29 @@ def test_a_full_disk_is_not_a_wrong_file(tmp_path, monkeypatch):
     def full(path, write):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(charts, "write_file", full)
+    monkeypatch.setattr(cost, "write_file", full)
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(UserError, match="is not a summary.json of a sampling run"):
-        charts.main([str(tmp_path / "summary.json")])
+        cost.main([str(tmp_path / "summary.json")])
     save_summary(account(run()), tmp_path / "summary.json")
     with pytest.raises(OSError, match="No space left"):
-        charts.main([str(tmp_path / "summary.json")])
+        cost.main([str(tmp_path / "summary.json")])
 
 
 def test_pictures(tmp_path, capsys):
     """Drawn from the file alone, also for a run without guidance and with many classes."""
     save_summary(account(run()), tmp_path / "summary.json")
-    charts.main([str(tmp_path / "summary.json")])
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*charts.PICTURES, "summary.json"])
+    cost.main([str(tmp_path / "summary.json")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*cost.PICTURES, "summary.json"])
     counts = np.random.default_rng(0).integers(2, 65, (100, 3, 1))
     counts = np.concatenate([counts, 0 * counts], 2)
     summary = summarise(CONFIG, flops.STABLE_DIFFUSION, TIMESTEPS, counts, range(100), None, Seconds(1, 1))
     save_summary(summary, tmp_path / "many" / "summary.json")
-    charts.main([str(tmp_path / "many" / "summary.json"), "--output", str(tmp_path / "pictures")])
+    cost.main([str(tmp_path / "many" / "summary.json"), "--output", str(tmp_path / "pictures")])
     (
         tmp_path / "many" / "settings.json"
     ).touch()  # a folder of samples, among which a chart would be an odd one
-    charts.main([str(tmp_path / "many" / "summary.json")])
-    assert sorted(path.name for path in (tmp_path / "many.charts").iterdir()) == sorted(charts.PICTURES)
-    for name in charts.PICTURES:
+    cost.main([str(tmp_path / "many" / "summary.json")])
+    assert sorted(path.name for path in (tmp_path / "many.charts").iterdir()) == sorted(cost.PICTURES)
+    for name in cost.PICTURES:
         assert (tmp_path / "pictures" / name).read_bytes() != (tmp_path / name).read_bytes()

@@ -9,8 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from config import UserError
-from data import shapes
-from training import autoencoder
+from toy import autoencoder, shapes
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +27,7 @@ def train_by_command(images: Path, output: Path) -> str:
         "--batch-size",
         "2",
     ]
-    command = [sys.executable, "-m", "training.autoencoder", *map(str, options)]
+    command = [sys.executable, "-m", "toy.autoencoder", *map(str, options)]
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 

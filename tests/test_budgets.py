@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from config import UserError, config_from_dict
-from evaluation import budgets, flops
-from evaluation.budgets import Budget, Prediction, Probe, parse_schedule
-from evaluation.generate import SamplingOptions
+from models import architecture, flops
 from models.router import drop_tail, force_ends
+from sampling import budgets
+from sampling.budgets import Budget, Prediction, Probe, parse_schedule
+from sampling.generate import SamplingOptions
 
 CONFIG = config_from_dict({"data": {"image_size": 64}})  # 64 tokens
 
@@ -80,7 +81,7 @@ def cost(count: torch.Tensor) -> torch.Tensor:
     """TFLOP of a forward pass with so many tokens, each by itself."""
     return torch.tensor(
         [
-            sum(flops.forward_flops(CONFIG, flops.Kept(n, n**2)).values()) / 1e12
+            flops.total_flops(architecture(CONFIG), flops.TokenCounts(n, n**2)) / 1e12
             for n in count.flatten().tolist()
         ]
     )

@@ -15,10 +15,11 @@ from safetensors import safe_open
 
 import config as configuration
 from config import UserError, config_from_dict, load_config, to_dict
-from evaluation.generate import SamplingOptions, generate_images, load_run
-from models import build_model, convert, foreign
-from models.untrusted import Refused, read_untrusted
-from training.checkpoint import load_checkpoint, save_checkpoint
+from models import build_model
+from sampling.generate import SamplingOptions, generate_images, load_trained
+from weights import convert, foreign
+from weights.checkpoint import load_checkpoint, save_checkpoint
+from weights.untrusted import Refused, read_untrusted
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "one_stage.safetensors"
@@ -190,7 +191,7 @@ def test_ours_to_safetensors_and_back(tiny_config, tiny_vae, tmp_path):
 
     options = SamplingOptions(num_sampling_steps=2)
     images = [
-        generate_images(load_run(path, vae=str(tiny_vae)), [0, 1], options)
+        generate_images(load_trained(path, vae=str(tiny_vae)), [0, 1], options)
         for path in (first, tmp_path / "ours.safetensors", tmp_path / "back.pt")
     ]
     assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
@@ -325,6 +326,6 @@ def save(path: Path, content: dict) -> Path:
 
 
 def test_the_command(official, tmp_path):
-    command = [sys.executable, "-m", "models.convert", str(official), str(tmp_path / "a.safetensors")]
+    command = [sys.executable, "-m", "weights.convert", str(official), str(tmp_path / "a.safetensors")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and f"from official DC-DiT {official}" in done.stdout, done.stderr

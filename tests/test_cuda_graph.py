@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import steps
 from config import config_from_dict
 from models import attention, build_model
-from models.cuda_graph import GraphedDenoiser
+from sampling.cuda_graph import GraphedDenoiser
 
 BATCH, SIDE, BUDGETS = 2, 8, ([20, 20], [30, 9])  # the second as of Lite-CFG
 

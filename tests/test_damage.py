@@ -15,8 +15,8 @@ import train
 from config import UserError, load_config
 from data.features import damaged_files, open_features
 from data.images import ImageFolder
-from training import checkpoint
-from training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from weights import checkpoint
+from weights.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 

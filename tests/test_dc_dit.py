@@ -55,8 +55,8 @@ def select(arguments, k):
 def test_test_model_is_not_trivial():
     """The other tests rely on it: some tokens are kept and some are not."""
     routing = tiny_model()(*inputs(), 0.4).routing
-    assert (routing.natural.sum(1) > 5).all() and (routing.natural.sum(1) < SIDE * SIDE - 5).all()
-    assert (routing.keep.sum(1) < routing.natural.sum(1)).all()
+    assert (routing.boundary.sum(1) > 5).all() and (routing.boundary.sum(1) < SIDE * SIDE - 5).all()
+    assert (routing.keep.sum(1) < routing.boundary.sum(1)).all()
 
 
 def static_dit(model, x_t, t, labels):
@@ -114,13 +114,13 @@ def test_a_sample_does_not_depend_on_its_batch_mates(drop):
 def test_a_drop_per_sample_is_separate_runs():
     model, arguments, drop = tiny_model(), inputs(), [0.0, 0.3, 0.6, 0.9]
     prediction, routing = model(*arguments, torch.tensor(drop))
-    assert torch.equal(routing.keep, drop_tail(routing.prob, routing.natural, torch.tensor(drop)))
+    assert torch.equal(routing.keep, drop_tail(routing.prob, routing.boundary, torch.tensor(drop)))
     for k, fraction in enumerate(drop):
         alone, own = model(*select(arguments, k), fraction)
         assert torch.equal(own.keep[0], routing.keep[k])
         torch.testing.assert_close(alone[0], prediction[k], rtol=1e-4, atol=1e-5)
     counts = routing.keep.sum(1)
-    assert (counts < routing.natural.sum(1))[1:].all() and torch.equal(routing.keep[0], routing.natural[0])
+    assert (counts < routing.boundary.sum(1))[1:].all() and torch.equal(routing.keep[0], routing.boundary[0])
 
 
 def test_a_token_budget_is_tail_dropping_to_that_count():
@@ -137,7 +137,7 @@ def test_a_token_budget_above_the_natural_count():
     model, arguments = tiny_model(), inputs()
     for tokens in (30, SIDE * SIDE):
         prediction, routing = model(*arguments, tokens=tokens)
-        assert (routing.natural.sum(1) < tokens).all() and (routing.keep.sum(1) == tokens).all()
+        assert (routing.boundary.sum(1) < tokens).all() and (routing.keep.sum(1) == tokens).all()
         assert prediction.isfinite().all()
         for k in range(4):
             alone = model(*select(arguments, k), tokens=tokens).prediction
@@ -159,7 +159,7 @@ def test_nothing_waits_for_the_device_under_a_token_budget(smooth_on_grid):
 def test_dropping_changes_the_output_but_not_the_decision():
     model = tiny_model()
     full, cheap = model(*inputs()), model(*inputs(), 0.5)
-    assert torch.equal(full.routing.natural, cheap.routing.natural) and torch.equal(
+    assert torch.equal(full.routing.boundary, cheap.routing.boundary) and torch.equal(
         full.routing.prob, cheap.routing.prob
     )
     assert (full.prediction - cheap.prediction).abs().max() > 1e-4

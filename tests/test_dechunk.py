@@ -164,7 +164,7 @@ def test_nearest_token_counts_over_the_batch():
 def test_straight_through_gradient_reaches_the_natural_decision():
     """+ d loss / d factor where the network keeps, - elsewhere: also for tokens that the budget dropped. None at the ends."""
     routing = random_routing(drop=0.6)
-    assert (routing.natural & ~routing.keep).any()
+    assert (routing.boundary & ~routing.keep).any()
     score = torch.logit(routing.prob.clamp(0.01, 0.99)).requires_grad_()
     prob = force_ends(score.sigmoid())
     prob.retain_grad()
@@ -173,7 +173,7 @@ def test_straight_through_gradient_reaches_the_natural_decision():
     output = Dechunk(SIDE, 1.0)(tokens, routing._replace(prob=prob), packing)
     gradient = torch.rand(output.shape) + 1
     output.backward(gradient)
-    sign = torch.where(routing.natural, 1.0, -1.0)
+    sign = torch.where(routing.boundary, 1.0, -1.0)
     dropped = ~routing.keep  # kept tokens have the gradient of their mixing weight besides
     torch.testing.assert_close(prob.grad[dropped], (sign * (gradient * output).sum(-1))[dropped])
     assert (score.grad[:, [0, -1]] == 0).all() and (score.grad[:, 1:-1] != 0).all()
@@ -189,7 +189,7 @@ def test_straight_through_gradient_is_the_plugged_token():
     gradient = torch.randn(1, LENGTH, 4)
     output = dechunk(tokens, routing._replace(prob=prob), packing)
     (grad,) = torch.autograd.grad(output, prob, gradient)
-    unkept = ~routing.natural[0]
+    unkept = ~routing.boundary[0]
     want = -(gradient * output.detach()).sum(-1)[0]
     torch.testing.assert_close(grad[0, unkept], want[unkept])
 

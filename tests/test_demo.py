@@ -16,9 +16,9 @@ import torch
 import demo
 from config import UserError, load_config, to_dict
 from data.features import open_features
-from evaluation.generate import load_run
 from models import build_model
-from training.checkpoint import save_checkpoint
+from sampling.generate import load_trained
+from weights.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 BROWSER, DRIVER = (shutil.which("chromium") or shutil.which("google-chrome")), shutil.which("chromedriver")
@@ -29,7 +29,7 @@ def save_random(config, folder: Path) -> Path:
     """Checkpoint of a random model; a router keeps half of its tokens."""
     model = build_model(config)
     with torch.no_grad():
-        if config.model.patch_size is None:
+        if not config.is_static:
             model.router.residual_scorer[-1].bias.zero_()
         for parameter in (*model.final_layer.parameters(), *model.blocks[0].adaLN_modulation.parameters()):
             parameter.add_(torch.randn_like(parameter) * 0.1)  # they start at zero: no budget would show
@@ -44,7 +44,7 @@ def save_random(config, folder: Path) -> Path:
 
 def test_pictures_and_costs(tiny_config, tmp_path):
     """Of the function behind the page, without a page: half of the tokens against all of them."""
-    update = demo.compare(load_run(save_random(load_config(tiny_config), tmp_path)), 3, "ddim")
+    update = demo.compare(load_trained(save_random(load_config(tiny_config), tmp_path)), 3, "ddim")
     image, boundaries, full, cost, full_cost = update(1, 0, 2.0, 0.5)
     assert image.shape == boundaries.shape == full.shape == (288, 288, 3)
     assert not np.array_equal(image, full) and float(cost.split()[0]) < float(full_cost.split()[0])

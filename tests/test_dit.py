@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 import train
 from config import UserError, config_from_dict, load_config, to_dict
-from evaluation.flops import Kept, forward_flops
-from evaluation.generate import SamplingOptions, generate, load_run
-from models import build_model
-from training.checkpoint import list_checkpoints
+from models import architecture, build_model
+from models.flops import TokenCounts, forward_flops, total_flops
+from sampling.generate import SamplingOptions, generate, load_trained
+from weights.checkpoint import list_checkpoints
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -32,7 +32,7 @@ def test_published_sizes(name):
     millions, gmacs = PUBLISHED[name]
     parameters = sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()
     assert parameters / 1e6 == pytest.approx(millions, abs=0.6)
-    ours = forward_flops(config, Kept(0, 0))
+    ours = forward_flops(architecture(config), TokenCounts(0, 0))
     softmax = 3 * len(model.blocks) * config.model.hnet.num_heads[1] * config.tokens**2
     norms = (
         (2 * len(model.blocks) + 1) * config.tokens * config.d_model
@@ -119,7 +119,7 @@ def test_flops_against_the_counter(flop_counter):
     with torch.no_grad(), flop_counter:
         build_model(config)(*inputs(1))
     softmax = 3 * 2 * 4 * config.tokens**2
-    assert sum(forward_flops(config, Kept(0, 0)).values()) - softmax == flop_counter.get_total_flops()
+    assert total_flops(architecture(config), TokenCounts(0, 0)) - softmax == flop_counter.get_total_flops()
 
 
 def test_configuration():
@@ -145,7 +145,7 @@ def trained(tiny_config, tmp_path_factory) -> Path:
 
 
 def test_one_word_trains_and_samples_the_baseline(trained):
-    run = load_run(trained)
+    run = load_trained(trained)
     shown = []
     options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=3)
     (batch,) = generate(

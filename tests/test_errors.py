@@ -16,7 +16,7 @@ import train
 from config import load_config, to_dict
 from data.features import open_features
 from models import build_model
-from training.checkpoint import save_checkpoint
+from weights.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

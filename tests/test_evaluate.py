@@ -20,7 +20,6 @@ from PIL import Image
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-import cli
 import evaluate
 from config import UserError
 from data.images import center_crop
@@ -28,6 +27,7 @@ from evaluation import metrics
 from evaluation.extractors import Inception, load_extractor
 from evaluation.image_sets import open_source
 from evaluation.measure import Chunks
+from processes import group
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ COUNT, SIZE = 300, 16  # two chunks of features
 @pytest.fixture(scope="module", autouse=True)
 def on_the_cpu():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "default_device", lambda local_rank=0: CPU)
+        patch.setattr(group, "default_device", lambda local_rank=0: CPU)
         yield
 
 

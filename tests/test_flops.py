@@ -8,9 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import config_from_dict, load_config
-from evaluation import flops
-from evaluation.flops import STABLE_DIFFUSION, Kept, decoder_flops, forward_flops, peak_flops
-from models import build_model
+from models import architecture, build_model, flops
+from models.flops import STABLE_DIFFUSION, TokenCounts, decoder_flops, forward_flops, peak_flops, total_flops
 
 ATTEND = torch.ops.dc_dit.attend  # the counter does not know it
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -29,7 +28,7 @@ COLUMNS = ("embeddings", "encoder", "router", "blocks", "decoder", "final_layer"
 @pytest.mark.parametrize("size", TABLE)
 def test_recorded_table(size):
     config = load_config(CONFIGS / f"DCDiT-{size}-N4.yaml")
-    ours = forward_flops(config, Kept(256, 256**2))
+    ours = forward_flops(architecture(config), TokenCounts(256, 256**2))
     ours["blocks"] += ours["attention"]
     for column, recorded in zip(COLUMNS, TABLE[size]):
         if recorded is not None:
@@ -44,7 +43,7 @@ def test_paper_table():
     """TFLOP per image over 250 steps without guidance, as read off the paper's figure (to its reading error)."""
     config = load_config(CONFIGS / "DCDiT-B-N4.yaml")
     for kept, recorded in ((256, 14.3), (256 * 0.4, 7.5)):
-        assert sum(forward_flops(config, Kept(kept, kept**2)).values()) * 250 / 1e12 == pytest.approx(
+        assert total_flops(architecture(config), TokenCounts(kept, kept**2)) * 250 / 1e12 == pytest.approx(
             recorded, rel=0.07
         )
 
@@ -79,7 +78,9 @@ def test_against_the_counter(factor, learn_sigma, smooth_on_grid, flop_counter):
         )
     counts = out.routing.keep.sum(1).double()
     assert counts.min() < counts.max()
-    ours = forward_flops(config, Kept(counts.mean().item(), counts.square().mean().item()))
+    ours = forward_flops(
+        architecture(config), TokenCounts(counts.mean().item(), counts.square().mean().item())
+    )
     parts = {
         name: sum(operations.values()) / batch for name, operations in flop_counter.get_flop_counts().items()
     }
@@ -95,7 +96,10 @@ def test_against_the_counter(factor, learn_sigma, smooth_on_grid, flop_counter):
 
 def test_fewer_tokens_cost_less_in_the_transformer_only():
     config = tiny()
-    full, half = forward_flops(config, Kept(36, 36**2)), forward_flops(config, Kept(18, 18**2))
+    full, half = (
+        forward_flops(architecture(config), TokenCounts(36, 36**2)),
+        forward_flops(architecture(config), TokenCounts(18, 18**2)),
+    )
     assert {name for name in full if full[name] != half[name]} == {"blocks", "attention"}
     assert half["attention"] == full["attention"] / 4
 
@@ -116,7 +120,7 @@ def test_every_component_of_the_paper_sizes_against_the_counter(size, smooth_on_
             FlopCounterMode(display=False, custom_mapping={ATTEND: attention_products}) as counter,
         ):
             model(*arguments, tokens=tokens)
-    ours = forward_flops(config, Kept(tokens, tokens**2))
+    ours = forward_flops(architecture(config), TokenCounts(tokens, tokens**2))
     parts = {name: sum(operations.values()) / batch for name, operations in counter.get_flop_counts().items()}
     for name in ("encoder", "decoder", "router", "residual_proj", "final_layer", "dechunk"):
         assert ours[name] == parts[f"DCDiT.{name}"], name

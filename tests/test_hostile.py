@@ -28,10 +28,11 @@ from config import Config, UserError, config_from_dict, load_config, to_dict
 from data.autoencoder import Autoencoder
 from data.features import open_features
 from evaluation import image_sets
-from evaluation.generate import load_run
 from evaluation.image_sets import open_source
-from models import build_model, convert
-from training.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from models import build_model
+from sampling.generate import load_trained
+from weights import convert
+from weights.checkpoint import load_checkpoint, save_checkpoint, save_weights
 
 QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 CANARY = "executed"
@@ -110,7 +111,7 @@ def test_no_checkpoint_executes_code(tmp_path_factory, number, wrapping, layout,
     if layout == "deflated":
         squeeze(file)
     assert "is not a " in one_line(load_checkpoint, file) and "checkpoint of this repository" in one_line(
-        load_run, file
+        load_trained, file
     )
     assert os.listdir(folder) == [file.name]
 
@@ -150,7 +151,7 @@ def test_no_checkpoint_of_plain_nonsense_gets_through(tmp_path_factory, content,
             d_model=[32, 32], num_heads=[2, 2], arch_layout=["c1", ["D1"], "c1"]
         )
     torch.save(content, file)
-    one_line(load_run, file)
+    one_line(load_trained, file)
 
 
 @settings(max_examples=60, **QUIET)
@@ -168,7 +169,7 @@ def test_no_metadata_of_a_weights_file_are_believed(tmp_path_factory, content, t
         content = {"format": 1, "step": 1, "config": to_dict(Config()), **content}
     metadata = {"checkpoint": json.dumps(content) if text is None else text}
     safetensors.torch.save_file({"w": torch.zeros(1)}, file, metadata)
-    one_line(load_run, file)
+    one_line(load_trained, file)
     one_line(convert.main, [str(file), str(file.with_name("out.pt"))])
     assert os.listdir(file.parent) == [file.name]
 

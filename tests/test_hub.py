@@ -12,19 +12,19 @@ from data.autoencoder import Autoencoder
 from data.features import open_features
 from diffusion import create_diffusion
 from diffusion.samplers import SAMPLERS
-from evaluation import hub
-from evaluation.generate import (
+from models import build_model
+from sampling import hub
+from sampling.generate import (
     SamplingOptions,
     Watched,
     check_autoencoder,
     fingerprint,
     generate_images,
     guided_denoiser,
-    load_run,
+    load_trained,
 )
-from evaluation.pipeline import DCDiTPipeline
-from models import build_model
-from training.checkpoint import save_checkpoint
+from sampling.pipeline import DCDiTPipeline
+from weights.checkpoint import save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +66,14 @@ def test_folder(checkpoint, tmp_path, capsys):
         "model.safetensors",
         "vae",
     ]
-    again = hub.Pretrained.from_pretrained(folder).run
-    run = load_run(checkpoint)
+    again = hub.Pretrained.from_pretrained(folder).trained
+    run = load_trained(checkpoint)
     assert again.fingerprint == run.fingerprint and again.config == run.config and again.step == 5
     assert again.autoencoder.sha256 == run.autoencoder.sha256 and again.autoencoder.name == str(
         folder / "vae"
     )
     assert json.loads((folder / "config.json").read_text()) == to_dict(run.config)
-    images = [generate_images(load_run(source), [0, 1], OPTIONS) for source in (checkpoint, folder)]
+    images = [generate_images(load_trained(source), [0, 1], OPTIONS) for source in (checkpoint, folder)]
     assert torch.equal(*images) and images[0].float().std() > 1
 
     card = ModelCard.load(folder / "README.md")
@@ -101,13 +101,13 @@ def test_push(checkpoint, monkeypatch):
     created = type("Created", (), {"repo_id": "me/dc-dit"})
     monkeypatch.setattr(HfApi, "create_repo", lambda self, **options: created)
     monkeypatch.setattr(HfApi, "upload_folder", upload)
-    assert hub.Pretrained(load_run(checkpoint)).push_to_hub("me/dc-dit") == "uploaded to me/dc-dit"
+    assert hub.Pretrained(load_trained(checkpoint)).push_to_hub("me/dc-dit") == "uploaded to me/dc-dit"
     assert seen["names"] == {"README.md", "config.json", "model.safetensors", "vae"}
 
 
 def test_an_autoencoder_of_the_hub_is_not_copied(checkpoint, tmp_path):
     """Nor is that of an earlier export into the same folder left there, nor its model card."""
-    run = load_run(checkpoint)
+    run = load_trained(checkpoint)
     hub.Pretrained(run).save_pretrained(tmp_path)
     assert "after 5 steps" in (tmp_path / "README.md").read_text()
     run.autoencoder.name = "ema"
@@ -118,7 +118,7 @@ def test_an_autoencoder_of_the_hub_is_not_copied(checkpoint, tmp_path):
 @pytest.mark.parametrize("scale, drop, steps", [(1.0, 0.0, 4), (2.0, 0.5, 7)])
 def test_the_pipeline_samples_what_our_sampler_does(checkpoint, scale, drop, steps):
     """DDPM with learned variances on the same noise: the same pictures, and the same tokens kept."""
-    run, labels = load_run(checkpoint), [0, 1, 2]
+    run, labels = load_trained(checkpoint), [0, 1, 2]
     output = DCDiTPipeline(run)(labels, scale, drop, steps, torch.Generator().manual_seed(3))
 
     generator = torch.Generator().manual_seed(3)
@@ -170,7 +170,7 @@ def test_other_schedulers(checkpoint):
         {"class_labels": [3]},
     ):
         with pytest.raises(UserError):
-            DCDiTPipeline(pipe.run)(**{"class_labels": [0], **mistake})
+            DCDiTPipeline(pipe.trained)(**{"class_labels": [0], **mistake})
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def backends():
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_every_way_of_sampling_sets_tf32_as_the_configuration_asks(checkpoint, asked, backends):
-    run = load_run(checkpoint)
+    run = load_trained(checkpoint)
     run.config.model.hnet.fp32_router_dechunk = "tf32" if asked else True
     for sample in (
         lambda: DCDiTPipeline(run)([0], num_inference_steps=1),
@@ -198,7 +198,7 @@ def test_every_way_of_sampling_sets_tf32_as_the_configuration_asks(checkpoint, a
 
 
 def test_a_kernel_for_gpus_is_refused_on_the_cpu(checkpoint):
-    run = load_run(checkpoint)
+    run = load_trained(checkpoint)
     run.config.model.attention = "varlen"
     for sample in (lambda: DCDiTPipeline(run)([0]), lambda: generate_images(run, [0], OPTIONS)):
         with pytest.raises(UserError, match="model.attention: "):
@@ -207,7 +207,9 @@ def test_a_kernel_for_gpus_is_refused_on_the_cpu(checkpoint):
 
 def test_the_fast_solver_samples(checkpoint):
     images = generate_images(
-        load_run(checkpoint), [0, 1], SamplingOptions(cfg_scale=2.0, num_sampling_steps=5, sampler="dpm++")
+        load_trained(checkpoint),
+        [0, 1],
+        SamplingOptions(cfg_scale=2.0, num_sampling_steps=5, sampler="dpm++"),
     )
     assert images.shape == (2, 3, 32, 32) and images.float().std() > 1
 
@@ -221,14 +223,14 @@ def test_the_fast_solver_samples(checkpoint):
     ],
 )
 def test_what_the_configuration_makes_of_the_weights_is_in_the_fingerprint(checkpoint, change, same):
-    run = load_run(checkpoint)
+    run = load_trained(checkpoint)
     config = config_from_dict(to_dict(run.config), [change])
     assert config != run.config and (fingerprint(run.model.state_dict(), config) == run.fingerprint) == same
 
 
 def test_another_autoencoder_is_refused(checkpoint, capsys):
     """Except for the two of the hub, which share their encoder."""
-    run = load_run(checkpoint)
+    run = load_trained(checkpoint)
     known = run.autoencoder.describe() | {"sha256": "0"}
     with pytest.raises(UserError, match="has other weights than '.*tiny'"):
         check_autoencoder(run.autoencoder, known, run.config)
@@ -238,7 +240,8 @@ def test_another_autoencoder_is_refused(checkpoint, capsys):
 
 
 def test_the_autoencoder_of_the_folder_can_be_replaced(checkpoint, tiny_vae, tmp_path):
-    hub.Pretrained(load_run(checkpoint)).save_pretrained(tmp_path)
+    hub.Pretrained(load_trained(checkpoint)).save_pretrained(tmp_path)
     assert (
-        load_run(tmp_path, vae=str(tiny_vae)).autoencoder.name == Autoencoder.load(str(tiny_vae), "cpu").name
+        load_trained(tmp_path, vae=str(tiny_vae)).autoencoder.name
+        == Autoencoder.load(str(tiny_vae), "cpu").name
     )

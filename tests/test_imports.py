@@ -1,4 +1,4 @@
-"""The import direction: scripts -> {training, evaluation} -> {data, models, diffusion} -> config, read from the source."""
+"""The layers of the code, read from its import statements: every arrow points downwards."""
 
 import ast
 from pathlib import Path
@@ -6,38 +6,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("data", "models", "diffusion", "training", "evaluation", "benchmarks")
-SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"config", "schema", "cli"}
-SOURCES = sorted(
-    [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))]
+
+# From the bottom to the top. A place may import those of the rows below it, and itself.
+LAYERS = (
+    ("schema",),
+    ("config",),
+    ("cli",),
+    ("models", "diffusion", "data", "processes"),
+    ("weights",),
+    ("sampling",),
+    ("evaluation", "training"),
+    ("toy", "figures"),
+    ("extract_features", "train", "sample", "sample_ddp", "evaluate", "demo", "benchmarks"),
+    ("quickstart", "scripts"),
 )
-BUILDERS = ("models/__init__.py", "models/convert.py")
+LAYER = {place: level for level, row in enumerate(LAYERS) for place in row}
+PACKAGES = [place for place in LAYER if (ROOT / place / "__init__.py").is_file()]
+SOURCES = sorted([*ROOT.glob("*.py"), *(path for place in LAYER for path in (ROOT / place).rglob("*.py"))])
 FILES = [str(path.relative_to(ROOT)) for path in SOURCES]
 
-PICTURES = tuple(
-    f"evaluation/{name}.py" for name in ("charts", "chunk_maps", "elastic_grid", "pareto_figure")
-)  # slow import
-
-# What each place may import besides itself; `cli` is below the scripts, and for any module that can be run as a command.
-MAY_IMPORT = {
-    "schema": set(),
-    "config": {"schema"},
-    "cli": {"config", "models"},
-    "data": {"config"},
-    "models": {"config"},
-    "diffusion": set(),
-    "training": {"config", "data", "models", "diffusion"},
-    "evaluation": {"config", "data", "models", "diffusion", "training"},
-    "benchmarks": {"config", "cli", "data", "models", "diffusion", "training", "evaluation"},
-    "script": {"config", "cli", *PACKAGES},
-}
-ALSO = {
-    "models/convert.py": {
-        "data",
-        "training",
-    },  # a command that reads and writes checkpoints; no module imports it
-    "evaluation/generate.py": {"cli"},  # sets TF32 as training does
-}
+# Only these build a network from a configuration; the other files of models/ take an Architecture or plain numbers.
+BUILDERS = ("models/__init__.py", "models/flops.py")
+# Packages that take seconds to import, and the files that may import them at once.
+SLOW = {"matplotlib": "figures/", "diffusers": ("toy/autoencoder.py", "sampling/pipeline.py")}
+OPTIONAL = {"flash_attn", "wandb", "xformers", "tensorboard", "gradio", "torch_fidelity"}
 
 
 def imports(file: str, at_module_level=False) -> set[str]:
@@ -55,63 +47,69 @@ def imports(file: str, at_module_level=False) -> set[str]:
     return names
 
 
-def tops(file: str, **options) -> set[str]:
+def places(file: str, **options) -> set[str]:
+    """First parts of the imported names."""
     return {name.split(".")[0] for name in imports(file, **options)}
 
 
+def place_of(file: str) -> str:
+    return Path(file).parts[0].removesuffix(".py")
+
+
 def test_the_reader_of_imports_sees_them():
-    assert {"cli", "models", "training"} <= tops("train.py")
-    assert "diffusers" in tops("data/autoencoder.py") and "diffusers" not in tops(
-        "data/autoencoder.py", at_module_level=True
-    )
-    assert (
-        len(FILES) > 30
-        and {"train", "sample", "sample_ddp", "evaluate", "extract_features", "quickstart"} <= SCRIPTS
-    )
+    assert {"cli", "models", "training"} <= places("train.py")
+    assert "diffusers" in places("data/autoencoder.py")
+    assert "diffusers" not in places("data/autoencoder.py", at_module_level=True)
+
+
+def test_every_file_has_a_layer():
+    tracked = {path.name.removesuffix(".py") for path in ROOT.glob("*.py")}
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert tracked | packages <= LAYER.keys()
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_direction(file):
-    place = Path(file).parts[0].removesuffix(".py")
-    allowed = MAY_IMPORT["script" if place in SCRIPTS else place] | {place}
-    if "__main__" in (ROOT / file).read_text():
-        allowed = allowed | {"cli"}
-    if place == "quickstart":
-        allowed = allowed | SCRIPTS
-    ours = {"config", "schema", "cli", *PACKAGES, *SCRIPTS}
-    assert tops(file) & ours <= allowed | ALSO.get(file, set())
-    assert "tests" not in tops(file)
+def test_imports_point_downwards(file):
+    place = place_of(file)
+    for imported in places(file) & LAYER.keys() - {place}:
+        assert LAYER[imported] < LAYER[place], f"{file} imports {imported}"
+    assert "tests" not in places(file)
 
 
 @pytest.mark.parametrize(
     "file", [file for file in FILES if file.startswith("models/") and file not in BUILDERS]
 )
-def test_layers_take_plain_numbers(file):
-    """Only build_model and the converter's command see a configuration."""
-    assert "config" not in tops(file)
+def test_networks_take_plain_values(file):
+    assert not {"config", "cli"} & places(file)
 
 
-def test_no_module_imports_the_command():
-    assert not any("models.convert" in imports(file) for file in FILES)
-
-
-def test_evaluation_knows_of_training_only_its_checkpoints():
+def test_diffusion_knows_nothing_of_the_rest():
     for file in FILES:
-        if file.startswith("evaluation/"):
-            used = {name for name in imports(file) if name.split(".")[0] == "training"}
-            assert all(name.startswith("training.checkpoint") for name in used), file
+        if file.startswith("diffusion/"):
+            assert not places(file) & LAYER.keys() - {"diffusion"}, file
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_optional_packages_are_not_needed_to_import(file):
-    """flash-attn and the trackers where they are used only; diffusers and matplotlib take seconds, so few need them."""
-    top = tops(file, at_module_level=True)
-    assert not top & {"flash_attn", "wandb", "xformers", "tensorboard", "gradio", "torch_fidelity"}
-    assert "matplotlib" not in top or file in PICTURES
-    assert "diffusers" not in top or file in ("training/autoencoder.py", "evaluation/pipeline.py")
+def test_slow_and_optional_packages_are_imported_where_they_are_used(file):
+    top = places(file, at_module_level=True)
+    assert not top & OPTIONAL
+    for package, where in SLOW.items():
+        assert package not in top or file.startswith(where)
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_file_says_what_it_is(file):
-    tree = ast.parse((ROOT / file).read_text())
-    assert ast.get_docstring(tree)
+    assert ast.get_docstring(ast.parse((ROOT / file).read_text()))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_says_in_one_line_what_lives_there(package):
+    text = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text()))
+    assert len(text.splitlines()) == 1
+
+
+def test_no_folder_holds_more_than_a_fifth():
+    lines = {file: len((ROOT / file).read_text().splitlines()) for file in FILES}
+    for package in PACKAGES:
+        own = sum(count for file, count in lines.items() if place_of(file) == package)
+        assert own <= sum(lines.values()) / 5, package

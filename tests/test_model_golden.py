@@ -10,8 +10,8 @@ from safetensors import safe_open
 from config import config_from_dict
 from diffusion.guidance import guide
 from models import build_model
-from models.foreign import from_official, official_name
 from training.losses import ratio_loss
+from weights.foreign import from_official, official_name
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [
@@ -67,7 +67,7 @@ def test_outputs_and_masks(golden):
     want = golden.tensors
     torch.testing.assert_close(out.prediction, want["out.model"], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out.routing.prob, want["out.stage0.boundary_prob"], atol=1e-6, rtol=1e-5)
-    assert torch.equal(out.routing.natural, want["out.stage0.boundary_mask_natural"].bool())
+    assert torch.equal(out.routing.boundary, want["out.stage0.boundary_mask_natural"].bool())
     assert torch.equal(out.routing.keep, want["out.stage0.boundary_mask"].bool())
     torch.testing.assert_close(ratio, want["out.ratio_loss"].squeeze(), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(loss, want["out.loss"].squeeze(), atol=1e-5, rtol=1e-5)

@@ -11,19 +11,20 @@ import pytest
 import torch
 from PIL import Image
 
-import cli
 import train
 from config import UserError, load_config, to_dict
-from data import lock, shapes
 from data.features import open_features
-from evaluation import classifier, elastic_grid, flops, generated, pareto
+from evaluation import measure
 from evaluation.extractors import load_extractor
-from evaluation.generate import SamplingOptions, draw_labels, generate, load_run
-from evaluation.generated import measure_samples
+from evaluation.measure import measure_samples
 from evaluation.metrics import Gaussian, frechet_distance
-from evaluation.pareto_figure import Curve, Mark, compare_curves, read_curves
-from models import build_model
-from training.checkpoint import save_checkpoint
+from figures import elastic_grid, pareto
+from figures.pareto import Curve, Mark, compare_curves, read_curves
+from models import architecture, build_model, flops
+from processes import group, lock
+from sampling.generate import SamplingOptions, draw_labels, generate, load_trained
+from toy import classifier, shapes
+from weights.checkpoint import save_checkpoint
 
 CPU = torch.device("cpu")
 SAMPLES, STEPS = 6, 2
@@ -32,7 +33,7 @@ SAMPLES, STEPS = 6, 2
 @pytest.fixture(scope="module", autouse=True)
 def on_one_thread_of_the_cpu():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "default_device", lambda local_rank=0: CPU)
+        patch.setattr(group, "default_device", lambda local_rank=0: CPU)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         yield
@@ -112,7 +113,7 @@ def test_table_of_points(place, tiny_extractor, tmp_path, monkeypatch, capsys):
         assert 0 <= float(row["precision"]) <= 1 and 0 <= float(row["class_accuracy"]) <= 1
 
     with monkeypatch.context() as patch:
-        patch.setattr(generated, "generate", None)
+        patch.setattr(measure, "generate", None)
         pareto.main(argv)
     assert read(tmp_path) == rows
     table = (tmp_path / "pareto.csv").read_text().splitlines(keepends=True)
@@ -129,7 +130,7 @@ def test_a_point_is_what_sampling_and_comparing_give(place, tiny_extractor, tmp_
         )
     )
     (row,) = read(tmp_path)
-    run = load_run(place / "a.pt")
+    run = load_trained(place / "a.pt")
     labels = draw_labels(0, list(range(SAMPLES)), 3)
     options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=STEPS, tail_dropping_fraction=0.5)
     batches = list(generate(run, list(range(SAMPLES)), labels, options, batch_size=4))
@@ -169,8 +170,8 @@ def test_a_static_model_is_one_point_per_scale(place, tiny_extractor, tmp_path, 
         ("static", "1.0", "0.0", ""),
         ("static", "2.0", "0.0", ""),
     ]
-    config = load_run(place / "static.pt").config
-    forward = sum(flops.forward_flops(config, flops.Kept(16, 16**2)).values()) / 1e12  # 4 x 4 patches
+    config = load_trained(place / "static.pt").config
+    forward = flops.total_flops(architecture(config), flops.TokenCounts(16, 16**2)) / 1e12  # 4 x 4 patches
     for row, branches in zip(static, (1, 2)):
         assert float(row["kept_share"]) == 1
         assert float(row["tflop_per_image"]) == pytest.approx(branches * STEPS * forward, rel=1e-6)
@@ -179,7 +180,7 @@ def test_a_static_model_is_one_point_per_scale(place, tiny_extractor, tmp_path, 
 
 
 def test_samples_do_not_depend_on_the_processes(place, tiny_extractor, tmp_path):
-    run, extractor = load_run(place / "a.pt"), load_extractor(str(tiny_extractor), None, CPU)
+    run, extractor = load_trained(place / "a.pt"), load_extractor(str(tiny_extractor), None, CPU)
     options, labels = SamplingOptions(num_sampling_steps=STEPS), [0, 1, 2, 0, 1, 2, 0]
     one = measure_samples(run, options, labels, extractor, tmp_path / "one", 2)
     for rank in (1, 0):
@@ -306,7 +307,7 @@ def test_evaluation_during_training(tiny_config, tiny_extractor, place, tmp_path
     train.main(argv)
     assert (tmp_path / "run" / "evaluation.jsonl").read_text() == lines
 
-    run = load_run(
+    run = load_trained(
         tmp_path / "run" / "checkpoints" / "0000008.pt"
     )  # the last row is that of the EMA in the last checkpoint
     options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=STEPS, sampler="ddim")
@@ -328,7 +329,7 @@ def test_evaluation_during_training_on_two_processes(run, tiny_extractor, place,
     assert codes == [0, 0], printed
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
     trained, labels = (
-        load_run(tmp_path / "run" / "checkpoints" / "0000008.pt"),
+        load_trained(tmp_path / "run" / "checkpoints" / "0000008.pt"),
         draw_labels(0, list(range(SAMPLES)), 3),
     )
     options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=STEPS, sampler="ddim")

@@ -15,13 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-import cli
 import sample
 import sample_ddp
 from config import load_config
-from evaluation.accounting import image_tflop
-from evaluation.generate import SamplingOptions, draw_labels, generate, load_run, settle_budgets
 from models import build_model
+from processes import group
+from sampling.accounting import image_tflop
+from sampling.generate import SamplingOptions, draw_labels, generate, load_trained, settle_budgets
 from training import schedules
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 def on_one_thread_of_the_cpu():
     """What runs in this process computes exactly like the subprocesses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "default_device", lambda local_rank=0: torch.device("cpu"))
+        patch.setattr(group, "default_device", lambda local_rank=0: torch.device("cpu"))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         yield
@@ -352,7 +352,7 @@ def test_sample_without_pictures_of_the_chunking(trained, tmp_path, tiny_config)
 
 def test_a_sample_is_a_function_of_seed_and_number(trained):
     """Not of the batch it is in; budgets are compared on the same noise; the routing that is shown is the conditional one."""
-    run = load_run(newest(trained))
+    run = load_trained(newest(trained))
     options = SamplingOptions(num_sampling_steps=3, cfg_scale=2.0, seed=5)
     labels = draw_labels(5, list(range(5)), 3)
 
@@ -380,7 +380,7 @@ def test_a_sample_is_a_function_of_seed_and_number(trained):
 
 def test_budgets_change_the_kept_tokens(trained):
     """A dropped share for both branches, and with Lite-CFG one of its own for the unconditional branch."""
-    run = load_run(newest(trained))
+    run = load_trained(newest(trained))
     run.model.router.residual_scorer[-1].bias.data.fill_(20.0)  # keep all 64 tokens
 
     def kept(**changes):
@@ -396,7 +396,7 @@ def test_budgets_change_the_kept_tokens(trained):
 
 def test_budgets_in_every_unit(trained, tmp_path, capsys):
     """Token budgets are exact, a schedule follows t, branches may differ in kind, an interval leaves one out."""
-    run = load_run(newest(trained))
+    run = load_trained(newest(trained))
     run.model.router.residual_scorer[-1].bias.data.fill_(20.0)  # keep all 64 tokens
 
     def kept(**changes):
@@ -418,7 +418,7 @@ def test_budgets_in_every_unit(trained, tmp_path, capsys):
 
 def test_a_limit_on_the_cost(trained):
     """Where the router keeps every token whatever it sees, the prediction is exact."""
-    run = load_run(newest(trained))
+    run = load_trained(newest(trained))
     run.model.router.residual_scorer[-1].bias.data.fill_(20.0)
 
     def cost(**changes):
@@ -543,7 +543,7 @@ def test_balanced_labels(trained, tmp_path):
 def test_a_moved_run_still_samples(trained, tiny_vae, tmp_path):
     """A checkpoint is one file that knows its configuration; only the autoencoder must be found."""
     shutil.copy(newest(trained), tmp_path / "model.pt")
-    run = load_run(tmp_path / "model.pt", vae=str(tiny_vae))
+    run = load_trained(tmp_path / "model.pt", vae=str(tiny_vae))
     assert run.step == STEPS and run.class_names == ["a", "b", "c"] and not run.model.training
     state = torch.load(newest(trained), weights_only=True)
     assert all(torch.equal(value, state["ema"][name]) for name, value in run.model.state_dict().items())

@@ -17,13 +17,12 @@ import extract_features
 import sample_ddp
 import train
 from config import UserError
-from data import lock
 from data.features import FeatureStore
-from data.lock import FolderLock
-from training import watch
+from processes import lock, watch
+from processes.lock import FolderLock
 from training.batches import Samples
-from training.checkpoint import load_checkpoint
 from training.trainer import Trainer
+from weights.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
@@ -215,9 +214,7 @@ def test_extraction_does_not_wait_for_a_lost_process(tiny_images, tiny_vae, tmp_
     assert "error: process 1 on " in (tmp_path / "printed").read_text()
 
 
-SCRIPT = (
-    "import os, time, cli; cli.follow_launcher(); print('started', os.getpid(), flush=True); time.sleep(60)"
-)
+SCRIPT = "import os, time; from processes import group; group.follow_launcher(); print('started', os.getpid(), flush=True); time.sleep(60)"
 
 
 def test_processes_end_with_their_launcher(tmp_path):
@@ -240,7 +237,7 @@ def test_processes_end_with_their_launcher(tmp_path):
     launcher.wait()
     processes = [int(line.split()[1]) for line in read().splitlines() if line.startswith("started ")]
     wait_until(lambda: not any(is_alive(process) for process in processes), 20)
-    assert read().count("error: the launcher is gone; run the same command again to go on") == 2
+    assert read().count("error: the launcher is gone; run the same command again to resume") == 2
 
 
 def wait_until(happened, seconds: float) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 import cli
 from config import config_from_dict, to_dict
-from evaluation import arguments
+from sampling import arguments
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

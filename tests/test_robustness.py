@@ -24,10 +24,10 @@ import sample_ddp
 import train
 from config import load_config
 from data import files
-from training import checkpoint
-from training.checkpoint import list_checkpoints, load_checkpoint
 from training.guard import FiniteGuard, poison
 from training.trainer import Trainer
+from weights import checkpoint
+from weights.checkpoint import list_checkpoints, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 

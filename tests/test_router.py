@@ -128,7 +128,7 @@ def test_a_probability_of_one_half_is_not_kept():
     torch.nn.init.constant_(last.bias, 0.0)
     routing = router(torch.randn(1, 32, 4, 4))
     assert (routing.prob[0, 1:-1] == 0.5).all()
-    assert routing.natural[0].nonzero().flatten().tolist() == [0, 15]
+    assert routing.boundary[0].nonzero().flatten().tolist() == [0, 15]
 
 
 def test_no_gradient_at_the_forced_ends():

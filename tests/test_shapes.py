@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from config import UserError
-from data import shapes
 from data.streams import rng
+from toy import shapes
 
 
 def test_image_is_a_function_of_seed_and_index():

@@ -10,12 +10,13 @@ import torch
 
 from config import TrainingConfig, UserError, config_from_dict, load_config, to_dict
 from models.types import Routing
-from training import checkpoint, schedules
+from training import schedules
 from training.batches import Order, Samples, collate, make_loader
-from training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from training.losses import ratio_loss
 from training.tracking import Averages, RunLog, kept_fractions
 from training.trainer import total_steps
+from weights import checkpoint
+from weights.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
 # -------------------------------------------------------------------------------------------------------------- batches
 

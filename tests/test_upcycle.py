@@ -11,9 +11,9 @@ import train
 from config import UserError, config_from_dict, load_config
 from models import build_model
 from models.embeddings import sincos_positions
-from training.checkpoint import list_checkpoints, load_checkpoint
 from training.trainer import parameter_groups
-from training.upcycle import embed_in_3x3, upcycle
+from weights.checkpoint import list_checkpoints, load_checkpoint
+from weights.upcycle import embed_in_3x3, upcycle
 
 WIDTH, SIDE = 64, 8
 
@@ -110,7 +110,7 @@ def test_the_balanced_router_keeps_one_in_n(factor):
     x = torch.cat(
         [torch.randn(32, 4, SIDE, SIDE), 5 * torch.rand(32, 4, 1, 1) + torch.randn(32, 4, SIDE, SIDE)]
     )
-    kept = model(x, torch.arange(64) * 15, torch.arange(64) % 5).routing.natural[:, 1:-1].float().mean()
+    kept = model(x, torch.arange(64) * 15, torch.arange(64) % 5).routing.boundary[:, 1:-1].float().mean()
     assert 0.5 / factor < kept < 1.8 / factor
 
 

@@ -19,6 +19,6 @@ def ratio_loss(routing: Routing, downsample_factor: float, group_size: int | Non
     """
     n = downsample_factor
     groups = 1 if group_size is None else len(routing.prob) // group_size
-    kept = routing.natural.float().view(groups, -1).mean(1)
+    kept = routing.boundary.float().view(groups, -1).mean(1)
     prob = routing.prob.view(groups, -1).mean(1)
     return (n / (n - 1) * ((n - 1) * kept * prob + (1 - kept) * (1 - prob))).mean()

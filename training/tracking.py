@@ -88,7 +88,7 @@ def _statistics(total: float, squares: float, least: float, most: float, count: 
 
 def kept_fractions(routing: Routing) -> dict[str, Tensor]:
     """Share of tokens kept per sample (B,): by the network's own decision, and after tail dropping."""
-    return {"kept_natural": routing.natural.float().mean(1), "kept_effective": routing.keep.float().mean(1)}
+    return {"kept_natural": routing.boundary.float().mean(1), "kept_effective": routing.keep.float().mean(1)}
 
 
 class RunLog:

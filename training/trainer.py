@@ -1,9 +1,12 @@
 """The training loop: micro-steps, optimizer steps, EMA, logging, checkpoints. `Trainer.train` is the place to start reading."""
 
 import contextlib
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,19 +16,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config, to_dict, validate_processes
+from data.autoencoder import hash_weights
 from data.features import FeatureStore
 from diffusion import create_diffusion
 from models import build_model, compile_parts
+from processes.agreement import check_agreement
+from processes.sharding import forward, is_sharded, shard_state, whole, whole_tensor
+from processes.stop import StopRequest
+from processes.watch import ProcessWatch
 from training import schedules
-from training.agreement import check_agreement
 from training.batches import Batch, Order, Samples, make_loader, next_batch
-from training.checkpoint import list_checkpoints, save_checkpoint
 from training.guard import FiniteGuard, poison
 from training.losses import ratio_loss
-from training.sharding import forward, is_sharded, shard_state, whole, whole_tensor
-from training.stop import StopRequest
 from training.tracking import Averages, RunLog, kept_fractions
-from training.watch import ProcessWatch
+from weights.checkpoint import list_checkpoints, save_checkpoint
 
 
 class Trainer:
@@ -93,7 +97,8 @@ class Trainer:
             model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
         self.step = state["step"] if state is not None else 0
-        check_agreement(self.accelerator, self.config, self.store, self.step, model, self.ema.module)
+        facts = starting_facts(self.config, self.store, self.step, model, self.ema.module)
+        check_agreement(self.accelerator, facts)
         if training.compile:
             compile_parts(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -324,6 +329,22 @@ SUMMARY = (
     "loss", "diffusion_loss", "ratio_loss", "grad_norm", "kept_natural_mean", "kept_effective_mean", "tflop_per_image",
     "steps_per_sec", "images_per_sec", "model_flop_utilisation",
 )  # fmt: skip
+
+
+def starting_facts(
+    config: Config, store: FeatureStore, step: int, *models: torch.nn.Module
+) -> dict[str, Any]:
+    """What all processes of a run must agree on before the first step.
+
+    Of the features these are the hashes in the manifest (of file names and labels in the official layout), not those
+    of the bytes on each machine's disk, which `python -m data.features --verify` reads.
+    """
+    return {
+        "configuration": hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest(),
+        "features": store.fingerprint(),
+        "step": step,
+        "weights": [hash_weights(model) for model in models],
+    }
 
 
 def parameter_groups(model: torch.nn.Module, lr_scales: dict[str, float]) -> list[dict]:

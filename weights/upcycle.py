@@ -15,7 +15,7 @@ from models.dc_dit import DCDiT
 from models.dit import DiT
 from models.embeddings import sincos_positions
 from models.init import zero_layers
-from training.checkpoint import load_checkpoint
+from weights.checkpoint import load_checkpoint
 
 # What a DiT and the DC-DiT made of it have in common.
 SHARED = ("model.hnet.d_model", "model.hnet.num_heads", "model.mlp_ratio", "model.timestep_divisor", "training.learn_sigma",

@@ -1,6 +1,6 @@
 """Pictures of what a sampling run cost, from the summary.json that sample.py or sample_ddp.py wrote.
 
-    python -m evaluation.charts quickstart/summary.json
+    python -m figures.cost quickstart/summary.json
 
 writes kept_tokens.png, cost_by_component.png and kept_by_class.png beside it, or beside the folder of sample_ddp.py's samples.
 """
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 import cli
 from config import UserError
 from data.files import write_file
-from evaluation.accounting import BRANCHES
+from sampling.accounting import BRANCHES
 
 SMALL = {"font.size": 8}
 COLOURS = dict(zip(BRANCHES, ("tab:blue", "tab:orange")))

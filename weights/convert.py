@@ -1,10 +1,10 @@
 """Foreign weights -> ours, and ours between `.pt` and `.safetensors`; nothing in a file is ever executed.
 
-    python -m models.convert DiT-XL-2-256x256.pt DiT-XL-2.safetensors       official DiT
-    python -m models.convert DiT-XL-2-256/ DiT-XL-2.safetensors             diffusers DiTTransformer2DModel
-    python -m models.convert official/0400000.pt DC-DiT.safetensors         official DC-DiT
-    python -m models.convert results/B-N4/checkpoints/0400000.pt B-N4.safetensors
-    python -m models.convert B-N4.safetensors B-N4.pt                       and back
+    python -m weights.convert DiT-XL-2-256x256.pt DiT-XL-2.safetensors       official DiT
+    python -m weights.convert DiT-XL-2-256/ DiT-XL-2.safetensors             diffusers DiTTransformer2DModel
+    python -m weights.convert official/0400000.pt DC-DiT.safetensors         official DC-DiT
+    python -m weights.convert results/B-N4/checkpoints/0400000.pt B-N4.safetensors
+    python -m weights.convert B-N4.safetensors B-N4.pt                       and back
 
 What it writes is what `--ckpt` of the samplers and `training.init_from` read.
 """
@@ -22,9 +22,9 @@ import cli
 from config import Config, UserError, config_from_dict, load_config, to_dict
 from data.files import write_file
 from models import build_model
-from models.foreign import DIFFUSERS_DIVISOR, dit_config, from_diffusers, from_official
-from models.untrusted import Refused, read_untrusted
-from training.checkpoint import FORMAT, PLAIN_DATA, damage, load_checkpoint, save_weights
+from weights.checkpoint import FORMAT, PLAIN_DATA, damage, load_checkpoint, save_weights
+from weights.foreign import DIFFUSERS_DIVISOR, dit_config, from_diffusers, from_official
+from weights.untrusted import Refused, read_untrusted
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 

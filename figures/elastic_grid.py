@@ -1,6 +1,6 @@
 """The same samples at several budgets side by side, each column with its cost.
 
-    python -m evaluation.elastic_grid --ckpt quickstart/run/checkpoints/0001400.pt --cfg-scale 2 --fractions 0 0.3 0.6 0.9
+    python -m figures.elastic_grid --ckpt quickstart/run/checkpoints/0001400.pt --cfg-scale 2 --fractions 0 0.3 0.6 0.9
 
 writes elastic_grid.png: a row per sample, a column per dropped fraction, TFLOP per image above it.
 """
@@ -14,16 +14,18 @@ from tqdm import tqdm
 
 import cli
 from config import UserError
-from evaluation.accounting import image_tflop
-from evaluation.arguments import add_sampling_arguments, load_run_from, sampling_options
-from evaluation.budgets import UNITS
-from evaluation.charts import SMALL, save_figure
-from evaluation.generate import Batch, check_labels, generate
+from figures.cost import SMALL, save_figure
+from models import describe
+from processes import group
+from sampling.accounting import image_tflop
+from sampling.arguments import add_sampling_arguments, load_trained_from, sampling_options
+from sampling.budgets import UNITS
+from sampling.generate import SampledBatch, check_labels, generate
 
 
 @rc_context(SMALL)
 def draw_grid(
-    fractions: list[float], batches: list[Batch], tflop: list[float], names: list[str], path: Path
+    fractions: list[float], batches: list[SampledBatch], tflop: list[float], names: list[str], path: Path
 ) -> None:
     """One column per fraction: its batch, and its mean TFLOP per image above; one row per sample, named at the left."""
     rows = len(names)
@@ -57,11 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     cli.check_output_file("--output", args.output)
-    device = cli.default_device()
+    device = group.default_device()
     options = sampling_options(args, device)
     if any(getattr(options, unit) is not None for unit in UNITS):
         raise UserError("--fractions: are the budgets of the columns; leave the other budget out")
-    run = load_run_from(args, device)
+    run = load_trained_from(args, device)
     labels = args.classes or list(range(min(4, run.config.data.num_classes)))
     check_labels(labels, run.config)
     columns = [dataclasses.replace(options, tail_dropping_fraction=fraction) for fraction in args.fractions]
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         column.check(run.config)
     if args.dry_run:
         print(
-            f"{cli.describe(run.config)}\nsamples       {len(labels)} of classes {labels} at {args.fractions} dropped"
+            f"{describe(run.config)}\nsamples       {len(labels)} of classes {labels} at {args.fractions} dropped"
         )
         return
     index, batches = list(range(len(labels))), []

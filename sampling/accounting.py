@@ -14,12 +14,12 @@ from torch import Tensor
 
 from config import Config
 from data.files import write_file
-from evaluation import flops
+from models import architecture, flops
 
 BRANCHES = ("conditional", "unconditional")
 
 
-class Kept(NamedTuple):
+class StepCounts(NamedTuple):
     """Kept tokens of one step."""
 
     t: int
@@ -34,7 +34,7 @@ class Seconds(NamedTuple):
     decoding: float  # the autoencoder
 
 
-def stack_kept(kept: Sequence[Kept]) -> np.ndarray:
+def stack_kept(kept: Sequence[StepCounts]) -> np.ndarray:
     """One batch's record as an array (B, steps, 2) int32, the branches last; 0 where a branch was not computed."""
     nothing = torch.zeros_like(kept[0].conditional)
     rows = [
@@ -57,14 +57,15 @@ def image_flops(config: Config, counts: np.ndarray) -> dict[str, dict[str, np.nd
     for branch, own in zip(BRANCHES, np.moveaxis(counts, 2, 0).astype(np.float64)):
         computed = (own > 0).sum(1)  # (B,) steps
         if computed.any():
-            mean = flops.Kept(own.sum(1) / computed, (own**2).sum(1) / computed)
+            mean = flops.TokenCounts(own.sum(1) / computed, (own**2).sum(1) / computed)
             result[branch] = {
-                name: each * computed for name, each in flops.forward_flops(config, mean).items()
+                name: each * computed
+                for name, each in flops.forward_flops(architecture(config), mean).items()
             }
     return result
 
 
-def image_tflop(config: Config, kept: Sequence[Kept]) -> np.ndarray:
+def image_tflop(config: Config, kept: Sequence[StepCounts]) -> np.ndarray:
     """TFLOP of each image of a batch over all steps and branches, the autoencoder aside: (B,)."""
     parts = image_flops(config, stack_kept(kept))
     return sum(value for components in parts.values() for value in components.values()) / 1e12
@@ -161,7 +162,7 @@ def report(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def save_record(kept: Sequence[Kept], seconds: Seconds, path: Path) -> None:
+def save_record(kept: Sequence[StepCounts], seconds: Seconds, path: Path) -> None:
     """One batch's kept tokens and time as a file."""
     arrays = {"t": [step.t for step in kept], "counts": stack_kept(kept), "seconds": seconds}
     write_file(path, lambda stream: np.savez_compressed(stream, **arrays), durable=False)

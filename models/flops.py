@@ -1,6 +1,6 @@
 """Closed-form FLOPs of one forward pass, per component, and a table of them for a configuration, with no weights.
 
-    python -m evaluation.flops --config configs/DCDiT-B-N4.yaml
+    python -m models.flops --config configs/DCDiT-B-N4.yaml
 
 Convention: 2 per multiply-add; convolutions, matrix products and linear layers only (no norms, activations or additions);
 attention scores and values at 2 * 2 * D per token pair plus 3 per head and pair for the softmax; every sample's own token
@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cli
-from config import Config, UserError, downsample_factors, load_config, parse_layout
+from config import Config, UserError, downsample_factors, load_config
+from models import architecture, describe
+from models.blocks import block_ratios
+from models.types import Architecture
 
 # Dense half-precision peak of one GPU in FLOP/s, from the makers' data sheets; the longest name that is part of the device's.
 HALF_PRECISION_PEAKS = {
@@ -28,51 +31,51 @@ STABLE_DIFFUSION = {
 }  # fmt: skip
 
 
-class Kept(NamedTuple):
-    """Kept tokens per image: the mean count, and the mean squared count, which attention grows with. Numbers or arrays."""
+class TokenCounts(NamedTuple):
+    """Kept tokens per image: the mean, and the mean square, with which attention grows. Numbers or arrays."""
 
-    count: float
-    squared: float
+    mean: float
+    mean_square: float
 
 
-def forward_flops(config: Config, kept: Kept) -> dict[str, float]:
+def total_flops(network: Architecture, kept: TokenCounts) -> float:
+    """FLOPs per image and forward pass of the whole network, the autoencoder aside."""
+    return sum(forward_flops(network, kept).values())
+
+
+def forward_flops(network: Architecture, kept: TokenCounts) -> dict[str, float]:
     """FLOPs per image and forward pass by component; their sum is the whole network, the autoencoder aside.
 
     A static DiT computes all its tokens: `kept` does not matter there.
     """
-    if config.model.patch_size is not None:
-        return static_dit_flops(config)
-    layout, hnet = parse_layout(config.model.hnet.arch_layout), config.model.hnet
-    d, e, length = config.d_model, config.encoder_width, config.latent_size**2
-    channels = config.data.latent_channels
-    out = channels * (2 if config.training.learn_sigma else 1)
-    ratios = [config.model.mlp_ratio if kind == "D" else 0 for kind in layout.main_blocks]
+    if network.is_static:
+        return static_dit_flops(network)
+    d, e, length = network.width, network.conv_width, network.tokens
+    ratios = block_ratios(network)
     return {
-        "embeddings": _conv(length, channels, e, 3) + _timestep(d),
-        "encoder": _stack(length, [e] * layout.encoder_blocks + [d], d),
+        "embeddings": _conv(length, network.latent_channels, e, 3) + _timestep(d),
+        "encoder": _stack(length, [e] * network.encoder_blocks + [d], d),
         "router": _router(length, d),
         "residual_proj": 2 * length * d * d,
-        "blocks": sum(_block(d, kept.count, ratio) for ratio in ratios),
-        "attention": len(ratios) * _attention(d, hnet.num_heads[1], kept.squared),
-        "dechunk": 2 * 2 * length * config.latent_size * (d + 1),
-        "decoder": _stack(length, [d] + [e] * layout.decoder_blocks, d),
-        "final_layer": _final_layer(length, e, out, d),
+        "blocks": sum(_block(d, kept.mean, ratio) for ratio in ratios),
+        "attention": len(ratios) * _attention(d, network.heads, kept.mean_square),
+        "dechunk": 2 * 2 * length * network.latent_side * (d + 1),
+        "decoder": _stack(length, [d] + [e] * network.decoder_blocks, d),
+        "final_layer": _final_layer(length, e, network.out_channels, d),
     }
 
 
-def static_dit_flops(config: Config) -> dict[str, float]:
+def static_dit_flops(network: Architecture) -> dict[str, float]:
     """FLOPs per image and forward pass of a static DiT (arXiv 2212.09748), by component.
 
     The published multiply-adds are half of this without the softmax, plus one per element and LayerNorm.
     """
-    model, kinds = config.model, parse_layout(config.model.hnet.arch_layout).main_blocks
-    d, tokens, channels = config.d_model, config.tokens, config.data.latent_channels
-    out = channels * (2 if config.training.learn_sigma else 1)
+    d, tokens, ratios = network.width, network.tokens, block_ratios(network)
     return {
-        "embeddings": _conv(tokens, channels, d, model.patch_size) + _timestep(d),
-        "blocks": sum(_block(d, tokens, model.mlp_ratio if kind == "D" else 0) for kind in kinds),
-        "attention": len(kinds) * _attention(d, model.hnet.num_heads[1], tokens**2),
-        "final_layer": _final_layer(tokens, d, out * model.patch_size**2, d),
+        "embeddings": _conv(tokens, network.latent_channels, d, network.patch) + _timestep(d),
+        "blocks": sum(_block(d, tokens, ratio) for ratio in ratios),
+        "attention": len(ratios) * _attention(d, network.heads, tokens**2),
+        "final_layer": _final_layer(tokens, d, network.out_channels * network.patch**2, d),
     }
 
 
@@ -162,7 +165,7 @@ def table(config: Config, fractions: Sequence[float], natural: float, steps: int
         steps: of the sampler.
     """
     counts = [max(2, round(natural * config.tokens * (1 - fraction))) for fraction in fractions]
-    columns = [forward_flops(config, Kept(count, count**2)) for count in counts]
+    columns = [forward_flops(architecture(config), TokenCounts(count, count**2)) for count in counts]
     totals = [sum(column.values()) for column in columns]
     rows = [
         ("dropped", [f"{fraction:g}" for fraction in fractions]),
@@ -197,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-sampling-steps", type=int, default=250, help="(default: %(default)s)")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.set)
-    static = config.model.patch_size is not None
+    static = config.is_static
     if static and (args.budgets or args.kept):
         raise UserError("--budgets, --kept: a static DiT has no router and keeps every token; leave them out")
     budgets = args.budgets or ([0] if static else [0, 0.2, 0.4, 0.6])
@@ -216,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{option} {value}: is out of range; dropped fractions are in [0, 1), a share in (0, 1], steps >= 1"
             )
     if args.dry_run:
-        print(cli.describe(config))
+        print(describe(config))
         return
     decoding = sum(decoder_flops(decoder_config(config.data.vae), config.latent_size).values())
     print(

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from data.autoencoder import Autoencoder
 from diffusion.samplers import Step
-from evaluation.charts import SMALL, save_figure
+from figures.cost import SMALL, save_figure
 from models.types import Routing
 
 ROWS = ("noisy input", "boundary probability", "kept tokens")
 
 
 class Trace:
-    """Remembers some steps of the first samples; pass `observe` to evaluation.generate.
+    """Remembers some steps of the first samples; pass `observe` to sampling.generate.
 
     Args:
         steps: all steps of the sampler; `columns` of them, evenly spread and with both ends, are remembered.

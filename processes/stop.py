@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from training.watch import LONG
+from processes.watch import LONG
 
 SAME = 1.0  # seconds within which a second signal is the first one again, passed on by a launcher
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from config import Config, UserError
-from evaluation import flops
+from models import architecture, flops
 
 UNITS = ("tail_dropping_fraction", "token_budget", "tflops_per_image", "budget_schedule")
 MOST = 0.999  # fraction dropped at the lowest cost that is offered; of up to 1000 tokens this leaves the two ends
@@ -61,7 +61,7 @@ def check(options, config: Config) -> None:
     """Raise UserError for budgets out of range, two at once, one for an unconditional branch without Lite-CFG, or Lite-CFG that
     changes nothing.
     """
-    if options.lite_cfg and config.model.patch_size is not None:
+    if options.lite_cfg and config.is_static:
         raise UserError("--lite-cfg: a static DiT has no router; leave it out")
     if options.lite_cfg and all(
         getattr(options, prefix + unit) is None for prefix in ("", "uncond_") for unit in UNITS
@@ -76,7 +76,7 @@ def check(options, config: Config) -> None:
                 f"{' and '.join(flag(name) for name in given)}: are two budgets for the same tokens; give one"
             )
         for name in given:
-            if config.model.patch_size is not None:
+            if config.is_static:
                 raise UserError(
                     f"{flag(name)} {getattr(options, name)}: a static DiT has no router; leave it out"
                 )
@@ -173,7 +173,9 @@ def predict(
             return 0.0
         kept = budget.kept(natural, probe.t.expand_as(natural)).double()
         cost = sum(
-            flops.forward_flops(config, flops.Kept(kept.mean(0), kept.square().mean(0))).values()
+            flops.forward_flops(
+                architecture(config), flops.TokenCounts(kept.mean(0), kept.square().mean(0))
+            ).values()
         )  # (steps,)
         return float(np.interp(at, probe.t.flip(0), cost.flip(0)).sum()) / 1e12
 

@@ -1,6 +1,6 @@
 """A trained model as a folder for the Hugging Face hub: weights, configuration, autoencoder and model card.
 
-    python -m evaluation.hub --ckpt results/B-N4/checkpoints/0400000.pt --output hub/DC-DiT-B-N4
+    python -m sampling.hub --ckpt results/B-N4/checkpoints/0400000.pt --output hub/DC-DiT-B-N4
 
 `--push-to-hub USER/NAME` uploads the folder too. The folder is what `--ckpt` and `DCDiTPipeline.from_pretrained` take.
 """
@@ -15,9 +15,9 @@ import cli
 from config import Config, downsample_factors, to_dict, to_yaml
 from data.autoencoder import HUB_NAMES
 from data.files import write_file
-from evaluation import flops
-from evaluation.generate import Run, load_run
-from training.checkpoint import WEIGHTS, save_weights
+from models import architecture, flops
+from sampling.generate import TrainedModel, load_trained
+from weights.checkpoint import WEIGHTS, save_weights
 
 DROPPED = (0.0, 0.2, 0.4, 0.6)  # budgets on the model card
 STEPS = 250  # sampling steps of its costs
@@ -26,33 +26,34 @@ STEPS = 250  # sampling steps of its costs
 class Pretrained(
     ModelHubMixin, library_name="dc-dit", tags=["diffusion", "class-conditional-image-generation"]
 ):
-    """`from_pretrained`, `save_pretrained` and `push_to_hub` of a Run."""
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` of a TrainedModel."""
 
-    def __init__(self, run: Run):
-        self.run = run
+    def __init__(self, trained: TrainedModel):
+        self.trained = trained
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the folder, over what an earlier export left in it."""
-        run = self.run
+        trained = self.trained
         if (save_directory / WEIGHTS).is_file():
             shutil.rmtree(save_directory / "vae", ignore_errors=True)
         state = {
-            "step": run.step,
-            "config": to_dict(run.config),
-            "autoencoder": run.autoencoder.describe(),
+            "step": trained.step,
+            "config": to_dict(trained.config),
+            "autoencoder": trained.autoencoder.describe(),
             "features": None,
         }
         save_weights(
-            save_directory / WEIGHTS, {**state, "class_names": run.class_names, "ema": run.model.state_dict()}
+            save_directory / WEIGHTS,
+            {**state, "class_names": trained.class_names, "ema": trained.model.state_dict()},
         )
-        text = json.dumps(to_dict(run.config), indent=1)
+        text = json.dumps(to_dict(trained.config), indent=1)
         write_file(save_directory / "config.json", lambda stream: stream.write(text.encode()))
         write_file(
             save_directory / "README.md",
             lambda stream: stream.write(str(self.generate_model_card()).encode()),
         )
-        if run.autoencoder.name not in HUB_NAMES:  # one that only this machine has
-            run.autoencoder.model.save_pretrained(save_directory / "vae")
+        if trained.autoencoder.name not in HUB_NAMES:  # one that only this machine has
+            trained.autoencoder.model.save_pretrained(save_directory / "vae")
 
     @classmethod
     def _from_pretrained(
@@ -60,37 +61,41 @@ class Pretrained(
     ) -> "Pretrained":
         """`model_id` is a local folder, or a repository of which everything is downloaded."""
         folder = model_id if Path(model_id).is_dir() else snapshot_download(model_id, **download)
-        return cls(load_run(folder, device, vae))
+        return cls(load_trained(folder, device, vae))
 
     def generate_model_card(self, *args, **kwargs) -> ModelCard:
-        return ModelCard(model_card(self.run))
+        return ModelCard(model_card(self.trained))
 
 
-def model_card(run: Run) -> str:
+def model_card(trained: TrainedModel) -> str:
     """Markdown: what the model is, what it was trained on, what it costs at which budget, and its configuration."""
-    config, training, data = run.config, run.config.training, run.config.data
+    config, training, data = trained.config, trained.config.training, trained.config.data
     batch = training.global_batch_size * training.gradient_accumulation_steps
-    parameters = sum(p.numel() for p in run.model.parameters())
+    parameters = sum(p.numel() for p in trained.model.parameters())
     header = "library_name: dc-dit\npipeline_tag: unconditional-image-generation\ntags: [diffusion, model_hub_mixin]"
-    classes = f": {', '.join(run.class_names)}" if run.class_names and len(run.class_names) <= 20 else ""
+    classes = (
+        f": {', '.join(trained.class_names)}"
+        if trained.class_names and len(trained.class_names) <= 20
+        else ""
+    )
     return f"""---
 {header}
 ---
 # {config.model.name}
 
-Class-conditional diffusion transformer with {parameters / 1e6:.1f} M parameters, EMA weights after {run.step:,} steps.
+Class-conditional diffusion transformer with {parameters / 1e6:.1f} M parameters, EMA weights after {trained.step:,} steps.
 
 ```python
-from evaluation.pipeline import DCDiTPipeline
+from sampling.pipeline import DCDiTPipeline
 
 images = DCDiTPipeline.from_pretrained("this folder")(class_labels=[0], guidance_scale=4.0).images
 ```
 
 ## Training data
 
-{data.image_size} x {data.image_size} pixels, {data.num_classes} classes{classes}. {run.step:,} steps of {batch} images,
+{data.image_size} x {data.image_size} pixels, {data.num_classes} classes{classes}. {trained.step:,} steps of {batch} images,
 as latents of {data.latent_channels} channels and {config.latent_size} x {config.latent_size} cells.
-Autoencoder: `{Path(run.autoencoder.name).name}`, SHA-256 of its weights `{run.autoencoder.sha256[:16]}`.
+Autoencoder: `{Path(trained.autoencoder.name).name}`, SHA-256 of its weights `{trained.autoencoder.sha256[:16]}`.
 
 ## Budgets and cost
 
@@ -106,8 +111,8 @@ Autoencoder: `{Path(run.autoencoder.name).name}`, SHA-256 of its weights `{run.a
 def cost_table(config: Config) -> str:
     """Markdown table of the cost at nominal kept shares."""
     tokens, share = config.tokens, 1.0
-    dropped = (0.0,) if config.model.patch_size is not None else DROPPED
-    if config.model.patch_size is None:
+    dropped = (0.0,) if config.is_static else DROPPED
+    if not config.is_static:
         share = 1 / downsample_factors(config.training.downsample_factor)
     rows = [
         f"| kept tokens dropped | tokens of {tokens} | GFLOP per forward pass | TFLOP per image, {STEPS} steps |",
@@ -115,7 +120,7 @@ def cost_table(config: Config) -> str:
     ]
     for fraction in dropped:
         count = tokens * share * (1 - fraction)
-        cost = sum(flops.forward_flops(config, flops.Kept(count, count**2)).values())
+        cost = flops.total_flops(architecture(config), flops.TokenCounts(count, count**2))
         rows.append(f"| {fraction:.0%} | {count:.0f} | {cost / 1e9:.4g} | {cost * STEPS / 1e12:.4g} |")
     return "\n".join(
         [
@@ -136,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload it to this repository as well")
     args = parser.parse_args(argv)
     cli.check_output("--output", args.output)
-    model = Pretrained(load_run(args.ckpt, "cpu", args.vae))
+    model = Pretrained(load_trained(args.ckpt, "cpu", args.vae))
     model.save_pretrained(args.output)
     print(f"{args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
     if args.push_to_hub:

@@ -1,6 +1,6 @@
 """A small classifier of an image folder as feature extractor, for data sets where Inception means little.
 
-    python -m evaluation.classifier --images quickstart/images --output quickstart/classifier.pt --image-size 48
+    python -m toy.classifier --images quickstart/images --output quickstart/classifier.pt --image-size 48
 
 trains in a minute on a CPU and writes a TorchScript file for `evaluate.py --features`: its features are channel means of every
 stage, and its logits give the class accuracy of conditional samples.

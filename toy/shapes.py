@@ -1,6 +1,6 @@
 """The embedded data set: textured objects on smooth backgrounds, drawn by formula, nothing to download.
 
-    python -m data.shapes --output DIR --image-size 64 --num-images 4096 --seed 0 --start 0
+    python -m toy.shapes --output DIR --image-size 64 --num-images 4096 --seed 0 --start 0
 
 Image i is a function of (seed, i) alone. The detail is all in the object: its outline and a two-colour texture, whose colours
 follow the class. The background is a smooth gradient between two random colours: a router that drops redundant tokens has
@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import cli
 from config import UserError
 from data.files import write_file
 from data.streams import rng
@@ -204,9 +205,7 @@ def write_images(
 
 
 def main(argv: list[str] | None = None) -> None:
-    from cli import Parser  # here and below, because cli is above this package
-
-    parser = Parser("Write the embedded data set as an image folder.")
+    parser = cli.Parser("Write the embedded data set as an image folder.")
     parser.add_argument("--output", required=True, help="folder that gets one subfolder per class")
     parser.add_argument("--image-size", type=int, default=64, help="height and width in pixels")
     parser.add_argument("--num-images", type=int, default=4096)
@@ -217,6 +216,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from cli import run
-
-    run(main)
+    cli.run(main)

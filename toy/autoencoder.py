@@ -1,6 +1,6 @@
 """Trains a small AutoencoderKL (stride 4, 4 latent channels) on an image folder and saves it in diffusers format.
 
-    python -m training.autoencoder --images DIR --output DIR --image-size 64 --steps 1000 --batch-size 8 --seed 0
+    python -m toy.autoencoder --images DIR --output DIR --image-size 64 --steps 1000 --batch-size 8 --seed 0
 
 It serves small images on small machines, in a minute or so. What it leaves loads with `AutoencoderKL.from_pretrained`, and its
 configuration holds the mean and standard deviation of each latent channel.
@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from cli import Parser, default_device, run
+import cli
 from config import UserError
 from data.images import ImageFolder, UnreadableImage
 from data.streams import rng
+from processes import group
 
 STRIDE = 4  # pixels per latent cell and axis: two of the three blocks halve the size
 CHANNELS = (16, 16, 32)  # per block; few at full resolution, where they cost most
@@ -186,7 +187,7 @@ def is_complete(output: Path) -> bool:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("Train a small AutoencoderKL and save it in diffusers format.")
+    parser = cli.Parser("Train a small AutoencoderKL and save it in diffusers format.")
     parser.add_argument("--images", required=True, help="folder with one subfolder of images per class")
     parser.add_argument(
         "--output", required=True, help="folder for the model; a complete one is left as it is"
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     images = load_images(args.images, args.image_size)
     held_out = torch.arange(len(images)) % HELD_OUT == 0
-    model = build_autoencoder(args.seed).to(default_device())
+    model = build_autoencoder(args.seed).to(group.default_device())
     train(model, images[~held_out], args.steps, args.batch_size, args.seed)
     model.eval()
     sample = images[~held_out][:: max(len(images) // STATISTICS_IMAGES, 1)]
@@ -231,4 +232,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from config import Config, UserError
 from diffusion import schedule
-from evaluation.generate import (
-    Kept,
-    Run,
+from sampling.generate import (
     SamplingOptions,
+    StepCounts,
+    TrainedModel,
     Watched,
     check_labels,
     guided_denoiser,
-    load_run,
+    load_trained,
     prepare_arithmetic,
 )
 
@@ -37,27 +37,27 @@ class PipelineOutput(NamedTuple):
     """What a call returns."""
 
     images: list[Image.Image]
-    kept: list[Kept]  # kept tokens, one record per step
+    kept: list[StepCounts]  # kept tokens, one record per step
 
 
 class DCDiTPipeline:
     """A trained model with its autoencoder and a scheduler.
 
     Attributes:
-        run: the model, its configuration and its autoencoder.
+        trained: the model, its configuration and its autoencoder.
         scheduler: any diffusers scheduler for epsilon prediction; DDPM with the model's own variances by default.
     """
 
-    def __init__(self, run: Run, scheduler: SchedulerMixin | None = None):
-        self.run = run
-        self.scheduler = scheduler if scheduler is not None else default_scheduler(run.config)
+    def __init__(self, trained: TrainedModel, scheduler: SchedulerMixin | None = None):
+        self.trained = trained
+        self.scheduler = scheduler if scheduler is not None else default_scheduler(trained.config)
 
     @classmethod
     def from_pretrained(
         cls, source: str | Path, device: torch.device | str = "cpu", vae: str | None = None
     ) -> "DCDiTPipeline":
-        """Load a checkpoint, a weights file or a folder of `save_pretrained`; see `evaluation.generate.load_run`."""
-        return cls(load_run(source, device, vae))
+        """Load a checkpoint, a weights file or a folder of `save_pretrained`; see `sampling.generate.load_trained`."""
+        return cls(load_trained(source, device, vae))
 
     @torch.inference_mode()
     def __call__(
@@ -78,7 +78,7 @@ class DCDiTPipeline:
             UserError: a value out of range, an unknown label, an attention kernel that needs bfloat16 (the network runs in
                 float32 here), or a scheduler that does not fit.
         """
-        config, device = self.run.config, self.run.device
+        config, device = self.trained.config, self.trained.device
         options = SamplingOptions(
             cfg_scale=guidance_scale,
             num_sampling_steps=num_inference_steps,
@@ -86,9 +86,9 @@ class DCDiTPipeline:
         )
         options.check(config)
         check_labels(class_labels, config)
-        prepare_arithmetic(self.run, bf16=False)
+        prepare_arithmetic(self.trained, bf16=False)
         whole = wants_variance(self.scheduler)
-        watched = Watched(self.run.model, bf16=False)
+        watched = Watched(self.trained.model, bf16=False)
         denoise = guided_denoiser(watched, config, torch.tensor(class_labels, device=device), options)
         shape = (len(class_labels), config.data.latent_channels, config.latent_size, config.latent_size)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -107,8 +107,8 @@ class DCDiTPipeline:
             prediction = prediction if whole else prediction[:, : shape[1]]
             x = self.scheduler.step(prediction, t, x, **random).prev_sample
             counts = watched.take().keep.sum(1).split(len(x))
-            kept.append(Kept(int(t), counts[0], counts[1] if len(counts) > 1 else None))
-        return PipelineOutput(to_pil(self.run.autoencoder.decode(x)), kept)
+            kept.append(StepCounts(int(t), counts[0], counts[1] if len(counts) > 1 else None))
+        return PipelineOutput(to_pil(self.trained.autoencoder.decode(x)), kept)
 
 
 def default_scheduler(config: Config) -> DDPMScheduler:

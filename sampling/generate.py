@@ -1,7 +1,7 @@
 """From a checkpoint to images.
 
-    run = load_run("results/shapes/checkpoints/0001500.pt")
-    images = generate_images(run, labels=[0, 1, 2, 3], options=SamplingOptions(cfg_scale=4.0))  # (4, 3, H, W) uint8
+    trained = load_trained("results/shapes/checkpoints/0001500.pt")
+    images = generate_images(trained, labels=[0, 1, 2, 3], options=SamplingOptions(cfg_scale=4.0))  # (4, 3, H, W) uint8
 
 Noise and label of sample i are functions of (seed, i): they do not depend on batch size, device or number of processes, and
 different budgets are compared on the same noise.
@@ -21,19 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import cli
-from config import Config, UserError, config_from_dict, differences, to_dict
+from config import Config, UserError, config_from_dict, differences, flatten, to_dict
 from data.autoencoder import HUB_NAMES, Autoencoder
 from data.streams import rng
 from diffusion import GaussianDiffusion, create_diffusion
 from diffusion.guidance import condition, guide
 from diffusion.samplers import SAMPLERS, Step
-from evaluation import budgets
-from evaluation.accounting import Kept, Seconds
 from models import build_model
 from models.attention import kernel_problem
+from models.ops.precision import allow_tf32
 from models.types import Routing
-from training.checkpoint import load_checkpoint
+from processes import group
+from sampling import budgets
+from sampling.accounting import Seconds, StepCounts
+from weights.checkpoint import load_checkpoint
 
 # What may differ between --config and the checkpoint's configuration when sampling.
 _MAY_DIFFER = ("model.name", "model.init", "model.attention", "model.upcycle.", "training.", "data.feature_path",
@@ -42,7 +43,7 @@ PROBE_SAMPLES, PROBE_STEPS = 16, 10  # to predict what a budget costs
 _MUST_AGREE = ("training.learn_sigma", "training.class_dropout_prob")
 
 
-class Run(NamedTuple):
+class TrainedModel(NamedTuple):
     """A trained model with all that sampling needs."""
 
     model: torch.nn.Module  # the EMA weights, in evaluation mode
@@ -61,7 +62,7 @@ class Run(NamedTuple):
 class SamplingOptions:
     """How to sample; the names are the command line's.
 
-    At most one of the four budgets (see evaluation/budgets.py) holds for both branches of guidance; with `lite_cfg` it holds
+    At most one of the four budgets (see sampling/budgets.py) holds for both branches of guidance; with `lite_cfg` it holds
     for the conditional one, and the unconditional one has its own.
     """
 
@@ -118,26 +119,26 @@ class SamplingOptions:
         budgets.check(self, config)
 
 
-class Batch(NamedTuple):
+class SampledBatch(NamedTuple):
     """Samples that were generated together."""
 
     index: list[int]
     labels: list[int]
     images: Tensor  # (B, 3, H, W) uint8, on the CPU
-    kept: list[Kept]  # one per step
+    kept: list[StepCounts]  # one per step
     seconds: Seconds
 
 
 Observe = Callable[[Step, Routing], None]  # is shown every step and the routing of the conditional branch
 
 
-def load_run(
+def load_trained(
     ckpt: str | Path,
     device: torch.device | str = "cpu",
     vae: str | None = None,
     config: Config | None = None,
     overrides: Sequence[str] = (),
-) -> Run:
+) -> TrainedModel:
     """Load a checkpoint for sampling.
 
     Args:
@@ -168,12 +169,14 @@ def load_run(
     autoencoder = Autoencoder.load(vae or (known["name"] if known else config.data.vae), device)
     check_autoencoder(autoencoder, known, config)
     identity = fingerprint(model.state_dict(), config)
-    return Run(model.to(device).eval(), config, autoencoder, state["class_names"], state["step"], identity)
+    return TrainedModel(
+        model.to(device).eval(), config, autoencoder, state["class_names"], state["step"], identity
+    )
 
 
 def fingerprint(state_dict: dict[str, Tensor], config: Config) -> str:
     """SHA-256 of names and values, and of the keys that make another network or process of the same weights."""
-    keys = cli.flatten(to_dict(config))
+    keys = flatten(to_dict(config))
     digest = hashlib.sha256(json.dumps({key: keys[key] for key in sorted(keys) if must_agree(key)}).encode())
     for name, value in state_dict.items():
         digest.update(name.encode())
@@ -213,7 +216,7 @@ def check_autoencoder(autoencoder: Autoencoder, known: dict | None, config: Conf
                 f"--vae '{ours['name']}' has other weights than '{known['name']}' had when the model's features were made; "
                 "give that one"
             )
-        cli.print_once(
+        group.print_once(
             f"warning: --vae {ours['name']} decodes the latents of a model that was trained on {known['name']}"
         )
 
@@ -234,30 +237,30 @@ def draw_labels(seed: int, index: list[int], num_classes: int, balanced: bool = 
 
 @torch.inference_mode()
 def generate(
-    run: Run,
+    trained: TrainedModel,
     index: list[int],
     labels: list[int],
     options: SamplingOptions,
     batch_size: int = 32,
     observe: Observe | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[SampledBatch]:
     """Generate the samples with the given numbers and labels, batch by batch.
 
     Raises:
         UserError: options that do not fit, or a label that the model does not know.
     """
-    options.check(run.config)
-    check_labels(labels, run.config)
-    options, _ = settle_budgets(run, index, labels, options)
+    options.check(trained.config)
+    check_labels(labels, trained.config)
+    options, _ = settle_budgets(trained, index, labels, options)
     for start in range(0, len(index), batch_size):
         part = slice(start, start + batch_size)
         started = time.perf_counter()
-        latents, kept = sample_latents(run, index[part], labels[part], options, observe)
+        latents, kept = sample_latents(trained, index[part], labels[part], options, observe)
         if latents.device.type != "cpu":
             torch.accelerator.synchronize()
         denoised = time.perf_counter()
-        images = run.autoencoder.decode(latents, options.bf16).cpu()
-        yield Batch(
+        images = trained.autoencoder.decode(latents, options.bf16).cpu()
+        yield SampledBatch(
             index[part],
             labels[part],
             images,
@@ -266,15 +269,17 @@ def generate(
         )
 
 
-def generate_images(run: Run, labels: list[int], options: SamplingOptions | None = None) -> Tensor:
+def generate_images(
+    trained: TrainedModel, labels: list[int], options: SamplingOptions | None = None
+) -> Tensor:
     """One image per label, (B, 3, H, W) uint8; sample i uses the noise of number i."""
-    batches = generate(run, list(range(len(labels))), labels, options or SamplingOptions())
+    batches = generate(trained, list(range(len(labels))), labels, options or SamplingOptions())
     return torch.cat([batch.images for batch in batches])
 
 
 @torch.inference_mode()
 def settle_budgets(
-    run: Run, index: list[int], labels: list[int], options: SamplingOptions
+    trained: TrainedModel, index: list[int], labels: list[int], options: SamplingOptions
 ) -> tuple[SamplingOptions, budgets.Prediction | None]:
     """Turn limits on the cost into fractions to drop, and predict the cost; other options pass through with None.
 
@@ -287,12 +292,12 @@ def settle_budgets(
     natural = dataclasses.replace(
         options, **free, lite_cfg=False, guidance_interval=None, num_sampling_steps=few
     )
-    _, kept = sample_latents(run, index[:PROBE_SAMPLES], labels[:PROBE_SAMPLES], natural, None)
+    _, kept = sample_latents(trained, index[:PROBE_SAMPLES], labels[:PROBE_SAMPLES], natural, None)
     branches = [[getattr(step, branch) for step in kept] for branch in ("conditional", "unconditional")]
     counts = [torch.stack(branch, 1).cpu() if branch[0] is not None else None for branch in branches]
     probe = budgets.Probe(torch.tensor([step.t for step in kept]), *counts)
-    steps = sampling_process(run.config, options).timesteps
-    return budgets.choose_fractions(options, run.config, probe, steps)
+    steps = sampling_process(trained.config, options).timesteps
+    return budgets.choose_fractions(options, trained.config, probe, steps)
 
 
 def describe_choice(options: SamplingOptions, prediction: budgets.Prediction) -> str:
@@ -314,16 +319,20 @@ def sampling_process(config: Config, options: SamplingOptions) -> GaussianDiffus
 
 
 def sample_latents(
-    run: Run, index: list[int], labels: list[int], options: SamplingOptions, observe: Observe | None
-) -> tuple[Tensor, list[Kept]]:
+    trained: TrainedModel,
+    index: list[int],
+    labels: list[int],
+    options: SamplingOptions,
+    observe: Observe | None,
+) -> tuple[Tensor, list[StepCounts]]:
     """The reverse process for one batch: scaled latents (B, C, S, S) and the kept tokens of every step."""
-    config, device = run.config, run.device
-    prepare_arithmetic(run, options.bf16)
+    config, device = trained.config, trained.device
+    prepare_arithmetic(trained, options.bf16)
     diffusion = sampling_process(config, options)
     noise = sample_noise(
         options.seed, index, (config.data.latent_channels, config.latent_size, config.latent_size), device
     )
-    watched = Watched(run.model, options.bf16)
+    watched = Watched(trained.model, options.bf16)
     denoise = guided_denoiser(watched, config, torch.tensor(labels, device=device), options)
     kept = []
     for step in SAMPLERS[options.sampler](diffusion, denoise, noise(), noise):
@@ -332,18 +341,20 @@ def sample_latents(
         )  # rows of the conditional branch, then of the unconditional one where it was computed
         count = routing.keep.sum(1)
         kept.append(
-            Kept(step.t, count[: len(index)], count[len(index) :] if len(count) > len(index) else None)
+            StepCounts(step.t, count[: len(index)], count[len(index) :] if len(count) > len(index) else None)
         )
         if observe is not None:
             observe(step, Routing(*(x[: len(index)] for x in routing)))
     return step.x_next, kept
 
 
-def prepare_arithmetic(run: Run, bf16: bool) -> None:
+def prepare_arithmetic(trained: TrainedModel, bf16: bool) -> None:
     """TF32 for the whole process as the configuration says; UserError for an attention kernel that cannot run like this."""
-    if problem := kernel_problem(run.config.model.attention, run.device, bf16, run.config.head_size):
+    if problem := kernel_problem(
+        trained.config.model.attention, trained.device, bf16, trained.config.head_size
+    ):
         raise UserError(f"model.attention: {problem}")
-    cli.allow_tf32(run.config)
+    allow_tf32(trained.config.model.hnet.fp32_router_dechunk == "tf32")
 
 
 class Watched:

@@ -178,5 +178,5 @@ def dechunk(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float) -> T
     far = (grid[:, None] - place[:, None]).square().sum(-1)  # (B, L, M)
     nearest = far.masked_fill(~chunks.valid[:, None], float("inf")).argmin(2)  # (B, L)
     plugged = mixed.gather(1, nearest[:, :, None].expand(-1, -1, mixed.shape[2]))
-    selected = torch.where(routing.natural, routing.prob, 1 - routing.prob)
+    selected = torch.where(routing.boundary, routing.prob, 1 - routing.prob)
     return plugged * (selected + (1 - selected).detach())[:, :, None]

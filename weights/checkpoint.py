@@ -180,7 +180,7 @@ def load_weights(path: Path, option: str) -> dict:
         ) from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise UserError(
-            f"{option} '{path}' has no configuration in its metadata; make it with python -m models.convert"
+            f"{option} '{path}' has no configuration in its metadata; make it with python -m weights.convert"
         )
     if about.pop("crc32", None) not in (None, checksum(weights)):
         raise UserError(f"{option} '{path}' is damaged: its weights differ from their checksum; give another")

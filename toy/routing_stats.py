@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data.streams import rng
 from diffusion import create_diffusion
-from evaluation.generate import Run
+from sampling.generate import TrainedModel
 
 
 class RoutingStats(NamedTuple):
@@ -23,16 +23,16 @@ class RoutingStats(NamedTuple):
 
 @torch.inference_mode()
 def measure_routing(
-    run: Run, images: Tensor, masks: Tensor, labels: list[int], seed: int = 0
+    trained: TrainedModel, images: Tensor, masks: Tensor, labels: list[int], seed: int = 0
 ) -> RoutingStats:
     """Noise held-out images to timesteps 50, 150, ..., 950 and look at what the router keeps.
 
     Args:
         images: (B, 3, H, W) uint8. masks: (B, H, W) bool, true on the object. labels: B.
     """
-    config, device = run.config, run.device
+    config, device = trained.config, trained.device
     diffusion = create_diffusion(config.diffusion.noise_schedule, config.diffusion.diffusion_steps)
-    x0, _ = run.autoencoder.encode(images.to(device))
+    x0, _ = trained.autoencoder.encode(images.to(device))
     labels = torch.tensor(labels, device=device)
     pixels = config.data.image_size // config.token_side  # per token and side
     cells = torch.nn.functional.avg_pool2d(masks.float()[:, None], pixels).flatten(1) >= 0.5  # (B, L)
@@ -43,7 +43,9 @@ def measure_routing(
             device
         )
         steps = torch.full_like(labels, t)
-        kept.append(run.model(diffusion.add_noise(x0, steps, noise), steps, labels).routing.natural.cpu())
+        kept.append(
+            trained.model(diffusion.add_noise(x0, steps, noise), steps, labels).routing.boundary.cpu()
+        )
     share = torch.stack(kept).float()  # (timesteps, B, L)
     steps = torch.tensor(timesteps) * 1000 / config.diffusion.diffusion_steps
     return RoutingStats(

@@ -7,9 +7,9 @@ import torch
 
 from config import UserError, load_config
 from diffusion.samplers import SAMPLERS
-from evaluation.generate import Run, SamplingOptions, load_run
 from models import compile_parts
-from models.cuda_graph import GraphedDenoiser
+from sampling.cuda_graph import GraphedDenoiser
+from sampling.generate import SamplingOptions, TrainedModel, load_trained
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +88,7 @@ def sampling_options(args: argparse.Namespace, device: torch.device) -> Sampling
     return SamplingOptions(**values, guidance_interval=tuple(interval) if interval else None, bf16=bf16)
 
 
-def load_run_from(args: argparse.Namespace, device: torch.device) -> Run:
+def load_trained_from(args: argparse.Namespace, device: torch.device) -> TrainedModel:
     """The model that --ckpt, --config, --set and --vae describe."""
     config = load_config(args.config, args.set) if args.config else None
     ckpt = args.ckpt or (config and config.ckpt)
@@ -96,20 +96,20 @@ def load_run_from(args: argparse.Namespace, device: torch.device) -> Run:
         raise UserError(
             "--ckpt is missing; give a checkpoint of train.py, e.g. results/000-DC-DiT/checkpoints/0400000.pt"
         )
-    run = load_run(ckpt, device, args.vae, config, args.set)
+    trained = load_trained(ckpt, device, args.vae, config, args.set)
     if args.compile:
-        compile_parts(run.model)
-    return run
+        compile_parts(trained.model)
+    return trained
 
 
-def use_cuda_graph(args: argparse.Namespace, options: SamplingOptions, run: Run) -> Run:
+def use_cuda_graph(args: argparse.Namespace, options: SamplingOptions, trained: TrainedModel) -> TrainedModel:
     """The run as --cuda-graph asks for it; UserError where there can be no graph."""
     if not args.cuda_graph:
-        return run
-    if options.token_budget is None and run.config.model.patch_size is None:
+        return trained
+    if options.token_budget is None and not trained.config.is_static:
         raise UserError("--cuda-graph: needs a number of tokens that is known in advance; add --token-budget")
-    if run.device.type != "cuda":
+    if trained.device.type != "cuda":
         raise UserError(
-            f"--cuda-graph: needs a CUDA device, and the model is on {run.device.type}; leave it out"
+            f"--cuda-graph: needs a CUDA device, and the model is on {trained.device.type}; leave it out"
         )
-    return run._replace(model=GraphedDenoiser(run.model))
+    return trained._replace(model=GraphedDenoiser(trained.model))

@@ -1,5 +1,13 @@
-"""The figure of evaluation/pareto.py: quality against cost, a panel per guidance scale."""
+"""Quality against cost: every budget of every checkpoint is sampled, compared with a reference, and drawn.
 
+    python -m figures.pareto --ckpt A.pt --ckpt B.pt --budgets 0,0.2,0.4,0.6 --cfg-scale 1,1.5 --reference R.npz
+
+writes pareto.csv, a row per point, and pareto.png, a panel per guidance scale, into --output. The same command resumes where it
+was, and with more checkpoints, budgets or scales it adds points. A static DiT is one point per scale. Under torchrun the
+processes share the work.
+"""
+
+import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,7 +15,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluation.charts import SMALL, save_figure
+import cli
+from config import UserError
+from diffusion.samplers import SAMPLERS
+from evaluation.pareto import measure
+from figures.cost import SMALL, save_figure
+from processes import group
 
 METRICS = {"fid": "FID", "frechet_distance": "Fréchet distance"}
 
@@ -170,3 +183,81 @@ def annotate(axis: Axes, comparison: Comparison, curve: Curve, mark: Mark) -> No
         )
         middle = [(a + b) / 2 for a, b in zip(target, mark[:2])]
         axis.annotate(text, middle, xytext=(2, 2), textcoords="offset points", fontsize=7, color="grey")
+
+
+def numbers(text: str) -> list[float]:
+    """ "0,0.2" -> [0.0, 0.2], each once and in order."""
+    try:
+        return sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers such as 0,0.2,0.4") from None
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--ckpt", action="append", required=True, help="checkpoint of train.py; repeatable")
+    parser.add_argument(
+        "--reference",
+        required=True,
+        help="ADM .npz, folder of images or file of evaluate.py --make-reference",
+    )
+    parser.add_argument(
+        "--budgets", type=numbers, default=[0.0], help="tail-dropping fractions, e.g. 0,0.2,0.4 (default: 0)"
+    )
+    parser.add_argument(
+        "--cfg-scale", type=numbers, default=[1.0], help="guidance scales, e.g. 1,1.5 (default: 1)"
+    )
+    parser.add_argument(
+        "--lite-cfg", type=numbers, default=[], help="also drop these fractions in the unconditional branch"
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=50000, help="images per point (default: %(default)s)"
+    )
+    parser.add_argument("--num-sampling-steps", type=int, default=250, help="(default: %(default)s)")
+    parser.add_argument("--sampler", default="ddpm", choices=SAMPLERS, help="(default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="images per batch and process (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="run the network in bfloat16")
+    parser.add_argument(
+        "--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)"
+    )
+    parser.add_argument(
+        "--features",
+        default="inception",
+        help="or a TorchScript file, or a timm folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--inception-weights", metavar="FILE", help="torch-fidelity's weights (default: download them)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/pareto"), help="folder (default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    for name, least in (("num_samples", 4), ("batch_size", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    if args.lite_cfg and max(args.cfg_scale) <= 1:
+        raise UserError(
+            "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; add a larger scale"
+        )
+    cli.check_output("--output", args.output)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    rows = measure(args)
+    picture = args.output / "pareto.png"
+
+    def report() -> None:
+        for comparison in draw(rows, picture):
+            print(comparison)
+        print(f"{len(rows)} points: {args.output / 'pareto.csv'} and {picture}")
+
+    group.on_first(report)
+
+
+if __name__ == "__main__":
+    cli.run(main)

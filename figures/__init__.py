@@ -1,0 +1,1 @@
+"""Pictures for people; the only package that imports matplotlib."""

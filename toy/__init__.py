@@ -1,0 +1,1 @@
+"""The small world that ships with the repository: data set, autoencoder, classifier and a check of the routing."""
