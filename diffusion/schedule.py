@@ -35,10 +35,10 @@ def respaced_timesteps(steps: int, sampling_steps: int) -> np.ndarray:
     if sampling_steps == 1:
         return np.array([steps - 1])
     stride = (steps - 1) / (sampling_steps - 1)
-    position, kept = 0.0, []
-    for _ in range(
-        sampling_steps
-    ):  # summed, not multiplied: the released checkpoints' spacing to the last bit
+    # Summed and not multiplied, like the spacing of the released checkpoints, to the last bit
+    position = 0.0
+    kept = []
+    for _ in range(sampling_steps):
         kept.append(round(position))
         position += stride
     return np.array(kept)

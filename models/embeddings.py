@@ -1,4 +1,4 @@
-"""Conditioning and positions: timestep, class label (which owns the null label) and fixed 2-D sin-cos positions."""
+"""Conditioning and positions: timestep, class label with the null label, and fixed 2-D sin-cos positions."""
 
 import math
 
@@ -26,7 +26,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (B,) -> (B, D). With `has_null`, label `num_classes` is the unconditional one of classifier-free guidance."""
+    """Labels (B,) -> (B, D). With `has_null`, label `num_classes` stands for no condition (classifier-free guidance)."""
 
     def __init__(self, num_classes: int, width: int, has_null: bool):
         super().__init__()
@@ -41,9 +41,13 @@ def sincos_positions(width: int, side: int, spacing: float = 1.0, offset: float 
 
     Row and column i lie at (i + offset) * spacing.
     """
+    # One axis: a sine and a cosine per frequency
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = (torch.arange(side, dtype=torch.float64)[:, None] + offset) * spacing * omega
+    place = (torch.arange(side, dtype=torch.float64) + offset) * spacing
+    angle = place[:, None] * omega
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, width / 2)
+
+    # Both axes at every cell, in raster order
     column = axis[None, :, :].expand(side, side, -1)
     row = axis[:, None, :].expand(side, side, -1)
     return torch.cat([column, row], dim=-1).flatten(0, 1).float()

@@ -61,7 +61,7 @@ class Routing(NamedTuple):
 class Packing(NamedTuple):
     """Where each kept token comes from: samples one after another, tokens in raster order, no padding."""
 
-    index: Tensor  # (T,) int64, row of the flattened (B * L) tokens
+    token_index: Tensor  # (T,) int64, row of the flattened (B * L) tokens
     sample: Tensor  # (T,) int64, which sample a token belongs to
     cu_seqlens: Tensor  # (B + 1,) int32, first token of each sample; the last entry is T
     pieces: Tensor  # (B * PIECES + 1,) int32, the same for equal pieces of each sample, whose sums run in parallel
