@@ -1,261 +1,298 @@
 """What the documentation names exists: commands, options, keys, defaults, files, links and imports."""
 
+import argparse
 import ast
 import contextlib
 import functools
 import importlib
 import inspect
 import io
+import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import conftest
 import pytest
 import yaml
 
-from config import config_from_dict, to_dict
+from config import UserError, config_from_dict, load_config, to_dict
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-DOCS = sorted([README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-NAMES = [str(path.relative_to(ROOT)) for path in DOCS]
+README = "README.md"
 README_LIMIT = 12 * 1024  # bytes
+PAGES = [README, "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
-SOURCES = {
-    path: path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")]
-}
+SCRIPTS = {path.name for path in ROOT.glob("*.py")}
 PACKAGES = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
-SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
-# Names that belong to other programs: modules that are run, options, and file names that look like keys.
+PYTHON_FILES = [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/**/*.py")]
+DEFAULTS = to_dict(config_from_dict({}))
+
+# What belongs to other programs: modules that a command runs, and options.
 FOREIGN_MODULES = {"pytest", "mypy"}
 FOREIGN_OPTIONS = {"--machine_rank", "--num_cpu_threads_per_process", "--help"}
-FILE_NAMES = re.compile(r".*\.(py|md|sh|pt|npz|csv|png|yaml|json|jsonl|txt|safetensors)")
-DEFAULTS = to_dict(config_from_dict({}))
+# Folders that the commands of the documentation make.
+MADE_BY_COMMANDS = {"quickstart", "results", "samples", "features"}
 
 
 # ------------------------------------------------------------------------------------------------ the parts of a page
 
 
 @functools.cache
-def text(name: str) -> str:
-    return (ROOT / name).read_text(encoding="utf-8")
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-def blocks(name: str, language: str) -> list[str]:
-    """Contents of the fenced blocks in a language; "": those without one."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text(name), re.DOTALL | re.MULTILINE)
+def blocks(page: str, language: str) -> list[str]:
+    """Contents of the fenced blocks in a language; "": those that name none."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text(page), re.DOTALL | re.MULTILINE)
     return [content for found, content in fenced if found == language]
 
 
-def prose(name: str) -> str:
+def prose(page: str) -> str:
     """The text outside of fenced blocks."""
-    return re.sub(r"^```.*?^```", "", text(name), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"^```.*?^```", "", text(page), flags=re.DOTALL | re.MULTILINE)
 
 
-def quoted(name: str) -> list[str]:
-    """What stands in backticks in the text."""
-    return re.findall(r"`([^`\n]+)`", prose(name))
+def quoted(page: str) -> list[str]:
+    """What stands in backticks in the prose."""
+    return re.findall(r"`([^`\n]+)`", prose(page))
 
 
-def commands(name: str) -> list[str]:
-    lines = "\n".join(blocks(name, "bash")).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+def commands(page: str) -> list[str]:
+    """Lines of the blocks in bash, without comments."""
+    shell = "\n".join(blocks(page, "bash"))
+    lines = [line.split("#")[0].strip() for line in shell.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line]
 
 
-COMMANDS = [(name, command) for name in NAMES for command in commands(name)]
+# ------------------------------------------------------------------------------------------------ commands
 
 
-# ------------------------------------------------------------------------------------------------ commands and options
+class Call(NamedTuple):
+    """What a command line runs."""
+
+    file: Path
+    arguments: list[str]
 
 
-@functools.cache
-def functions_with_options() -> dict[str, str]:
-    """Source by name of the functions that add options to a parser which they are given."""
-    found = {}
-    for path, source in SOURCES.items():
-        if "tests" in path.parts:
-            continue
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("add_"):
-                found[node.name] = ast.get_source_segment(source, node)
-    return found
-
-
-@functools.cache
-def options_of(script: Path) -> str:
-    """Source of a script with that of the functions which add options to its parser."""
-    source, waiting = SOURCES[script], functions_with_options()
-    while called := [function for function in waiting if f"{function}(" in source]:
-        source += "".join(waiting[function] for function in called)
-        waiting = {function: code for function, code in waiting.items() if function not in called}
-    return source
-
-
-def default(key: str):
-    """Value of `section.key`; KeyError where there is none."""
-    return functools.reduce(lambda values, name: values[name], key.split("."), DEFAULTS)
-
-
-def check_module(name: str) -> Path:
-    """The file of `python -m name`, which must do something when it is run."""
-    file = ROOT / Path(*name.split("."))
-    file = file / "__main__.py" if file.is_dir() else file.with_suffix(".py")
-    assert file.is_file(), f"python -m {name}: {file} does not exist"
-    runs = file.name == "__main__.py" or 'if __name__ == "__main__":' in SOURCES[file]
-    assert runs, f"python -m {name} does nothing"
-    return file
-
-
-@pytest.mark.parametrize("name, command", COMMANDS)
-def test_command(name, command):
+def parse_command(command: str) -> Call | None:
+    """The file of this repository that a command runs; None if it runs other programs only."""
     words = shlex.split(command)
-    programs = [word for word in words if word.endswith((".py", ".sh", ".sbatch"))]
     if "-m" in words[:3]:
-        module = words[words.index("-m") + 1]
+        place = words.index("-m")
+        module = words[place + 1]
         if module in FOREIGN_MODULES:
-            return
-        script, options = check_module(module), words[words.index("-m") + 2 :]
-    elif programs:
-        script, options = ROOT / programs[0], words[words.index(programs[0]) + 1 :]
-        assert script.is_file(), script
-    else:
+            return None
+        return Call(file_of_module(module), words[place + 2 :])
+    for place, word in enumerate(words):
+        if word.endswith((".py", ".sh", ".sbatch")):
+            return Call(ROOT / word, words[place + 1 :])
+    return None
+
+
+def file_of_module(module: str) -> Path:
+    """What `python -m module` runs."""
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+class Parsed(Exception):
+    """Ends a program when it has read its command line."""
+
+
+def read_arguments(call: Call, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """The arguments as the program's own parser reads them; UserError or SystemExit for an unknown one."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser, argv=None, namespace=None):
+        raise Parsed(parse_args(parser, argv, namespace))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [str(call.file), *call.arguments])
+    parts = call.file.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "tests":
+        parts = parts[1:]
+    try:
+        importlib.import_module(".".join(parts)).main()
+    except Parsed as parsed:
+        return parsed.args[0]
+    raise AssertionError(f"{call.file} reads no arguments")
+
+
+COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize("page, command", COMMANDS)
+def test_command(page, command, monkeypatch):
+    """Its program takes the options, and the configuration takes the overrides."""
+    call = parse_command(command)
+    if call is None:
         return
-    for word, following in zip(options, [*options[1:], ""]):
-        if word.startswith("--") and script.suffix == ".py":
-            assert f'"{word}"' in options_of(script), f"{word} is not an option of {script.name}"
-        if word == "--set":
-            default(following.split("=")[0])
-        if word.startswith("configs/"):
-            assert (ROOT / word).is_file(), word
+    assert call.file.is_file(), call.file
+    for word in call.arguments:
+        assert not word.startswith(("configs/", "scripts/")) or (ROOT / word).is_file(), word
+    if call.file.suffix != ".py":
+        return
+    runs = 'if __name__ == "__main__":'
+    assert runs in call.file.read_text(encoding="utf-8"), f"running {call.file} does nothing"
+    arguments = read_arguments(call, monkeypatch)
+    overrides = getattr(arguments, "set", [])
+    if getattr(arguments, "config", None):
+        load_config(ROOT / arguments.config, overrides)
+    else:
+        for override in overrides:
+            default(override.split("=")[0])
+
+
+def test_the_reader_of_commands_sees_mistakes(monkeypatch):
+    call = parse_command("accelerate launch train.py --configs configs/shapes.yaml")
+    with pytest.raises(UserError, match="--configs"):
+        read_arguments(call, monkeypatch)
 
 
 def test_readme_has_a_command_for_every_step_of_the_workflow():
-    scripts = ("extract_features.py", "train.py", "sample.py", "sample_ddp.py", "evaluate.py")
-    for script in (*scripts, "scripts/quickstart.sh", "scripts/test.sh"):
-        assert any(script in command for command in commands("README.md")), script
+    steps = ("extract_features.py", "train.py", "sample.py", "sample_ddp.py", "evaluate.py")
+    for script in (*steps, "scripts/quickstart.sh", "scripts/test.sh"):
+        assert any(script in command for command in commands(README)), script
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_options_in_the_text(name):
-    source = "".join(SOURCES.values())
-    options = {word.split("=")[0] for code in quoted(name) for word in code.split() if word.startswith("--")}
-    for option in options - FOREIGN_OPTIONS:
-        if name == "docs/differences.md" and f"`{option}`" in official_options():
-            continue
-        start, family, _ = option.partition("...")  # `--uncond-...` are several
-        assert f'"{start}' + ("" if family else '"') in source, option
+# ------------------------------------------------------------------------------------------------ names in the prose
 
 
-def official_options() -> str:
-    """The cells of docs/differences.md that list options which only the official code has."""
-    rows = [
-        row.split("|") for row in text("docs/differences.md").splitlines() if row.endswith("leave them out |")
-    ]
-    return "".join(row[1] + row[2] for row in rows)
+def default(key: str) -> Any:
+    """Value of `section.key`; KeyError or TypeError if there is none."""
+    return functools.reduce(lambda values, name: values[name], key.split("."), DEFAULTS)
 
 
-# ------------------------------------------------------------------------------------------------ names of the code
-
-
-def resolve(dotted: str):
-    """The object of a dotted name that begins with a package or a top-level module."""
+def resolve(dotted: str) -> Any:
+    """The object with a dotted name that begins with a package or a top-level module."""
     parts = dotted.split(".")
     for length in range(len(parts), 0, -1):
         with contextlib.suppress(ModuleNotFoundError):
-            found = importlib.import_module(".".join(parts[:length]))
-            return functools.reduce(getattr, parts[length:], found)
+            module = importlib.import_module(".".join(parts[:length]))
+            return functools.reduce(getattr, parts[length:], module)
     raise ModuleNotFoundError(dotted)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_keys_and_dotted_names_in_the_text(name):
+def official_options() -> set[str]:
+    """Options of the official code that docs/differences.md lists as left out here."""
+    rows = [row for row in text("docs/differences.md").splitlines() if row.endswith("leave them out |")]
+    return set(re.findall(r"--[\w-]+", "".join(rows)))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_in_the_prose(page):
+    source = "".join(path.read_text(encoding="utf-8") for path in PYTHON_FILES)
+    words = [word for code in quoted(page) for word in code.split()]
+    options = {word.split("=")[0] for word in words if word.startswith("--")} - FOREIGN_OPTIONS
+    if page == "docs/differences.md":
+        options -= official_options()
+    for option in options:
+        # `--uncond-...` stands for several options.
+        wanted = f'"{option.removesuffix("...")}' if option.endswith("...") else f'"{option}"'
+        assert wanted in source, option
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_keys_and_dotted_names_in_the_prose(page):
     """`section.key` is a key of the configuration, and `package.module.name` can be imported."""
-    for code in quoted(name):
-        match = re.match(r"([a-z_]+)((?:\.\w+)+)", code)
-        if not match or match[1] not in {*DEFAULTS, *PACKAGES, *SCRIPTS} or FILE_NAMES.fullmatch(match[0]):
+    modules = {script.removesuffix(".py") for script in SCRIPTS}
+    suffixes = ("py", "sh", "md", "pt", "npz", "csv", "png", "yaml", "json", "jsonl", "txt", "safetensors")
+    for code in quoted(page):
+        found = re.match(r"[a-z_]+(\.\w+)+", code)
+        if not found or found[0].endswith(tuple(f".{suffix}" for suffix in suffixes)):
             continue
-        with contextlib.suppress(KeyError, TypeError):
-            default(match[0])
+        if found[0].split(".")[0] not in {*DEFAULTS, *PACKAGES, *modules}:
             continue
-        resolve(match[0])
+        try:
+            default(found[0])
+        except (KeyError, TypeError):
+            resolve(found[0])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_files_in_the_text(name):
-    """A path that begins with a folder of the repository exists, and so does every `*.py`."""
-    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"quickstart", "results", "samples"}
-    for code in quoted(name):
+@pytest.mark.parametrize("page", PAGES)
+def test_files_in_the_prose(page):
+    """A path that begins with a folder of the repository exists, and so does every `name.py`."""
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - MADE_BY_COMMANDS
+    names = {path.name for path in PYTHON_FILES}
+    for code in quoted(page):
         if not re.fullmatch(r"[\w.*{},/-]+", code):
             continue
-        if code.split("/")[0] in folders and "/" in code:
+        if "/" in code and code.split("/")[0] in folders:
+            # `DiT-{S,B}-2.yaml` stands for several files.
             assert list(ROOT.glob(re.sub(r"\{[^}]*\}", "*", code))), code
         elif code.endswith(".py"):
-            assert any(path.name == code for path in SOURCES), code
+            assert code in names, code
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_functions_in_the_text(name):
-    """Where the text says `function` in `file.py`, the function is there."""
-    for function, file in re.findall(r"`([\w.]+)`(?: and `\w+`)? (?:in|,) `([\w/]+\.py)`", prose(name)):
-        module = ".".join(Path(file).with_suffix("").parts)
-        functools.reduce(getattr, function.split("."), importlib.import_module(module))
+@pytest.mark.parametrize("page", PAGES)
+def test_functions_in_the_prose(page):
+    """Where the prose says `function` in `file.py`, the function is there."""
+    for function, file in re.findall(r"`([\w.]+)` in `([\w/]+\.py)`", prose(page)):
+        module = importlib.import_module(".".join(Path(file).with_suffix("").parts))
+        functools.reduce(getattr, function.split("."), module)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_table_of_defaults(name):
-    """Every key of a table has the default that the table says; a key without a section is in that of the one before."""
-    for table in text(name).split("| key | default | meaning |")[1:]:
+@pytest.mark.parametrize("page", PAGES)
+def test_table_of_defaults(page):
+    """Every key has the default that the table says; a key without a section is in that of the one before."""
+    for table in text(page).split("| key | default | meaning |")[1:]:
         for row in table.split("\n\n")[0].splitlines()[2:]:
-            names, values = (cell.replace("`", "").strip() for cell in row.split("|")[1:3])
-            first, *more = names.replace(" and ", ", ").split(", ")
-            keys = [first, *(f"{first.rpartition('.')[0]}.{key}" for key in more)]
-            assert [default(key) for key in keys] == yaml.safe_load(f"[{values}]"), names
+            names, values = row.replace("`", "").split("|")[1:3]
+            first, *more = re.split(r", | and ", names.strip())
+            section = first.rpartition(".")[0]
+            found = [default(key) for key in [first, *(f"{section}.{name}" for name in more)]]
+            assert found == yaml.safe_load(f"[{values}]"), names
 
 
-def test_map_of_the_code_is_complete():
-    """Every file that README's map names exists, and every package and script is in it."""
-    (tree,) = [block for block in blocks("README.md", "") if "models/" in block]
+def test_map_of_the_code():
+    """Every file that the README's map names exists, and every package and script is in it."""
+    (tree,) = [block for block in blocks(README, "") if "models/" in block]
     named = set()
     for line in tree.splitlines():
-        here = ROOT
-        for word in re.findall(r"[\w/]+/(?=\s|$)|\w+\.py", line):
-            path = here / word
+        words = re.findall(r"\w+/|[\w/]+\.py", line)
+        # A line describes one package and names its files, or lists scripts or folders.
+        package = words[0] if line.startswith(words[0]) and line.count("/") == 1 else ""
+        for word in words:
+            path = ROOT / word if word == package else ROOT / package / word
             assert path.exists(), path
-            named.add(word.rstrip("/"))
-            if word.endswith("/") and here == ROOT and not line.startswith("configs/"):
-                here = path
-    assert PACKAGES | {f"{script}.py" for script in SCRIPTS} <= named
+            named.add(str(path.relative_to(ROOT)))
+    assert named >= PACKAGES | SCRIPTS
 
 
 # ------------------------------------------------------------------------------------------------ examples in Python
 
 
-EXAMPLES = [(name, number, code) for name in NAMES for number, code in enumerate(blocks(name, "python"))]
+EXAMPLES = [(page, code) for page in PAGES for code in blocks(page, "python")]
 
 
-@pytest.mark.parametrize("name, number, code", EXAMPLES)
-def test_python_example(name, number, code):
-    """Its names are defined, its imports are found, and the functions it calls take its keywords."""
+@pytest.mark.parametrize("page, code", EXAMPLES)
+def test_python_example(page, code):
+    """Its names are defined, its imports are found, and what it calls takes its keywords."""
     ruff = [sys.executable, "-m", "ruff", "check", "--quiet", "--isolated", "--select", "F", "-"]
     checked = subprocess.run(ruff, input=code, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+    nodes = list(ast.walk(ast.parse(code)))
     imported = {}
-    for node in ast.walk(ast.parse(code)):
+    for node in nodes:
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(node.module)
-            imported |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
-    for node in ast.walk(ast.parse(code)):
+            for alias in node.names:
+                imported[alias.name] = getattr(module, alias.name)
+    for node in nodes:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in imported:
-            keywords = dict.fromkeys(keyword.arg for keyword in node.keywords)
+            keywords = {keyword.arg: None for keyword in node.keywords}
             inspect.signature(imported[node.func.id]).bind_partial(**keywords)
 
 
-def test_walk_prints_the_shapes_that_it_shows():
-    """The page's example is run, and prints the block that follows it."""
+def test_walk_prints_the_shapes_that_it_shows(monkeypatch):
+    monkeypatch.chdir(ROOT)
     (code,) = blocks("docs/walk.md", "python")
-    *_, shown = blocks("docs/walk.md", "")
+    shown = blocks("docs/walk.md", "")[-1]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "docs/walk.md", "exec"), {})
     assert printed.getvalue() == shown
@@ -264,26 +301,38 @@ def test_walk_prints_the_shapes_that_it_shows():
 # ------------------------------------------------------------------------------------------------ links and sizes
 
 
-def anchors(path: Path) -> set[str]:
+def links(page: str) -> list[str]:
+    """Targets of links and images that lie in this repository."""
+    return re.findall(r"\]\((?!https?:)([^)]+)\)", prose(page))
+
+
+def anchors(file: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a page."""
-    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    words = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
-    return {heading.replace(" ", "-") for heading in words}
+    headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_links_and_images(name):
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", prose(name)):
-        file, _, anchor = target.partition("#")
-        path = (ROOT / name).parent / file if file else ROOT / name
-        assert path.is_file(), target
-        assert not anchor or anchor in anchors(path), target
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_images(page):
+    for target in links(page):
+        name, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / name if name else ROOT / page
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file), target
 
 
 def test_every_page_can_be_reached_from_the_readme():
-    linked = {(ROOT / target).resolve() for target in re.findall(r"\]\(([^):#]+)\)", text("README.md"))}
-    assert set(DOCS) - {README} <= linked
+    linked = {os.path.normpath(target.partition("#")[0]) for target in links(README)}
+    assert set(PAGES) - {README} <= linked
 
 
 def test_readme_is_short():
-    assert README.stat().st_size <= README_LIMIT
+    assert (ROOT / README).stat().st_size <= README_LIMIT
+
+
+# ------------------------------------------------------------------------------------------------ the fast tests
+
+
+@pytest.mark.parametrize("name", conftest.FAST)
+def test_files_of_fast_tests_exist(name):
+    assert (ROOT / "tests" / name).is_file()
