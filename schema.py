@@ -205,12 +205,13 @@ NAMES = {
 
 
 def describe(hint: Any, plural: bool = False) -> str:
-    """A type without its constraints, for people: "a whole number or null"."""
+    """A type with its constraints, for people: "a whole number (greater than 0) or null"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if len(_options(hint)) > 1:
         return " or ".join(describe(option, plural) for option in arguments)
     if origin is Annotated:
-        return describe(arguments[0], plural)
+        constraints = ", ".join(constraint.text for constraint in arguments[1:])
+        return f"{describe(arguments[0], plural)} ({constraints})"
     if origin is Literal:
         choices = [str(choice).lower() if choice is False else choice for choice in arguments]
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"

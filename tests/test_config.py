@@ -1,9 +1,11 @@
 """Configuration: what loads, what is refused, and how a mistake is reported."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from config import (
     Config,
@@ -19,8 +21,11 @@ from config import (
     validate_processes,
 )
 from models import build_model
+from schema import Leaf, describe, leaves
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+MANUAL = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 OFFICIAL_B = """\
 model:
@@ -289,6 +294,47 @@ def test_keys_below_a_field_have_its_role():
         role_of("training.no_such_key")
 
 
+# ----------------------------------------------------------------------------------------------------------- the manual
+
+
+def manual_row(leaf: Leaf) -> str:
+    """What docs/configuration.md says of a key, made of its type, default, role and meaning."""
+    default = yaml.safe_dump(leaf.field.default_factory(), default_flow_style=True)
+    value = default.splitlines()[0]  # YAML ends a single value with a line of dots
+    kind = describe(leaf.hint).removeprefix("a ").replace("finite ", "")
+    return f"| `{leaf.name}` | {kind} | `{value}` | {role_of(leaf.name)} | {leaf.field.metadata['meaning']} |"
+
+
+def test_the_manual_has_every_key_in_order():
+    rows = [line for line in MANUAL.split("## Keys")[1].splitlines() if line.startswith("| `")]
+    assert rows == [manual_row(leaf) for leaf in leaves(Config)]
+
+
+def test_the_manual_has_every_shipped_file():
+    names = set()
+    for pattern in re.findall(r"\| `([A-Za-z]+[^ ]*\.yaml)` \|", MANUAL):
+        names |= {file.name for file in CONFIGS.glob("*.yaml") if matches(pattern, file.name)}
+    assert names == {file.name for file in CONFIGS.glob("*.yaml")}
+
+
+def matches(pattern: str, name: str) -> bool:
+    """`DiT-{S,B}-{2,4}.yaml` matches DiT-S-4.yaml: braces hold alternatives, a star anything."""
+    expression = (
+        re.escape(pattern).replace(r"\{", "(").replace(r"\}", ")").replace(",", "|").replace(r"\*", "[^-]*")
+    )
+    return re.fullmatch(expression, name) is not None
+
+
+@pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
+def test_the_manual_has_the_sizes_of_the_shipped_files(size):
+    config = load_config(CONFIGS / f"DCDiT-{size}-N4.yaml")
+    with torch.device("meta"):
+        millions = sum(parameter.numel() for parameter in build_model(config).parameters()) / 1e6
+    blocks = len(parse_layout(config.model.hnet.arch_layout).main_blocks)
+    shape = f"{config.d_model} / {blocks} / {config.model.hnet.num_heads[1]}"
+    assert f"| `DCDiT-{size}-{{N4,N16}}.yaml` | {shape} | {millions:.1f} M |" in MANUAL
+
+
 # --------------------------------------------------------------------------------------------------------- what is refused
 
 MISTAKES = [
@@ -370,7 +416,7 @@ MISTAKES = [
     ("training: {multi_budget_drop_fractions: []}", "training.multi_budget_drop_fractions: [] must be at least 1 entry long"),
     ("training: {multi_budget_drop_fractions: [0, 1]}", "multi_budget_drop_fractions[1]: 1.0 must be in [0, 1)"),
     ("training: {multi_budget_drop_fractions: [-0.1]}", "-0.1 must be in [0, 1)"),
-    ("training: {multi_budget_drop_fractions: {min: 0.1}}", "{'min': 0.1} is not a list of finite numbers or {min, max}"),
+    ("training: {multi_budget_drop_fractions: {min: 0.1}}", "entry long) or {min, max}"),
     ("training: {multi_budget_drop_fractions: {min: 0.1, mx: 0.2}}", "unknown key 'training.multi_budget_drop_fractions.mx'"),
     ("training: {multi_budget_drop_fractions: {min: 0, max: 1}}", "1.0 must be in [0, 1)"),
     ("training: {multi_budget_drop_fractions: {min: 0.3, max: 0.2}}", "min 0.3 is above max 0.2; exchange them"),
@@ -396,7 +442,7 @@ MISTAKES = [
     ("diffusion: {diffusion_steps: 0}", "diffusion.diffusion_steps: 0 must be greater than 0"),
     ("diffusion: {diffusion_steps: 10}", "diffusion.diffusion_steps: 10 puts a beta of the linear schedule at 1 or above"),
     ("diffusion: {cfg_channels: 5}", "diffusion.cfg_channels: 5 must be 'all' or a number from 1 to 4"),
-    ("diffusion: {cfg_channels: some}", "diffusion.cfg_channels: 'some' is not a whole number or all"),
+    ("diffusion: {cfg_channels: some}", "diffusion.cfg_channels: 'some' is not a whole number (greater than 0) or all"),
     ("logging: {log_every: 0}", "logging.log_every: 0 must be greater than 0"),
     ("logging: {ckpt_keep: -1}", "logging.ckpt_keep: -1 must be at least 0"),
     ("logging: {sample_cfg_scale: 0.5}", "logging.sample_cfg_scale: 0.5 must be at least 1"),
