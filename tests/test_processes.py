@@ -77,7 +77,7 @@ def test_who_waited_goes_on_from_the_other_runs_last_checkpoint(run, whole_run, 
         FolderLock.acquire = lambda own: (shutil.copy(tmp_path / newer.name, newer), acquire(own))
 
     codes, printed = run("run", plans=[write_while_waiting])
-    assert codes == [0] and "going on from step 8" in printed
+    assert codes == [0] and "resuming from step 8" in printed
     kills.assert_same_training(whole_run, tmp_path / "run")
 
 
@@ -179,10 +179,10 @@ def test_processes_that_start_unlike_are_refused(run):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_mistake_of_one_process_is_told_by_it(run, workers):
     def damage():
-        def damaged(samples, key):
+        def damaged(samples, micro_step, image):
             raise UserError("shard-00003.npy: is damaged; extract it again")
 
-        Samples.__getitem__ = damaged
+        Samples.draw = damaged
 
     codes, printed = run("run", f"data.num_workers={workers}", plans=[None, damage], grace=1)
     assert codes[1] == 2 and "Traceback" not in printed.split("error: process")[0]
