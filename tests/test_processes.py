@@ -142,7 +142,8 @@ def test_a_loop_that_hangs_is_named(monkeypatch):
     ends, clock = [], [0.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
     watcher = watch.ProcessWatch(0, 1, patience=10)
-    watcher.world, watcher._end = 3, lambda ranks, reason: ends.append((ranks, reason))
+    watcher.world = 3
+    watcher._end = lambda ranks, reason: ends.append((ranks, reason))
     for second in range(25):
         clock[0] = float(second)
         places = (
@@ -150,13 +151,13 @@ def test_a_loop_that_hangs_is_named(monkeypatch):
             if second > 9
             else [[second, "training"]] * 3
         )
-        watcher._look([[second, place] for place in places])
+        watcher._read_signs([[second, place] for place in places])
         assert not ends or second > 20
-    assert ends[0] == ([1], "is reading images of step 7 for 10 s")
+    assert ends[0] == ({1}, "is reading images of step 7 for 10 s")
     ends.clear()
     for second in range(25, 60):  # outside of a step, as while a checkpoint is written, nobody is hurried
         clock[0] = float(second)
-        watcher._look([[second, None]] * 3)
+        watcher._read_signs([[second, None]] * 3)
     assert not ends
 
 

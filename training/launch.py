@@ -19,8 +19,7 @@ from models.attention import kernel_problem
 from models.ops.precision import allow_tf32
 from processes import group
 from processes.agreement import check_agreement
-from processes.sharding import check_sharding, is_sharded
-from processes.watch import LONG
+from processes.sharding import is_sharded, prepare_sharding
 
 # ------------------------------------------------------------------------------------------ before the processes have met
 
@@ -73,7 +72,7 @@ def make_accelerator(config: Config) -> Accelerator:
     device = group.default_device()
     allow_tf32(config.model.hnet.fp32_router_dechunk == "tf32")
     no_changing_buffers = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    patient = InitProcessGroupKwargs(timeout=LONG)
+    patient = InitProcessGroupKwargs(timeout=group.COLLECTIVE_TIMEOUT)
     accelerator = Accelerator(
         # Without this, Accelerate takes the processes of torchrun on a CPU for separate runs
         cpu=device.type == "cpu",
@@ -84,7 +83,7 @@ def make_accelerator(config: Config) -> Accelerator:
     )
     check_processes(accelerator)
     check_installed_trackers(accelerator, config)
-    check_sharding(accelerator)
+    prepare_sharding(accelerator)
     if is_sharded(accelerator):
         check_no_samples(config)
     check_precision(accelerator, config)

@@ -5,7 +5,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from config import TrainingConfig
-from processes.sharding import shard_state
+from processes.sharding import shard_optimizer_state
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
@@ -36,7 +36,7 @@ def load_optimizer(optimizer: AcceleratedOptimizer, state: dict) -> None:
     options = []
     for group in optimizer.param_groups:
         options.append({key: group[key] for key in ("weight_decay", "fused", "lr_scale")})
-    optimizer.load_state_dict(shard_state(state, optimizer))
+    optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
     # Loading has brought the options of the checkpoint along
     for group, own in zip(optimizer.param_groups, options):
         group.update(own)

@@ -19,7 +19,7 @@ from data.features import FeatureStore, OfficialStore
 from diffusion import create_diffusion
 from models import architecture, build_model, compile_parts
 from models.flops import TokenCounts, total_flops
-from processes.sharding import forward, is_sharded, whole, whole_tensor
+from processes.sharding import forward, full_tensor, gather_full_state, is_sharded
 from processes.stop import StopRequest
 from processes.watch import ProcessWatch
 from training import launch, schedules
@@ -191,7 +191,7 @@ class Trainer:
             for parameter in self.frozen:
                 parameter.grad = None
         # Update
-        norm = whole_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm))
+        norm = full_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm))
         local_batch = training.global_batch_size // self.accelerator.num_processes
         self.averages.add("grad_norm", norm.expand(local_batch))
         self.guard.update(self.optimizer, norm, self.step)
@@ -402,7 +402,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
         }
         if is_sharded(self.accelerator):
-            weights = whole(weights)
+            weights = gather_full_state(weights)
         # Write
         if self.accelerator.is_main_process:
             state: Checkpoint = {
