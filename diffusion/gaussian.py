@@ -1,8 +1,9 @@
 """Gaussian diffusion with epsilon prediction and (optionally) a learned variance range.
 
-The notation is that of DDPM (arXiv 2006.11239) and improved DDPM (arXiv 2102.09672). Coefficient tables are computed once
-in float64 and gathered in float32. Images and latents are (B, C, ...). `i` (B,) counts the steps of this process, `t` (B,)
-those of the process that the network was trained on: they differ after respacing.
+The notation is that of DDPM (arXiv 2006.11239) and improved DDPM (arXiv 2102.09672). Coefficient tables are
+computed once in float64 and gathered in float32. Images and latents are (B, C, ...). `i` (B,) counts the
+steps of this process, `t` (B,) those of the process that the network was trained on: they differ after
+respacing.
 """
 
 import math
@@ -94,9 +95,10 @@ class GaussianDiffusion:
         return self.posterior_mean(x0, x_t, i), self.log_variance(logits, x_t, i), x0
 
     def log_variance(self, logits: Tensor | None, x_t: Tensor, i: Tensor) -> Tensor:
-        """Interpolate between log beta-tilde and log beta (improved DDPM, equation 15), or the fixed large variance."""
+        """Log-variance of the model: learned (improved DDPM, equation 15), or the fixed large one."""
         if logits is None:
             return self.table("fixed_large_log_variance", i, x_t.ndim).expand_as(x_t)
+        # Interpolate between log beta-tilde and log beta
         low = self.table("posterior_log_variance", i, x_t.ndim)
         high = self.table("log_betas", i, x_t.ndim)
         share = (logits + 1) / 2
@@ -121,8 +123,8 @@ class GaussianDiffusion:
     def variational_bound(self, prediction: Tensor, x0: Tensor, x_t: Tensor, i: Tensor) -> Tensor:
         """The variational bound: (B,) bits per dimension.
 
-        It is the KL divergence of the posterior to the model at i > 0, and the negative log-likelihood of an 8-bit x_0
-        at i = 0.
+        It is the KL divergence of the posterior to the model at i > 0, and the negative log-likelihood of an
+        8-bit x_0 at i = 0.
         """
         mean, log_variance, _ = self.reverse(prediction, x_t, i)
 

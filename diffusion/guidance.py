@@ -1,7 +1,7 @@
 """Classifier-free guidance over any per-sample conditioning.
 
-The two branches differ in their conditioning alone, whether that is the label or how much compute a branch may spend
-(Lite-CFG). One function therefore serves both, and the branches run as one batch.
+The two branches differ in their conditioning alone, whether that is the label or how much compute a branch
+may spend (Lite-CFG). One function therefore serves both, and the branches run as one batch.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from diffusion.samplers import Denoise
 
 ConditionedDenoise = Callable[..., Tensor]  # (x, t, **conditioning) -> prediction
 
-# What one branch of the network gets beside x and t. Under each name stands a tensor (B, ...), a list of B numbers, or a
-# function of the timesteps (B,) that returns one of them.
+# What one branch of the network gets beside x and t. Under each name stands a tensor (B, ...), a list of B
+# numbers, or a function of the timesteps (B,) that returns one of them.
 Conditioning = dict[str, Any]
 
 

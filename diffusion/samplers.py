@@ -1,7 +1,8 @@
 """Samplers as generators: each yields one Step per evaluation of the network and ends with the sample in `x_next`.
 
-`denoise(x_t, t)` is any function from noised latents (B, C, S, S) and original timesteps (B,) to a prediction. Guidance
-and recording wrap it from outside. The timesteps are on the host, where reading them does not wait for the device.
+`denoise(x_t, t)` is any function from noised latents (B, C, S, S) and original timesteps (B,) to a
+prediction. Guidance and recording wrap it from outside. The timesteps are on the host, where reading them
+does not wait for the device.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ def ddpm(
     for i in reversed(range(diffusion.steps)):
         t, index, prediction = _evaluate(diffusion, denoise, x, i)
         mean, log_variance, x0_hat = diffusion.reverse(prediction, x, index)
+        # The last step adds no noise
         x_next = mean
         if i > 0:
             x_next = mean + torch.exp(0.5 * log_variance) * noise()
@@ -48,6 +50,7 @@ def ddim(
         t, index, prediction = _evaluate(diffusion, denoise, x, i)
         epsilon, _ = diffusion.split(prediction)
         x0_hat = diffusion.predict_x0(x, index, epsilon)
+        # Move to the previous noise level along the same epsilon
         previous = diffusion.table("alpha_bar_previous", index, x.ndim)
         x_next = previous.sqrt() * x0_hat + (1 - previous).sqrt() * epsilon
         yield Step(i, t, x, x0_hat, x_next)
@@ -63,6 +66,7 @@ def dpm_solver(
     """
     from diffusers import DPMSolverMultistepScheduler  # here, because this import takes seconds
 
+    # The solver runs on the steps of the respaced process
     betas = np.clip(diffusion.tables["betas"], 0.0, 1.0)
     solver = DPMSolverMultistepScheduler(num_train_timesteps=diffusion.steps, trained_betas=betas)
     solver.set_timesteps(timesteps=list(reversed(range(diffusion.steps))))

@@ -38,7 +38,7 @@ def architecture(config: Config) -> Architecture:
 
 
 def build_model(config: Config) -> DCDiT | DiT:
-    """Build the freshly initialised denoiser that a configuration describes; draws from torch's global generator."""
+    """Build the denoiser that a configuration describes, initialised from torch's global generator."""
     if config.is_static:
         return DiT(architecture(config))
     return DCDiT(architecture(config))
@@ -56,8 +56,9 @@ def describe(config: Config) -> str:
 def compile_parts(model: DCDiT | DiT, backend: str = "inductor") -> None:
     """Have torch.compile fuse the transformer blocks, the encoder and the decoder, in place; names of weights stay.
 
-    Token counts become dynamic when a second one is seen, so compilation ends with the second batch. Attention sample by
-    sample (CUDA in float32, MPS) stays outside the graphs: it would need a new one for every list of lengths.
+    Token counts become dynamic when a second one is seen, so compilation ends with the second batch.
+    Attention sample by sample (CUDA in float32, MPS) stays outside the graphs: it would need a new one for
+    every list of lengths.
     """
     for block in model.blocks:
         assert isinstance(block, DiTBlock)

@@ -39,7 +39,7 @@ class Attention(nn.Module):
         return self.proj(attended.flatten(1))
 
     def attend(self, qkv: Tensor, packing: Packing) -> Tensor:
-        """(T, 3, heads, size) -> (T, heads, size), by the kernel that was asked for or by the fastest that works."""
+        """(T, 3, heads, size) -> (T, heads, size), by the configured kernel or the fastest that works."""
         kernel = pick_kernel(qkv) if self.kernel == "auto" else self.kernel
         if kernel == "flash":
             return attend_flash(qkv, packing)

@@ -50,10 +50,13 @@ class DiTBlock(nn.Module):
         modulators = self.adaLN_modulation(c).chunk(6, dim=1)  # each (B, D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulators
 
+        # norm -> modulate -> attend -> gate
         attended = self.attn(modulate(x, shift_attn, scale_attn, packing), packing)
         x = gated_add(x, gate_attn, attended, packing)
         if self.mlp is None:
             return x
+
+        # norm -> modulate -> MLP -> gate
         transformed = self.mlp(modulate(x, shift_mlp, scale_mlp, packing))
         return gated_add(x, gate_mlp, transformed, packing)
 

@@ -1,6 +1,7 @@
 """Convolutional encoder and decoder of the scaffold, at full latent resolution.
 
-The network's input is in channels_last memory. Where the layers keep it, `to_tokens` is a view with contiguous tokens.
+The network's input is in channels_last memory. Where the layers keep it, `to_tokens` is a view with
+contiguous tokens.
 """
 
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ class Conv3x3(nn.Conv2d):
         super().__init__(width_in, width_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Wide layers have a faster gradient on a CPU
         if x.is_cpu and self.in_channels * self.out_channels >= WIDE:
             return WideConv.apply(x, self.weight, self.bias)
         return super().forward(x)
@@ -48,6 +50,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
+        # The conditioning shifts every channel, the same at all cells
         h = h + self.cond_proj(c)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + self.skip_proj(x)

@@ -109,8 +109,9 @@ def init_weights(model: DCDiT, init: str) -> None:
         init: "adaln_zero": the blocks' modulation and the residual projection start at zero, as the DiT and H-Net
             papers intend. "released": they start Xavier-uniform, which is what the official code does.
 
-    In both, linear layers start Xavier-uniform with zero bias, the label table and the timestep MLP from N(0, 0.02), the
-    final layer at zero, and the router's last bias such that about one token in four is a boundary.
+    In both, linear layers start Xavier-uniform with zero bias, the label table and the timestep MLP from N(0,
+    0.02), the final layer at zero, and the router's last bias such that about one token in four is a
+    boundary.
     """
     init_transformer(model, zero_blocks=init == "adaln_zero")
     model.router.start()

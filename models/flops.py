@@ -3,8 +3,8 @@
     python -m models.flops --config configs/DCDiT-B-N4.yaml
 
 Convention: 2 per multiply-add; convolutions, matrix products and linear layers only (no norms, activations or
-additions); attention scores and values at 2 * 2 * D per token pair plus 3 per head and pair for the softmax; the token
-pairs of each sample by itself. Published DiT figures count multiply-adds, which are half of these.
+additions); attention scores and values at 2 * 2 * D per token pair plus 3 per head and pair for the softmax;
+the token pairs of each sample by itself. Published DiT figures count multiply-adds, which are half of these.
 """
 
 import argparse
@@ -21,15 +21,31 @@ from models.types import Architecture
 
 # Dense half-precision peak of one GPU in FLOP/s, from the makers' data sheets.
 HALF_PRECISION_PEAKS = {
-    "A100": 312e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "B200": 2250e12, "L4": 121e12,
-    "L40S": 362e12, "A10": 125e12, "A40": 150e12, "RTX A6000": 155e12, "RTX 3090": 71e12, "RTX 4090": 165e12,
-    "RTX 5090": 210e12, "MI250X": 383e12, "MI300X": 1307e12,
-}  # fmt: skip
+    "A100": 312e12,
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "A40": 150e12,
+    "RTX A6000": 155e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+    "RTX 5090": 210e12,
+    "MI250X": 383e12,
+    "MI300X": 1307e12,
+}
 
 # The part of the configuration of the published Stable Diffusion autoencoders that FLOPs follow from.
 STABLE_DIFFUSION: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "out_channels": 3,
-}  # fmt: skip
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "out_channels": 3,
+}
 
 
 class TokenCounts(NamedTuple):
@@ -193,7 +209,7 @@ def _residual_block(cells: int, width_in: int, width_out: int) -> float:
 
 
 def table(config: Config, fractions: Sequence[float], boundary_share: float, steps: int) -> str:
-    """GFLOP of one forward pass by component (rows) at several dropped fractions (columns), and TFLOP per image below.
+    """GFLOP of one forward pass by component (rows) at several dropped fractions (columns).
 
     Args:
         boundary_share: share of the tokens that the router keeps without a budget, the same in every image.

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from models.types import Packing
 
-# A sum over a sample's tokens is a sum of the sums of this many pieces; one piece would be one thread's work on a GPU.
+# A sum over a sample's tokens is a sum of the sums of this many pieces; one piece would be one thread's work
+# on a GPU.
 PIECES = 16
 
 
@@ -13,8 +14,8 @@ def plan_packing(keep: Tensor, lengths: int | list[int] | None = None) -> Packin
     """Turn a keep mask (B, L) bool into a Packing; every sample must keep a token.
 
     Args:
-        lengths: kept tokens of every sample, or of each, if they are known (a token budget). If they are not, they are
-            read from the device, which is the only host synchronisation of a forward pass.
+        lengths: kept tokens of every sample, or of each, if they are known (a token budget). If they are not,
+            they are read from the device, which is the only host synchronisation of a forward pass.
     """
     batch, tokens = keep.shape
     counts = keep.sum(1)
@@ -31,6 +32,7 @@ def plan_packing(keep: Tensor, lengths: int | list[int] | None = None) -> Packin
     row = torch.arange(batch * tokens, device=keep.device)
     index = row.new_empty(total + 1).scatter_(0, slot, row)[:total]
 
+    # Where each sample starts
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=keep.device)
     cu_seqlens[1:] = counts.cumsum(0)
     return Packing(index, index // tokens, cu_seqlens, cut_pieces(cu_seqlens), torch.tensor(lengths), tokens)
@@ -61,6 +63,7 @@ def pack(x: Tensor, packing: Packing) -> Tensor:
 def unpack(tokens: Tensor, packing: Packing, length: int) -> Tensor:
     """(T, D) -> (B, L, D) with zeros at the tokens that were not kept."""
     batch = len(packing.lengths)
-    grid = tokens.new_zeros(batch * length, tokens.shape[1])
+    width = tokens.shape[1]
+    grid = tokens.new_zeros(batch * length, width)
     grid.index_copy_(0, packing.token_index, tokens)
     return grid.view(batch, length, -1)

@@ -1,9 +1,9 @@
-"""The readable twin of every stage, on the weights of a DCDiT: what to read first, and the oracle of tests and benchmarks.
+"""The readable twin of every stage, on the weights of a DCDiT; the oracle of tests and benchmarks.
 
-It computes what the paper describes in the way that comes to mind first: token-contiguous tensors with a permutation
-around every convolution, a double argsort for the budget, padded chunks, modulators expanded to one row per token,
-padded attention with a mask, a dense (B, M, M) Gaussian and a dense (B, L, M) search. M is the number of kept tokens of
-the sample that keeps most; the other letters are those of models/types.py.
+It computes what the paper describes in the way that comes to mind first: token-contiguous tensors with a
+permutation around every convolution, a double argsort for the budget, padded chunks, modulators expanded to
+one row per token, padded attention with a mask, a dense (B, M, M) Gaussian and a dense (B, L, M) search. M is
+the number of kept tokens of the sample that keeps most; the other letters are those of models/types.py.
 
     prediction = reference.forward(model, sigma=1.0, x_t=x_t, t=t, labels=labels).prediction
 
@@ -112,7 +112,8 @@ def conv3x3(module: nn.Module, x: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + 1e-5) * weight over the last dimension, in float32."""
     full = x.float()
-    normed = full * torch.rsqrt(full.square().mean(-1, keepdim=True) + 1e-5)
+    mean_square = full.square().mean(-1, keepdim=True)
+    normed = full * torch.rsqrt(mean_square + 1e-5)
     return (normed * weight).to(x.dtype)
 
 
@@ -122,7 +123,8 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 def router(module: Router, features: Tensor, drop: Tensor | None) -> Routing:
     """Boundary probabilities and decisions: (B, L, D) -> Routing (the role of H-Net, equation 4).
 
-    z = proj(x), surprise = z - context_predictor(z), p = sigmoid(score(surprise)); a token is a boundary if p > 1/2.
+    z = proj(x), surprise = z - context_predictor(z), p = sigmoid(score(surprise)); a token is a boundary if p
+    > 1/2.
     """
     z = module.proj(to_grid(features))
     surprise = z - conv3x3(module.context_predictor, z)
@@ -148,7 +150,8 @@ def tail_drop(prob: Tensor, boundary: Tensor, drop: Tensor) -> Tensor:
     key[:, -1] = 2.0
     rank = key.argsort(dim=1, stable=True).argsort(dim=1)
     count = boundary.sum(1)
-    dropped = torch.minimum((count.float() * drop).long(), count - 2)
+    dropped = (count.float() * drop).long()
+    dropped = torch.minimum(dropped, count - 2)  # the two ends stay
     return boundary & (rank >= dropped[:, None])
 
 
@@ -162,22 +165,26 @@ class Chunks:
 
     @functools.cached_property
     def packing(self) -> Packing:
-        """For the kernels for packed tokens: planned once in a forward pass, and only where such a kernel is used."""
+        """For kernels for packed tokens: planned once in a forward pass, if such a kernel is used."""
         return plan_packing(self.valid)
 
 
 def plan(routing: Routing) -> Chunks:
     """Kept tokens first, in raster order (H-Net, equation 2)."""
     counts = routing.keep.sum(1)
+    longest = int(counts.max())
     place = torch.arange(routing.keep.shape[1], device=counts.device)
-    order = torch.where(routing.keep, place, place + len(place)).argsort(1)
-    longest = counts.max().item()
-    return Chunks(order[:, :longest], place[:longest] < counts[:, None], counts)
+    # Tokens that are not kept sort behind all others
+    key = torch.where(routing.keep, place, place + len(place))
+    order = key.argsort(1)
+    valid = place[:longest] < counts[:, None]
+    return Chunks(order[:, :longest], valid, counts)
 
 
 def pack(x: Tensor, chunks: Chunks) -> Tensor:
     """(B, L, D) -> (T, D), through the padded (B, M, D)."""
-    padded = x.gather(1, chunks.index[:, :, None].expand(-1, -1, x.shape[2]))
+    index = chunks.index[:, :, None].expand(-1, -1, x.shape[2])
+    padded = x.gather(1, index)
     return padded[chunks.valid]
 
 
@@ -220,7 +227,8 @@ def attention(module: Attention, x: Tensor, chunks: Chunks) -> Tensor:
         2, 0, 3, 1, 4
     )  # (B, heads, M, D / heads) each
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=chunks.valid[:, None, None])
-    return module.proj(attended.transpose(1, 2).flatten(2)[chunks.valid])
+    merged = attended.transpose(1, 2).flatten(2)  # (B, M, D)
+    return module.proj(merged[chunks.valid])
 
 
 # ------------------------------------------------------------------------------------------------------ dechunk
@@ -249,9 +257,16 @@ def smooth(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float) -> Te
     prob = routing.prob.gather(1, chunks.index).clamp(1e-4, 1 - 1e-4)  # (B, M)
     place = cell_places(routing.prob.shape[1], tokens.device)[chunks.index]  # (B, M, 2)
     squared_distance = (place[:, :, None] - place[:, None]).square().sum(-1)  # (B, M, M)
-    weight = torch.exp(-squared_distance / (2 * sigma**2)) * prob[:, None] * chunks.valid[:, None]
-    smoothed = (weight / (weight.sum(2, keepdim=True) + 1e-8)) @ u
-    return prob[:, :, None] * u + (1 - prob[:, :, None]) * smoothed
+
+    # Each token's weighted mean over all kept tokens of its sample, itself included
+    kernel = torch.exp(-squared_distance / (2 * sigma**2))
+    weight = kernel * prob[:, None] * chunks.valid[:, None]
+    total = weight.sum(2, keepdim=True) + 1e-8
+    smoothed = (weight / total) @ u
+
+    # The more certain the router, the more of a token's own value
+    own_share = prob[:, :, None]
+    return own_share * u + (1 - own_share) * smoothed
 
 
 def nearest_kept(chunks: Chunks, length: int) -> Tensor:
@@ -259,7 +274,9 @@ def nearest_kept(chunks: Chunks, length: int) -> Tensor:
     cells = cell_places(length, chunks.index.device)  # (L, 2)
     chosen = cells[chunks.index]  # (B, M, 2)
     squared_distance = (cells[:, None] - chosen[:, None]).square().sum(-1)  # (B, L, M)
-    return squared_distance.masked_fill(~chunks.valid[:, None], float("inf")).argmin(2)
+    # Padding is no candidate; argmin returns the first of equals
+    squared_distance = squared_distance.masked_fill(~chunks.valid[:, None], float("inf"))
+    return squared_distance.argmin(2)
 
 
 def cell_places(length: int, device: torch.device) -> Tensor:

@@ -92,8 +92,9 @@ def drop_tail(prob: Tensor, boundary: Tensor, drop: Tensor | float) -> Tensor:
 def keep_top(prob: Tensor, tokens: int | list[int]) -> Tensor:
     """Keep exactly this number of tokens: the most probable ones, with the first and last token among them.
 
-    Below the number of boundary tokens this equals `drop_tail` with the same count; above it, tokens with a probability
-    under one half stay too. The counts are numbers on the host, so all shapes that follow are known in advance.
+    Below the number of boundary tokens this equals `drop_tail` with the same count; above it, tokens with a
+    probability under one half stay too. The counts are numbers on the host, so all shapes that follow are
+    known in advance.
 
     Args:
         prob: (B, L).

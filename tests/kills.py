@@ -30,6 +30,7 @@ import extract_features
 import sample_ddp
 import train
 from processes import group
+from training import launch
 from weights import checkpoint
 
 FORK = multiprocessing.get_context("fork")  # of a process without threads of its own; see `calm`
@@ -214,7 +215,7 @@ def training_campaign(
 ) -> Campaign:
     """Kill training runs; assert that they end like the one that was left alone."""
     argv = ["--config", config, *(part for change in TRAINING for part in ("--set", change))]
-    campaign = Campaign(folder, train.main, argv, "--output", (train, "make_accelerator"), seed)
+    campaign = Campaign(folder, train.main, argv, "--output", (launch, "make_accelerator"), seed)
     campaign.whole(worlds[0])
     while campaign.kills < kills:
         name = campaign.next_name()

@@ -92,7 +92,7 @@ TRAIN = [
     ("--config {config} --output {place}/a_file", "--output '{place}/a_file': '{place}/a_file' is not a folder"),
     ("--config {config} --output {place}/a_file/run", "'{place}/a_file' is not a folder"),
     ("--config {config} --set logging.results_dir={place}/a_file", "'{place}/a_file' is not a folder"),
-    ("--config {config} --output {place}/run --set training.seed=1", "holds a run with other values of training.seed"),
+    ("--config {config} --output {place}/run --set training.seed=1", "was started with a different training.seed; choose another folder"),
     ("--config {config} --output {place}/broken", "0000002.pt' is not a readable checkpoint of this repository"),
     ("--config {config} --set training.resume_from_ckpt=nowhere.pt", "training.resume_from_ckpt 'nowhere.pt' does not exist"),
     ("--config {config} --set training.resume_from_ckpt={ckpt} --set model.mlp_ratio=2",

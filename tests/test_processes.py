@@ -77,7 +77,7 @@ def test_who_waited_goes_on_from_the_other_runs_last_checkpoint(run, whole_run, 
         FolderLock.acquire = lambda own: (shutil.copy(tmp_path / newer.name, newer), acquire(own))
 
     codes, printed = run("run", plans=[write_while_waiting])
-    assert codes == [0] and "going on from step 8" in printed
+    assert codes == [0] and "resuming from step 8" in printed
     kills.assert_same_training(whole_run, tmp_path / "run")
 
 
@@ -142,7 +142,8 @@ def test_a_loop_that_hangs_is_named(monkeypatch):
     ends, clock = [], [0.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
     watcher = watch.ProcessWatch(0, 1, patience=10)
-    watcher.world, watcher._end = 3, lambda ranks, reason: ends.append((ranks, reason))
+    watcher.world = 3
+    watcher._end = lambda ranks, reason: ends.append((ranks, reason))
     for second in range(25):
         clock[0] = float(second)
         places = (
@@ -150,13 +151,13 @@ def test_a_loop_that_hangs_is_named(monkeypatch):
             if second > 9
             else [[second, "training"]] * 3
         )
-        watcher._look([[second, place] for place in places])
+        watcher._read_signs([[second, place] for place in places])
         assert not ends or second > 20
-    assert ends[0] == ([1], "is reading images of step 7 for 10 s")
+    assert ends[0] == ({1}, "is reading images of step 7 for 10 s")
     ends.clear()
     for second in range(25, 60):  # outside of a step, as while a checkpoint is written, nobody is hurried
         clock[0] = float(second)
-        watcher._look([[second, None]] * 3)
+        watcher._read_signs([[second, None]] * 3)
     assert not ends
 
 
@@ -179,10 +180,10 @@ def test_processes_that_start_unlike_are_refused(run):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_mistake_of_one_process_is_told_by_it(run, workers):
     def damage():
-        def damaged(samples, key):
+        def damaged(samples, micro_step, image):
             raise UserError("shard-00003.npy: is damaged; extract it again")
 
-        Samples.__getitem__ = damaged
+        Samples.draw = damaged
 
     codes, printed = run("run", f"data.num_workers={workers}", plans=[None, damage], grace=1)
     assert codes[1] == 2 and "Traceback" not in printed.split("error: process")[0]

@@ -1,8 +1,8 @@
 """Attention over packed tokens on a CPU as one operation, forward and backward.
 
-PyTorch's compiler would unroll a loop over samples and compile again for other lengths; an operation it leaves alone.
-(`torch.library.custom_op` takes fewer lines, but it imports the compiler, which costs every process seconds.)
-Twin: `attention` in models/reference.py.
+PyTorch's compiler would unroll a loop over samples and compile again for other lengths; an operation it
+leaves alone. (`torch.library.custom_op` takes fewer lines, but it imports the compiler, which costs every
+process seconds.) Twin: `attention` in models/reference.py.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ _LIBRARY.define(
 
 
 def attend(qkv: Tensor, lengths: Tensor) -> Tensor:
-    """Full self-attention among the tokens of each sample: (T, 3, heads, size), lengths (B,) -> (T, heads, size)."""
+    """Self-attention in each sample: (T, 3, heads, size), lengths (B,) -> (T, heads, size)."""
     return torch.ops.dc_dit.attend(qkv, lengths)[0]
 
 
@@ -26,6 +26,7 @@ def attend(qkv: Tensor, lengths: Tensor) -> Tensor:
 def _attend(qkv: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the output (T, heads, size), and the log of the softmax's denominator (heads, T)."""
     out, logsum = _empty_outputs(qkv, lengths)
+    # Sample by sample, written into one output
     for part in _samples(lengths):
         q, k, v = _heads_first(qkv[part])
         sample, sample_logsum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)

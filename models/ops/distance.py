@@ -16,13 +16,14 @@ def nearest_token(keep: Tensor) -> Tensor:
 def nearest_kept(keep: Tensor) -> Tensor:
     """Raster index of the nearest kept cell, Euclidean, ties to the lowest index: (B, L) bool -> (B, L) int64.
 
-    Two passes: the nearest kept row within each column, then the best column for each cell. Distance and index travel
-    in one integer, key = distance^2 * L + index, so that the smallest key decides both.
+    Two passes: the nearest kept row within each column, then the best column for each cell. Distance and
+    index travel in one integer, key = distance^2 * L + index, so that the smallest key decides both.
 
-    Example: S = 2, L = 4, kept cells 0 (row 0, column 0) and 3 (row 1, column 1). In the first pass the cell in row 1,
-    column 0 finds row 0 of its column: 1^2 * 4 + 0 = 4; the one in row 1, column 1 finds itself: 0 * 4 + 3 = 3. In the
-    second pass row 1, column 0 compares its own column, key 4, with column 1 at distance 1, key 3 + 1^2 * 4 = 7. The
-    smallest is 4, and 4 % L = 0: cell 0 is nearest, and the tie with cell 3 went to the lower index.
+    Example: S = 2, L = 4, kept cells 0 (row 0, column 0) and 3 (row 1, column 1). In the first pass the cell
+    in row 1, column 0 finds row 0 of its column: 1^2 * 4 + 0 = 4; the one in row 1, column 1 finds itself: 0
+    * 4 + 3 = 3. In the second pass row 1, column 0 compares its own column, key 4, with column 1 at distance
+    1, key 3 + 1^2 * 4 = 7. The smallest is 4, and 4 % L = 0: cell 0 is nearest, and the tie with cell 3 went
+    to the lower index.
     """
     batch, length = keep.shape
     side = int(length**0.5)
@@ -34,12 +35,20 @@ def nearest_kept(keep: Tensor) -> Tensor:
     # The nearest kept row within each column. An empty column is `far` away: its square is more than any distance^2
     far = side + side // 2
     above = torch.where(keep, row, -far).cummax(1).values
-    below = torch.where(keep, row, far + side).flip(1).cummin(1).values.flip(1)
-    nearest = torch.where(row - above <= below - row, above, below)  # a tie goes to the upper row
+    from_below = torch.where(keep, row, far + side).flip(1)
+    below = from_below.cummin(1).values.flip(1)
+    # A tie goes to the upper row, whose index is lower
+    nearest = torch.where(row - above <= below - row, above, below)
+    row_distance = nearest - row
     index = nearest.clamp(0, side - 1) * side + place
-    key = (nearest - row) ** 2 * length + index  # (B, row, column)
+    key = row_distance**2 * length + index  # (B, row, column)
 
     # The best column for each cell
-    across = (place[:, None] - place) ** 2 * length  # (column, candidate column)
-    best = (key[:, :, None, :] + across).amin(-1)
-    return (best % length).flatten(1).long()
+    column_distance = place[:, None] - place
+    across = column_distance**2 * length  # (column, candidate column)
+    candidates = key[:, :, None, :] + across  # (B, row, column, candidate column)
+    best = candidates.amin(-1)
+
+    # The index is what remains of the key without its distance
+    nearest_index = best % length
+    return nearest_index.flatten(1).long()

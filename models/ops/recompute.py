@@ -1,11 +1,12 @@
 """The operations of a DiT block on packed tokens, written to keep little for the backward pass.
 
-PyTorch's own operations keep the normalised, the modulated and the activated tokens, and modulators with one row per
-token. Each function here keeps its input and recomputes what is cheap: a block keeps 12 numbers per token and channel
-instead of 26. The functions work in eager mode and under torch.compile, on any device.
+PyTorch's own operations keep the normalised, the modulated and the activated tokens, and modulators with one
+row per token. Each function here keeps its input and recomputes what is cheap: a block keeps 12 numbers per
+token and channel instead of 26. The functions work in eager mode and under torch.compile, on any device.
 
-Modulators have one row per sample, (B, D). Under autocast the linear maps run in autocast's precision, and so does the
-GELU, which follows one; everything else runs in float32. Twins: `modulate` and `block` in models/reference.py.
+Modulators have one row per sample, (B, D). Under autocast the linear maps run in autocast's precision, and so
+does the GELU, which follows one; everything else runs in float32. Twins: `modulate` and `block` in
+models/reference.py.
 """
 
 from typing import Any, NamedTuple
@@ -77,9 +78,9 @@ def linear_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, T
 class _ModulatedLinear(torch.autograd.Function):
     """y = (n * (1 + scale) + shift) W^T + b with n = LayerNorm(x); keeps x and the statistics of its rows.
 
-    The backward pass computes n and the modulated tokens again. With g the gradient of the modulated tokens, the
-    gradient of shift is the sum of g over a sample, that of scale the sum of g * n, and that of x is LayerNorm's own
-    for g * (1 + scale).
+    The backward pass computes n and the modulated tokens again. With g the gradient of the modulated tokens,
+    the gradient of shift is the sum of g over a sample, that of scale the sum of g * n, and that of x is
+    LayerNorm's own for g * (1 + scale).
     """
 
     @staticmethod

@@ -21,7 +21,8 @@ from models.types import Packing
 
 REACH = 5.65  # radius of the neighbour lists in sigma: a weight beyond it is below 1.2e-7
 
-# Values (T, D), factors (T, 1) -> (T, D): the Gaussian sum of values times factors over the kept tokens of a sample.
+# Values (T, D), factors (T, 1) -> (T, D): the Gaussian sum of values times factors over the kept tokens of a
+# sample.
 GaussianSum = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -74,12 +75,13 @@ class Neighbours(NamedTuple):
 def find_neighbours(packing: Packing, kernel: Tensor, disc: Tensor) -> Neighbours:
     """The kept tokens of the same sample within `disc` (R, 2), weighted by `kernel` (S, S).
 
-    Kept tokens are packed in raster order. Those in one row of the disc therefore have consecutive packed numbers, and
-    a token's list is R runs of them, each given by its first number and its count.
+    Kept tokens are packed in raster order. Those in one row of the disc therefore have consecutive packed
+    numbers, and a token's list is R runs of them, each given by its first number and its count.
 
-    Example: a 3 x 3 grid keeps cells 0, 4, 5 and 8, which get the packed numbers 0, 1, 2 and 3. For cell 4 (row 1,
-    column 1) and a disc of 3 rows that reach 0, 1 and 0 columns, the runs are: row 0, column 1: none; row 1, columns
-    0 to 2: first 1, count 2; row 2, column 1: none. Its list is [1, 2], with the weights exp(0) and exp(-1 / 2 sigma^2).
+    Example: a 3 x 3 grid keeps cells 0, 4, 5 and 8, which get the packed numbers 0, 1, 2 and 3. For cell 4
+    (row 1, column 1) and a disc of 3 rows that reach 0, 1 and 0 columns, the runs are: row 0, column 1: none;
+    row 1, columns 0 to 2: first 1, count 2; row 2, column 1: none. Its list is [1, 2], with the weights
+    exp(0) and exp(-1 / 2 sigma^2).
     """
     side = len(kernel)
     cells = len(packing.lengths) * packing.max_length
@@ -142,8 +144,8 @@ def smooth_and_plug(
 ) -> Tensor:
     """Mix each kept token with the smoothed ones by its probability, plug every cell, and add the residual.
 
-    A cell's value is multiplied by its confidence "straight through" (H-Net, equation 7): by 1, with the gradient of a
-    factor.
+    A cell's value is multiplied by its confidence "straight through" (H-Net, equation 7): by 1, with the
+    gradient of a factor.
 
     Args:
         tokens: (T, D). residual: (B, L, D). prob: (T, 1), in the precision of tokens.
@@ -162,9 +164,9 @@ class _SmoothAndPlug(torch.autograd.Function):
         v = p u + (1 - p) s             mixed tokens
         h[cell] = v[nearest[cell]] + residual[cell]
 
-    The backward pass is written out for two reasons: next to nothing needs to be kept when it smooths once more, and G
-    is symmetric, so the gradient of a Gaussian sum is a Gaussian sum again. With g the gradient of v and
-    q = (1 - p) / w:
+    The backward pass is written out for two reasons: next to nothing needs to be kept when it smooths once
+    more, and G is symmetric, so the gradient of a Gaussian sum is a Gaussian sum again. With g the gradient
+    of v and q = (1 - p) / w:
 
         grad u = p (g + G (q g))
         grad p = g . (u - s) + u . G (q g) - G (q (g . s))        (. is the dot product over D)
@@ -230,7 +232,8 @@ def row_products(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
 
 
 def sum_by_token(rows: Tensor, index: Tensor, tokens: int) -> Tensor:
-    """Sums of the rows (n, D) that share an index: (tokens, D). Over sorted segments: no atomic additions on a GPU."""
+    """Sums of the rows (n, D) that share an index: (tokens, D)."""
+    # Over sorted segments, because a GPU would otherwise add atomically, in any order
     sorted_index, order = index.sort(stable=True)
     start = torch.searchsorted(sorted_index, torch.arange(tokens + 1, device=index.device))
     return F.embedding_bag(order, rows, start, mode="sum", include_last_offset=True)
