@@ -76,4 +76,4 @@ def test_writing_continues_and_leaves_no_partial_file(tmp_path, monkeypatch):
 
 def test_bad_numbers_name_the_option(tmp_path):
     with pytest.raises(UserError, match="--num-images 0"):
-        shapes.write_images(tmp_path, 0)
+        shapes.main(["--output", str(tmp_path), "--num-images", "0"])
