@@ -25,7 +25,7 @@ from sampling.generate import SamplingOptions, TrainedModel, draw_labels
 
 
 class Evaluation:
-    """Called as (ema_model, step) on every process. The first process gets the metrics, the others an empty dictionary.
+    """Called as (ema_model, step) on every process. The first gets the metrics, the others an empty dict.
 
     Args:
         autoencoder: decodes the samples.

@@ -22,7 +22,7 @@ from processes.agreement import check_agreement
 from processes.sharding import check_sharding, is_sharded
 from processes.watch import LONG
 
-# ------------------------------------------------------------------------------------------ before the processes have met
+# ------------------------------------------------------------------------------ before the processes have met
 
 
 def announced_processes() -> int:
@@ -54,18 +54,19 @@ def check_trackers(config: Config) -> None:
 
 
 def choose_precision(config: Config, device: torch.device) -> str:
-    """Accelerate's name of the precision: from the configuration, otherwise the launcher's, otherwise bfloat16 on CUDA."""
+    """Accelerate's name of the precision: of the configuration, or of the launcher, or bfloat16 on CUDA."""
     if config.training.precision == "bf16":
         return "bf16"
     if config.training.precision == "fp32":
         return "no"
+    # The precision is "auto"
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched == "no" and device.type == "cuda":
         return "bf16"
     return launched
 
 
-# ----------------------------------------------------------------------------------------------------- the processes meet
+# ----------------------------------------------------------------------------------------- the processes meet
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -82,6 +83,7 @@ def make_accelerator(config: Config) -> Accelerator:
         project_dir=config.logging.results_dir,  # until the folder of the run is known
         kwargs_handlers=[no_changing_buffers, patient],
     )
+    # Refuse what Accelerate would accept
     check_processes(accelerator)
     check_installed_trackers(accelerator, config)
     check_sharding(accelerator)
@@ -96,7 +98,8 @@ def check_processes(accelerator: Accelerator) -> None:
     announced = announced_processes()
     if accelerator.num_processes != announced:
         raise UserError(
-            f"WORLD_SIZE {announced}: Accelerate found {accelerator.num_processes}; use accelerate launch or torchrun"
+            f"WORLD_SIZE {announced}: Accelerate found {accelerator.num_processes}; "
+            "use accelerate launch or torchrun"
         )
 
 
@@ -111,7 +114,7 @@ def check_installed_trackers(accelerator: Accelerator, config: Config) -> None:
 
 
 def check_no_samples(config: Config) -> None:
-    """Raise a UserError if a sharded run is to sample: its processes would draw unequal numbers of batches, and hang."""
+    """Raise a UserError if a sharded run is to sample: processes with unequal numbers of batches hang."""
     intervals = {
         "logging.sample_every": config.logging.sample_every,
         "evaluation.every": config.evaluation.every,
@@ -119,7 +122,8 @@ def check_no_samples(config: Config) -> None:
     for key, every in intervals.items():
         if every:
             raise UserError(
-                f"{key}: {every} needs the whole model on every GPU; use 0 with FSDP, and sample the checkpoints"
+                f"{key}: {every} needs the whole model on every GPU; "
+                "use 0 with FSDP, and sample the checkpoints"
             )
 
 
@@ -127,7 +131,8 @@ def check_precision(accelerator: Accelerator, config: Config) -> None:
     """Raise a UserError for float16, and for an attention kernel that does not work in this precision."""
     if accelerator.mixed_precision == "fp16":
         raise UserError(
-            "--mixed_precision fp16: is not supported, because checkpoints do not store its loss scale; use bf16"
+            "--mixed_precision fp16: is not supported, because checkpoints do not store its loss scale; "
+            "use bf16"
         )
     is_bf16 = accelerator.mixed_precision == "bf16"
     problem = kernel_problem(config.model.attention, accelerator.device, is_bf16, config.head_size)
@@ -135,16 +140,17 @@ def check_precision(accelerator: Accelerator, config: Config) -> None:
         raise UserError(f"model.attention: {problem}")
 
 
-# ------------------------------------------------------------------------------------------------- after they have met
+# ---------------------------------------------------------------------------------------- after they have met
 
 
 def make_run_folder(config: Config, accelerator: Accelerator) -> Path:
-    """Make `results_dir/NNN-name`, one above the highest number there. Collective: the main process decides."""
+    """Make the folder `results_dir/NNN-name`, one above the highest number there. Collective."""
 
     def make() -> Path:
         results = Path(config.logging.results_dir)
         name = config.model.name.replace("/", "-")
         while True:
+            # Find the highest number
             numbers = [-1]
             for path in results.glob("*"):
                 if found := re.match(r"(\d{3,})-", path.name):
@@ -167,8 +173,8 @@ def check_same_start(
 ) -> None:
     """Raise a UserError unless all processes start alike. Collective.
 
-    Of the features only the hashes in the manifest are compared (file names and labels in the official layout), not the bytes
-    on the disk of each machine, which `python -m data.features --verify` reads.
+    Of the features only the hashes in the manifest are compared (file names and labels in the official
+    layout), not the bytes on the disk of each machine, which `python -m data.features --verify` reads.
     """
     content = json.dumps(to_dict(config)).encode()
     facts = {

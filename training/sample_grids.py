@@ -73,6 +73,7 @@ def load_decoder(
     """
     if not (config.logging.sample_every or config.evaluation.every):
         return None
+    # Look where the features say, then at data.vae
     known = store.autoencoder
     names = [known["name"], config.data.vae] if known else [config.data.vae]
     problem = ""
