@@ -17,18 +17,17 @@ import torch.distributed as dist
 
 from config import Config, UserError
 from data.files import write_file
-from evaluation.extractors import load_extractor
-from evaluation.image_sets import Source, hash_file, open_source
-from evaluation.measure import (
-    Measured,
+from evaluation.comparison import (
+    FeatureSet,
     check_sizes,
     check_source,
     compare,
-    mean_of,
-    measure_samples,
     measure_source,
     rank_warning,
 )
+from evaluation.extractors import load_extractor
+from evaluation.image_sets import Source, hash_file, open_source
+from evaluation.sample_features import SamplePlan, measure_samples
 from processes import group
 from processes.lock import FolderLock
 from sampling.generate import SamplingOptions, TrainedModel, draw_labels, load_trained
@@ -92,7 +91,7 @@ def measure_points(
     """The rows of the table, with those of the points that it lacked."""
     table = args.output / "pareto.csv"
     rows = read_rows(table, settings)
-    reference = measure_source(source, extractor, args.output / "reference", processes.rank, processes.world)
+    reference = measure_source(source, extractor, args.output / "reference", processes)
     for name, count in (("the samples", args.num_samples), (args.reference, reference.count)):
         if warning := rank_warning(name, count, reference.width):
             group.print_once(warning)
@@ -182,7 +181,7 @@ def describe_point(point: Point, trained: TrainedModel) -> dict[str, str]:
 
 
 def measure_point(
-    point, trained: TrainedModel, args, extractor, reference: Measured, folder: Path, processes
+    point, trained: TrainedModel, args, extractor, reference: FeatureSet, folder: Path, processes
 ) -> dict[str, str]:
     """Sample, compare, and forget the features. The metrics are the first process's."""
     labels = draw_labels(args.seed, list(range(args.num_samples)), trained.config.data.num_classes)
@@ -191,15 +190,14 @@ def measure_point(
         + f", lite {point.lite}" * (point.lite != "")
     )
     options = point.options(args)
-    chunks = measure_samples(
-        trained, options, labels, extractor, folder, args.batch_size, processes.rank, processes.world, title
-    )
+    plan = SamplePlan(options, labels, args.batch_size, title)
+    chunks = measure_samples(trained, plan, extractor, folder, processes)
     if processes.world > 1:
         dist.barrier()
     if processes.rank > 0:
         return {}
-    samples = Measured(title, chunks, {}, np.array(labels))
-    found = {"tflop_per_image": mean_of(chunks, "tflop"), "kept_share": mean_of(chunks, "kept")}
+    samples = FeatureSet(title, chunks, {}, np.array(labels))
+    found = {"tflop_per_image": chunks.mean("tflop"), "kept_share": chunks.mean("kept")}
     found |= compare(samples, reference, extractor)
     return {key: f"{value:.8g}" for key, value in found.items()}
 
