@@ -10,8 +10,10 @@ from config import (
     UserError,
     config_from_dict,
     differences,
+    flatten,
     load_config,
     parse_layout,
+    role_of,
     to_dict,
     to_yaml,
     validate_processes,
@@ -199,6 +201,94 @@ def test_layouts():
     assert parse_layout(["c1c1", ["d1D2d1"], "c1"]) == (2, "dDDd", 1)
 
 
+# ---------------------------------------------------------------------------------------------------------------- roles
+
+FREE = {
+    "training": "epochs max_steps compile profile profile_steps resume_from_ckpt init_from max_skipped_steps rank_timeout",
+    "data": "feature_path num_workers vae",
+    "logging": "results_dir log_every ckpt_every ckpt_keep sample_every sample_cfg_scale trackers wandb_project",
+    "evaluation": "every num_samples reference features inception_weights cfg_scale num_sampling_steps batch_size",
+}
+MUST_AGREE = {
+    "model": "mlp_ratio patch_size timestep_divisor",
+    "model.hnet": "arch_layout d_model num_heads tie_embeddings enc_dec_dim_factor dechunk_kernel_sigma "
+    "fp32_router_dechunk",
+    "training": "class_dropout_prob learn_sigma",
+    "data": "image_size num_classes latent_stride latent_channels",
+    "diffusion": "noise_schedule diffusion_steps",
+}
+
+
+def full_keys(names_of: dict[str, str]) -> set[str]:
+    return {f"{section}.{name}" for section, names in names_of.items() for name in names.split()}
+
+
+def keys_with_role(*roles: str) -> set[str]:
+    defaults = to_dict(Config())
+    defaults["training"]["lr_scales"] = None  # an empty mapping would have no key of its own
+    return {key for key in flatten(defaults) if role_of(key) in roles}
+
+
+def test_free_keys_are_those_that_a_resumed_run_may_change():
+    assert keys_with_role("free") == full_keys(FREE) | {"ckpt"}
+
+
+def test_network_and_process_are_what_sampling_must_share_with_the_checkpoint():
+    assert keys_with_role("network", "process") == full_keys(MUST_AGREE)
+
+
+def test_the_other_keys_shape_the_course_of_training():
+    named = full_keys(FREE) | full_keys(MUST_AGREE) | {"ckpt"}
+    others = keys_with_role("network", "process", "training", "free") - named
+    assert keys_with_role("training") == others
+    assert len(others) == 27
+
+
+def test_keys_of_the_network_are_those_that_change_its_tensors():
+    small = [
+        "model.hnet.arch_layout=[c1,[D1],c1]",
+        "model.hnet.d_model=[64,64]",
+        "model.hnet.num_heads=[1,1]",
+    ]
+    changes = {
+        "model.mlp_ratio": "2",
+        "model.patch_size": "2",
+        "model.hnet.arch_layout": "[c1,[D2],c1]",
+        "model.hnet.d_model": "[128,128]",
+        "model.hnet.enc_dec_dim_factor": "[2,null]",
+        "training.class_dropout_prob": "0",
+        "training.learn_sigma": "false",
+        "data.image_size": "128",
+        "data.num_classes": "7",
+        "data.latent_stride": "16",
+        "data.latent_channels": "8",
+    }
+    assert keys_with_role("network") == set(changes)
+    process = {
+        "model.timestep_divisor": "127",
+        "model.hnet.num_heads": "[2,2]",
+        "model.hnet.dechunk_kernel_sigma": "2",
+        "model.hnet.fp32_router_dechunk": "false",
+    }
+    shapes = tensor_shapes(load_config(None, small))
+    for key, value in changes.items():
+        assert tensor_shapes(load_config(None, [*small, f"{key}={value}"])) != shapes, key
+    for key, value in process.items():
+        assert tensor_shapes(load_config(None, [*small, f"{key}={value}"])) == shapes, key
+
+
+def tensor_shapes(config: Config) -> dict[str, tuple]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}
+
+
+def test_keys_below_a_field_have_its_role():
+    assert role_of("training.lr_scales.decoder.blocks") == "training"
+    assert role_of("training.multi_budget_drop_fractions.min") == "training"
+    with pytest.raises(KeyError):
+        role_of("training.no_such_key")
+
+
 # --------------------------------------------------------------------------------------------------------- what is refused
 
 MISTAKES = [
@@ -257,16 +347,16 @@ MISTAKES = [
     # widths
     ("model: {hnet: {d_model: [100, 100]}}", "model.hnet.d_model: 100 is not a multiple of 32, which the GroupNorms need"),
     ("model: {hnet: {enc_dec_dim_factor: [5, null]}}", "d_model / enc_dec_dim_factor: 153 is not a multiple of 32"),
-    ("model: {hnet: {enc_dec_dim_factor: [4, 2]}}", "enc_dec_dim_factor: [4, 2] must be [positive or null, null]"),
-    ("model: {hnet: {enc_dec_dim_factor: [-4, null]}}", "must be [positive or null, null]"),
-    ("model: {hnet: {enc_dec_dim_factor: [4]}}", "enc_dec_dim_factor: [4] must have 2 entries"),
+    ("model: {hnet: {enc_dec_dim_factor: [4, 2]}}", "enc_dec_dim_factor: [4, 2] must be [a number or null, null]"),
+    ("model: {hnet: {enc_dec_dim_factor: [-4, null]}}", "model.hnet.enc_dec_dim_factor[0]: -4 must be at least 0"),
+    ("model: {hnet: {enc_dec_dim_factor: [4]}}", "enc_dec_dim_factor: [4] must be 2 entries long"),
     ("model: {hnet: {num_heads: [7, 7]}}", "model.hnet.num_heads: 7 does not divide d_model 768"),
-    ("model: {hnet: {num_heads: [12, 0]}}", "model.hnet.num_heads: [12, 0] must be positive"),
-    ("model: {hnet: {num_heads: []}}", "model.hnet.num_heads: [] must have 2 entries"),
-    ("model: {hnet: {d_model: []}}", "model.hnet.d_model: [] must have 2 entries"),
+    ("model: {hnet: {num_heads: [12, 0]}}", "model.hnet.num_heads[1]: 0 must be greater than 0"),
+    ("model: {hnet: {num_heads: []}}", "model.hnet.num_heads: [] must be 2 entries long"),
+    ("model: {hnet: {d_model: []}}", "model.hnet.d_model: [] must be 2 entries long"),
     ("model: {hnet: {d_model: [384, 768]}}", "must be equal at both entries; try [768, 768]"),
-    ("model: {hnet: {d_model: [768, 768, 768]}}", "must have 2 entries"),
-    ("model: {hnet: {tie_embeddings: true}}", "model.hnet.tie_embeddings: true has no meaning for images; set it to false"),
+    ("model: {hnet: {d_model: [768, 768, 768]}}", "must be 2 entries long"),
+    ("model: {hnet: {tie_embeddings: true}}", "model.hnet.tie_embeddings: True is not false"),
     ("model: {hnet: {dechunk_kernel_sigma: 0}}", "model.hnet.dechunk_kernel_sigma: 0.0 must be greater than 0"),
     ("model: {init: zero}", "model.init: 'zero' is not one of adaln_zero, released"),
     ("model: {attention: xformers}", "model.attention: 'xformers' is not one of auto, flash, varlen, sdpa"),
@@ -274,25 +364,25 @@ MISTAKES = [
     # training
     ("training: {downsample_factor: 1}", "training.downsample_factor: 1.0 must be greater than 1"),
     ("training: {downsample_factor: 0.5}", "must be greater than 1"),
-    ("training: {downsample_factor: []}", "training.downsample_factor: [] must be one number"),
-    ("training: {downsample_factor: [4, 4]}", "must be one number, as there is one chunking stage"),
+    ("training: {downsample_factor: []}", "training.downsample_factor: [] must be 1 entry long"),
+    ("training: {downsample_factor: [4, 4]}", "training.downsample_factor: [4.0, 4.0] must be 1 entry long"),
     ("training: {downsample_factor_start: 1}", "training.downsample_factor_start: 1.0 must be greater than 1"),
-    ("training: {multi_budget_drop_fractions: []}", "the list is empty; give fractions in [0, 1)"),
-    ("training: {multi_budget_drop_fractions: [0, 1]}", "multi_budget_drop_fractions: 1.0 is outside [0, 1)"),
-    ("training: {multi_budget_drop_fractions: [-0.1]}", "-0.1 is outside [0, 1)"),
-    ("training: {multi_budget_drop_fractions: {min: 0.1}}", "{'min': 0.1} is not a list of a finite number or {min, max}"),
+    ("training: {multi_budget_drop_fractions: []}", "training.multi_budget_drop_fractions: [] must be at least 1 entry long"),
+    ("training: {multi_budget_drop_fractions: [0, 1]}", "multi_budget_drop_fractions[1]: 1.0 must be in [0, 1)"),
+    ("training: {multi_budget_drop_fractions: [-0.1]}", "-0.1 must be in [0, 1)"),
+    ("training: {multi_budget_drop_fractions: {min: 0.1}}", "{'min': 0.1} is not a list of finite numbers or {min, max}"),
     ("training: {multi_budget_drop_fractions: {min: 0.1, mx: 0.2}}", "unknown key 'training.multi_budget_drop_fractions.mx'"),
-    ("training: {multi_budget_drop_fractions: {min: 0, max: 1}}", "1.0 is outside [0, 1)"),
+    ("training: {multi_budget_drop_fractions: {min: 0, max: 1}}", "1.0 must be in [0, 1)"),
     ("training: {multi_budget_drop_fractions: {min: 0.3, max: 0.2}}", "min 0.3 is above max 0.2; exchange them"),
-    ("training: {class_dropout_prob: 1}", "training.class_dropout_prob: 1.0 is outside [0, 1)"),
-    ("training: {ema_decay: 1.5}", "training.ema_decay: 1.5 is outside [0, 1)"),
+    ("training: {class_dropout_prob: 1}", "training.class_dropout_prob: 1.0 must be in [0, 1)"),
+    ("training: {ema_decay: 1.5}", "training.ema_decay: 1.5 must be in [0, 1)"),
     ("training: {epochs: 0}", "training.epochs: 0 must be greater than 0"),
     ("training: {max_steps: 0}", "training.max_steps: 0 must be greater than 0"),
     ("training: {ratio_batch_size: 0}", "training.ratio_batch_size: 0 must be greater than 0"),
     ("training: {learning_rate: -1}", "training.learning_rate: -1.0 must be greater than 0"),
     ("training: {seed: -1}", "training.seed: -1 must be at least 0"),
     ("training: {seed: 9223372036854775808}", "training.seed: 9223372036854775808 must be below 2**63"),
-    ("training: {profile_steps: []}", "training.profile_steps: [] must be [first, last]"),
+    ("training: {profile_steps: []}", "training.profile_steps: [] must be 2 entries long"),
     ("training: {profile_steps: [5, 2]}", "must be [first, last] with 1 <= first <= last"),
     # data, diffusion, logging
     ("data: {image_size: 250}", "data.image_size: 250 must be a multiple of data.latent_stride (8)"),
@@ -306,13 +396,13 @@ MISTAKES = [
     ("diffusion: {diffusion_steps: 0}", "diffusion.diffusion_steps: 0 must be greater than 0"),
     ("diffusion: {diffusion_steps: 10}", "diffusion.diffusion_steps: 10 puts a beta of the linear schedule at 1 or above"),
     ("diffusion: {cfg_channels: 5}", "diffusion.cfg_channels: 5 must be 'all' or a number from 1 to 4"),
-    ("diffusion: {cfg_channels: some}", "diffusion.cfg_channels: 'some' must be 'all'"),
+    ("diffusion: {cfg_channels: some}", "diffusion.cfg_channels: 'some' is not a whole number or all"),
     ("logging: {log_every: 0}", "logging.log_every: 0 must be greater than 0"),
     ("logging: {ckpt_keep: -1}", "logging.ckpt_keep: -1 must be at least 0"),
-    ("logging: {sample_cfg_scale: 0.5}", "logging.sample_cfg_scale: 0.5 must be at least 1.0"),
+    ("logging: {sample_cfg_scale: 0.5}", "logging.sample_cfg_scale: 0.5 must be at least 1"),
     ("evaluation: {every: 10}", "evaluation.reference: is needed with evaluation.every"),
     ("evaluation: {num_samples: 3}", "evaluation.num_samples: 3 must be at least 4"),
-    ("evaluation: {cfg_scale: 0.5}", "evaluation.cfg_scale: 0.5 must be at least 1.0"),
+    ("evaluation: {cfg_scale: 0.5}", "evaluation.cfg_scale: 0.5 must be at least 1"),
     ("evaluation: {batch_size: 0}", "evaluation.batch_size: 0 must be greater than 0"),
 ]  # fmt: skip
 
