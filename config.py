@@ -1,21 +1,57 @@
-"""Configuration: typed sections <-> YAML, with the official section and key names.
+"""Configuration: every key with its default, its role and its meaning; typed sections <-> YAML.
 
 `load_config(path, overrides)` reads a YAML file (with `_base_` inheritance), applies `section.key=value` overrides, checks
 every name, type and combination, and returns a `Config`. Every mistake is a UserError: one line that names the key, the value
-and the remedy.
+and the remedy. The sections and keys of the official files keep their names.
+
+The role of a key says what it shapes:
+
+    network     the tensors of the network
+    process     what is computed with these tensors: the diffusion process, heads, smoothing, precision of the router
+    training    the course of training
+    free        nothing that training learns
+
+A resumed run may differ from its checkpoint in free keys only. Sampling must agree with the checkpoint in network and process.
 """
 
+import copy
 import dataclasses
 import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import yaml
 
-from schema import OneProcessError, UserError, build, flatten, merge, one_line, parse_override, read_yaml
+from schema import (
+    OneProcessError,
+    UserError,
+    build,
+    find_field,
+    flatten,
+    merge,
+    one_line,
+    parse_override,
+    read_yaml,
+)
 
 __all__ = ["OneProcessError", "UserError", "flatten", "one_line"]  # passed on for those above
+
+Role = Literal["network", "process", "training", "free"]
+T = TypeVar("T")
+
+
+def key(default: T, role: Role, meaning: str) -> T:
+    """A field of a section. Every section gets its own copy of a default that is a list or a dict."""
+    metadata = {"role": role, "meaning": meaning}
+    made: Any = field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return made
+
+
+def role_of(name: str) -> Role:
+    """What a key, written `section.key`, shapes. A key below a list or a mapping has the role of the whole field."""
+    return find_field(Config, name).metadata["role"]
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
@@ -23,16 +59,30 @@ __all__ = ["OneProcessError", "UserError", "flatten", "one_line"]  # passed on f
 
 @dataclass
 class HNetConfig:
-    arch_layout: list = field(
-        default_factory=lambda: ["c2", ["D12"], "c2"]
-    )  # [encoder, [main network], decoder]
-    d_model: list[int] = field(default_factory=lambda: [768, 768])  # per stage; equal at all stages
-    num_heads: list[int] = field(default_factory=lambda: [12, 12])
-    tie_embeddings: bool = False  # of the official files; only false has a meaning here
-    enc_dec_dim_factor: list[int | None] | None = None  # encoder width = d_model[0] // factor[0]
-    dechunk_kernel_sigma: float = 1.0  # in latent cells; 2.0 at 512 px
-    fp32_router_dechunk: bool | str = (
-        True  # router, residual projection, dechunk in float32 under autocast too; or "tf32"
+    """Layout and widths of the stages: the scaffold (encoder, router, decoder) and the main network."""
+
+    arch_layout: list = key(
+        ["c2", ["D12"], "c2"],
+        "network",
+        "[encoder, [main network], decoder]: c is a convolution block, D attention and MLP, d attention only",
+    )
+    d_model: list[int] = key(
+        [768, 768], "network", "width of the scaffold and of the main network; both are equal"
+    )
+    num_heads: list[int] = key([12, 12], "process", "attention heads; the main network has the second number")
+    tie_embeddings: bool = key(
+        False, "process", "from the official files; only false has a meaning for images"
+    )
+    enc_dec_dim_factor: list[int | None] | None = key(
+        None, "network", "[factor, null]: the encoder and the decoder have width d_model / factor"
+    )
+    dechunk_kernel_sigma: float = key(
+        1.0, "process", "standard deviation of the smoothing, in latent cells; 2 at 512 pixels"
+    )
+    fp32_router_dechunk: bool | str = key(
+        True,
+        "process",
+        "router, residual projection and dechunk stay in float32 under autocast; tf32: with TF32 products",
     )
 
 
@@ -40,23 +90,41 @@ class HNetConfig:
 class UpcycleConfig:
     """How training.init_from turns a static DiT into a DC-DiT; see weights/upcycle.py."""
 
-    scaffold: str = "dit"  # stem, encoder, decoder and head start from the DiT's own layers; or "fresh"
-    router: str = (
-        "balanced"  # its last layer starts so that 1 token in N is kept from the first step on; or "fresh"
+    scaffold: str = key(
+        "dit",
+        "training",
+        "dit: stem, encoder, decoder and head start from the layers of the DiT; fresh: at random",
+    )
+    router: str = key(
+        "balanced",
+        "training",
+        "balanced: the router keeps 1 token in N from the first step on; fresh: it starts at random",
     )
 
 
 @dataclass
 class ModelConfig:
-    name: str = "DC-DiT"
-    mlp_ratio: float = 4.0
-    init: str = "adaln_zero"  # or "released": what the official code really does
-    attention: str = "auto"  # or "flash", "varlen", "sdpa"
-    patch_size: int | None = (
-        None  # null: a DC-DiT; P: a static DiT on patches of P x P cells, with hnet's main network only
+    """The network."""
+
+    name: str = key("DC-DiT", "training", "name of the run in its folder and its log")
+    mlp_ratio: float = key(4.0, "network", "hidden width of the MLPs over their width")
+    init: str = key(
+        "adaln_zero",
+        "training",
+        "adaln_zero: block modulation and residual projection start at zero; released: as the official code really starts",
     )
-    timestep_divisor: int = (
-        128  # frequency k of the timestep is 10000^(-k / divisor); 127: as in diffusers' DiT
+    attention: str = key(
+        "auto", "training", "attention kernel: flash, varlen, sdpa, or auto for the fastest that works"
+    )
+    patch_size: int | None = key(
+        None,
+        "network",
+        "P: a static DiT on patches of P x P latent cells, with the main network only; null: a DC-DiT",
+    )
+    timestep_divisor: int = key(
+        128,
+        "process",
+        "frequency k of the timestep embedding is 10000^(-k / divisor); 127 as in the DiT of diffusers",
     )
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     hnet: HNetConfig = field(default_factory=HNetConfig)
@@ -72,103 +140,161 @@ class FractionRange:
 
 @dataclass
 class TrainingConfig:
-    epochs: int = 80
-    max_steps: int | None = None  # optimizer steps; when set, replaces epochs
-    global_batch_size: int = 256  # per micro-step over all processes
-    learning_rate: float = 1e-4
-    lr_warmup_steps: int = 0
-    weight_decay: float = 0.0
-    ema_decay: float = 0.9999
-    max_grad_norm: float = 1.0
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    precision: str = (
-        "auto"  # or "bf16", "fp32"; auto: as accelerate launch says, and if it says nothing bf16 on CUDA
+    """The course of training; one optimizer step takes gradient_accumulation_steps batches."""
+
+    epochs: int = key(80, "free", "passes over the features")
+    max_steps: int | None = key(None, "free", "length in optimizer steps, in place of epochs")
+    global_batch_size: int = key(256, "training", "images per batch over all processes")
+    learning_rate: float = key(1e-4, "training", "learning rate of AdamW after the warmup")
+    lr_warmup_steps: int = key(
+        0, "training", "optimizer steps in which the learning rate rises linearly from 0"
     )
-    compile: bool = False  # torch.compile of transformer blocks, encoder and decoder
-    class_dropout_prob: float = 0.1
-    learn_sigma: bool = True
-    ratio_loss_weight: float = 0.03
-    ratio_batch_size: int | None = 16  # null: the whole local batch is one group
-    downsample_factor: float | list[float] = 4.0  # N: about 1 token in N is kept
-    downsample_factor_start: float | list[float] | None = None
-    downsample_factor_warmup_steps: int = 0
-    multi_budget_training: bool = False
-    multi_budget_drop_fractions: list[float] | FractionRange = field(
-        default_factory=lambda: [0.0, 0.1, 0.2, 0.3]
+    weight_decay: float = key(0.0, "training", "weight decay of AdamW")
+    ema_decay: float = key(
+        0.9999, "training", "share of the old average that the EMA of the weights keeps in each step"
     )
-    multi_budget_start_step: int | None = None  # null: downsample_factor_warmup_steps
-    seed: int = 0
-    profile: bool = False
-    profile_steps: list[int] = field(default_factory=lambda: [10, 20])
-    resume_from_ckpt: str | None = None  # start a new run from this checkpoint
-    init_from: str | None = (
-        None  # start with the weights of this model; a static DiT becomes a DC-DiT as model.upcycle says
+    max_grad_norm: float = key(1.0, "training", "gradients are scaled down to this norm")
+    gradient_accumulation_steps: int = key(1, "training", "batches per optimizer step")
+    gradient_checkpointing: bool = key(
+        False, "training", "recompute blocks in the backward pass to save memory"
     )
-    frozen: list[str] = field(default_factory=list)  # parameters whose names begin so do not change ...
-    frozen_steps: int = 0  # ... in this many first steps
-    lr_scales: dict[str, float] = field(
-        default_factory=dict
-    )  # factor on the learning rate by beginning of the name
-    max_skipped_steps: int = 10  # so many non-finite steps in a row end the run
-    rank_timeout: float = 600.0  # seconds after which a process that is dead or hangs ends the others
+    precision: str = key(
+        "auto",
+        "training",
+        "bf16, fp32, or auto: what accelerate launch says, and bf16 on CUDA where it says nothing",
+    )
+    compile: bool = key(
+        False,
+        "free",
+        "torch.compile of transformer blocks, encoder and decoder; needs a C++ compiler on a CPU",
+    )
+    class_dropout_prob: float = key(
+        0.1,
+        "network",
+        "share of labels that become the null label, which guidance needs; 0: there is no null label",
+    )
+    learn_sigma: bool = key(True, "network", "the network predicts the variance of the reverse process too")
+    ratio_loss_weight: float = key(0.03, "training", "weight of the ratio loss")
+    ratio_batch_size: int | None = key(
+        16, "training", "samples over which the ratio loss averages its shares; null: the whole local batch"
+    )
+    downsample_factor: float | list[float] = key(
+        4.0, "training", "N: the router learns to keep about 1 token in N"
+    )
+    downsample_factor_start: float | list[float] | None = key(
+        None, "training", "N at step 0, from which it moves linearly to downsample_factor; null: no warmup"
+    )
+    downsample_factor_warmup_steps: int = key(
+        0, "training", "optimizer steps that N takes to reach downsample_factor"
+    )
+    multi_budget_training: bool = key(
+        False,
+        "training",
+        "drop a random fraction of the kept tokens in each step, so that one model serves many budgets",
+    )
+    multi_budget_drop_fractions: list[float] | FractionRange = key(
+        [0.0, 0.1, 0.2, 0.3],
+        "training",
+        "fractions to draw from: a list, or {min, max} for any fraction between them",
+    )
+    multi_budget_start_step: int | None = key(
+        None, "training", "first optimizer step that drops tokens; null: downsample_factor_warmup_steps"
+    )
+    seed: int = key(0, "training", "seed of weights, batches and noise")
+    profile: bool = key(False, "free", "write a trace of torch.profiler into the folder")
+    profile_steps: list[int] = key(
+        [10, 20], "free", "[first, last] optimizer step of the trace, counted from 1"
+    )
+    resume_from_ckpt: str | None = key(
+        None, "free", "start a new run from the weights and the optimizer of this checkpoint"
+    )
+    init_from: str | None = key(
+        None,
+        "free",
+        "start with the weights of this model; a static DiT becomes a DC-DiT as model.upcycle says",
+    )
+    frozen: list[str] = key(
+        [], "training", "parameters whose names begin with one of these do not change for frozen_steps"
+    )
+    frozen_steps: int = key(0, "training", "optimizer steps during which the frozen parameters do not change")
+    lr_scales: dict[str, float] = key(
+        {}, "training", "{beginning of a parameter's name: factor on its learning rate}"
+    )
+    max_skipped_steps: int = key(
+        10, "free", "number of steps in a row with a non-finite loss or gradient that ends training"
+    )
+    rank_timeout: float = key(600.0, "free", "seconds after which a dead or hanging process ends the others")
 
 
 @dataclass
 class DataConfig:
-    feature_path: str = "features"
-    image_size: int = 256  # pixels
-    num_classes: int = 1000
-    num_workers: int = 32  # loader processes per training process
-    vae: str = "ema"  # "ema", "mse" or a local diffusers folder; decodes samples
-    latent_stride: int = 8  # pixels per latent cell
-    latent_channels: int = 4
+    """Images, their latents, and the autoencoder between them."""
+
+    feature_path: str = key("features", "free", "folder that extract_features.py wrote")
+    image_size: int = key(256, "network", "side of an image in pixels")
+    num_classes: int = key(1000, "network", "number of labels, without the null label")
+    num_workers: int = key(32, "free", "loader processes per training process")
+    vae: str = key("ema", "free", "autoencoder that decodes samples: ema, mse, or a local diffusers folder")
+    latent_stride: int = key(8, "network", "pixels per latent cell; must agree with the features")
+    latent_channels: int = key(4, "network", "channels of a latent; must agree with the features")
 
 
 @dataclass
 class DiffusionConfig:
-    noise_schedule: str = "linear"  # or "squaredcos_cap_v2"
-    diffusion_steps: int = 1000
-    cfg_channels: int | str = (
-        3  # latent channels that guidance changes: the first n (3: DiT's convention), or "all"
+    """The diffusion process and its guidance."""
+
+    noise_schedule: str = key("linear", "process", "schedule of beta")
+    diffusion_steps: int = key(1000, "process", "timesteps of the forward process")
+    cfg_channels: int | str = key(
+        3, "training", "latent channels that guidance changes: the first n, which is 3 in DiT, or all"
     )
 
 
 @dataclass
 class LoggingConfig:
-    results_dir: str = "results"
-    log_every: int = 100  # optimizer steps, as all below
-    ckpt_every: int = 10000
-    ckpt_keep: int = 5  # how many of the newest checkpoints stay on disk; 0 keeps all
-    sample_every: int = 0  # sample grids from the EMA; 0: none
-    sample_cfg_scale: float = 4.0
-    trackers: list[str] = field(default_factory=list)  # "wandb", "tensorboard", ... (Accelerate's names)
-    wandb_project: str = "Dynamic-Chunking-DiT"
+    """What a run writes, and how often; all intervals are in optimizer steps."""
+
+    results_dir: str = key("results", "free", "folder in which a run without --output makes its own")
+    log_every: int = key(100, "free", "interval of log lines and metrics")
+    ckpt_every: int = key(10000, "free", "interval of checkpoints")
+    ckpt_keep: int = key(5, "free", "number of the newest checkpoints that stay on disk; 0 keeps all")
+    sample_every: int = key(0, "free", "interval of sample grids from the EMA; 0: none")
+    sample_cfg_scale: float = key(4.0, "free", "guidance scale of the sample grids")
+    trackers: list[str] = key([], "free", "wandb, tensorboard or another tracker that Accelerate knows")
+    wandb_project: str = key("Dynamic-Chunking-DiT", "free", "project in wandb")
 
 
 @dataclass
 class EvaluationConfig:
     """Evaluation of the EMA during training; see evaluation/in_training.py."""
 
-    every: int = 0  # optimizer steps; 0: none
-    num_samples: int = 2048
-    reference: str | None = None  # ADM .npz, folder of images, or what evaluate.py --make-reference wrote
-    features: str = "inception"  # or a TorchScript file, or the folder of a timm model
-    inception_weights: str | None = None  # file; null: torch-fidelity's download
-    cfg_scale: float = 1.0
-    num_sampling_steps: int = 50  # of DDIM
-    batch_size: int = 32  # per process
+    every: int = key(0, "free", "interval in optimizer steps; 0: none")
+    num_samples: int = key(
+        2048, "free", "number of samples to compare with the reference; precision and recall need 4"
+    )
+    reference: str | None = key(
+        None, "free", "ADM .npz, folder of images, or a file that evaluate.py --make-reference wrote"
+    )
+    features: str = key("inception", "free", "inception, a TorchScript file, or the folder of a timm model")
+    inception_weights: str | None = key(
+        None, "free", "file with the weights of Inception; null: the download of torch-fidelity"
+    )
+    cfg_scale: float = key(1.0, "free", "guidance scale")
+    num_sampling_steps: int = key(50, "free", "steps of the DDIM sampler")
+    batch_size: int = key(32, "free", "samples per batch and process")
 
 
 @dataclass
 class Config:
+    """The whole configuration."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    ckpt: str | None = None  # checkpoint to sample from when --ckpt is not given
+    ckpt: str | None = key(None, "free", "checkpoint to sample from when --ckpt is not given")
 
     @property
     def is_static(self) -> bool:

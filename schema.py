@@ -88,6 +88,20 @@ def parse_override(override: str) -> dict:
     return value
 
 
+def find_field(section: type, name: str) -> dataclasses.Field:
+    """The field that a key such as `hnet.d_model` or `training.lr_scales.decoder` names or lies in.
+
+    Raises:
+        KeyError: the section has no such field.
+    """
+    first, _, rest = name.partition(".")
+    found = {field.name: field for field in dataclasses.fields(section)}[first]
+    subsection = found.default_factory
+    if rest and dataclasses.is_dataclass(subsection):
+        return find_field(typing.cast(type, subsection), rest)
+    return found
+
+
 def build(cls, raw, where: str):
     raw = _mapping(raw, f"section '{where.rstrip('.')}'")
     hints = typing.get_type_hints(cls)

@@ -10,8 +10,10 @@ from config import (
     UserError,
     config_from_dict,
     differences,
+    flatten,
     load_config,
     parse_layout,
+    role_of,
     to_dict,
     to_yaml,
     validate_processes,
@@ -197,6 +199,94 @@ def test_a_config_does_not_share_lists_with_another():
 def test_layouts():
     assert parse_layout(["c2", ["D12"], "c3"]) == (2, "D" * 12, 3)
     assert parse_layout(["c1c1", ["d1D2d1"], "c1"]) == (2, "dDDd", 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- roles
+
+FREE = {
+    "training": "epochs max_steps compile profile profile_steps resume_from_ckpt init_from max_skipped_steps rank_timeout",
+    "data": "feature_path num_workers vae",
+    "logging": "results_dir log_every ckpt_every ckpt_keep sample_every sample_cfg_scale trackers wandb_project",
+    "evaluation": "every num_samples reference features inception_weights cfg_scale num_sampling_steps batch_size",
+}
+MUST_AGREE = {
+    "model": "mlp_ratio patch_size timestep_divisor",
+    "model.hnet": "arch_layout d_model num_heads tie_embeddings enc_dec_dim_factor dechunk_kernel_sigma "
+    "fp32_router_dechunk",
+    "training": "class_dropout_prob learn_sigma",
+    "data": "image_size num_classes latent_stride latent_channels",
+    "diffusion": "noise_schedule diffusion_steps",
+}
+
+
+def full_keys(names_of: dict[str, str]) -> set[str]:
+    return {f"{section}.{name}" for section, names in names_of.items() for name in names.split()}
+
+
+def keys_with_role(*roles: str) -> set[str]:
+    defaults = to_dict(Config())
+    defaults["training"]["lr_scales"] = None  # an empty mapping would have no key of its own
+    return {key for key in flatten(defaults) if role_of(key) in roles}
+
+
+def test_free_keys_are_those_that_a_resumed_run_may_change():
+    assert keys_with_role("free") == full_keys(FREE) | {"ckpt"}
+
+
+def test_network_and_process_are_what_sampling_must_share_with_the_checkpoint():
+    assert keys_with_role("network", "process") == full_keys(MUST_AGREE)
+
+
+def test_the_other_keys_shape_the_course_of_training():
+    named = full_keys(FREE) | full_keys(MUST_AGREE) | {"ckpt"}
+    others = keys_with_role("network", "process", "training", "free") - named
+    assert keys_with_role("training") == others
+    assert len(others) == 27
+
+
+def test_keys_of_the_network_are_those_that_change_its_tensors():
+    small = [
+        "model.hnet.arch_layout=[c1,[D1],c1]",
+        "model.hnet.d_model=[64,64]",
+        "model.hnet.num_heads=[1,1]",
+    ]
+    changes = {
+        "model.mlp_ratio": "2",
+        "model.patch_size": "2",
+        "model.hnet.arch_layout": "[c1,[D2],c1]",
+        "model.hnet.d_model": "[128,128]",
+        "model.hnet.enc_dec_dim_factor": "[2,null]",
+        "training.class_dropout_prob": "0",
+        "training.learn_sigma": "false",
+        "data.image_size": "128",
+        "data.num_classes": "7",
+        "data.latent_stride": "16",
+        "data.latent_channels": "8",
+    }
+    assert keys_with_role("network") == set(changes)
+    process = {
+        "model.timestep_divisor": "127",
+        "model.hnet.num_heads": "[2,2]",
+        "model.hnet.dechunk_kernel_sigma": "2",
+        "model.hnet.fp32_router_dechunk": "false",
+    }
+    shapes = tensor_shapes(load_config(None, small))
+    for key, value in changes.items():
+        assert tensor_shapes(load_config(None, [*small, f"{key}={value}"])) != shapes, key
+    for key, value in process.items():
+        assert tensor_shapes(load_config(None, [*small, f"{key}={value}"])) == shapes, key
+
+
+def tensor_shapes(config: Config) -> dict[str, tuple]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}
+
+
+def test_keys_below_a_field_have_its_role():
+    assert role_of("training.lr_scales.decoder.blocks") == "training"
+    assert role_of("training.multi_budget_drop_fractions.min") == "training"
+    with pytest.raises(KeyError):
+        role_of("training.no_such_key")
 
 
 # --------------------------------------------------------------------------------------------------------- what is refused
