@@ -30,6 +30,7 @@ from evaluation.image_sets import Source, hash_file, open_source
 from evaluation.sample_features import SamplePlan, measure_samples
 from processes import group
 from processes.lock import FolderLock
+from sampling.budgets import ALL, Budget
 from sampling.generate import SamplingOptions, TrainedModel, draw_labels, load_trained
 
 # Columns that must be equal in all rows of a file, or its points could not be compared.
@@ -61,10 +62,9 @@ class Point:
             num_sampling_steps=args.num_sampling_steps,
             sampler=args.sampler,
             seed=args.seed,
-            tail_dropping_fraction=self.budget or None,
-            lite_cfg=self.lite != "",
-            uncond_tail_dropping_fraction=self.lite if self.lite != "" else None,
             bf16=args.bf16,
+            budget=Budget.fraction(self.budget) if self.budget else ALL,
+            uncond=Budget.fraction(float(self.lite)) if self.lite != "" else None,
         )
 
 

@@ -22,6 +22,7 @@ from figures import elastic_grid, pareto
 from figures.pareto import Curve, Mark, compare_curves, read_curves
 from models import architecture, build_model, flops
 from processes import group, lock
+from sampling.budgets import Budget
 from sampling.generate import SamplingOptions, draw_labels, generate, load_trained
 from toy import classifier, shapes
 from weights.checkpoint import save_checkpoint
@@ -133,7 +134,7 @@ def test_a_point_is_what_sampling_and_comparing_give(place, tiny_extractor, tmp_
     (row,) = read(tmp_path)
     run = load_trained(place / "a.pt")
     labels = draw_labels(0, list(range(SAMPLES)), 3)
-    options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=STEPS, tail_dropping_fraction=0.5)
+    options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=STEPS, budget=Budget.fraction(0.5))
     batches = list(generate(run, list(range(SAMPLES)), labels, options, batch_size=4))
     images = torch.cat([batch.images for batch in batches]).numpy()
     with np.load(place / "reference.npz") as arrays:
