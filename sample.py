@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 
         def observe(step, routing):
             bar.update()
-            trace.observe(step, routing)
+            trace.record(step, routing)
 
         (batch,) = generate(trained, index, labels, options, batch_size=len(labels), observe=observe)
     summary = account(trained, batch, options)

@@ -3,7 +3,6 @@
 Nothing is ever unpickled, and no header is believed: members are read as plain arrays, `arr_0` batch by batch.
 """
 
-import hashlib
 import json
 import math
 import zipfile
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from config import UserError
+from data.store_files import sha256_of
 from evaluation.metrics import Gaussian
 
 LARGEST = 2**30  # bytes of labels or statistics; images are read in parts
@@ -134,7 +134,7 @@ class NpzImages:
 
     def digest(self) -> str:
         """SHA-256 of the file."""
-        return hash_file(self.path).hex()
+        return sha256_of(self.path)
 
     def read(self, index: range) -> np.ndarray:
         """(n, H, W, 3) uint8 for consecutive indices."""
@@ -153,12 +153,3 @@ class NpzImages:
             return None
         labels = read_array(self.path, "arr_1")
         return labels if labels.shape == (self.count,) else None
-
-
-def hash_file(path: Path) -> bytes:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.digest()

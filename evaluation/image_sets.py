@@ -14,13 +14,13 @@ from PIL import Image
 
 from config import UserError, one_line
 from data.images import UnreadableImage, center_crop, list_images, read_rgb
+from data.store_files import sha256_of
 from evaluation.adm_npz import (
     INCEPTION_KEYS,
     META,
     OTHER_KEYS,
     NpzImages,
     array_names,
-    hash_file,
     read_meta,
     read_statistics,
 )
@@ -101,7 +101,7 @@ class FolderImages:
 
     def _hash_one(self, path: Path) -> bytes:
         with self._naming(path):
-            return hash_file(path)
+            return bytes.fromhex(sha256_of(path))
 
     @contextlib.contextmanager
     def _naming(self, path: Path) -> Iterator[None]:

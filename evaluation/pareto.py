@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from config import Config, UserError
 from data.files import write_file
+from data.store_files import sha256_of
 from evaluation.comparison import (
     FeatureSet,
     check_sizes,
@@ -26,7 +27,7 @@ from evaluation.comparison import (
     rank_warning,
 )
 from evaluation.extractors import load_extractor
-from evaluation.image_sets import Source, hash_file, open_source
+from evaluation.image_sets import Source, open_source
 from evaluation.sample_features import SamplePlan, measure_samples
 from processes import group
 from processes.lock import FolderLock
@@ -149,7 +150,7 @@ def settings_of(args: argparse.Namespace, source: Source, config: Config, extrac
         "bf16": args.bf16,
         "image_size": config.data.image_size,
         "features": extractor.split(":")[0] + ":" + extractor.split(":")[1][:12],
-        "reference": source.images.digest()[:12] if path.is_dir() else hash_file(path).hex()[:12],
+        "reference": source.images.digest()[:12] if path.is_dir() else sha256_of(path)[:12],
         "reference_images": source.count(extractor) or "",
     }
     return {key: str(value) for key, value in values.items()}

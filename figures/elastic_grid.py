@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import cli
 from config import UserError
-from figures.cost import SMALL, save_figure
+from figures.canvas import SMALL, save_figure
 from models import describe
 from processes import group
 from sampling.accounting import image_tflop
