@@ -20,6 +20,7 @@ from data.files import write_text
 from evaluation.in_training import Evaluation
 from models import describe
 from processes import group
+from processes.group import Processes
 from processes.lock import FolderLock
 from training import checks, launch, resume, sample_grids
 from training.tracking import start_trackers
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # Train
         trainer = Trainer(config, accelerator, store, folder, start.state, hooks)
-        report_start(trainer, start)
+        log_start(trainer, start)
         is_finished = trainer.train()
         accelerator.end_training()
         end = "finished" if is_finished else f"stopped by {signal.Signals(trainer.stop.number).name}"
@@ -117,12 +118,12 @@ def make_hooks(
     if not config.evaluation.every:
         return Hooks(draw_samples)
     bf16 = accelerator.mixed_precision == "bf16"
-    rank, world = accelerator.process_index, accelerator.num_processes
-    evaluate = Evaluation(config, autoencoder, bf16, folder / "evaluation", rank, world)
+    processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    evaluate = Evaluation(config, autoencoder, bf16, folder / "evaluation", processes)
     return Hooks(draw_samples, evaluate)
 
 
-def report_start(trainer: Trainer, start: resume.Start) -> None:
+def log_start(trainer: Trainer, start: resume.Start) -> None:
     """Log which checkpoints were passed over, what is trained, and where its first weights come from."""
     for warning in start.warnings:
         trainer.log.line(f"warning: {warning}; using the checkpoint before it")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from config import OneProcessError, UserError
-from data.features import FeatureStore, OfficialStore
+from data.features import Features
 from data.streams import rng
 
 
@@ -92,7 +92,7 @@ class Samples(Dataset):
 
     def __init__(
         self,
-        store: FeatureStore | OfficialStore,
+        store: Features,
         seed: int,
         diffusion_steps: int,
         dropout: float,

@@ -3,12 +3,12 @@
 import torch
 
 from config import Config, UserError
-from data.features import FeatureStore, OfficialStore, open_features
+from data.features import Features, open_features
 from models import build_model
 from training.schedules import total_steps
 
 
-def open_fitting_features(config: Config) -> FeatureStore | OfficialStore:
+def open_fitting_features(config: Config) -> Features:
     """Open the features of a configuration.
 
     Raises:

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from config import Config, UserError, to_dict, validate_processes
 from data.autoencoder import hash_weights
-from data.features import FeatureStore, OfficialStore
+from data.features import Features
 from models import flops
 from models.attention import kernel_problem
 from models.ops.precision import allow_tf32
@@ -167,7 +167,7 @@ def make_run_folder(config: Config, accelerator: Accelerator) -> Path:
 def check_same_start(
     accelerator: Accelerator,
     config: Config,
-    store: FeatureStore | OfficialStore,
+    store: Features,
     step: int,
     models: list[torch.nn.Module],
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import Config, UserError, config_from_dict, differences, load_config, role_of, to_dict
-from data.features import FeatureStore, OfficialStore
+from data.features import Features
 from weights import upcycle
 from weights.checkpoint import (
     Checkpoint,
@@ -28,7 +28,7 @@ class Start(NamedTuple):
     warnings: list[str]  # one for each checkpoint that was passed over
 
 
-def find_start(config: Config, folder: Path | None, store: FeatureStore | OfficialStore) -> Start:
+def find_start(config: Config, folder: Path | None, store: Features) -> Start:
     """Choose what the run starts from.
 
     This is the newest checkpoint in its folder that can be read and belongs to the run, otherwise
@@ -112,9 +112,7 @@ def check_same_run(config: Config, folder: Path) -> None:
         )
 
 
-def check_same_features(
-    config: Config, folder: Path, state: Checkpoint, store: FeatureStore | OfficialStore
-) -> None:
+def check_same_features(config: Config, folder: Path, state: Checkpoint, store: Features) -> None:
     if state["features"] != store.fingerprint():
         raise UserError(
             f"data.feature_path: '{config.data.feature_path}' holds other features than '{folder}' was "

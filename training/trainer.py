@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import Config, to_dict, validate_processes
-from data.features import FeatureStore, OfficialStore
+from data.features import Features
 from diffusion import create_diffusion
 from models import build_model, compile_parts
 from processes.sharding import forward, is_sharded, whole, whole_tensor
@@ -78,7 +78,7 @@ class Trainer:
         self,
         config: Config,
         accelerator: Accelerator,
-        store: FeatureStore | OfficialStore,
+        store: Features,
         folder: Path,
         state: Checkpoint | None,
         hooks: Hooks | None = None,
@@ -344,14 +344,12 @@ class Trainer:
 
     def speed(self, tflop_per_image: float) -> dict[str, float]:
         """Steps and images per second since the last report, and the share of the peak FLOP/s if known."""
-        # Speed
         training = self.config.training
         seconds = time.perf_counter() - self.window_start
         steps_per_sec = (self.step - self.window_first_step) / seconds
         images_per_step = training.global_batch_size * training.gradient_accumulation_steps
         images_per_sec = steps_per_sec * images_per_step
         speed = {"steps_per_sec": steps_per_sec, "images_per_sec": images_per_sec}
-        # Model FLOP utilisation
         peak = launch.total_peak_flops(self.accelerator)
         if peak is not None:
             speed["model_flop_utilisation"] = images_per_sec * tflop_per_image * 1e12 / peak
@@ -401,7 +399,7 @@ class Trainer:
         }
         if is_sharded(self.accelerator):
             weights = whole(weights)
-        # Write
+        # Only the main process writes
         if self.accelerator.is_main_process:
             state: Checkpoint = {
                 "step": self.step,

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypedDict, cast
+from typing import Any, NoReturn, TypedDict, cast
 
 import safetensors.torch
 import torch
@@ -109,11 +109,7 @@ def save_weights(path: Path, state: Checkpoint) -> None:
     weights = {name: tensor.contiguous() for name, tensor in state["ema"].items()}
     about = {"format": FORMAT, **plain_data(state), "crc32": checksum(weights)}
     content = safetensors.torch.save(weights, {"format": "pt", "checkpoint": json.dumps(about)})
-
-    def write(stream: BinaryIO) -> None:
-        stream.write(content)
-
-    write_file(path, write)
+    write_file(path, lambda stream: stream.write(content))
 
 
 def plain_data(state: Checkpoint) -> dict[str, Any]:
