@@ -20,6 +20,7 @@ from models import describe
 from processes import group
 from sampling.accounting import image_tflop
 from sampling.arguments import add_run_arguments, load_trained_from
+from sampling.budgets import Budget
 from sampling.generate import SamplingOptions, TrainedModel, generate
 
 MOST_DROPPED = 0.95  # right end of the slider
@@ -75,7 +76,7 @@ def compare(trained: TrainedModel, steps: int, sampler: str):
 
     @functools.lru_cache(maxsize=256)  # the right half changes with the budget only
     def sample(label: int, seed: int, guidance: float, dropped: float) -> Shown:
-        options = SamplingOptions(guidance, None, steps, sampler, seed, tail_dropping_fraction=dropped)
+        options = SamplingOptions(guidance, None, steps, sampler, seed, budget=Budget.fraction(dropped))
         return draw(trained, label, options)
 
     def update(label: int, seed: float | None, guidance: float | None, dropped: float | None):

@@ -32,7 +32,7 @@ from sampling.generate import (
     check_labels,
     describe_choice,
     generate,
-    settle_budgets,
+    replace_cost_limits,
 )
 from sampling.pictures import save_grid
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{describe(trained.config)}\nsamples       {len(labels)} of classes {labels}, {options}")
         return
     index = list(range(len(labels)))
-    options, prediction = settle_budgets(trained, index, labels, options)
+    options, prediction = replace_cost_limits(trained, index, labels, options)
     if prediction:
         print(describe_choice(options, prediction))
     trace = Trace(options.num_sampling_steps)
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 
         def observe(step, routing):
             bar.update()
-            trace.observe(step, routing)
+            trace.record(step, routing)
 
         (batch,) = generate(trained, index, labels, options, batch_size=len(labels), observe=observe)
     summary = account(trained, batch, options)

@@ -32,7 +32,7 @@ from sampling.arguments import (
     sampling_options,
     use_cuda_graph,
 )
-from sampling.budgets import UNITS
+from sampling.budgets import Budget
 from sampling.generate import (
     SampledBatch,
     SamplingOptions,
@@ -40,7 +40,7 @@ from sampling.generate import (
     describe_choice,
     draw_labels,
     generate,
-    settle_budgets,
+    replace_cost_limits,
 )
 from sampling.npz import write_npz
 from sampling.pictures import save_png
@@ -98,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
                 args, settings, index, lock, lambda: settle(trained, index, labels, options)
             )
         )
-        options = dataclasses.replace(options, **read_note(args.output_dir)["settled"])
+        chosen = read_note(args.output_dir)["chosen"]
+        budgets = {name: plain and Budget(**plain) for name, plain in chosen.items()}
+        options = dataclasses.replace(options, **budgets)
         sample_missing(trained, args, options, index, labels, todo[processes.rank :: processes.world])
         if processes.world > 1:
             dist.barrier()  # watched, for some may take long
@@ -111,11 +113,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def settle(trained: TrainedModel, index: list[int], labels: list[int], options: SamplingOptions) -> dict:
-    """The budgets with fractions in place of limits on the cost, as options."""
-    settled, prediction = settle_budgets(trained, index, labels, options)
+    """The budgets with fractions in place of limits on the cost, as plain data."""
+    chosen, prediction = replace_cost_limits(trained, index, labels, options)
     if prediction:
-        print(describe_choice(settled, prediction))
-    return {name: value for name, value in dataclasses.asdict(settled).items() if name.endswith(UNITS)}
+        print(describe_choice(chosen, prediction))
+    values = dataclasses.asdict(chosen)
+    return {"budget": values["budget"], "uncond": values["uncond"]}
 
 
 def prepare_folder(
@@ -147,7 +150,7 @@ def prepare_folder(
             )
     else:
         write_file(
-            note, lambda stream: stream.write(json.dumps({**settings, "settled": settled}, indent=1).encode())
+            note, lambda stream: stream.write(json.dumps({**settings, "chosen": settled}, indent=1).encode())
         )
     (folder / RECORDS).mkdir(exist_ok=True)
     return [start for start in index[::size] if not is_done(folder, start, index[start : start + size])]

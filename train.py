@@ -1,7 +1,7 @@
 """Train a DC-DiT on extracted features.
 
-    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 train.py --config configs/DCDiT-B-N4.yaml
     accelerate launch train.py --config configs/shapes.yaml --output results/shapes
+    accelerate launch --multi_gpu --num_processes 8 train.py --config configs/DCDiT-B-N4.yaml
 
 The same command again, with the same --output, resumes from the newest checkpoint there.
 """
@@ -20,6 +20,7 @@ from data.files import write_text
 from evaluation.in_training import Evaluation
 from models import describe
 from processes import group
+from processes.group import Processes
 from processes.lock import FolderLock
 from training import checks, launch, resume, sample_grids
 from training.tracking import start_trackers
@@ -40,13 +41,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--same_wandb", type=cli.boolean, default=True, help="continue the same wandb run (default: true)"
     )
     args = parser.parse_args(argv)
+    # Refuse contradictions
     if args.resume and args.output:
         raise UserError(
             f"--resume '{args.resume}' and --output '{args.output}' both name the run's folder; give one"
         )
     if args.resume and not (Path(args.resume) / "config.yaml").is_file():
         raise UserError(
-            f"--resume '{args.resume}' is not the folder of a run (it has no config.yaml); start one with --config"
+            f"--resume '{args.resume}' is not the folder of a run (it has no config.yaml); "
+            "start one with --config"
         )
     if not args.config and not args.resume:
         raise UserError("--config is missing; give a file of configs/, or --resume with the folder of a run")
@@ -54,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train to the end. If a signal stops the run earlier, exit with its status (143: SIGTERM, 130: SIGINT)."""
+    """Train to the end. If a signal stops the run, exit with its status (SIGTERM: 143, SIGINT: 130)."""
     # Read the command line and the configuration
     args = parse(argv)
     overrides = [*args.set, "training.compile=true"] if args.compile else args.set
@@ -71,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     checks.check_parameter_names(config)
     sample_grids.check_grids(config)
 
-    # Open the data and choose the checkpoint. All processes do so before they meet, and find the same mistakes
+    # Open the data and choose the checkpoint. Every process does so alone, and finds the same mistakes
     store = checks.open_fitting_features(config)
     given = args.resume or args.output
     folder = Path(given) if given else None
@@ -96,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # Train
         trainer = Trainer(config, accelerator, store, folder, start.state, hooks)
-        report_start(trainer, start)
+        log_start(trainer, start)
         is_finished = trainer.train()
         accelerator.end_training()
         end = "finished" if is_finished else f"stopped by {signal.Signals(trainer.stop.number).name}"
@@ -115,12 +118,12 @@ def make_hooks(
     if not config.evaluation.every:
         return Hooks(draw_samples)
     bf16 = accelerator.mixed_precision == "bf16"
-    rank, world = accelerator.process_index, accelerator.num_processes
-    evaluate = Evaluation(config, autoencoder, bf16, folder / "evaluation", rank, world)
+    processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    evaluate = Evaluation(config, autoencoder, bf16, folder / "evaluation", processes)
     return Hooks(draw_samples, evaluate)
 
 
-def report_start(trainer: Trainer, start: resume.Start) -> None:
+def log_start(trainer: Trainer, start: resume.Start) -> None:
     """Log which checkpoints were passed over, what is trained, and where its first weights come from."""
     for warning in start.warnings:
         trainer.log.line(f"warning: {warning}; using the checkpoint before it")

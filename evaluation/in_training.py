@@ -9,42 +9,34 @@ import torch.distributed as dist
 
 from config import Config
 from data.autoencoder import Autoencoder
+from evaluation.comparison import FeatureSet, check_sizes, check_source, compare, measure_source
 from evaluation.extractors import load_extractor
 from evaluation.image_sets import open_source
-from evaluation.measure import (
-    Chunks,
-    Measured,
-    check_sizes,
-    check_source,
-    compare,
-    mean_of,
-    measure_samples,
-    measure_source,
-)
+from evaluation.sample_features import SamplePlan, measure_samples
+from processes.group import Processes
 from sampling.generate import SamplingOptions, TrainedModel, draw_labels
 
 
 class Evaluation:
-    """Called as (ema_model, step) on every process. The first process gets the metrics, the others an empty dictionary.
+    """Called as (ema_model, step) on every process. The first gets the metrics, the others an empty dict.
 
     Args:
         autoencoder: decodes the samples.
         bf16: whether to sample in bfloat16.
         folder: for features, shared by all processes.
-        rank, world: number of this process, and of all processes.
+        processes: this process among those of the run.
 
     Raises:
         UserError: a reference or features that cannot be read or do not fit, before training starts.
     """
 
     def __init__(
-        self, config: Config, autoencoder: Autoencoder, bf16: bool, folder: Path, rank: int, world: int
+        self, config: Config, autoencoder: Autoencoder, bf16: bool, folder: Path, processes: Processes
     ):
         self.config = config
         self.autoencoder = autoencoder
         self.folder = folder
-        self.rank = rank
-        self.world = world
+        self.processes = processes
         section = config.evaluation
         self.options = SamplingOptions(
             cfg_scale=section.cfg_scale,
@@ -60,49 +52,36 @@ class Evaluation:
         source = open_source(str(section.reference))
         size = config.data.image_size
         check_sizes((size, size), source.size)
-        device = autoencoder.shift_map.device
-        self.extractor = load_extractor(section.features, section.inception_weights, device)
+        self.extractor = load_extractor(section.features, section.inception_weights, processes.device)
         check_source(source, self.extractor)
-        self.reference = measure_source(source, self.extractor, folder / "reference", rank, world)
+        self.reference = measure_source(source, self.extractor, folder / "reference", processes)
 
     def __call__(self, model: torch.nn.Module, step: int) -> dict[str, float]:
         """Sample with all processes and compare on the first. Collective."""
+        is_first = self.processes.rank == 0
+        title = f"evaluation at step {step}"
         # Remove what an interrupted evaluation has left, perhaps from other weights
         folder = self.folder / f"{step:07d}"
-        if self.rank == 0:
+        if is_first:
             shutil.rmtree(folder, ignore_errors=True)
         self.wait()
         # Every process samples its share and writes the features to the folder
-        title = f"evaluation at step {step}"
         trained = TrainedModel(model, self.config, self.autoencoder, None, step, fingerprint="")
-        chunks = self.measure(trained, folder, title)
+        plan = SamplePlan(self.options, self.labels, self.config.evaluation.batch_size, title)
+        features = measure_samples(trained, plan, self.extractor, folder, self.processes)
         self.wait()
         # The first process compares
         metrics: dict[str, float] = {}
-        if self.rank == 0:
-            samples = Measured(title, chunks, {}, np.array(self.labels))
+        if is_first:
+            samples = FeatureSet(title, features, {}, np.array(self.labels))
             metrics = compare(samples, self.reference, self.extractor)
-            metrics["kept"] = mean_of(chunks, "kept")
-            metrics["tflop_per_image"] = mean_of(chunks, "tflop")
+            metrics["kept"] = features.mean("kept")
+            metrics["tflop_per_image"] = features.mean("tflop")
             shutil.rmtree(folder)
         self.wait()
         return metrics
 
-    def measure(self, trained: TrainedModel, folder: Path, title: str) -> Chunks:
-        """The features of this process's share of the samples."""
-        return measure_samples(
-            trained,
-            self.options,
-            self.labels,
-            self.extractor,
-            folder,
-            self.config.evaluation.batch_size,
-            self.rank,
-            self.world,
-            title,
-        )
-
     def wait(self) -> None:
         """Wait for the other processes."""
-        if self.world > 1:
+        if self.processes.world > 1:
             dist.barrier()

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 import cli
 from config import UserError
-from figures.cost import SMALL, save_figure
+from figures.canvas import SMALL, save_figure
 from models import describe
 from processes import group
 from sampling.accounting import image_tflop
 from sampling.arguments import add_sampling_arguments, load_trained_from, sampling_options
-from sampling.budgets import UNITS
+from sampling.budgets import ALL, Budget
 from sampling.generate import SampledBatch, check_labels, generate
 
 
@@ -61,12 +61,12 @@ def main(argv: list[str] | None = None) -> None:
     cli.check_output_file("--output", args.output)
     device = group.default_device()
     options = sampling_options(args, device)
-    if any(getattr(options, unit) is not None for unit in UNITS):
+    if options.budget != ALL:
         raise UserError("--fractions: are the budgets of the columns; leave the other budget out")
     run = load_trained_from(args, device)
     labels = args.classes or list(range(min(4, run.config.data.num_classes)))
     check_labels(labels, run.config)
-    columns = [dataclasses.replace(options, tail_dropping_fraction=fraction) for fraction in args.fractions]
+    columns = [dataclasses.replace(options, budget=Budget.fraction(fraction)) for fraction in args.fractions]
     for column in columns:
         column.check(run.config)
     if args.dry_run:

@@ -1,13 +1,13 @@
 """The sampling options, the same on every script that samples."""
 
 import argparse
-import dataclasses
 
 import torch
 
 from config import UserError, load_config
 from diffusion.samplers import SAMPLERS
 from models import compile_parts
+from sampling.budgets import ALL, Budget
 from sampling.cuda_graph import GraphedDenoiser
 from sampling.generate import SamplingOptions, TrainedModel, load_trained
 
@@ -78,14 +78,53 @@ def add_cuda_graph_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_options(args: argparse.Namespace, device: torch.device) -> SamplingOptions:
-    values = {
-        field.name: getattr(args, field.name)
-        for field in dataclasses.fields(SamplingOptions)
-        if field.name != "bf16"
-    }
-    interval = values.pop("guidance_interval")
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda")
-    return SamplingOptions(**values, guidance_interval=tuple(interval) if interval else None, bf16=bf16)
+    """The options that the command line gives; UserError for budgets that contradict each other."""
+    budget = one_budget(
+        args.tail_dropping_fraction, args.token_budget, args.tflops_per_image, args.budget_schedule
+    )
+    uncond = one_budget(
+        args.uncond_tail_dropping_fraction,
+        args.uncond_token_budget,
+        args.uncond_tflops_per_image,
+        args.uncond_budget_schedule,
+        unconditional=True,
+    )
+    if uncond != ALL and not args.lite_cfg:
+        raise UserError(f"{uncond.option(unconditional=True)} {uncond.value}: needs --lite-cfg")
+    interval = args.guidance_interval
+    return SamplingOptions(
+        cfg_scale=args.cfg_scale,
+        guidance_interval=tuple(interval) if interval else None,
+        num_sampling_steps=args.num_sampling_steps,
+        sampler=args.sampler,
+        seed=args.seed,
+        bf16=args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda"),
+        budget=budget,
+        uncond=uncond if args.lite_cfg else None,
+    )
+
+
+def one_budget(
+    fraction: float | None,
+    tokens: int | None,
+    tflops: float | None,
+    schedule: str | None,
+    unconditional: bool = False,
+) -> Budget:
+    """The budget among four options, ALL if none is given; UserError for two."""
+    given = []
+    if fraction is not None:
+        given.append(Budget.fraction(fraction))
+    if tokens is not None:
+        given.append(Budget.tokens(tokens))
+    if tflops is not None:
+        given.append(Budget.tflops(tflops))
+    if schedule is not None:
+        given.append(Budget.schedule(schedule))
+    if len(given) > 1:
+        options = " and ".join(budget.option(unconditional) for budget in given)
+        raise UserError(f"{options}: are two budgets for the same tokens; give one")
+    return given[0] if given else ALL
 
 
 def load_trained_from(args: argparse.Namespace, device: torch.device) -> TrainedModel:
@@ -106,7 +145,7 @@ def use_cuda_graph(args: argparse.Namespace, options: SamplingOptions, trained: 
     """The run as --cuda-graph asks for it; UserError where there can be no graph."""
     if not args.cuda_graph:
         return trained
-    if options.token_budget is None and not trained.config.is_static:
+    if options.budget.token_count is None and not trained.config.is_static:
         raise UserError("--cuda-graph: needs a number of tokens that is known in advance; add --token-budget")
     if trained.device.type != "cuda":
         raise UserError(

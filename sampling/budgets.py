@@ -1,235 +1,162 @@
-"""Budgets: how many tokens a branch of guidance keeps, said in the unit that the user cares about.
+"""Budgets: how many tokens a branch of guidance may keep.
 
-tail_dropping_fraction  share of the router's kept tokens to drop, as in the paper
-token_budget            exactly so many tokens per image, the most probable ones; all shapes are static
-tflops_per_image        limit for the mean cost of an image over all steps and branches; becomes a fraction before sampling
-budget_schedule         fraction as a function of t, piecewise linear: "1000:0.6,300:0.2,0:0"
-
-At most one of them, and with Lite-CFG at most one `uncond_` twin for the unconditional branch; `uncond_tflops_per_image` limits
-that branch's share of the cost.
+Budget.fraction(0.4)                     drop this share of the tokens that the router keeps, as in the paper
+Budget.tokens(128)                       keep exactly this number of tokens per image, the most probable ones
+Budget.tflops(3.5)                       drop the smallest fraction with which an image costs at most this much
+Budget.schedule("1000:0.6,300:0.2,0:0")  drop a fraction that is piecewise linear in the timestep
+ALL                                      drop nothing
 """
 
-import dataclasses
+import math
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from config import Config, UserError
-from models import architecture, flops
 
-UNITS = ("tail_dropping_fraction", "token_budget", "tflops_per_image", "budget_schedule")
-MOST = 0.999  # fraction dropped at the lowest cost that is offered; of up to 1000 tokens this leaves the two ends
+# Unit of a budget -> the command line's option for it.
+OPTIONS = {
+    "fraction": "--tail-dropping-fraction",
+    "tokens": "--token-budget",
+    "tflops": "--tflops-per-image",
+    "schedule": "--budget-schedule",
+}
 
 
-class Budget(NamedTuple):
-    """What one branch is told at every step."""
+@dataclass(frozen=True)
+class Budget:
+    """What one branch of guidance may spend at every timestep; plain data in two fields, made by the functions below."""
 
-    points: tuple[tuple[float, float], ...] = (
-        (0.0, 0.0),
-    )  # (t, fraction dropped) by rising t; constant outside
-    tokens: int | None = None  # exactly so many instead
+    unit: str = "all"
+    value: float | str = 0.0
+
+    @staticmethod
+    def fraction(dropped: float) -> "Budget":
+        """Drop this share of the kept tokens, in [0, 1), the least probable ones first."""
+        return Budget("fraction", dropped)
+
+    @staticmethod
+    def tokens(count: int) -> "Budget":
+        """Keep exactly this number of tokens per image, the most probable ones: all shapes are known in advance."""
+        return Budget("tokens", count)
+
+    @staticmethod
+    def tflops(per_image: float) -> "Budget":
+        """Limit the mean cost of an image over all steps; `sampling.generate.replace_cost_limits` makes it a fraction.
+
+        As the budget of an image it limits both branches together, as that of the unconditional branch its share.
+        """
+        return Budget("tflops", per_image)
+
+    @staticmethod
+    def schedule(text: str) -> "Budget":
+        """Drop a fraction that depends on t: "t:fraction" pairs, linear between them and constant outside."""
+        return Budget("schedule", text)
+
+    def __str__(self) -> str:
+        value = self.value if isinstance(self.value, str) else f"{self.value:g}"
+        sentences = {
+            "all": "drops nothing",
+            "fraction": f"drops {value} of the kept tokens",
+            "tokens": f"keeps {value} tokens",
+            "tflops": f"costs at most {value} TFLOP per image",
+            "schedule": f"drops a fraction by timestep, {value}",
+        }
+        return sentences[self.unit]
+
+    def option(self, unconditional: bool = False) -> str:
+        """The option that gives this budget on the command line, e.g. --uncond-token-budget."""
+        option = OPTIONS[self.unit]
+        return option.replace("--", "--uncond-") if unconditional else option
+
+    def check(self, config: Config, unconditional: bool = False) -> None:
+        """Raise UserError, naming the option, where the budget is out of range or the network has no router."""
+        if self.unit == "all":
+            return
+        option = self.option(unconditional)
+        value = self.value
+        if config.is_static:
+            raise UserError(f"{option} {value}: a static DiT has no router; leave it out")
+        if self.unit == "schedule":
+            _check_schedule(str(value), option, config.diffusion.diffusion_steps)
+            return
+        number = float(value)
+        if self.unit == "fraction" and not 0 <= number < 1:
+            raise UserError(f"{option} {value}: must be in [0, 1)")
+        if self.unit == "tokens" and not 2 <= number <= config.tokens:
+            limits = f"from 2 (the first and last token) to {config.tokens} (all)"
+            raise UserError(f"{option} {value}: must be {limits}")
+        if self.unit == "tflops" and not 0 < number < math.inf:
+            raise UserError(f"{option} {value}: must be a positive number")
+
+    @property
+    def token_count(self) -> int | None:
+        """The exact number of tokens to keep, or None where the router decides."""
+        return int(self.value) if self.unit == "tokens" else None
 
     @property
     def drops(self) -> bool:
-        return self.tokens is None and any(fraction for _, fraction in self.points)
+        """Whether a fraction above zero is dropped at some timestep."""
+        if self.unit not in ("fraction", "schedule"):
+            return False
+        return any(fraction > 0 for _, fraction in self._points())
 
-    def drop(self, t: Tensor) -> Tensor:
-        """Fraction at each timestep, float32 on the device of t: a sum of clamped ramps, so that no value is read."""
+    def drop_fraction(self, t: Tensor) -> Tensor:
+        """Fraction to drop at each timestep, float32 on the device of t; no value is read by the host."""
         t = t.float()
-        fraction = torch.full_like(t, self.points[0][1])
-        for (start, before), (end, after) in zip(self.points, self.points[1:]):
+        points = self._points()
+        fraction = torch.full_like(t, points[0][1])
+        # A sum of ramps, each of which rises from 0 to 1 between two points
+        for (start, before), (end, after) in zip(points, points[1:]):
             fraction += ((t - start) / (end - start)).clamp(0, 1) * (after - before)
         return fraction
 
-    def kept(self, natural: Tensor, t: Tensor) -> Tensor:
-        """Kept tokens where the router itself would keep `natural`, as in models/router.py."""
-        if self.tokens is not None:
-            return torch.full_like(natural, self.tokens)
-        return natural - torch.minimum((natural.float() * self.drop(t)).long(), natural - 2)
+    def kept_tokens(self, undropped: Tensor, t: Tensor) -> Tensor:
+        """Tokens that stay where the router alone would keep `undropped`, by the rule of models/router.py."""
+        if self.token_count is not None:
+            return torch.full_like(undropped, self.token_count)
+        dropped = (undropped.float() * self.drop_fraction(t)).long()
+        return undropped - torch.minimum(dropped, undropped - 2)
+
+    def _points(self) -> list[tuple[float, float]]:
+        """(t, fraction) by rising t."""
+        if self.unit == "schedule":
+            return parse_schedule(str(self.value))
+        if self.unit in ("all", "fraction"):
+            return [(0.0, float(self.value))]
+        raise ValueError(f"a budget in {self.unit} is not a fraction")
 
 
-def flag(name: str) -> str:
-    """Field of the sampling options -> option of the command line."""
-    return f"--{name.replace('_', '-')}"
+ALL = Budget()
 
 
-def check(options, config: Config) -> None:
-    """Raise UserError for budgets out of range, two at once, one for an unconditional branch without Lite-CFG, or Lite-CFG that
-    changes nothing.
-    """
-    if options.lite_cfg and config.is_static:
-        raise UserError("--lite-cfg: a static DiT has no router; leave it out")
-    if options.lite_cfg and all(
-        getattr(options, prefix + unit) is None for prefix in ("", "uncond_") for unit in UNITS
-    ):
-        raise UserError(
-            "--lite-cfg: changes nothing without a budget; add e.g. --uncond-tail-dropping-fraction 0.9"
-        )
-    for prefix in ("", "uncond_"):
-        given = [prefix + unit for unit in UNITS if getattr(options, prefix + unit) is not None]
-        if len(given) > 1:
-            raise UserError(
-                f"{' and '.join(flag(name) for name in given)}: are two budgets for the same tokens; give one"
-            )
-        for name in given:
-            if config.is_static:
-                raise UserError(
-                    f"{flag(name)} {getattr(options, name)}: a static DiT has no router; leave it out"
-                )
-            if prefix and not options.lite_cfg:
-                raise UserError(f"{flag(name)} {getattr(options, name)}: needs --lite-cfg")
-            _check_one(name, getattr(options, name), config)
-
-
-def _check_one(name: str, value, config: Config) -> None:
-    if name.endswith("fraction") and not 0 <= value < 1:
-        raise UserError(f"{flag(name)} {value}: must be in [0, 1)")
-    if name.endswith("token_budget") and not 2 <= value <= config.tokens:
-        raise UserError(
-            f"{flag(name)} {value}: must be from 2 (the first and last token) to {config.tokens} (all)"
-        )
-    if name.endswith("tflops_per_image") and not 0 < value < float("inf"):
-        raise UserError(f"{flag(name)} {value}: must be a positive number")
-    if name.endswith("schedule"):
-        parse_schedule(value, config.diffusion.diffusion_steps, flag(name))
-
-
-def parse_schedule(
-    text: str, diffusion_steps: int, option: str = "--budget-schedule"
-) -> tuple[tuple[float, float], ...]:
-    """ "1000:0.6,300:0.2,0:0" -> points (t, fraction) by rising t.
-
-    Raises:
-        UserError: another form, a t given twice or outside [0, diffusion_steps], or a fraction outside [0, 1).
-    """
+def parse_schedule(text: str) -> list[tuple[float, float]]:
+    """Read "1000:0.6,300:0.2,0:0" as points (t, fraction) by rising t; ValueError where it has another form."""
     number = r"\s*(\d+\.?\d*|\.\d+)\s*"
-    parts = [re.fullmatch(f"{number}:{number}", part) for part in text.split(",")]
-    if not all(parts):
-        raise UserError(
-            f"{option} '{text}': must be pairs t:fraction, e.g. {diffusion_steps}:0.6,{diffusion_steps * 3 // 10}:0.2,0:0"
-        )
-    points = sorted((float(part[1]), float(part[2])) for part in parts)
-    for (t, fraction), following in zip(points, [*points[1:], (None, None)]):
-        if t > diffusion_steps or t == following[0]:
+    points = []
+    for part in text.split(","):
+        pair = re.fullmatch(f"{number}:{number}", part)
+        if pair is None:
+            raise ValueError(f"'{part}' is not a pair t:fraction")
+        points.append((float(pair[1]), float(pair[2])))
+    return sorted(points)
+
+
+def _check_schedule(text: str, option: str, diffusion_steps: int) -> None:
+    """UserError for another form, for a t outside [0, diffusion_steps] or given twice, and for a fraction outside [0, 1)."""
+    try:
+        points = parse_schedule(text)
+    except ValueError:
+        example = f"{diffusion_steps}:0.6,{diffusion_steps * 3 // 10}:0.2,0:0"
+        raise UserError(f"{option} '{text}': must be pairs t:fraction, e.g. {example}") from None
+    earlier = None
+    for t, fraction in points:
+        if t > diffusion_steps or t == earlier:
             raise UserError(
                 f"{option} '{text}': t = {t:g} must be from 0 to {diffusion_steps}, and given once"
             )
         if fraction >= 1:
             raise UserError(f"{option} '{text}': the fraction {fraction:g} must be in [0, 1)")
-    return tuple(points)
-
-
-def resolve(options, config: Config) -> tuple[Budget, Budget]:
-    """The budgets of the conditional and the unconditional branch; a cost limit must have become a fraction before."""
-    ours = _resolve_one(options, "", config)
-    return ours, _resolve_one(options, "uncond_", config) if options.lite_cfg else ours
-
-
-def _resolve_one(options, prefix: str, config: Config) -> Budget:
-    fraction, tokens, tflops, schedule = (getattr(options, prefix + unit) for unit in UNITS)
-    assert tflops is None, "settle the cost limit first"
-    if schedule is not None:
-        return Budget(parse_schedule(schedule, config.diffusion.diffusion_steps))
-    return Budget(((0.0, fraction or 0.0),), tokens)
-
-
-# ------------------------------------------------------------------------------------------------------------ cost limit
-
-
-class Probe(NamedTuple):
-    """What the router keeps by itself, seen on a few samples at some timesteps."""
-
-    t: Tensor  # (steps,) falling
-    conditional: Tensor  # (samples, steps) int64
-    unconditional: Tensor | None  # the same, or None without guidance
-
-
-class Prediction(NamedTuple):
-    """Mean TFLOP per image."""
-
-    conditional: float
-    unconditional: float
-
-    @property
-    def total(self) -> float:
-        return self.conditional + self.unconditional
-
-
-def predict(
-    config: Config,
-    probe: Probe,
-    steps: np.ndarray,
-    interval: tuple[float, float] | None,
-    budgets: tuple[Budget, Budget],
-) -> Prediction:
-    """Mean cost per image over the sampler's timesteps `steps`: what the probe's samples cost, interpolated over t."""
-
-    def branch(natural: Tensor | None, budget: Budget, at: np.ndarray) -> float:
-        if natural is None:
-            return 0.0
-        kept = budget.kept(natural, probe.t.expand_as(natural)).double()
-        cost = sum(
-            flops.forward_flops(
-                architecture(config), flops.TokenCounts(kept.mean(0), kept.square().mean(0))
-            ).values()
-        )  # (steps,)
-        return float(np.interp(at, probe.t.flip(0), cost.flip(0)).sum()) / 1e12
-
-    low, high = interval or (float("-inf"), float("inf"))
-    guided = steps[(low <= steps) & (steps <= high)]
-    return Prediction(
-        branch(probe.conditional, budgets[0], steps), branch(probe.unconditional, budgets[1], guided)
-    )
-
-
-def smallest_fraction(cost: Callable[[float], float], limit: float, option: str) -> float:
-    """The smallest fraction to drop, to three digits, at which `cost` (falling) does not exceed the limit: most tokens kept.
-
-    Raises:
-        UserError: the limit is below the lowest cost; the message gives the range.
-    """
-    least, most = cost(MOST), cost(0.0)
-    if limit < least:
-        raise UserError(
-            f"{option} {limit:g}: must be at least {least:.4g}; dropping nothing costs {most:.4g}"
-        )
-    fractions = range(round(MOST * 1000) + 1)
-    low, high = -1, len(fractions) - 1  # cost(high) fits, cost(low) does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if cost(middle / 1000) <= limit else (middle, high)
-    return high / 1000
-
-
-def choose_fractions(options, config: Config, probe: Probe, steps: np.ndarray):
-    """Sampling options with fractions in place of limits on the cost, and the cost they are predicted to have.
-
-    The unconditional branch's own limit is settled first; the image's limit then holds for both branches together.
-    """
-
-    def cost(**changes: float) -> Prediction:
-        budgets = resolve(
-            dataclasses.replace(options, tflops_per_image=None, uncond_tflops_per_image=None, **changes),
-            config,
-        )
-        return predict(config, probe, steps, options.guidance_interval, budgets)
-
-    if (limit := options.uncond_tflops_per_image) is not None:
-        fraction = smallest_fraction(
-            lambda fraction: cost(uncond_tail_dropping_fraction=fraction).unconditional,
-            limit,
-            "--uncond-tflops-per-image",
-        )
-        options = dataclasses.replace(
-            options, uncond_tflops_per_image=None, uncond_tail_dropping_fraction=fraction
-        )
-    if (limit := options.tflops_per_image) is not None:
-        fraction = smallest_fraction(
-            lambda fraction: cost(tail_dropping_fraction=fraction).total, limit, "--tflops-per-image"
-        )
-        options = dataclasses.replace(options, tflops_per_image=None, tail_dropping_fraction=fraction)
-    return options, cost()
+        earlier = t

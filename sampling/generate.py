@@ -25,15 +25,16 @@ from config import Config, UserError, config_from_dict, differences, flatten, to
 from data.autoencoder import HUB_NAMES, Autoencoder
 from data.streams import rng
 from diffusion import GaussianDiffusion, create_diffusion
-from diffusion.guidance import condition, guide
+from diffusion.guidance import Conditioning, condition, guide
 from diffusion.samplers import SAMPLERS, Step
-from models import build_model
+from models import architecture, build_model
 from models.attention import kernel_problem
 from models.ops.precision import allow_tf32
 from models.types import Routing
 from processes import group
-from sampling import budgets
 from sampling.accounting import Seconds, StepCounts
+from sampling.budgets import ALL, Budget
+from sampling.cost_limit import CostModel, CostPrediction, choose_fractions
 from weights.checkpoint import load_checkpoint
 
 # What may differ between --config and the checkpoint's configuration when sampling.
@@ -62,8 +63,7 @@ class TrainedModel(NamedTuple):
 class SamplingOptions:
     """How to sample; the names are the command line's.
 
-    At most one of the four budgets (see sampling/budgets.py) holds for both branches of guidance; with `lite_cfg` it holds
-    for the conditional one, and the unconditional one has its own.
+    `budget` holds for both branches of guidance, or with Lite-CFG, which is asked for by `uncond`, for the conditional one.
     """
 
     cfg_scale: float = 1.0
@@ -73,16 +73,9 @@ class SamplingOptions:
     num_sampling_steps: int = 250
     sampler: str = "ddpm"
     seed: int = 0
-    tail_dropping_fraction: float | None = None
-    token_budget: int | None = None
-    tflops_per_image: float | None = None
-    budget_schedule: str | None = None
-    lite_cfg: bool = False
-    uncond_tail_dropping_fraction: float | None = None
-    uncond_token_budget: int | None = None
-    uncond_tflops_per_image: float | None = None
-    uncond_budget_schedule: str | None = None
     bf16: bool = False
+    budget: Budget = ALL
+    uncond: Budget | None = None  # the unconditional branch's own (Lite-CFG)
 
     def check(self, config: Config) -> None:
         """Raise UserError for values out of range and for options that contradict each other or the model."""
@@ -97,7 +90,7 @@ class SamplingOptions:
             raise UserError(f"--sampler '{self.sampler}' is not one of {', '.join(SAMPLERS)}")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: must be 0 or greater, and below 2**63")
-        if self.lite_cfg and self.cfg_scale == 1:
+        if self.uncond is not None and self.cfg_scale == 1:
             raise UserError(
                 "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; raise the scale"
             )
@@ -116,7 +109,15 @@ class SamplingOptions:
                 raise UserError(
                     f"--guidance-interval {low:g} {high:g}: --cfg-scale 1 is no guidance; raise the scale"
                 )
-        budgets.check(self, config)
+        if self.uncond is not None and config.is_static:
+            raise UserError("--lite-cfg: a static DiT has no router; leave it out")
+        if self.uncond == ALL and self.budget == ALL:
+            raise UserError(
+                "--lite-cfg: changes nothing without a budget; add e.g. --uncond-tail-dropping-fraction 0.9"
+            )
+        self.budget.check(config)
+        if self.uncond is not None:
+            self.uncond.check(config, unconditional=True)
 
 
 class SampledBatch(NamedTuple):
@@ -251,7 +252,7 @@ def generate(
     """
     options.check(trained.config)
     check_labels(labels, trained.config)
-    options, _ = settle_budgets(trained, index, labels, options)
+    options, _ = replace_cost_limits(trained, index, labels, options)
     for start in range(0, len(index), batch_size):
         part = slice(start, start + batch_size)
         started = time.perf_counter()
@@ -278,35 +279,35 @@ def generate_images(
 
 
 @torch.inference_mode()
-def settle_budgets(
+def replace_cost_limits(
     trained: TrainedModel, index: list[int], labels: list[int], options: SamplingOptions
-) -> tuple[SamplingOptions, budgets.Prediction | None]:
-    """Turn limits on the cost into fractions to drop, and predict the cost; other options pass through with None.
+) -> tuple[SamplingOptions, CostPrediction | None]:
+    """Replace limits on the cost by fractions to drop, and predict the cost; other options pass through with None.
 
     A few of the samples are drawn in a few steps with nothing dropped, to see what the router keeps by itself at each t.
     """
-    if options.tflops_per_image is None and options.uncond_tflops_per_image is None:
+    limited = [budget for budget in (options.budget, options.uncond) if budget and budget.unit == "tflops"]
+    if not limited:
         return options, None
-    free = {prefix + unit: None for prefix in ("", "uncond_") for unit in budgets.UNITS}
-    few = min(options.num_sampling_steps, PROBE_STEPS)
-    natural = dataclasses.replace(
-        options, **free, lite_cfg=False, guidance_interval=None, num_sampling_steps=few
+    few_steps = min(options.num_sampling_steps, PROBE_STEPS)
+    undropped = dataclasses.replace(
+        options, budget=ALL, uncond=None, guidance_interval=None, num_sampling_steps=few_steps
     )
-    _, kept = sample_latents(trained, index[:PROBE_SAMPLES], labels[:PROBE_SAMPLES], natural, None)
-    branches = [[getattr(step, branch) for step in kept] for branch in ("conditional", "unconditional")]
-    counts = [torch.stack(branch, 1).cpu() if branch[0] is not None else None for branch in branches]
-    probe = budgets.Probe(torch.tensor([step.t for step in kept]), *counts)
-    steps = sampling_process(trained.config, options).timesteps
-    return budgets.choose_fractions(options, trained.config, probe, steps)
+    _, kept = sample_latents(trained, index[:PROBE_SAMPLES], labels[:PROBE_SAMPLES], undropped, None)
+    timesteps = sampling_process(trained.config, options).timesteps
+    model = CostModel(architecture(trained.config), kept, timesteps, options.guidance_interval)
+    budget, uncond = choose_fractions(model, options.budget, options.uncond)
+    chosen = dataclasses.replace(options, budget=budget, uncond=uncond)
+    return chosen, model.predict(budget, uncond)
 
 
-def describe_choice(options: SamplingOptions, prediction: budgets.Prediction) -> str:
-    """What `settle_budgets` chose, in words."""
-    ours, theirs = options.tail_dropping_fraction or 0.0, options.uncond_tail_dropping_fraction
-    choice = f"drops {ours:g} of the kept tokens" + (
-        f", of the unconditional branch's {theirs:g}" if theirs is not None else ""
-    )
-    return f"budget: {choice}; predicted {prediction.total:.4g} TFLOP per image ({prediction.unconditional:.4g} unconditional)"
+def describe_choice(options: SamplingOptions, prediction: CostPrediction) -> str:
+    """One line about the budgets that `replace_cost_limits` chose."""
+    choice = str(options.budget)
+    if options.uncond is not None:
+        choice += f", the unconditional branch {options.uncond}"
+    cost = f"{prediction.total:.4g} TFLOP per image ({prediction.unconditional:.4g} unconditional)"
+    return f"budget: {choice}; predicted {cost}"
 
 
 def sampling_process(config: Config, options: SamplingOptions) -> GaussianDiffusion:
@@ -377,23 +378,28 @@ class Watched:
 
 def guided_denoiser(denoise, config: Config, labels: Tensor, options: SamplingOptions):
     """Bind labels and budgets: one branch at scale 1, two branches above."""
-    ours, theirs = budgets.resolve(options, config)
-    sort = ours.drops or theirs.drops  # without a fraction the router need not sort
-    conditional = {"labels": labels, **conditioning(ours, labels, sort)}
+    budget = options.budget
+    uncond = budget if options.uncond is None else options.uncond
+    # Without a fraction the router does not have to sort; where one branch drops, both are told, and run as one batch
+    sort = budget.drops or uncond.drops
+    conditional = branch_conditioning(labels, budget, sort)
     if options.cfg_scale == 1:
         return condition(denoise, conditional)
     null = torch.full_like(labels, config.data.num_classes)
-    unconditional = {"labels": null, **conditioning(theirs, null, sort)}
+    unconditional = branch_conditioning(null, uncond, sort)
     guided = config.diffusion.cfg_channels
     channels = config.data.latent_channels if guided == "all" else guided
     return guide(denoise, conditional, unconditional, options.cfg_scale, channels, options.guidance_interval)
 
 
-def conditioning(budget: budgets.Budget, labels: Tensor, sort: bool) -> dict:
-    """What a branch tells the network of its budget."""
-    if budget.tokens is not None:
-        return {"tokens": [budget.tokens] * len(labels)}
-    return {"drop": budget.drop} if sort else {}
+def branch_conditioning(labels: Tensor, budget: Budget, sort: bool) -> Conditioning:
+    """What one branch of the network is given beside x and t."""
+    conditioning: Conditioning = {"labels": labels}
+    if budget.token_count is not None:
+        conditioning["tokens"] = [budget.token_count] * len(labels)
+    elif sort:
+        conditioning["drop"] = budget.drop_fraction
+    return conditioning
 
 
 def sample_noise(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from config import Config, UserError
 from diffusion import schedule
+from sampling.budgets import ALL, Budget
 from sampling.generate import (
     SamplingOptions,
     StepCounts,
@@ -82,7 +83,7 @@ class DCDiTPipeline:
         options = SamplingOptions(
             cfg_scale=guidance_scale,
             num_sampling_steps=num_inference_steps,
-            tail_dropping_fraction=drop_fraction or None,
+            budget=Budget.fraction(drop_fraction) if drop_fraction else ALL,
         )
         options.check(config)
         check_labels(class_labels, config)

@@ -149,7 +149,7 @@ def steps_to_reach(target: float, losses: dict[int, float]) -> str:
 def draw(curves: dict[str, Rows], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    from figures.chunking import save_figure
+    from figures.canvas import save_figure
 
     colours = {"DiT": "gray", "from scratch": "black"}
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")

@@ -1,5 +1,6 @@
 """Foreign weights: equal outputs, configurations that fit, and files that try to run code."""
 
+import dataclasses
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 import config as configuration
+import config_keys
 from config import UserError, config_from_dict, load_config, to_dict
 from models import build_model
 from sampling.generate import SamplingOptions, generate_images, load_trained
@@ -130,7 +132,7 @@ def test_official_dit(tmp_path, wrapped):
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory) -> Path:
-    """A checkpoint as the official code writes it: its `config.Config` has the name and the fields of ours."""
+    """A checkpoint as the official code writes it, with a pickled `config.Config` that has the fields of the one here."""
     with safe_open(GOLDEN, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         about = file.metadata()
@@ -149,7 +151,13 @@ def official(tmp_path_factory) -> Path:
         "config": config,
     }
     path = tmp_path_factory.mktemp("official") / "0400000.pt"
-    torch.save(state, path)
+    with pytest.MonkeyPatch.context() as patch:
+        # The official classes live in a module `config`
+        for section in vars(config_keys).values():
+            if dataclasses.is_dataclass(section):
+                patch.setattr(section, "__module__", "config")
+                patch.setattr(configuration, section.__name__, section, raising=False)
+        torch.save(state, path)
     return path
 
 

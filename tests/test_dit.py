@@ -10,6 +10,7 @@ import train
 from config import UserError, config_from_dict, load_config, to_dict
 from models import architecture, build_model
 from models.flops import TokenCounts, forward_flops, total_flops
+from sampling.budgets import Budget
 from sampling.generate import SamplingOptions, generate, load_trained
 from weights.checkpoint import list_checkpoints
 
@@ -154,4 +155,4 @@ def test_one_word_trains_and_samples_the_baseline(trained):
     assert batch.images.shape == (2, 3, 32, 32) and shown[0].shape == (2, 16) and shown[0].all()
     assert all(step.conditional.tolist() == step.unconditional.tolist() == [16, 16] for step in batch.kept)
     with pytest.raises(UserError, match="--tail-dropping-fraction 0.5: a static DiT has no router"):
-        SamplingOptions(tail_dropping_fraction=0.5).check(run.config)
+        SamplingOptions(budget=Budget.fraction(0.5)).check(run.config)

@@ -14,6 +14,7 @@ from diffusion import create_diffusion
 from diffusion.samplers import SAMPLERS
 from models import build_model
 from sampling import hub
+from sampling.budgets import Budget
 from sampling.generate import (
     SamplingOptions,
     Watched,
@@ -124,7 +125,7 @@ def test_the_pipeline_samples_what_our_sampler_does(checkpoint, scale, drop, ste
     generator = torch.Generator().manual_seed(3)
     draw = lambda: torch.randn(3, 4, 8, 8, generator=generator)  # noqa: E731
     watched = Watched(run.model, bf16=False)
-    options = SamplingOptions(cfg_scale=scale, num_sampling_steps=steps, tail_dropping_fraction=drop)
+    options = SamplingOptions(cfg_scale=scale, num_sampling_steps=steps, budget=Budget.fraction(drop))
     denoise = guided_denoiser(watched, run.config, torch.tensor(labels), options)
     kept = []
     with torch.inference_mode():

@@ -17,11 +17,12 @@ from PIL import Image
 
 import sample
 import sample_ddp
-from config import load_config
+from config import UserError, load_config
 from models import build_model
 from processes import group
 from sampling.accounting import image_tflop
-from sampling.generate import SamplingOptions, draw_labels, generate, load_trained, settle_budgets
+from sampling.budgets import ALL, Budget
+from sampling.generate import SamplingOptions, draw_labels, generate, load_trained, replace_cost_limits
 from training import schedules
 
 ROOT = Path(__file__).parent.parent
@@ -389,9 +390,9 @@ def test_budgets_change_the_kept_tokens(trained):
         return batch.kept[0].conditional.item(), batch.kept[0].unconditional.item()
 
     assert kept() == (64, 64)
-    assert kept(tail_dropping_fraction=0.5) == (32, 32)
-    assert kept(lite_cfg=True, uncond_tail_dropping_fraction=0.75) == (64, 16)
-    assert kept(lite_cfg=True, tail_dropping_fraction=0.25) == (48, 64)
+    assert kept(budget=Budget.fraction(0.5)) == (32, 32)
+    assert kept(uncond=Budget.fraction(0.75)) == (64, 16)
+    assert kept(budget=Budget.fraction(0.25), uncond=ALL) == (48, 64)
 
 
 def test_budgets_in_every_unit(trained, tmp_path, capsys):
@@ -408,11 +409,11 @@ def test_budgets_in_every_unit(trained, tmp_path, capsys):
         assert all(len(set(counts)) == 1 for row in rows for counts in row if counts)
         return [tuple(counts and counts[0] for counts in row) for row in rows]
 
-    assert kept(token_budget=9) == [(9, 9)] * 3
-    assert kept(token_budget=9, lite_cfg=True, uncond_token_budget=4) == [(9, 4)] * 3
-    assert kept(budget_schedule="999:0.5,500:0.25,0:0") == [(32, 32), (48, 48), (64, 64)]
-    assert kept(tail_dropping_fraction=0.5, lite_cfg=True, uncond_token_budget=4) == [(32, 4)] * 3
-    assert kept(lite_cfg=True, uncond_budget_schedule="999:0.5,0:0") == [(64, 32), (64, 48), (64, 64)]
+    assert kept(budget=Budget.tokens(9)) == [(9, 9)] * 3
+    assert kept(budget=Budget.tokens(9), uncond=Budget.tokens(4)) == [(9, 4)] * 3
+    assert kept(budget=Budget.schedule("999:0.5,500:0.25,0:0")) == [(32, 32), (48, 48), (64, 64)]
+    assert kept(budget=Budget.fraction(0.5), uncond=Budget.tokens(4)) == [(32, 4)] * 3
+    assert kept(uncond=Budget.schedule("999:0.5,0:0")) == [(64, 32), (64, 48), (64, 64)]
     assert kept(guidance_interval=(300, 600)) == [(64, None), (64, 64), (64, None)]
 
 
@@ -426,22 +427,21 @@ def test_a_limit_on_the_cost(trained):
         return float(image_tflop(run.config, batch.kept)[0]), batch.kept
 
     full, _ = cost()
-    least, _ = cost(tail_dropping_fraction=0.999)
+    least, _ = cost(budget=Budget.fraction(0.999))
     limit = (full + least) / 2
-    options, prediction = settle_budgets(
-        run, [0], [1], SamplingOptions(2.0, None, 12, tflops_per_image=limit)
-    )
-    chosen, _ = cost(tail_dropping_fraction=options.tail_dropping_fraction)
+    limited = SamplingOptions(cfg_scale=2.0, num_sampling_steps=12, budget=Budget.tflops(limit))
+    options, prediction = replace_cost_limits(run, [0], [1], limited)
+    assert options.budget.unit == "fraction" and options.uncond is None
+    dropped = options.budget.value
+    chosen, _ = cost(budget=options.budget)
     assert prediction.total == pytest.approx(chosen, rel=1e-9) and least < chosen <= limit
-    assert cost(tflops_per_image=limit)[0] == chosen
-    assert (
-        cost(tail_dropping_fraction=options.tail_dropping_fraction - 0.017)[0] > limit
-    )  # one token of 64 more
-    assert cost(tflops_per_image=2 * full)[0] == full
-    narrow, kept = cost(
-        tflops_per_image=limit, guidance_interval=(0, 300)
-    )  # what the other branch saves goes to this one
-    assert narrow <= limit and kept[0].conditional.item() > 64 * (1 - options.tail_dropping_fraction)
+    assert cost(budget=Budget.tflops(limit))[0] == chosen
+    one_token_more, _ = cost(budget=Budget.fraction(dropped - 0.017))
+    assert one_token_more > limit
+    assert cost(budget=Budget.tflops(2 * full))[0] == full
+    # What the unconditional branch saves goes to the conditional one
+    narrow, kept = cost(budget=Budget.tflops(limit), guidance_interval=(0, 300))
+    assert narrow <= limit and kept[0].conditional.item() > 64 * (1 - dropped)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -514,14 +514,17 @@ def test_an_interrupted_run_keeps_the_fraction_that_it_chose(trained, tmp_path, 
     assert "budget: drops 0 of the kept tokens; predicted" in capsys.readouterr().out
     note = tmp_path / "images" / "settings.json"
     settings = json.loads(note.read_text())
-    assert settings["tflops_per_image"] == 1.0 and settings["settled"]["tflops_per_image"] is None
-    settings["settled"]["tail_dropping_fraction"] = 0.75
+    assert settings["budget"] == {"unit": "tflops", "value": 1.0}
+    assert settings["chosen"] == {"budget": {"unit": "fraction", "value": 0.0}, "uncond": None}
+    settings["chosen"]["budget"]["value"] = 0.75
     note.write_text(json.dumps(settings))
     for name in ("000001.png", "000002.png"):
         (tmp_path / "images" / name).unlink()
     sample_ddp.main([*fixed, "1"])
-    assert account(tmp_path / "images")["options"]["tail_dropping_fraction"] == 0.75
+    assert account(tmp_path / "images")["options"]["budget"] == {"unit": "fraction", "value": 0.75}
     assert "budget:" not in capsys.readouterr().out  # nothing is predicted again
+    with pytest.raises(UserError, match="holds samples of another budget; give another folder"):
+        sample_ddp.main([*fixed, "2"])
 
 
 def test_balanced_labels(trained, tmp_path):

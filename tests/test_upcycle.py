@@ -243,7 +243,7 @@ MISTAKES = [
     ),
     (["training.lr_scales={head: 2}"], "training.lr_scales: no parameter's name begins with 'head'"),
     (["training.lr_scales={blocks: 0}"], "training.lr_scales.blocks: 0.0 must be greater than 0"),
-    (["training.lr_scales=[1]"], "training.lr_scales: [1] is not 'name: value' pairs with a finite number"),
+    (["training.lr_scales=[1]"], "training.lr_scales: [1] is not 'name: value' pairs with finite numbers"),
     (
         ["training.resume_from_ckpt={dit}", "model.patch_size=2", "training.lr_scales={blocks: 0.5}"],
         "differs from the {} of",

@@ -1,8 +1,8 @@
 """Training samples as a function of (seed, micro-step, image), for any number of processes.
 
-A micro-step is one forward and backward pass over a global batch. Its images, their order, latents, timesteps, noise and label
-dropout follow from the seed and its number, so a resumed run and a run on other processes see the same batches, and no state
-of a random generator is ever stored.
+A micro-step is one forward and backward pass over a global batch. Its images, their order, latents,
+timesteps, noise and label dropout follow from the seed and its number, so a resumed run and a run on other
+processes see the same batches, and no state of a random generator is ever stored.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from config import OneProcessError, UserError
-from data.features import FeatureStore, OfficialStore
+from data.features import Features
 from data.streams import rng
 
 
@@ -49,8 +49,9 @@ def permutation(images: int, seed: int, epoch: int) -> np.ndarray:
 class Order(Sampler):
     """Lists of (micro_step, image) keys, one list per micro-step, for this process.
 
-    Each epoch is a permutation of the images; a last incomplete batch is left out. Process r takes the r-th of `world` equal
-    parts of the global batch, so groups of neighbours stay together for any number of processes.
+    Each epoch is a permutation of the images; a last incomplete batch is left out. Process r takes the r-th
+    of `world` equal parts of the global batch, so groups of neighbours stay together for any number of
+    processes.
 
     Args:
         images: number of images in the feature store.
@@ -91,7 +92,7 @@ class Samples(Dataset):
 
     def __init__(
         self,
-        store: FeatureStore | OfficialStore,
+        store: Features,
         seed: int,
         diffusion_steps: int,
         dropout: float,
@@ -104,13 +105,14 @@ class Samples(Dataset):
         self.null_label = null_label
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
-        """Draw the sample. An error is returned, because raised in a loader process it would arrive as a traceback."""
+        """Draw the sample. Errors are returned: a loader process would turn a raised one into a traceback."""
         try:
             return self.draw(*key)
         except UserError as error:
             return error
 
     def draw(self, micro_step: int, image: int) -> Sample:
+        # One stream per sample, whose draws are always in this order
         stream = rng(self.seed, "train", micro_step, image)
         x0 = self.store.latent(image, stream)
         noise = stream.standard_normal(x0.shape, dtype=np.float32)
@@ -138,7 +140,7 @@ def collate(samples: list[Sample | UserError]) -> Batch | UserError:
 
 
 def ignore_signals(worker: int) -> None:
-    """Keep a loader process alive through a signal to all processes, until the training process has saved its checkpoint."""
+    """Keep a loader process alive through SIGTERM and SIGINT: the training process ends it when it stops."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,14 +1,14 @@
-"""What a run needs before it starts, checked against the configuration: the features and the names of the parameters."""
+"""What must agree with the configuration before a run starts: the features and the names of parameters."""
 
 import torch
 
 from config import Config, UserError
-from data.features import FeatureStore, OfficialStore, open_features
+from data.features import Features, open_features
 from models import build_model
 from training.schedules import total_steps
 
 
-def open_fitting_features(config: Config) -> FeatureStore | OfficialStore:
+def open_fitting_features(config: Config) -> Features:
     """Open the features of a configuration.
 
     Raises:
@@ -35,17 +35,19 @@ def open_fitting_features(config: Config) -> FeatureStore | OfficialStore:
     batch = config.training.global_batch_size
     if images < batch:
         raise UserError(
-            f"training.global_batch_size: {batch} is more than the {images} images of '{data.feature_path}'; make it smaller"
+            f"training.global_batch_size: {batch} is more than the {images} images of '{data.feature_path}'; "
+            "make it smaller"
         )
     if total_steps(config, images) == 0:
         raise UserError(
-            "training.epochs: no optimizer step fits into the run; raise it or lower gradient_accumulation_steps"
+            "training.epochs: no optimizer step fits into the run; "
+            "raise it or lower gradient_accumulation_steps"
         )
     return store
 
 
 def check_parameter_names(config: Config) -> None:
-    """Raise a UserError for an entry of `training.frozen` or `training.lr_scales` that no parameter's name begins with."""
+    """Raise a UserError for an entry of `training.frozen` or `training.lr_scales` that fits no parameter."""
     with torch.device("meta"):
         model = build_model(config)
     names = [name for name, _ in model.named_parameters()]
@@ -55,5 +57,6 @@ def check_parameter_names(config: Config) -> None:
             if not any(name.startswith(prefix) for name in names):
                 first_parts = sorted({name.split(".")[0] for name in names})
                 raise UserError(
-                    f"training.{key}: no parameter's name begins with '{prefix}'; they begin with {', '.join(first_parts)}"
+                    f"training.{key}: no parameter's name begins with '{prefix}'; "
+                    f"they begin with {', '.join(first_parts)}"
                 )

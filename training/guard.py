@@ -1,4 +1,4 @@
-"""Steps with a non-finite loss or gradient: their update is skipped and counted, and too many in a row end the run."""
+"""Steps with a non-finite loss or gradient are skipped and counted; too many in a row end the run."""
 
 import sys
 from collections import deque
@@ -9,14 +9,15 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
-LAG = 2  # steps after which the host reads a GPU's flag: the device has long passed it by then, so the host does not wait
+# Steps after which the host reads a GPU's flag: the device has long passed it by then, so reading does not wait
+LAG = 2
 
 
 def nan_gradients_if_not_finite(loss: Tensor) -> Tensor:
     """Return the loss unchanged, but where it is not finite, all of its gradients become NaN.
 
-    Gradients are summed over processes, so the bad loss of one process shows in the gradient norm of all, without a
-    collective. The gradients of a finite loss are multiplied by exactly 1.
+    Gradients are summed over processes, so the bad loss of one process shows in the gradient norm of all,
+    without a collective. The gradients of a finite loss are multiplied by exactly 1.
     """
     return loss * (1 + 0 * loss.detach())
 
@@ -32,9 +33,10 @@ class Flag(NamedTuple):
 class FiniteGuard:
     """Applies an optimizer's updates if the gradient norm is finite.
 
-    On CUDA the fused optimizer itself looks at the flag, on the device, and leaves weights, moments and step counts as they
-    are; the host reads the flag of step s while it prepares step s + LAG. On other devices the host decides at once. A skipped
-    step counts in every other way: its batch is used up, schedules continue, and the EMA averages the unchanged weights again.
+    On CUDA the fused optimizer itself looks at the flag, on the device, and leaves weights, moments and step
+    counts as they are; the host reads the flag of step s while it prepares step s + LAG. On other devices the
+    host decides at once. A skipped step counts in every other way: its batch is used up, schedules continue,
+    and the EMA averages the unchanged weights again.
 
     Args:
         max_in_a_row: number of consecutive skipped steps that ends the run.

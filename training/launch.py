@@ -13,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from config import Config, UserError, to_dict, validate_processes
 from data.autoencoder import hash_weights
-from data.features import FeatureStore, OfficialStore
+from data.features import Features
 from models import flops
 from models.attention import kernel_problem
 from models.ops.precision import allow_tf32
@@ -21,7 +21,7 @@ from processes import group
 from processes.agreement import check_agreement
 from processes.sharding import is_sharded, prepare_sharding
 
-# ------------------------------------------------------------------------------------------ before the processes have met
+# ------------------------------------------------------------------------------ before the processes have met
 
 
 def announced_processes() -> int:
@@ -53,18 +53,19 @@ def check_trackers(config: Config) -> None:
 
 
 def choose_precision(config: Config, device: torch.device) -> str:
-    """Accelerate's name of the precision: from the configuration, otherwise the launcher's, otherwise bfloat16 on CUDA."""
+    """Accelerate's name of the precision: of the configuration, or of the launcher, or bfloat16 on CUDA."""
     if config.training.precision == "bf16":
         return "bf16"
     if config.training.precision == "fp32":
         return "no"
+    # The precision is "auto"
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched == "no" and device.type == "cuda":
         return "bf16"
     return launched
 
 
-# ----------------------------------------------------------------------------------------------------- the processes meet
+# ----------------------------------------------------------------------------------------- the processes meet
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -81,6 +82,7 @@ def make_accelerator(config: Config) -> Accelerator:
         project_dir=config.logging.results_dir,  # until the folder of the run is known
         kwargs_handlers=[no_changing_buffers, patient],
     )
+    # Refuse what Accelerate would accept
     check_processes(accelerator)
     check_installed_trackers(accelerator, config)
     prepare_sharding(accelerator)
@@ -95,7 +97,8 @@ def check_processes(accelerator: Accelerator) -> None:
     announced = announced_processes()
     if accelerator.num_processes != announced:
         raise UserError(
-            f"WORLD_SIZE {announced}: Accelerate found {accelerator.num_processes}; use accelerate launch or torchrun"
+            f"WORLD_SIZE {announced}: Accelerate found {accelerator.num_processes}; "
+            "use accelerate launch or torchrun"
         )
 
 
@@ -110,7 +113,7 @@ def check_installed_trackers(accelerator: Accelerator, config: Config) -> None:
 
 
 def check_no_samples(config: Config) -> None:
-    """Raise a UserError if a sharded run is to sample: its processes would draw unequal numbers of batches, and hang."""
+    """Raise a UserError if a sharded run is to sample: processes with unequal numbers of batches hang."""
     intervals = {
         "logging.sample_every": config.logging.sample_every,
         "evaluation.every": config.evaluation.every,
@@ -118,7 +121,8 @@ def check_no_samples(config: Config) -> None:
     for key, every in intervals.items():
         if every:
             raise UserError(
-                f"{key}: {every} needs the whole model on every GPU; use 0 with FSDP, and sample the checkpoints"
+                f"{key}: {every} needs the whole model on every GPU; "
+                "use 0 with FSDP, and sample the checkpoints"
             )
 
 
@@ -126,7 +130,8 @@ def check_precision(accelerator: Accelerator, config: Config) -> None:
     """Raise a UserError for float16, and for an attention kernel that does not work in this precision."""
     if accelerator.mixed_precision == "fp16":
         raise UserError(
-            "--mixed_precision fp16: is not supported, because checkpoints do not store its loss scale; use bf16"
+            "--mixed_precision fp16: is not supported, because checkpoints do not store its loss scale; "
+            "use bf16"
         )
     is_bf16 = accelerator.mixed_precision == "bf16"
     problem = kernel_problem(config.model.attention, accelerator.device, is_bf16, config.head_size)
@@ -134,16 +139,17 @@ def check_precision(accelerator: Accelerator, config: Config) -> None:
         raise UserError(f"model.attention: {problem}")
 
 
-# ------------------------------------------------------------------------------------------------- after they have met
+# ---------------------------------------------------------------------------------------- after they have met
 
 
 def make_run_folder(config: Config, accelerator: Accelerator) -> Path:
-    """Make `results_dir/NNN-name`, one above the highest number there. Collective: the main process decides."""
+    """Make the folder `results_dir/NNN-name`, one above the highest number there. Collective."""
 
     def make() -> Path:
         results = Path(config.logging.results_dir)
         name = config.model.name.replace("/", "-")
         while True:
+            # Find the highest number
             numbers = [-1]
             for path in results.glob("*"):
                 if found := re.match(r"(\d{3,})-", path.name):
@@ -160,14 +166,14 @@ def make_run_folder(config: Config, accelerator: Accelerator) -> Path:
 def check_same_start(
     accelerator: Accelerator,
     config: Config,
-    store: FeatureStore | OfficialStore,
+    store: Features,
     step: int,
     models: list[torch.nn.Module],
 ) -> None:
     """Raise a UserError unless all processes start alike. Collective.
 
-    Of the features only the hashes in the manifest are compared (file names and labels in the official layout), not the bytes
-    on the disk of each machine, which `python -m data.features --verify` reads.
+    Of the features only the hashes in the manifest are compared (file names and labels in the official
+    layout), not the bytes on the disk of each machine, which `python -m data.features --verify` reads.
     """
     content = json.dumps(to_dict(config)).encode()
     facts = {

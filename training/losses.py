@@ -26,7 +26,7 @@ def total_loss(terms: dict[str, Tensor], routing: Routing, target: RatioTarget) 
         target: of the ratio loss.
 
     Returns:
-        "loss": the scalar to train on, then all that it is made of: the terms and their sum "diffusion_loss" (B,), and the
+        "loss": the scalar to train on. Then its parts: the terms and their sum "diffusion_loss" (B,), and the
         scalar "ratio_loss" if it has a weight.
     """
     diffusion_loss = functools.reduce(torch.add, terms.values())  # (B,)
@@ -44,11 +44,11 @@ def ratio_loss(routing: Routing, downsample_factor: float, group_size: int | Non
     Args:
         routing: of a batch of B samples; the decision before tail dropping counts.
         downsample_factor: N > 1.
-        group_size: samples over which the shares are averaged before the loss; divides B. None: the whole batch.
+        group_size: samples over which the shares are averaged before the loss; divides B. None: all of them.
 
     Returns:
-        Scalar: N / (N - 1) * ((N - 1) F G + (1 - F)(1 - G)), F the kept share and G the mean probability of a group,
-        averaged over groups. It is 1 when both are 1 / N, and can be below 1 elsewhere.
+        Scalar: N / (N - 1) * ((N - 1) F G + (1 - F)(1 - G)), F the kept share and G the mean probability of a
+        group, averaged over groups. It is 1 when both are 1 / N, and can be below 1 elsewhere.
     """
     n = downsample_factor
     groups = 1 if group_size is None else len(routing.prob) // group_size

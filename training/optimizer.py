@@ -21,7 +21,7 @@ def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Ad
 def parameter_groups(model: nn.Module, lr_scales: dict[str, float]) -> list[dict]:
     """Optimizer groups by factor on the learning rate, in the order in which the factors first occur.
 
-    The first prefix in `lr_scales` that a parameter's name begins with decides its factor; without one it is 1.
+    The first prefix in `lr_scales` that a parameter's name begins with decides; otherwise the factor is 1.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

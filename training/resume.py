@@ -1,20 +1,22 @@
 """Where a run starts: which checkpoint it resumes from, and in what it may differ from that checkpoint.
 
-A resumed run may differ from its checkpoint in the free keys of config.py only (`role_of`), and it needs the same features.
+A resumed run may differ from its checkpoint in the free keys of config.py only (`role_of`), and it needs the
+same features.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from config import Config, UserError, config_from_dict, differences, load_config, role_of, to_dict
-from data.features import FeatureStore, OfficialStore
-from models import build_model
+from data.features import Features
 from weights import upcycle
-from weights.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from weights.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    network_shapes,
+    tensor_shapes,
+)
 from weights.upcycle import Origins
 
 
@@ -26,14 +28,15 @@ class Start(NamedTuple):
     warnings: list[str]  # one for each checkpoint that was passed over
 
 
-def find_start(config: Config, folder: Path | None, store: FeatureStore | OfficialStore) -> Start:
+def find_start(config: Config, folder: Path | None, store: Features) -> Start:
     """Choose what the run starts from.
 
     This is the newest checkpoint in its folder that can be read and belongs to the run, otherwise
     `training.resume_from_ckpt`, otherwise the weights of `training.init_from`, otherwise fresh weights.
 
     Raises:
-        UserError: the folder was started with another configuration or other features, or none of its checkpoints can be used.
+        UserError: the folder was started with another configuration or other features, or none of its
+            checkpoints can be used.
     """
     # Resume from the folder
     if folder is not None:
@@ -64,11 +67,11 @@ def starting_files(folder: Path | None) -> list[Path]:
     return [*folder.glob("config.yaml"), *list_checkpoints(folder / "checkpoints")]
 
 
-# ---------------------------------------------------------------------------------------------------- the run's own folder
+# --------------------------------------------------------------------------------------- the run's own folder
 
 
 def resume_from_folder(config: Config, folder: Path) -> Start:
-    """Load the newest checkpoint in the folder that can be used. UserError if there are checkpoints, but none can be used."""
+    """Load the newest checkpoint that can be used. UserError if there are some, but none can be used."""
     warnings: list[str] = []
     for path in reversed(list_checkpoints(folder / "checkpoints")):
         try:
@@ -85,10 +88,12 @@ def resume_from_folder(config: Config, folder: Path) -> Start:
 def load_own_checkpoint(config: Config, path: Path) -> Checkpoint:
     """Load a checkpoint that this run has written. UserError if it is another file."""
     state = load_fitting_checkpoint(config, path, "--output")
+    # A run's checkpoint has these entries; a converted one lacks them
     entries = {key: state.get(key) for key in ("features", "averages", "skipped")}
     missing = [key for key, value in entries.items() if value is None]
     if missing:
         raise UserError(f"--output '{path}' is not a checkpoint of a run (it lacks {', '.join(missing)})")
+    # A checkpoint of another run may have been copied here
     changed = changed_keys(config, state["config"])
     if changed:
         raise UserError(f"--output '{path}' comes from a run with a different {', '.join(changed)}")
@@ -107,12 +112,11 @@ def check_same_run(config: Config, folder: Path) -> None:
         )
 
 
-def check_same_features(
-    config: Config, folder: Path, state: Checkpoint, store: FeatureStore | OfficialStore
-) -> None:
+def check_same_features(config: Config, folder: Path, state: Checkpoint, store: Features) -> None:
     if state["features"] != store.fingerprint():
         raise UserError(
-            f"data.feature_path: '{config.data.feature_path}' holds other features than '{folder}' was trained on"
+            f"data.feature_path: '{config.data.feature_path}' holds other features than '{folder}' was "
+            "trained on; give those, or choose another --output"
         )
 
 
@@ -121,15 +125,16 @@ def changed_keys(config: Config, saved: dict) -> list[str]:
     return [key for key in differences(to_dict(config), saved) if role_of(key) != "free"]
 
 
-# ------------------------------------------------------------------------------------------------------- any checkpoint
+# --------------------------------------------------------------------------------------------- any checkpoint
 
 
 def load_fitting_checkpoint(config: Config, path: Path | str, option: str) -> Checkpoint:
-    """Load a checkpoint with an optimizer whose weights fit the configured network. UserError if they do not."""
+    """Load a checkpoint that has an optimizer and fits the configured network. UserError for any other."""
     state = load_checkpoint(path, option)
     if "optimizer" not in state:
         raise UserError(
-            f"{option} '{path}' holds weights only, which are not enough to resume; give it as training.init_from"
+            f"{option} '{path}' holds weights only, which are not enough to resume; "
+            "give it as training.init_from"
         )
     # Give keys that are newer than the checkpoint their defaults
     saved = config_from_dict(state["config"])
@@ -142,16 +147,10 @@ def load_fitting_checkpoint(config: Config, path: Path | str, option: str) -> Ch
             f"training.lr_scales: {config.training.lr_scales} differs from the {scales} of {option} '{path}'"
         )
     # The network must have the same tensors
-    with torch.device("meta"):
-        model = build_model(config)
-    if shapes(model.state_dict()) != shapes(state["model"]):
+    if tensor_shapes(state["model"]) != network_shapes(config):
         changed = differences(to_dict(config), state["config"])
         keys = [key for key in changed if role_of(key) == "network"]
         raise UserError(
             f"{option} '{path}' holds another network than the configuration describes; see {', '.join(keys)}"
         )
     return state
-
-
-def shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in weights.items()}

@@ -8,7 +8,7 @@ from torch import nn
 
 from config import Config, UserError
 from data.autoencoder import Autoencoder
-from data.features import FeatureStore, OfficialStore
+from data.features import Features
 from sampling.generate import SamplingOptions, TrainedModel, generate_images
 from sampling.pictures import save_grid
 
@@ -61,9 +61,7 @@ class SampleGrids:
         self.accelerator.wait_for_everyone()
 
 
-def load_decoder(
-    config: Config, store: FeatureStore | OfficialStore, device: torch.device | str
-) -> Autoencoder | None:
+def load_decoder(config: Config, store: Features, device: torch.device | str) -> Autoencoder | None:
     """The autoencoder for a run that samples, None for any other: the one that made the features.
 
     If it is no longer where the features say, `data.vae` may name a copy.
@@ -73,6 +71,7 @@ def load_decoder(
     """
     if not (config.logging.sample_every or config.evaluation.every):
         return None
+    # Look where the features say, then at data.vae
     known = store.autoencoder
     names = [known["name"], config.data.vae] if known else [config.data.vae]
     problem = ""

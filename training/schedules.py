@@ -21,7 +21,7 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
 
 
 def downsample_factor(step: int, training: TrainingConfig) -> float:
-    """N at this step: from `downsample_factor_start` to `downsample_factor`, linear over the warm-up steps."""
+    """N at this step, from `downsample_factor_start` to `downsample_factor` linearly over the warm-up."""
     end = downsample_factors(training.downsample_factor)
     if training.downsample_factor_start is None or training.downsample_factor_warmup_steps == 0:
         return end
@@ -30,10 +30,10 @@ def downsample_factor(step: int, training: TrainingConfig) -> float:
 
 
 def drop_fraction(step: int, training: TrainingConfig) -> float:
-    """Fraction of the kept tokens that this step drops, the same on every process (DC-DiT, multi-budget training).
+    """Fraction of the kept tokens that this step drops, the same on every process (multi-budget training).
 
-    From a list the draw is that of the official code: a generator seeded with the step picks an entry. From a range it is
-    uniform, a function of the run's seed and the step.
+    From a list the draw is that of the official code: a generator seeded with the step picks an entry. From a
+    range it is uniform, a function of the run's seed and the step.
     """
     # Drop nothing before the first step of multi-budget training
     first_step = training.multi_budget_start_step

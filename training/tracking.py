@@ -1,4 +1,4 @@
-"""What a run reports: scalars summed on the device, reduced over processes, and written to every log at once."""
+"""What a run reports: scalars summed on the device, reduced over processes, written to every log at once."""
 
 import contextlib
 import json
@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from config import Config, UserError, flatten, one_line, to_dict
 from data.files import write_text
+from models import architecture
+from models.flops import TokenCounts, total_flops
 from models.types import Routing
 from weights.upcycle import Origins
 
@@ -25,7 +27,7 @@ CLOCK = ("_per_sec", "_utilisation")  # endings of values that depend on the clo
 NO_VALUES = [0.0, 0.0, math.inf, -math.inf, 0.0]  # the row of an empty batch
 
 
-# ------------------------------------------------------------------------------------------------------------- averages
+# --------------------------------------------------------------------------------------------------- averages
 
 
 class Averages:
@@ -47,7 +49,7 @@ class Averages:
         self.rows.setdefault(name, []).append(row)
 
     def reduce(self) -> dict[str, dict[str, float]]:
-        """Statistics over all samples of all processes, then start anew. Collective: every process must call it.
+        """Statistics over all samples of all processes, then start anew. Collective.
 
         Returns:
             name -> "mean", "std", "min" and "max".
@@ -64,9 +66,9 @@ class Averages:
         return reduced
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The rows of all processes, name -> (world, n, 5), so that a resumed run reports the same as an uninterrupted one.
+        """The rows of all processes, name -> (world, n, 5). Collective: every process must call it.
 
-        Collective: every process must call it.
+        A run that loads them reports the same as an uninterrupted one.
         """
         state = {}
         for name, rows in self.rows.items():
@@ -75,7 +77,7 @@ class Averages:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict`. If the number of processes is different, the first process takes all rows."""
+        """Continue from `state_dict`. If the number of processes has changed, the first takes all rows."""
         world = self.accelerator.num_processes
         rank = self.accelerator.process_index
         for name, rows in state.items():
@@ -89,7 +91,8 @@ class Averages:
 
 
 def combine(rows: Tensor) -> Tensor:
-    """Combine rows (n, 5) on the host into one (5,) float64, without the batches that hold a non-finite value."""
+    """Combine rows (n, 5) on the host into one (5,) float64, without batches that hold a non-finite value."""
+    # The row without values makes minimum and maximum of no batches infinite
     rows = torch.cat([rows.double(), torch.tensor([NO_VALUES], dtype=torch.float64)])
     rows = rows[rows[:, :2].isfinite().all(1)]
     total, squares, least, most, count = rows.unbind(1)
@@ -111,7 +114,30 @@ def kept_fractions(routing: Routing) -> dict[str, Tensor]:
     return {"kept_natural": routing.boundary.float().mean(1), "kept_effective": routing.keep.float().mean(1)}
 
 
-# ------------------------------------------------------------------------------------------------------------ log files
+def flatten_statistics(statistics: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The mean of every value; of the kept shares also the deviation, minimum and maximum."""
+    kept_names = ("kept_natural", "kept_effective")
+    scalars = {name: values["mean"] for name, values in statistics.items() if name not in kept_names}
+    for name in kept_names:
+        for key, value in statistics[name].items():
+            scalars[f"{name}_{key}"] = value
+    return scalars
+
+
+def training_tflop(config: Config, kept: dict[str, float]) -> float:
+    """TFLOP of a training step per image. Recomputation in the backward pass is not counted.
+
+    Args:
+        kept: mean and standard deviation over images of the kept share of the tokens.
+    """
+    tokens = config.tokens
+    mean_square = (kept["mean"] ** 2 + kept["std"] ** 2) * tokens**2
+    forward_flops = total_flops(architecture(config), TokenCounts(kept["mean"] * tokens, mean_square))
+    # A backward pass costs two forward passes
+    return 3 * forward_flops / 1e12
+
+
+# -------------------------------------------------------------------------------------------------- log files
 
 
 class RunLog:
@@ -159,6 +185,7 @@ class RunLog:
 
     def origins(self, source: str, origins: Origins) -> None:
         """Report where the first weights come from: counts in log.txt, every tensor in init_report.txt."""
+        # An origin is a kind, possibly followed by a colon and details
         counts = Counter(origin.split(":")[0] for origin in origins.values())
         summary = ", ".join(f"{count} tensors {kind}" for kind, count in counts.most_common())
         self.line(f"from {source}: {summary}")
@@ -167,11 +194,12 @@ class RunLog:
             write_text(self.folder / "init_report.txt", "".join(lines))
 
     def write_row(self, name: str, step: int, scalars: dict[str, float]) -> None:
-        """Append a row to a .jsonl file, durably: a checkpoint that follows must not outlive it in a power cut."""
+        """Append a row to a .jsonl file; it survives a power cut, as the checkpoint that follows does."""
         if self.accelerator.is_main_process:
             row: dict[str, float | None] = {"step": step}
             for key, value in scalars.items():
-                row[key] = value if math.isfinite(value) else None  # JSON has no NaN
+                # JSON has no NaN
+                row[key] = value if math.isfinite(value) else None
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
@@ -182,6 +210,7 @@ def remove_later_rows(path: Path, step: int) -> None:
     """Remove the rows after `step`, which a resumed run writes again, and a last line that is cut off."""
     if not path.exists():
         return
+    # Keep the rows before the first one that is later or cut off
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if not line.endswith("\n") or json.loads(line)["step"] > step:
@@ -190,7 +219,7 @@ def remove_later_rows(path: Path, step: int) -> None:
     write_text(path, "".join(kept))
 
 
-# --------------------------------------------------------------------------------------------- trackers and the profiler
+# ---------------------------------------------------------------------------------- trackers and the profiler
 
 
 def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_wandb: bool) -> None:
@@ -205,6 +234,7 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_
     trackers = config.logging.trackers
     if not trackers:
         return
+    # Give wandb an id, and keep it for the next start
     options: dict[str, dict[str, Any]] = {}
     if "wandb" in trackers:
         identity = wandb_id(folder, same_wandb)
@@ -212,6 +242,7 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_
         options["wandb"] = {"name": name, "dir": str(folder), "resume": "allow", "id": identity}
         if accelerator.is_main_process:
             write_text(folder / "wandb_id.txt", identity)
+    # Start them all
     try:
         accelerator.init_trackers(
             config.logging.wandb_project, config=flatten(to_dict(config)), init_kwargs=options
@@ -224,7 +255,7 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_
 
 
 def wandb_id(folder: Path, same_wandb: bool) -> str:
-    """The id in wandb_id.txt or a new one. It is always set: without it some versions of Accelerate start a run twice."""
+    """The id in wandb_id.txt, or a new one: without an id some versions of Accelerate start a run twice."""
     file = folder / "wandb_id.txt"
     known = ""
     if same_wandb and file.is_file():
@@ -233,10 +264,11 @@ def wandb_id(folder: Path, same_wandb: bool) -> str:
 
 
 def make_profiler(config: Config, folder: Path) -> AbstractContextManager[torch.profiler.profile | None]:
-    """A torch profiler over `training.profile_steps`, which writes traces to profiler/; without `training.profile` None."""
+    """A torch profiler that writes `training.profile_steps` to profiler/; None without `training.profile`."""
     if not config.training.profile:
         return contextlib.nullcontext()
     first, last = config.training.profile_steps
+    # Record these steps once, after one step to warm up
     schedule = torch.profiler.schedule(wait=max(first - 1, 0), warmup=1, active=last - first + 1, repeat=1)
     write = torch.profiler.tensorboard_trace_handler(str(folder / "profiler"))
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write)

@@ -1,4 +1,4 @@
-"""The training loop. `Trainer.run_steps` is the place to start reading, then `Trainer.optimizer_step` and `Trainer.loss`."""
+"""The training loop. Start reading at `Trainer.run_steps`, `Trainer.optimizer_step` and `Trainer.loss`."""
 
 import contextlib
 import time
@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import Config, to_dict, validate_processes
-from data.features import FeatureStore, OfficialStore
+from data.features import Features
 from diffusion import create_diffusion
-from models import architecture, build_model, compile_parts
-from models.flops import TokenCounts, total_flops
+from models import build_model, compile_parts
 from processes.sharding import forward, full_tensor, gather_full_state, is_sharded
 from processes.stop import StopRequest
 from processes.watch import ProcessWatch
@@ -28,7 +27,14 @@ from training.guard import FiniteGuard, nan_gradients_if_not_finite
 from training.losses import RatioTarget, total_loss
 from training.optimizer import load_optimizer, make_optimizer, set_learning_rate
 from training.sample_grids import grid_path
-from training.tracking import Averages, RunLog, kept_fractions, make_profiler
+from training.tracking import (
+    Averages,
+    RunLog,
+    flatten_statistics,
+    kept_fractions,
+    make_profiler,
+    training_tflop,
+)
 from weights.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 
 # Values in the line that every log step prints
@@ -44,7 +50,6 @@ SUMMARY = (
     "images_per_sec",
     "model_flop_utilisation",
 )
-BACKWARD = 2  # a backward pass costs two forward passes; recomputation is not counted
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Trainer:
         self,
         config: Config,
         accelerator: Accelerator,
-        store: FeatureStore | OfficialStore,
+        store: Features,
         folder: Path,
         state: Checkpoint | None,
         hooks: Hooks | None = None,
@@ -85,10 +90,11 @@ class Trainer:
         self.hooks = hooks or Hooks()
         training = config.training
         validate_processes(config, accelerator.num_processes)
+        # The forward process
         self.diffusion = create_diffusion(
             config.diffusion.noise_schedule, config.diffusion.diffusion_steps, training.learn_sigma
         )
-        # Model, EMA, optimizer and the counters of the log
+        # Model, EMA, optimizer and the counters of the log, as in the checkpoint if there is one
         self.step = 0 if state is None else state["step"]
         self.last_step = schedules.total_steps(config, len(store))
         self.averages = Averages(accelerator)
@@ -105,7 +111,7 @@ class Trainer:
         self.watch = ProcessWatch(accelerator.process_index, accelerator.num_processes, training.rank_timeout)
 
     def build(self, state: Checkpoint | None) -> None:
-        """Make model, EMA and optimizer, with weights from the seed or from a checkpoint; the same on every process."""
+        """Make model, EMA and optimizer, with weights from the seed or from a checkpoint."""
         training = self.config.training
         sharded = is_sharded(self.accelerator)
         torch.manual_seed(training.seed)
@@ -119,7 +125,7 @@ class Trainer:
         launch.check_same_start(
             self.accelerator, self.config, self.store, self.step, [model, self.ema.module]
         )
-        # Distribute them
+        # Compile and distribute them
         if training.compile:
             compile_parts(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -131,10 +137,10 @@ class Trainer:
             if name.startswith(tuple(training.frozen)):
                 self.frozen.append(parameter)
 
-    # ---------------------------------------------------------------------------------------------------------- the loop
+    # ----------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> bool:
-        """Train to the last step. Returns False if a signal ended it early (a checkpoint is written then too)."""
+        """Train to the last step. Returns False if a signal ended it early, after a last checkpoint."""
         try:
             self.run_steps()
         except RuntimeError:
@@ -147,9 +153,11 @@ class Trainer:
     def run_steps(self) -> None:
         """Steps, each followed by what is due: log line, checkpoint, samples, evaluation."""
         logging = self.config.logging
+        evaluation = self.config.evaluation
+        saved_step = self.step
         self.start_clock()
         self.finish_interrupted_step()
-        saved_step = self.step
+        # Leaving the block ends the loader processes, whatever has happened
         with (
             contextlib.closing(self.batches()) as batches,
             self.progress_bar() as bar,
@@ -160,17 +168,22 @@ class Trainer:
                 bar.update()
                 if profiler is not None:
                     profiler.step()
-                if self.step % logging.log_every == 0 or self.step == self.last_step:
+                if self.is_due(logging.log_every) or self.step == self.last_step:
                     bar.set_postfix_str(self.report())
-                if self.step % logging.ckpt_every == 0:
+                if self.is_due(logging.ckpt_every):
                     self.save()
                     saved_step = self.step
-                if self.is_sample_step():
+                if self.is_due(logging.sample_every):
                     self.draw_samples()
-                if self.is_evaluation_step():
+                if self.is_due(evaluation.every):
                     self.run_evaluation()
+        # Keep what was learned since the last checkpoint
         if saved_step != self.step:
             self.save()
+
+    def is_due(self, every: int) -> bool:
+        """Whether an action with this interval follows the current step. An interval of 0 means never."""
+        return every > 0 and self.step % every == 0
 
     def optimizer_step(self, batches: Iterator[Batch]) -> None:
         """Accumulate gradients over the micro-batches, then update weights and EMA."""
@@ -190,7 +203,7 @@ class Trainer:
         if self.step < training.frozen_steps:
             for parameter in self.frozen:
                 parameter.grad = None
-        # Update
+        # Update the weights if the gradients are finite, then the EMA
         norm = full_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm))
         local_batch = training.global_batch_size // self.accelerator.num_processes
         self.averages.add("grad_norm", norm.expand(local_batch))
@@ -206,6 +219,7 @@ class Trainer:
         noise = self.on_device(batch.noise)
         t = self.on_device(batch.t)  # (B,)
         labels = self.on_device(batch.labels)
+        # Multi-budget training drops the same fraction in the whole batch
         fraction = schedules.drop_fraction(self.step, self.config.training)
         drop = x0.new_full((len(x0),), fraction) if fraction else None  # (B,)
 
@@ -214,6 +228,7 @@ class Trainer:
         terms = self.diffusion.losses(out.prediction.float(), x0, x_t, t, noise)
         losses = total_loss(terms, out.routing, self.ratio_target())
 
+        # Log all terms
         for name, values in {**losses, **kept_fractions(out.routing)}.items():
             # A scalar counts once for every sample that it averages
             self.averages.add(name, values.expand(len(x0)))
@@ -228,7 +243,7 @@ class Trainer:
         factor = schedules.downsample_factor(self.step, training)
         return RatioTarget(training.ratio_loss_weight, factor, training.ratio_batch_size)
 
-    # ---------------------------------------------------------------------------------------- what the loop is made of
+    # ------------------------------------------------------------------------------- what the loop is made of
 
     def make_order(self) -> Order:
         """The images of every micro-step from the current step to the last, for this process."""
@@ -266,15 +281,7 @@ class Trainer:
             return contextlib.nullcontext()
         return make_profiler(self.config, self.folder)
 
-    # ------------------------------------------------------------------------------------------- samples and evaluation
-
-    def is_sample_step(self) -> bool:
-        every = self.config.logging.sample_every
-        return every > 0 and self.step % every == 0
-
-    def is_evaluation_step(self) -> bool:
-        every = self.config.evaluation.every
-        return every > 0 and self.step % every == 0
+    # --------------------------------------------------------------------------------- samples and evaluation
 
     def draw_samples(self) -> None:
         """Draw the grid of this step. Collective."""
@@ -288,19 +295,18 @@ class Trainer:
             self.log.evaluation(self.step, metrics)
 
     def finish_interrupted_step(self) -> None:
-        """Draw the samples and evaluate at the first step if the run was ended between its checkpoint and them. Collective."""
+        """Sample and evaluate at the first step, if the run was ended right after its checkpoint. Collective."""
         is_resumed = (self.folder / "checkpoints" / f"{self.step:07d}.pt").exists()
-        lacks_grid = self.is_sample_step() and not grid_path(self.folder, self.step).exists()
-        lacks_metrics = self.is_evaluation_step() and not self.log.has_evaluation(self.step)
+        has_grid = grid_path(self.folder, self.step).exists()
+        has_metrics = self.log.has_evaluation(self.step)
         # The main process decides for all, because only it writes these files
-        due = [is_resumed and lacks_grid, is_resumed and lacks_metrics]
-        draw, evaluate = broadcast_object_list(due)
-        if draw:
+        is_resumed, has_grid, has_metrics = broadcast_object_list([is_resumed, has_grid, has_metrics])
+        if is_resumed and self.is_due(self.config.logging.sample_every) and not has_grid:
             self.draw_samples()
-        if evaluate:
+        if is_resumed and self.is_due(self.config.evaluation.every) and not has_metrics:
             self.run_evaluation()
 
-    # ------------------------------------------------------------------------------------------------------------- reports
+    # ------------------------------------------------------------------------------------------------ reports
 
     def start_clock(self) -> None:
         """Begin a window of time between two log lines."""
@@ -308,31 +314,22 @@ class Trainer:
         self.window_first_step = self.step
 
     def report(self) -> str:
-        """Reduce what was measured since the last report, write it to every log, and return a short summary. Collective."""
+        """Write what was measured since the last report to every log; return a short summary. Collective."""
         statistics = self.averages.reduce()
         self.guard.read_pending_flags()
         kept = statistics["kept_effective"]
+        tflop = training_tflop(self.config, kept)
+        # Collect the scalars
         scalars = flatten_statistics(statistics)
-        scalars["tflop_per_image"] = self.tflop_per_image(kept)
+        scalars["tflop_per_image"] = tflop
         scalars |= self.schedule_values()
-        scalars |= self.speed(scalars["tflop_per_image"])
+        scalars |= self.speed(tflop)
         self.start_clock()
+        # Write them to every log
         self.log.metrics(self.step, scalars)
         summary = " ".join(f"{key}={scalars[key]:.4g}" for key in SUMMARY if key in scalars)
         self.log.line(f"step {self.step:7d}: {summary}")
         return f"loss={scalars['loss']:.4f} kept={kept['mean']:.3f}"
-
-    def tflop_per_image(self, kept: dict[str, float]) -> float:
-        """Cost of training on one image, in TFLOP.
-
-        Args:
-            kept: mean and standard deviation of the kept share of the tokens.
-        """
-        tokens = self.config.tokens
-        mean_square = (kept["mean"] ** 2 + kept["std"] ** 2) * tokens**2
-        counts = TokenCounts(kept["mean"] * tokens, mean_square)
-        forward_flops = total_flops(architecture(self.config), counts)
-        return (1 + BACKWARD) * forward_flops / 1e12
 
     def schedule_values(self) -> dict[str, float]:
         """What the schedules said in the last step, and the skipped steps so far."""
@@ -346,7 +343,7 @@ class Trainer:
         }
 
     def speed(self, tflop_per_image: float) -> dict[str, float]:
-        """Steps and images per second since the last report, and the share of the peak FLOP/s if that is known."""
+        """Steps and images per second since the last report, and the share of the peak FLOP/s if known."""
         training = self.config.training
         seconds = time.perf_counter() - self.window_start
         steps_per_sec = (self.step - self.window_first_step) / seconds
@@ -363,10 +360,9 @@ class Trainer:
         parameters = sum(parameter.numel() for parameter in self.ema.module.parameters())
         start = f"resuming from step {self.step}" if self.step else "starting"
         processes = f"{self.accelerator.num_processes} x {self.accelerator.device}"
-        self.log.line(
-            f"{self.config.model.name}: {parameters:,} parameters, {len(self.store):,} images, {self.last_step:,} steps, "
-            f"{start}, {processes}, {self.accelerator.mixed_precision}"
-        )
+        size = f"{parameters:,} parameters, {len(self.store):,} images, {self.last_step:,} steps"
+        precision = self.accelerator.mixed_precision
+        self.log.line(f"{self.config.model.name}: {size}, {start}, {processes}, {precision}")
 
     def report_skipped(self, step: int) -> None:
         """Log a step whose update was skipped, with its images."""
@@ -375,8 +371,8 @@ class Trainer:
         for micro_step in range(step * accumulation, (step + 1) * accumulation):
             images += map(str, self.order.global_batch_of(micro_step))
         self.log.line(
-            f"step {step + 1:7d}: loss or gradient is not finite, update skipped ({self.guard.total} so far); "
-            f"images {', '.join(images)}"
+            f"step {step + 1:7d}: loss or gradient is not finite, update skipped "
+            f"({self.guard.total} so far); images {', '.join(images)}"
         )
 
     def report_stop(self, step: int) -> None:
@@ -384,12 +380,12 @@ class Trainer:
         checkpoints = list_checkpoints(self.folder / "checkpoints")
         last_good = checkpoints[-1] if checkpoints else "none"
         self.log.line(
-            f"error: {self.guard.in_a_row} steps in a row up to {step + 1} had a non-finite loss or gradient; the last good "
-            f"checkpoint is {last_good}: look at the images named above, or resume from it under another --output with "
-            "training.resume_from_ckpt and a lower training.learning_rate"
+            f"error: {self.guard.in_a_row} steps in a row up to {step + 1} had a non-finite loss or gradient; "
+            f"the last good checkpoint is {last_good}: look at the images named above, or resume from it under "
+            "another --output with training.resume_from_ckpt and a lower training.learning_rate"
         )
 
-    # ---------------------------------------------------------------------------------------------------------- checkpoints
+    # -------------------------------------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
         """Write a checkpoint from the main process. Collective."""
@@ -403,7 +399,7 @@ class Trainer:
         }
         if is_sharded(self.accelerator):
             weights = gather_full_state(weights)
-        # Write
+        # Only the main process writes
         if self.accelerator.is_main_process:
             state: Checkpoint = {
                 "step": self.step,
@@ -420,13 +416,3 @@ class Trainer:
             path = save_checkpoint(self.folder / "checkpoints", state, self.config.logging.ckpt_keep)
             self.log.line(f"step {self.step:7d}: saved {path}")
         self.accelerator.wait_for_everyone()
-
-
-def flatten_statistics(statistics: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The mean of every value; of the kept shares also the deviation, minimum and maximum."""
-    kept_names = ("kept_natural", "kept_effective")
-    scalars = {name: values["mean"] for name, values in statistics.items() if name not in kept_names}
-    for name in kept_names:
-        for key, value in statistics[name].items():
-            scalars[f"{name}_{key}"] = value
-    return scalars

@@ -1,9 +1,10 @@
-"""Checkpoints: `NNNNNNN.pt`, plain tensors and plain data only, readable with `torch.load(weights_only=True)`.
+"""Checkpoints `NNNNNNN.pt`: tensors and plain data only, readable with `torch.load(weights_only=True)`.
 
-The file is PyTorch's zip archive, in which every record carries its CRC-32. Every load compares them, so a file
-that is cut off or has changed bits is never used. `Checkpoint` lists the content.
+The file is PyTorch's zip archive, in which every record carries its CRC-32. Every load compares them, so a
+file that is cut off or has changed bits is never used. `Checkpoint` lists the content.
 
-A weights file `*.safetensors` holds the EMA weights alone. Its metadata hold the plain data and a CRC-32 of the weights.
+A weights file `*.safetensors` holds the EMA weights alone. Its metadata hold the plain data and a CRC-32 of
+the weights.
 """
 
 import json
@@ -14,14 +15,15 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypedDict, cast
+from typing import Any, NoReturn, TypedDict, cast
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from config import UserError, one_line
+from config import Config, UserError, one_line
 from data.files import write_file
+from models import build_model
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"  # the weights file in a folder that is laid out for the Hugging Face hub
@@ -43,7 +45,7 @@ class Checkpoint(TypedDict, total=False):
     skipped: dict[str, int]  # what the guard has counted
 
 
-# Entries of plain data: a weights file has them too. A file that lacks an optional one is read as if it held None.
+# Entries of plain data, which a weights file has too. An optional one that is missing is read as None.
 PLAIN_TYPES = {
     "step": int,
     "config": dict,
@@ -55,14 +57,14 @@ PLAIN_DATA = tuple(PLAIN_TYPES)
 AUTOENCODER_KEYS = {"name", "stride", "channels", "shift", "scale", "sha256"}
 
 
-# -------------------------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 
 def save_checkpoint(folder: Path, state: Checkpoint, keep: int) -> Path:
     """Write `folder/NNNNNNN.pt`, then remove all but the newest `keep` checkpoints (0 keeps all).
 
-    The name never shows an incomplete file. If writing fails (a full disk), the program ends with one line and status 1, and
-    earlier checkpoints stay.
+    The name never shows an incomplete file. If writing fails (a full disk), the program ends with one line
+    and status 1, and earlier checkpoints stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Remove what a process left that was killed while it wrote
@@ -107,11 +109,7 @@ def save_weights(path: Path, state: Checkpoint) -> None:
     weights = {name: tensor.contiguous() for name, tensor in state["ema"].items()}
     about = {"format": FORMAT, **plain_data(state), "crc32": checksum(weights)}
     content = safetensors.torch.save(weights, {"format": "pt", "checkpoint": json.dumps(about)})
-
-    def write(stream: BinaryIO) -> None:
-        stream.write(content)
-
-    write_file(path, write)
+    write_file(path, lambda stream: stream.write(content))
 
 
 def plain_data(state: Checkpoint) -> dict[str, Any]:
@@ -120,7 +118,7 @@ def plain_data(state: Checkpoint) -> dict[str, Any]:
     return {key: entries[key] for key in PLAIN_DATA}
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -237,6 +235,17 @@ def is_plain(value: object) -> bool:
 
 def is_state_dict(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values())
+
+
+def tensor_shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def network_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in the network that a configuration describes."""
+    with torch.device("meta"):
+        return tensor_shapes(build_model(config).state_dict())
 
 
 def checksum(weights: dict[str, Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""Convert foreign weights, and this repository's own between `.pt` and `.safetensors`. Nothing in a file is ever executed.
+"""Convert foreign weights, and this repository's own between `.pt` and `.safetensors`. Executes nothing.
 
     python -m weights.convert DiT-XL-2-256x256.pt DiT-XL-2.safetensors       official DiT
     python -m weights.convert DiT-XL-2-256/ DiT-XL-2.safetensors             diffusers DiTTransformer2DModel
@@ -22,7 +22,6 @@ from torch import Tensor
 import cli
 from config import Config, UserError, config_from_dict, load_config, to_dict
 from data.files import write_file
-from models import build_model
 from weights.checkpoint import (
     FORMAT,
     WEIGHTS,
@@ -30,8 +29,10 @@ from weights.checkpoint import (
     find_damage,
     is_state_dict,
     load_checkpoint,
+    network_shapes,
     plain_data,
     save_weights,
+    tensor_shapes,
 )
 from weights.foreign import DIFFUSERS_DIVISOR, dit_config, from_diffusers, from_official
 from weights.untrusted import Refused, read_untrusted
@@ -87,7 +88,7 @@ def save_pt(path: Path, state: Checkpoint) -> None:
     write_file(path, lambda stream: torch.save(content, stream))
 
 
-# ------------------------------------------------------------------------------------------------------------- sources
+# ---------------------------------------------------------------------------------------------------- sources
 
 
 def read_source(args: argparse.Namespace) -> tuple[str, Checkpoint]:
@@ -172,7 +173,7 @@ def read_diffusers(args: argparse.Namespace) -> Checkpoint:
     return make_checkpoint(converted, config)
 
 
-# ------------------------------------------------------------------------------------------------------- configurations
+# --------------------------------------------------------------------------------------------- configurations
 
 
 def dit_config_of(
@@ -222,10 +223,8 @@ def make_checkpoint(weights: dict[str, Tensor], config: Config) -> Checkpoint:
 
 def check_shapes(state: Checkpoint, source: Path) -> None:
     """Raise a UserError if the weights have other names or shapes than the configured network."""
-    with torch.device("meta"):
-        model = build_model(config_from_dict(state["config"]))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state["ema"].items()}
+    expected = network_shapes(config_from_dict(state["config"]))
+    found = tensor_shapes(state["ema"])
     wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
     if wrong:
         first = wrong[0]

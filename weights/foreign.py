@@ -1,7 +1,4 @@
-"""Foreign state dicts -> the names and layouts of this repository, and the configuration that their shapes imply.
-
-Tensors and plain data only: no file is read here.
-"""
+"""Foreign state dicts -> names and layouts of this repository, and a configuration from their shapes."""
 
 import re
 
@@ -10,7 +7,7 @@ from torch import Tensor
 
 from models.embeddings import sincos_positions
 
-# Official name -> name here; the first match wins. DC-DiT's main network sits two levels deep there; a DiT has no `hnet`.
+# Official name -> name here; the first match wins. DC-DiT's main network sits two levels deep there.
 _OFFICIAL = (
     (r"^x_embedder\.proj\.", "x_embedder."),
     (r"^y_embedder\.embedding_table\.", "y_embedder.table."),
@@ -48,7 +45,7 @@ def official_name(name: str) -> str:
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename an official state dict, of a DC-DiT with one chunking stage or of a DiT; load it with strict=True."""
+    """Rename the official state dict of a DC-DiT (one chunking stage) or DiT; load it with strict=True."""
     converted = {official_name(name): tensor for name, tensor in state.items()}
     converted["pos_embed"] = converted["pos_embed"].flatten(0, 1)  # (1, L, D) -> (L, D)
     return converted

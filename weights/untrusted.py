@@ -1,8 +1,8 @@
 """Reads `torch.save` files of strangers without executing anything in them.
 
-torch's weights-only unpickler builds tensors and containers and nothing else. The official DC-DiT checkpoints also hold a
-pickled configuration, an object of classes in a module `config`. Each of these becomes an `Inert` object. Any other class or
-function in the file is refused before unpickling starts.
+torch's weights-only unpickler builds tensors and containers and nothing else. The official DC-DiT checkpoints
+also hold a pickled configuration, an object of classes in a module `config`. Each of these becomes an `Inert`
+object. Any other class or function in the file is refused before unpickling starts.
 """
 
 import pickle
@@ -17,7 +17,7 @@ CONFIG_MODULE = "config."  # the module of the official code whose classes may o
 
 
 class Inert:
-    """Stands for a pickled object of the official configuration: it has the object's fields, and no behaviour."""
+    """Stands for a pickled object of the official configuration: it has the fields, and no behaviour."""
 
     def __setstate__(self, fields: object) -> None:
         self.fields = fields

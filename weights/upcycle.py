@@ -1,7 +1,8 @@
-"""The weights that a new run starts from, taken from another model: the same network, or a static DiT that becomes a DC-DiT.
+"""First weights from another model: the same network, or a static DiT that becomes a DC-DiT.
 
-Upcycling (DC-DiT, section on upcycling) keeps what a pretrained DiT knows. Blocks, timestep and label weights are copied, the
-positions are resampled to single latent cells, and the scaffold around the blocks is new; `model.upcycle` says how it starts.
+Upcycling (DC-DiT, section on upcycling) keeps what a pretrained DiT knows. Blocks, timestep and label weights
+are copied, the positions are resampled to single latent cells, and the scaffold around the blocks is new;
+`model.upcycle` says how it starts.
 """
 
 from statistics import NormalDist
@@ -14,7 +15,7 @@ from models import build_model
 from models.dc_dit import DCDiT
 from models.dit import DiT
 from models.embeddings import sincos_positions
-from weights.checkpoint import Checkpoint, load_checkpoint
+from weights.checkpoint import Checkpoint, load_checkpoint, tensor_shapes
 
 # Keys in which a DiT must agree with the DC-DiT that it becomes.
 SHARED = (
@@ -74,16 +75,16 @@ def check_shared(config: Config, dit: Config) -> None:
         different.append("model.hnet.arch_layout")
     if different:
         raise UserError(
-            f"training.init_from: '{config.training.init_from}' is a DiT with a different {', '.join(different)}; "
-            "make them equal"
+            f"training.init_from: '{config.training.init_from}' is a DiT with a different "
+            f"{', '.join(different)}; make them equal"
         )
 
 
 def copy_all(source: nn.Module, model: nn.Module, path: str) -> Origins:
     """Copy all weights between networks with the same tensors; UserError where they differ."""
     weights = source.state_dict()
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if shapes != {name: tensor.shape for name, tensor in weights.items()}:
+    shapes = tensor_shapes(model.state_dict())
+    if shapes != tensor_shapes(weights):
         raise UserError(
             f"training.init_from: '{path}' holds another network than the configuration describes; "
             "give a model with its shapes, or a static DiT of its width and blocks"
@@ -92,7 +93,7 @@ def copy_all(source: nn.Module, model: nn.Module, path: str) -> Origins:
     return dict.fromkeys(shapes, "copied")
 
 
-# ------------------------------------------------------------------------------------------------------------ upcycling
+# -------------------------------------------------------------------------------------------------- upcycling
 
 
 class Target:
@@ -141,8 +142,8 @@ def resample_positions(dit: dict[str, Tensor], target: Target, at_first_cell: bo
     """Give each latent cell a position on the grid of the DiT's patches.
 
     Args:
-        at_first_cell: a patch has its position at its first cell, otherwise at its centre. `embed_in_3x3` keeps patches of at
-            most 2 cells in place, but it centres larger ones.
+        at_first_cell: a patch has its position at its first cell, otherwise at its centre. Larger patches than
+            2 have it at their centre always, because `embed_in_3x3` shrinks them.
     """
     patch = dit["x_embedder.weight"].shape[-1]
     cells, width = target.tensors["pos_embed"].shape
@@ -152,10 +153,10 @@ def resample_positions(dit: dict[str, Tensor], target: Target, at_first_cell: bo
 
 
 def start_stem(dit: dict[str, Tensor], target: Target) -> None:
-    """Make the encoder's output at a cell the DiT's embedding of the patch that starts there, up to its length.
+    """Make the encoder's output at a cell the DiT's embedding of the patch that starts there, up to length.
 
-    The convolution blocks start as the identity, and the last one widens by an exact factorisation. RMSNorm sets the length
-    of the embedding to its length for white noise.
+    The convolution blocks start as the identity, and the last one widens by an exact factorisation. RMSNorm
+    sets the length of the embedding to its length for white noise.
     """
     kernel = embed_in_3x3(dit["x_embedder.weight"])  # (D, C, 3, 3)
     bias = dit["x_embedder.bias"]
@@ -180,7 +181,7 @@ def start_stem(dit: dict[str, Tensor], target: Target) -> None:
 
 
 def embed_in_3x3(kernel: Tensor) -> Tensor:
-    """A patch kernel (D, C, P, P) as a 3 x 3 one: P <= 2 starts at the centre, larger ones shrink to 3 cells."""
+    """A patch kernel (D, C, P, P) as a 3 x 3 one: up to P = 2 it starts at the centre, larger ones shrink."""
     patch = kernel.shape[-1]
     if patch > 2:
         shrunk = nn.functional.adaptive_avg_pool2d(kernel, 3)
@@ -191,7 +192,7 @@ def embed_in_3x3(kernel: Tensor) -> Tensor:
 
 
 def factorise(kernel: Tensor, narrow: int) -> tuple[Tensor, Tensor]:
-    """Split a convolution (D, C, 3, 3) into a narrow one (narrow, C, 3, 3) and a 1 x 1 one (D, narrow, 1, 1) after it."""
+    """Split a kernel (D, C, 3, 3) into two in sequence: (narrow, C, 3, 3), then (D, narrow, 1, 1)."""
     u, s, v = torch.linalg.svd(kernel.flatten(1), full_matrices=False)
     rank = min(narrow, len(s))
     first = kernel.new_zeros(narrow, *kernel.shape[1:])
@@ -202,9 +203,10 @@ def factorise(kernel: Tensor, narrow: int) -> tuple[Tensor, Tensor]:
 
 
 def start_head(dit: dict[str, Tensor], target: Target) -> None:
-    """Make the first output the DiT's, averaged over each patch, if the decoder is as wide as the transformer.
+    """Make the first output the DiT's, averaged over each patch, if decoder and transformer are equally wide.
 
-    A convolution cannot know its place in the patch, so differences within a patch are left to the residual path.
+    A convolution cannot know its place in the patch, so differences within a patch are left to the residual
+    path.
     """
     width, _, patch, _ = dit["x_embedder.weight"].shape
     if target.tensors["final_layer.linear.weight"].shape[1] != width:
@@ -234,8 +236,8 @@ def last_block(stack: str, target: Target) -> str:
 def balance_router(target: Target, downsample_factor: float) -> None:
     """Choose the router's last bias so that about 1 token in N scores above one half, on any input.
 
-    The last layer takes silu(GroupNorm(.)), about silu of standard normals, so mean and deviation of the score follow from
-    the layer's weights.
+    The last layer takes silu(GroupNorm(.)), about silu of standard normals, so mean and deviation of the
+    score follow from the layer's weights.
     """
     weight = target.tensors["router.residual_scorer.3.weight"]
     quantile = NormalDist().inv_cdf(1 - 1 / downsample_factor)
