@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
         def on_step(step: Step, routing: Routing) -> None:
             bar.update()
-            trace.observe(step, routing)
+            trace.record(step, routing)
 
         (batch,) = generate(trained, indices, labels, options, len(labels), on_step)
 

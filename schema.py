@@ -1,12 +1,24 @@
-"""Typed dataclasses <-> nested plain data <-> YAML: what knows nothing of the sections in config.py."""
+"""Typed sections from nested plain data. Knows nothing of the sections in config.py.
 
+A section is a dataclass. The annotation of a field is a type, a choice or a union of these, with constraints beside it:
+
+    epochs: PositiveInt
+    init: Literal["adaln_zero", "released"]
+    num_samples: Annotated[int, at_least(4)]
+"""
+
+import copy
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-import yaml
+T = TypeVar("T")
+
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
 class UserError(ValueError):
@@ -14,7 +26,7 @@ class UserError(ValueError):
 
 
 class OneProcessError(UserError):
-    """A UserError that only one process of several has, so that this process must print it itself."""
+    """A UserError that only one of several processes has, so that this process must print it itself."""
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:
@@ -22,43 +34,95 @@ def one_line(error: BaseException, limit: int = 160) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, which YAML itself would silently let win."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f"key '{key}' is given twice (line {node.start_mark.line + 1}); remove one")
-        return super().construct_mapping(node, deep)
+def require(condition: object, message: str) -> None:
+    """Raise a UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
-def read_yaml(path: Path, seen: tuple[Path, ...]) -> dict:
-    path = path.resolve()
-    if path in seen:
-        raise UserError(
-            f"_base_: '{path}' inherits from itself through {' -> '.join(p.name for p in seen)}; break the cycle"
-        )
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except OSError as error:
-        raise UserError(
-            f"--config '{path}' cannot be read ({error.strerror}); give the path of a YAML file"
-        ) from None
-    except UserError as error:
-        raise UserError(f"--config '{path}': {error}") from None
-    except Exception as error:  # PyYAML's constructors raise nearly any kind on strange tags
-        raise UserError(f"--config '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
-    raw = _mapping(raw, f"--config '{path}'")
-    base = raw.pop("_base_", None)
-    if base is None:
-        return raw
-    if not isinstance(base, str):
-        raise UserError(f"_base_: {base!r} in '{path}' is not a path; give one file name")
-    return merge(read_yaml(path.parent / base, (*seen, path)), raw)
+# ---------------------------------------------------------------------------------------------------------- constraints
 
 
-def _mapping(raw, where: str) -> dict:
+class Constraint(NamedTuple):
+    """What a value must be besides its type; the text completes "must be ..."."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def above(bound: float) -> Constraint:
+    return Constraint(f"greater than {bound}", lambda value: value > bound)
+
+
+def at_least(bound: float) -> Constraint:
+    return Constraint(f"at least {bound}", lambda value: value >= bound)
+
+
+def of_length(count: int) -> Constraint:
+    noun = "entry" if count == 1 else "entries"
+    return Constraint(f"{count} {noun} long", lambda values: len(values) == count)
+
+
+not_empty = Constraint("at least 1 entry long", lambda values: len(values) > 0)
+
+PositiveInt = Annotated[int, above(0)]
+PositiveFloat = Annotated[float, above(0)]
+NonNegativeInt = Annotated[int, at_least(0)]
+NonNegativeFloat = Annotated[float, at_least(0)]
+Fraction = Annotated[float, Constraint("in [0, 1)", lambda value: 0 <= value < 1)]
+
+
+# --------------------------------------------------------------------------------------------------------------- fields
+
+
+def field_with(default: T, **metadata: Any) -> T:
+    """A field of a section. Every section gets its own copy of a default that is a list or a mapping."""
+    field: Any = dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field
+
+
+class Leaf(NamedTuple):
+    """A key that holds a value, not a section."""
+
+    name: str  # training.epochs
+    hint: Any  # its annotation
+    field: dataclasses.Field
+
+
+def leaves(section: type, prefix: str = "") -> Iterator[Leaf]:
+    """All keys of a section and of the sections in it, in the order of the source."""
+    hints = typing.get_type_hints(section, include_extras=True)
+    for field in dataclasses.fields(section):
+        name, hint = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(typing.cast(type, hint), f"{name}.")
+        else:
+            yield Leaf(name, hint, field)
+
+
+# ------------------------------------------------------------------------------------------------- plain data -> section
+
+
+def build(section: type[T], raw: Any, prefix: str = "") -> T:
+    """A section from plain data. Keys that are missing have their defaults.
+
+    Args:
+        prefix: where the section stands, such as "model.hnet.".
+
+    Raises:
+        UserError: unknown key, wrong type, or a constraint that does not hold.
+    """
+    raw = as_mapping(raw, f"section '{prefix.rstrip('.')}'")
+    hints = typing.get_type_hints(section, include_extras=True)
+    values = {}
+    for name, value in raw.items():
+        if name not in hints:
+            raise UserError(f"unknown key '{prefix}{name}'; {_remedy(name, hints, prefix)}")
+        values[name] = _convert(value, hints[name], prefix + name)
+    return section(**values)
+
+
+def as_mapping(raw: Any, where: str) -> dict:
     if raw is None:
         return {}
     if not isinstance(raw, dict):
@@ -66,118 +130,94 @@ def _mapping(raw, where: str) -> dict:
     return raw
 
 
-def merge(base: dict, change: dict) -> dict:
-    """`change` over `base`: mappings key by key, everything else replaced."""
-    merged = dict(base)
-    for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
+def _remedy(name: Any, known: dict, prefix: str) -> str:
+    similar = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    if similar:
+        return f"did you mean '{prefix}{similar[0]}'?"
+    return f"known keys: {', '.join(known)}"
 
 
-def parse_override(override: str) -> dict:
-    name, equals, text = override.partition("=")
-    if not equals or not name.strip():
-        raise UserError(f"--set '{override}' must have the form section.key=value")
-    try:
-        value = yaml.load(text, _UniqueKeyLoader)
-    except Exception:  # as in a file
-        raise UserError(f"--set '{override}': '{text}' is not a valid YAML value") from None
-    for part in reversed(name.strip().split(".")):
-        value = {part: value}
-    return value
-
-
-def find_field(section: type, name: str) -> dataclasses.Field:
-    """The field that a key such as `hnet.d_model` or `training.lr_scales.decoder` names or lies in.
-
-    Raises:
-        KeyError: the section has no such field.
-    """
-    first, _, rest = name.partition(".")
-    found = {field.name: field for field in dataclasses.fields(section)}[first]
-    subsection = found.default_factory
-    if rest and dataclasses.is_dataclass(subsection):
-        return find_field(typing.cast(type, subsection), rest)
-    return found
-
-
-def build(cls, raw, where: str):
-    raw = _mapping(raw, f"section '{where.rstrip('.')}'")
-    hints = typing.get_type_hints(cls)
-    for key in raw:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            remedy = f"did you mean '{where}{near[0]}'?" if near else f"known keys: {', '.join(hints)}"
-            raise UserError(f"unknown key '{where}{key}'; {remedy}")
-    return cls(**{key: _coerce(value, hints[key], where + key) for key, value in raw.items()})
-
-
-def _coerce(value, hint, key: str):
-    """`value` as the annotated type, or a UserError naming the key."""
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """The value as the annotated type, or a UserError naming the key."""
     if dataclasses.is_dataclass(hint):
-        return build(hint, value, key + ".")
-    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        return build(typing.cast(type, hint), value, f"{key}.")
+    for option in _options(hint):
         try:
-            return _coerce_one(value, option, key)
+            return _convert_to_one(value, option, key)
         except TypeError:
             continue
-    raise UserError(f"{key}: {value!r} is not {_describe(hint)}")
+    raise UserError(f"{key}: {value!r} is not {describe(hint)}")
 
 
-def _coerce_one(value, hint, key: str):
-    if typing.get_origin(hint) is list and isinstance(value, list):
-        return [_coerce(item, typing.get_args(hint)[0], f"{key}[{i}]") for i, item in enumerate(value)]
+def _convert_to_one(value: Any, hint: Any, key: str) -> Any:
+    """The value as a type that is no union. A TypeError lets the next type of a union try."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        converted = _convert_to_one(value, arguments[0], key)
+        for constraint in arguments[1:]:
+            require(constraint.holds(converted), f"{key}: {converted!r} must be {constraint.text}")
+        return converted
+    if origin is Literal and any(value == choice and type(value) is type(choice) for choice in arguments):
+        return value
+    if origin is list and isinstance(value, list):
+        return [_convert(item, arguments[0], f"{key}[{number}]") for number, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {str(name): _convert(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return build(hint, value, key + ".")
-    if typing.get_origin(hint) is dict and isinstance(value, dict):
-        return {
-            str(name): _coerce(item, typing.get_args(hint)[1], f"{key}.{name}")
-            for name, item in value.items()
-        }
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        return _number(value)
-    if hint is type(None) and value is None or hint in (str, int, bool, list) and type(value) is hint:
+        return build(typing.cast(type, hint), value, f"{key}.")
+    if hint is float:
+        return _finite_number(value)
+    if hint is type(None) and value is None:
+        return None
+    if hint in (str, int, bool, list) and type(value) is hint:
         return value
     raise TypeError
 
 
-def _number(value) -> float:
+def _options(hint: Any) -> tuple:
+    """The types of a union; a tuple of the type itself otherwise."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _finite_number(value: Any) -> float:
     """A finite float; YAML 1.1 reads 1e-4 (without a dot) as text, so text that spells a number counts as one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError
     try:
         number = float(value)
     except (ValueError, OverflowError):
         raise TypeError from None
-    if number != number or number in (float("inf"), float("-inf")):
+    if not math.isfinite(number):
         raise TypeError
     return number
 
 
-def _describe(hint) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
+# A type in an error line, alone and as the entries of a list.
+NAMES = {
+    float: ("a finite number", "finite numbers"),
+    int: ("a whole number", "whole numbers"),
+    bool: ("true or false", "true or false"),
+    str: ("text", "texts"),
+    list: ("a list", "lists"),
+    type(None): ("null", "null"),
+}
+
+
+def describe(hint: Any, plural: bool = False) -> str:
+    """A type without its constraints, for people: "a whole number or null"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if len(_options(hint)) > 1:
+        return " or ".join(describe(option, plural) for option in arguments)
+    if origin is Annotated:
+        return describe(arguments[0], plural)
+    if origin is Literal:
+        choices = [str(choice).lower() if choice is False else choice for choice in arguments]
+        return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+    if origin is list:
+        return f"a list of {describe(arguments[0], plural=True)}"
+    if origin is dict:
+        return f"'name: value' pairs with {describe(arguments[1], plural=True)}"
     if dataclasses.is_dataclass(hint):
         return f"{{{', '.join(typing.get_type_hints(hint))}}}"
-    if typing.get_origin(hint) is list:
-        return f"a list of {_describe(typing.get_args(hint)[0])}"
-    if typing.get_origin(hint) is dict:
-        return f"'name: value' pairs with {_describe(typing.get_args(hint)[1])}"
-    names = {
-        float: "a finite number",
-        int: "a whole number",
-        bool: "true or false",
-        str: "text",
-        list: "a list",
-    }
-    return "null" if hint is type(None) else names[hint]
-
-
-def flatten(nested: dict, where: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}, with lists as text: the form that experiment trackers take."""
-    flat = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{where}{key}."))
-        else:
-            flat[where + key] = str(value) if isinstance(value, list) else value
-    return flat
+    return NAMES[hint][plural]

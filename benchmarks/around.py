@@ -16,10 +16,12 @@ from benchmarks.cases import load, make_case
 from benchmarks.measure import medians, synchronize
 from benchmarks.steps import Training
 from config import to_dict
-from data.feature_writer import KINDS, FeatureWriter
-from data.features import FORMAT, FeatureStore, OfficialStore, item_shape, open_features
+from data.feature_writer import FeatureWriter, StoreSettings
+from data.features import Features, open_features
 from models import build_model
 from weights.checkpoint import save_checkpoint
+
+KINDS = ("moments", "sample", "official")
 
 
 def measure_loading(images: int, seconds: float) -> list[dict]:
@@ -46,18 +48,42 @@ def measure_store(kind: str, images: int, seconds: float) -> dict:
     return {"store": kind, "cold images/s": images / cold, "warm images/s": images / warm}
 
 
-def make_store(folder: Path, kind: str, images: int) -> FeatureStore | OfficialStore:
+def make_store(folder: Path, kind: str, images: int) -> Features:
     """A store of random latents (4, 32, 32)."""
-    settings = {
-        "format": FORMAT, "kind": kind, "views": 2 if kind == "moments" else 1, "dtype": "float32", "image_size": 256,
-        "latent_shape": [4, 32, 32], "shard_size": 1024, "source_count": images, "autoencoder": {}, "class_names": ["one"],
-    }  # fmt: skip
-    writer, draw = FeatureWriter(folder, settings, [0] * images), np.random.default_rng(0)
-    for shard in writer.prepare():
-        shape = (len(writer.sources(shard)), *item_shape(settings))
+    draw = np.random.default_rng(0)
+    if kind == "official":
+        write_official(folder, images, draw)
+        return open_features(folder, 256)
+    settings = StoreSettings(
+        kind=kind,
+        views=2 if kind == "moments" else 1,
+        flip=True,
+        dtype="float32",
+        image_size=256,
+        latent_shape=(4, 32, 32),
+        seed=0,
+        shard_size=1024,
+        source_count=images,
+        source_hash="",
+        autoencoder={},
+        class_names=["one"],
+    )
+    writer = FeatureWriter(folder, settings, [0] * images)
+    for shard in writer.prepare() or []:
+        shape = (len(writer.sources(shard)), *settings.item_shape)
         writer.write(shard, draw.standard_normal(shape, dtype=np.float32), [])
     writer.finish()
     return open_features(folder, 256)
+
+
+def write_official(folder: Path, images: int, draw: np.random.Generator) -> None:
+    """The official layout: a file of latents and one of labels per image."""
+    for name in ("features", "labels"):
+        (folder / f"imagenet256_{name}").mkdir()
+    for index in range(images):
+        latent = draw.standard_normal((1, 4, 32, 32), dtype=np.float32)
+        np.save(folder / "imagenet256_features" / f"{index}.npy", latent)
+        np.save(folder / "imagenet256_labels" / f"{index}.npy", np.zeros(1, np.int64))
 
 
 def forget(folder: Path) -> bool:

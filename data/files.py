@@ -1,4 +1,4 @@
-"""Files that are complete when their name shows."""
+"""Files that are complete as soon as their name appears."""
 
 import json
 import os
@@ -9,12 +9,17 @@ from typing import Any, BinaryIO
 
 
 def write_file(
-    path: Path, write: Callable[[BinaryIO], None], durable: bool = True, shared: bool = False
+    path: Path, write: Callable[[BinaryIO], object], durable: bool = True, shared: bool = False
 ) -> None:
-    """Let `write` fill a file that appears under its name only when it is complete; nothing is left where that fails.
+    """Let `write` fill a temporary file, then give it its name. If `write` fails, nothing is left behind.
 
-    `durable` files survive a power cut too, which takes milliseconds each: too long for thousands of pictures.
-    A `shared` file may be written by several runs at once, of which the last one stays: each has a temporary name of its own.
+    Args:
+        path: the final name; its folder exists.
+        write: writes the content to the stream it is given.
+        durable: the file survives a power cut. This takes milliseconds a file: too long for thousands of
+            pictures.
+        shared: several programs may write this file at once; the last one wins. Each uses its own temporary
+            name.
     """
     writer = f".{socket.gethostname()}-{os.getpid()}" if shared else ""
     temporary = path.with_name(f"{path.name}{writer}.tmp")
@@ -26,15 +31,20 @@ def write_file(
                 os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)  # half a checkpoint would keep a full disk full
+        # Half a checkpoint would keep a full disk full.
+        temporary.unlink(missing_ok=True)
         raise
-    if not durable:
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
+    if durable:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too, must survive a power cut
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,1 +1,1 @@
-"""What is done with a trained model: samples, pictures of the chunking, and what it costs."""
+"""Numbers about sets of images: features, metrics, and the comparison of samples with a reference."""

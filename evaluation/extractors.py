@@ -1,15 +1,11 @@
-"""Networks that turn images into the features whose distributions are compared: Inception, a TorchScript file, a timm folder.
-
-An extractor is called with images (B, 3, H, W) uint8 on its device and returns `Outputs`. Its `name` says kind and content of
-the weights: features with equal names may be compared, others must not be.
-"""
+"""Networks that turn images into the features whose distributions are compared: Inception, a TorchScript file, a timm folder."""
 
 import hashlib
 import io
 import pickle
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from urllib.error import URLError
 
 import torch
@@ -17,28 +13,41 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from config import UserError
+from config import UserError, one_line
 
-SPATIAL_CHANNELS = 7  # of mixed_6/conv, 17 x 17: 2023 values
-
+SPATIAL_CHANNELS = 7  # sFID takes the first channels of mixed_6/conv: 17 x 17 x 7 = 2023 values
 TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")  # in timm's order
 
 
-class Outputs(NamedTuple):
-    """What an extractor says of a batch, float32."""
+class ExtractorOutput(NamedTuple):
+    """What an extractor computes from a batch of images, in float32."""
 
     features: Tensor  # (B, D)
-    logits: Tensor | None  # (B, K) of its classes
-    spatial: Tensor | None  # (B, 2023), Inception only
+    logits: Tensor | None  # (B, K), where the extractor is a classifier
+    spatial: Tensor | None  # (B, 2023), of Inception only
 
 
-def load_extractor(
-    features: str, inception_weights: str | None, device: torch.device
-) -> "Inception | Scripted | Timm":
+class Extractor(Protocol):
+    """What every extractor has.
+
+    Attributes:
+        name: kind and content hash of the weights. Features may be compared only if these names are equal.
+        is_inception: whether distances of these features may be called FID and sFID.
+    """
+
+    name: str
+    device: torch.device
+    is_inception: bool
+
+    def __call__(self, images: Tensor) -> ExtractorOutput:
+        """images: (B, 3, H, W) uint8 on the extractor's device."""
+
+
+def load_extractor(features: str, inception_weights: str | None, device: torch.device) -> Extractor:
     """The extractor that --features names: "inception", a TorchScript file or the folder of a timm model.
 
     Raises:
-        UserError: a missing package or file, or content that is something else.
+        UserError: a package or file is missing, or the file's content is something else.
     """
     path = Path(features)
     if features == "inception":
@@ -48,16 +57,16 @@ def load_extractor(
             f"--inception-weights '{inception_weights}': has no meaning with --features '{features}'; leave it out"
         )
     if (path / "config.json").is_file():
-        return Timm(path, device)
+        return TimmModel(path, device)
     if path.is_file():
-        return Scripted(path, device)
+        return TorchScriptModel(path, device)
     raise UserError(
         f"--features '{features}': is neither 'inception', a TorchScript file nor the folder of a timm model"
     )
 
 
 class Inception:
-    """The Inception graph of 2015 that FID is defined by, in torch-fidelity's conversion: TensorFlow's resize included."""
+    """The Inception graph of 2015 that defines FID, as converted by torch-fidelity, with TensorFlow's resize."""
 
     is_inception = True
 
@@ -68,18 +77,18 @@ class Inception:
             raise UserError(
                 "--features inception: needs the package torch-fidelity; run `pip install torch-fidelity`"
             ) from None
-        path = Path(weights) if weights else download(inception.URL_INCEPTION_V3)
+        url = inception.URL_INCEPTION_V3
+        path = Path(weights) if weights else download(url)
         try:
             data = path.read_bytes()
+            # A safe load first, because torch-fidelity's own load would execute a malicious pickle
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of files that turn out to be something else
-                torch.load(
-                    io.BytesIO(data), map_location="cpu", weights_only=True
-                )  # torch-fidelity's own load would run code
+                warnings.simplefilter("ignore", UserWarning)  # about files that turn out to be something else
+                torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             network = inception.FeatureExtractorInceptionV3("inception", ["2048"], io.BytesIO(data))
         except OSError as error:
             raise UserError(
-                f"--inception-weights '{path}': cannot be read ({error.strerror}); get it from {inception.URL_INCEPTION_V3}"
+                f"--inception-weights '{path}': cannot be read ({error.strerror}); download it from {url}"
             ) from None
         except (
             RuntimeError,
@@ -89,47 +98,52 @@ class Inception:
             AttributeError,
             ValueError,
         ) as error:
-            reason = " ".join(str(error).split())[:160]
             raise UserError(
-                f"--inception-weights '{path}': does not hold the Inception weights ({reason}); get them from "
-                f"{inception.URL_INCEPTION_V3}"
+                f"--inception-weights '{path}': does not hold the Inception weights ({one_line(error)}); download them from "
+                f"{url}"
             ) from None
-        self.name, self.device = f"inception:{hashlib.sha256(data).hexdigest()}", device
+        self.name = f"inception:{hashlib.sha256(data).hexdigest()}"
+        self.device = device
         self.network = network.to(device)
-        self.network.Mixed_6d.branch1x1.register_forward_hook(
-            self._keep_spatial
-        )  # TensorFlow calls its output mixed_6/conv
-
-    def _keep_spatial(self, module: nn.Module, inputs, output: Tensor) -> None:
-        self.spatial = (
-            output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        )  # TensorFlow's order: row, column, channel
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Outputs:
-        (features,) = self.network(images)
-        return Outputs(
-            features, features @ self.network.fc.weight.T, self.spatial
-        )  # ADM's softmax leaves the bias out
+    def __call__(self, images: Tensor) -> ExtractorOutput:
+        maps = []
+
+        def keep_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            maps.append(output)
+
+        # TensorFlow calls the output of this layer mixed_6/conv
+        with self.network.Mixed_6d.branch1x1.register_forward_hook(keep_output):
+            (features,) = self.network(images)
+        # In TensorFlow's order: row, column, channel
+        spatial = maps[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+        # The ADM suite leaves out the bias of the last layer
+        logits = features @ self.network.fc.weight.T
+        return ExtractorOutput(features, logits, spatial)
 
 
 def download(url: str) -> Path:
-    """The file behind a URL in torch's hub folder, fetched if it is not there; its name ends in the start of its SHA-256."""
+    """The file behind a URL in torch's hub folder, downloaded if it is missing.
+
+    The file name must end with the start of the file's SHA-256, as those of torch-fidelity do.
+    """
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1])
-        except (URLError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"--inception-weights is not given and {url} cannot be downloaded ({reason}); fetch that file on a machine "
-                f"with internet access and give it as --inception-weights, or put it at {path}"
-            ) from None
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    expected_hash = path.stem.rsplit("-", 1)[-1]
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=expected_hash)
+    except (URLError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"--inception-weights is not given and {url} cannot be downloaded ({one_line(error)}); download that file on a "
+            f"machine with internet access and give it as --inception-weights, or put it at {path}"
+        ) from None
     return path
 
 
-class Scripted:
+class TorchScriptModel:
     """A TorchScript file: images (B, 3, H, W) uint8 -> features (B, D), or (features, logits (B, K))."""
 
     is_inception = False
@@ -138,64 +152,75 @@ class Scripted:
         data = path.read_bytes()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch prefers other formats by now
+                warnings.simplefilter("ignore", FutureWarning)  # PyTorch recommends other formats by now
                 self.network = torch.jit.load(io.BytesIO(data), map_location=device).eval()
         except (RuntimeError, ValueError, EOFError) as error:
-            reason = " ".join(str(error).split())[:120]
             raise UserError(
-                f"--features '{path}': is not a TorchScript file ({reason}); torch.jit.save writes one"
+                f"--features '{path}': is not a TorchScript file ({one_line(error, 120)}); torch.jit.save writes one"
             ) from None
-        self.name, self.device = f"torchscript:{hashlib.sha256(data).hexdigest()}", device
+        self.name = f"torchscript:{hashlib.sha256(data).hexdigest()}"
+        self.device = device
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Outputs:
+    def __call__(self, images: Tensor) -> ExtractorOutput:
         output = self.network(images)
         features, logits = output if isinstance(output, tuple) else (output, None)
-        return Outputs(features.flatten(1).float(), None if logits is None else logits.float(), None)
+        if logits is not None:
+            logits = logits.float()
+        return ExtractorOutput(features.flatten(1).float(), logits, None)
 
 
-def read_timm_weights(folder: Path) -> dict[str, Tensor]:
-    """The file that timm itself would take, which some of its versions would unpickle."""
-    file = next((file for name in TIMM_WEIGHTS if (file := folder / name).exists()), None)
-    if file is None:
-        raise FileNotFoundError(f"none of {', '.join(TIMM_WEIGHTS)}")
-    return (
-        load_file(file)
-        if file.suffix == ".safetensors"
-        else torch.load(file, map_location="cpu", weights_only=True)
-    )
-
-
-class Timm:
+class TimmModel:
     """A local folder with config.json and weights as timm saves it, with the preprocessing that its configuration names."""
 
     is_inception = False
 
     def __init__(self, path: Path, device: torch.device):
-        import timm  # here, because it takes seconds and few commands need it
+        import timm  # here, because the import takes seconds and few commands need it
 
         try:
             self.network = timm.create_model(f"local-dir:{path}").to(device).eval()
             self.network.load_state_dict(read_timm_weights(path))
         except Exception as error:  # timm, safetensors and json raise a dozen kinds
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            raise UserError(f"--features '{path}': is not the folder of a timm model ({reason})") from None
+            raise UserError(
+                f"--features '{path}': is not the folder of a timm model ({one_line(error)})"
+            ) from None
+
+        # Preprocessing
         settings = timm.data.resolve_model_data_config(self.network)
-        self.size, self.interpolation = settings["input_size"][1:], settings["interpolation"]
-        self.mean, self.std = (
-            torch.tensor(settings[key], device=device).view(3, 1, 1) for key in ("mean", "std")
-        )
+        self.size = settings["input_size"][1:]
+        mode = settings["interpolation"]
+        self.interpolation = mode if mode in ("bilinear", "bicubic") else "bicubic"
+        self.mean = torch.tensor(settings["mean"], device=device).view(3, 1, 1)
+        self.std = torch.tensor(settings["std"], device=device).view(3, 1, 1)
+
+        # The name covers the configuration and the weights as loaded
         digest = hashlib.sha256((path / "config.json").read_bytes())
         for name, value in self.network.state_dict().items():
-            digest.update(name.encode() + value.cpu().numpy().tobytes())
-        self.name, self.device = f"timm:{digest.hexdigest()}", device
+            digest.update(name.encode())
+            digest.update(value.cpu().numpy().tobytes())
+        self.name = f"timm:{digest.hexdigest()}"
+        self.device = device
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Outputs:
-        mode = self.interpolation if self.interpolation in ("bilinear", "bicubic") else "bicubic"
-        images = F.interpolate(
-            images.float() / 255, self.size, mode=mode, antialias=True, align_corners=False
+    def __call__(self, images: Tensor) -> ExtractorOutput:
+        pixels = images.float() / 255
+        pixels = F.interpolate(
+            pixels, self.size, mode=self.interpolation, antialias=True, align_corners=False
         )
-        maps = self.network.forward_features((images - self.mean) / self.std)
+        maps = self.network.forward_features((pixels - self.mean) / self.std)
         features = self.network.forward_head(maps, pre_logits=True).flatten(1)
-        return Outputs(features, self.network.forward_head(maps) if self.network.num_classes else None, None)
+        logits = self.network.forward_head(maps) if self.network.num_classes else None
+        return ExtractorOutput(features, logits, None)
+
+
+def read_timm_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights file that timm itself would choose, read without unpickling, which some versions of timm do not ensure."""
+    for name in TIMM_WEIGHTS:
+        file = folder / name
+        if not file.exists():
+            continue
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    raise FileNotFoundError(f"none of {', '.join(TIMM_WEIGHTS)}")

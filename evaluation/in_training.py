@@ -9,17 +9,11 @@ import torch.distributed as dist
 
 from config import Config
 from data.autoencoder import Autoencoder
+from evaluation.comparison import FeatureSet, check_sizes, check_source, compare, measure_source
 from evaluation.extractors import load_extractor
 from evaluation.image_sets import open_source
-from evaluation.measure import (
-    Measured,
-    check_sizes,
-    check_source,
-    compare,
-    mean_of,
-    measure_samples,
-    measure_source,
-)
+from evaluation.sample_features import SamplePlan, measure_samples
+from processes.group import Processes
 from sampling.generate import SamplingOptions, TrainedModel, draw_labels
 
 
@@ -57,7 +51,8 @@ class Evaluation:
         check_sizes((config.data.image_size,) * 2, source.size)
         self.extractor = load_extractor(section.features, section.inception_weights, device)
         check_source(source, self.extractor)
-        self.reference = measure_source(source, self.extractor, folder / "reference", rank, world)
+        self.processes = Processes(rank, world, device)
+        self.reference = measure_source(source, self.extractor, folder / "reference", self.processes)
         self.labels = draw_labels(
             self.options.seed, list(range(section.num_samples)), config.data.num_classes
         )
@@ -69,23 +64,14 @@ class Evaluation:
             shutil.rmtree(folder, ignore_errors=True)  # of an interrupted attempt, perhaps with other weights
         self.wait()
         batch_size, title = self.config.evaluation.batch_size, f"evaluation at step {step}"
-        chunks = measure_samples(
-            trained,
-            self.options,
-            self.labels,
-            self.extractor,
-            folder,
-            batch_size,
-            self.rank,
-            self.world,
-            title,
-        )
+        plan = SamplePlan(self.options, self.labels, batch_size, title)
+        chunks = measure_samples(trained, plan, self.extractor, folder, self.processes)
         self.wait()
         found = {}
         if self.rank == 0:
-            samples = Measured(title, chunks, {}, np.array(self.labels))
+            samples = FeatureSet(title, chunks, {}, np.array(self.labels))
             found = compare(samples, self.reference, self.extractor)
-            found |= {"kept": mean_of(chunks, "kept"), "tflop_per_image": mean_of(chunks, "tflop")}
+            found |= {"kept": chunks.mean("kept"), "tflop_per_image": chunks.mean("tflop")}
             shutil.rmtree(folder)
         self.wait()
         return found

@@ -1,8 +1,8 @@
 """FID, sFID, Inception Score, precision and recall as formulas over features, with the conventions of the ADM evaluation suite
-(Dhariwal and Nichol, arXiv 2105.05233). Everything is float64; where features come from is not this module's matter.
+(Dhariwal and Nichol, arXiv 2105.05233). All arithmetic is float64. Where the features come from does not matter here.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,12 +13,13 @@ SPLIT = 5000  # images per split of the Inception Score; the last split may be s
 BLOCK = 1024  # rows of a distance matrix in memory at a time
 
 
-class Gaussian(NamedTuple):
-    """Mean (D,) and unbiased covariance (D, D) of features, and the number of images behind them where it is known."""
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """The normal distribution with the mean and the covariance of a set of features."""
 
-    mean: np.ndarray
-    covariance: np.ndarray
-    count: int | None
+    mean: np.ndarray  # (D,)
+    covariance: np.ndarray  # (D, D), unbiased
+    count: int | None  # images behind the statistics, where it is known
 
 
 class Moments:
@@ -28,92 +29,120 @@ class Moments:
     """
 
     def __init__(self, width: int):
-        self.count, self.mean, self.scatter = 0, np.zeros(width), np.zeros((width, width))
+        self.count = 0
+        self.mean = np.zeros(width)
+        self.scatter = np.zeros((width, width))  # sum of (x - mean) (x - mean)^T
 
     def add(self, rows: np.ndarray) -> None:
         """rows: (n, D), n > 0."""
         rows = rows.astype(np.float64)
-        mean, total = rows.mean(0), self.count + len(rows)
-        centred, step = rows - mean, mean - self.mean
-        self.scatter += centred.T @ centred + np.outer(step, step) * (self.count * len(rows) / total)
+        mean = rows.mean(0)
+        centred = rows - mean
+        step = mean - self.mean
+        total = self.count + len(rows)
+
+        # Scatter within the new rows, and between them and the rows so far
+        within = centred.T @ centred
+        between = np.outer(step, step) * (self.count * len(rows) / total)
+        self.scatter += within + between
         self.mean += step * (len(rows) / total)
         self.count = total
 
     def gaussian(self) -> Gaussian:
-        """Of at least two rows."""
+        """The statistics of all rows, of which there must be at least two."""
         return Gaussian(self.mean, self.scatter / (self.count - 1), self.count)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared Fréchet distance |m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2)) (Heusel et al., arXiv 1706.08500).
+    """Squared Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2)).
 
-    With factors C = F F^T the last trace is the sum of the singular values of F_a^T F_b: no matrix square root of a product
-    that is not symmetric, and exact for covariances without full rank.
+    FID (Heusel et al. 2017, arXiv 1706.08500, equation 6) is this distance of pooled Inception features; sFID (Nash et al.
+    2021, arXiv 2103.03841) takes a spatial feature map in their place.
+
+    With factors C = F F^T, the last trace is the sum of the singular values of F_a^T F_b. This needs no matrix square root of
+    a product that is not symmetric, and is exact for covariances without full rank.
     """
-    cross = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
-    spread = np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross
-    return float(np.square(a.mean - b.mean).sum() + spread)
+    root_trace = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
+    spread = np.trace(a.covariance) + np.trace(b.covariance) - 2 * root_trace
+    shift = np.square(a.mean - b.mean).sum()
+    return float(shift + spread)
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:
-    """F (D, rank) with F F^T = covariance; eigenvalues that rounding cannot tell from zero are zero."""
-    values, vectors = np.linalg.eigh(covariance)
-    positive = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
+    """F (D, rank) with F F^T = covariance. Eigenvalues that rounding cannot tell from zero count as zero."""
+    values, vectors = np.linalg.eigh(covariance)  # ascending
+    threshold = len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
+    positive = values > threshold
     return vectors[:, positive] * np.sqrt(values[positive])
 
 
 def inception_score(logits: np.ndarray) -> float:
-    """exp of the mean KL divergence from the average class distribution, averaged over splits (Salimans et al., 1606.03498).
+    """exp(E_x KL(p(y|x) || p(y))), averaged over splits of 5000 images (Salimans et al. 2016, arXiv 1606.03498).
 
-    logits: (N, K) in the order of the samples.
+    Args:
+        logits: (N, K) in the order of the samples.
     """
     scores = []
     for part in torch.from_numpy(logits).double().split(SPLIT):
         log_p = part.log_softmax(1)
-        log_mean = log_p.logsumexp(0) - np.log(len(part))
-        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
+        log_marginal = log_p.logsumexp(0) - np.log(len(part))
+        divergence = (log_p.exp() * (log_p - log_marginal)).sum(1)
+        scores.append(divergence.mean().exp().item())
     return float(np.mean(scores))
 
 
 def class_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Share of samples that a classifier puts into the class they were asked for."""
+    """Share of the samples that the classifier assigns to the class they were sampled for.
+
+    Args:
+        logits: (N, K). labels: (N,).
+    """
     return float((logits.argmax(1) == labels).mean())
 
 
 def precision_recall(
     reference: np.ndarray, samples: np.ndarray, device: torch.device | str = "cpu"
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991).
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, equations 1 and 2).
 
-    A set's manifold is the union of balls around its members that reach to their k-th nearest neighbours. Precision is the
-    share of samples on the reference's manifold, recall the share of the reference on the samples'.
+    The manifold of a set is the union of balls around its members, each of which reaches to the member's k-th nearest
+    neighbour. Precision is the share of the samples on the reference's manifold; recall is the share of the reference on the
+    samples' manifold.
 
     Args:
         reference: (M, D), M > NEIGHBOURS. samples: (N, D), N > NEIGHBOURS.
-        device: one that knows float64.
+        device: must support float64.
     """
-    centre = (
-        torch.from_numpy(reference).double().mean(0)
-    )  # distances do not see it, and rounding gets smaller
-    a, b = ((torch.from_numpy(x).double() - centre).to(device) for x in (reference, samples))
-    return covered(b, a, radii(a)), covered(a, b, radii(b))
+    # Distances do not depend on the origin, and rounding is smallest around the mean
+    centre = torch.from_numpy(reference).double().mean(0)
+    known = (torch.from_numpy(reference).double() - centre).to(device)
+    drawn = (torch.from_numpy(samples).double() - centre).to(device)
+    precision = covered(drawn, known, squared_radii(known))
+    recall = covered(known, drawn, squared_radii(drawn))
+    return precision, recall
 
 
-def radii(points: Tensor) -> Tensor:
-    """Squared distance of each point (N, D) to its k-th nearest neighbour, (N,)."""
-    nearest = [
-        squared_distances(part, points).topk(NEIGHBOURS + 1, largest=False).values
-        for part in points.split(BLOCK)
-    ]
-    return torch.cat([distances[:, -1] for distances in nearest])  # a point is the nearest to itself
+def squared_radii(points: Tensor) -> Tensor:
+    """Squared distance of each point (N, D) to its k-th nearest neighbour: (N,)."""
+    radii = []
+    for part in points.split(BLOCK):
+        # One more than k, because every point is the nearest to itself
+        nearest = squared_distances(part, points).topk(NEIGHBOURS + 1, largest=False).values
+        radii.append(nearest[:, -1])
+    return torch.cat(radii)
 
 
 def covered(points: Tensor, centres: Tensor, squared_radii: Tensor) -> float:
-    """Share of the points that lie in any of the balls, rims included."""
-    inside = [(squared_distances(part, centres) <= squared_radii).any(1) for part in points.split(BLOCK)]
+    """Share of the points (N, D) inside or on any of the balls around centres (M, D) with squared radii (M,)."""
+    inside = []
+    for part in points.split(BLOCK):
+        within = squared_distances(part, centres) <= squared_radii
+        inside.append(within.any(1))
     return torch.cat(inside).double().mean().item()
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """(n, D), (m, D) -> (n, m)."""
-    return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)).clamp(min=0)
+    products = a @ b.T
+    distances = a.square().sum(1)[:, None] - 2 * products + b.square().sum(1)
+    return distances.clamp(min=0)

@@ -17,18 +17,18 @@ import torch.distributed as dist
 
 from config import Config, UserError
 from data.files import write_file
-from evaluation.extractors import load_extractor
-from evaluation.image_sets import Source, hash_file, open_source
-from evaluation.measure import (
-    Measured,
+from data.store_files import sha256_of
+from evaluation.comparison import (
+    FeatureSet,
     check_sizes,
     check_source,
     compare,
-    mean_of,
-    measure_samples,
     measure_source,
     rank_warning,
 )
+from evaluation.extractors import load_extractor
+from evaluation.image_sets import Source, open_source
+from evaluation.sample_features import SamplePlan, measure_samples
 from processes import group
 from processes.lock import FolderLock
 from sampling.budgets import ALL, Budget
@@ -92,7 +92,7 @@ def measure_points(
     """The rows of the table, with those of the points that it lacked."""
     table = args.output / "pareto.csv"
     rows = read_rows(table, settings)
-    reference = measure_source(source, extractor, args.output / "reference", processes.rank, processes.world)
+    reference = measure_source(source, extractor, args.output / "reference", processes)
     for name, count in (("the samples", args.num_samples), (args.reference, reference.count)):
         if warning := rank_warning(name, count, reference.width):
             group.print_once(warning)
@@ -150,7 +150,7 @@ def settings_of(args: argparse.Namespace, source: Source, config: Config, extrac
         "bf16": args.bf16,
         "image_size": config.data.image_size,
         "features": extractor.split(":")[0] + ":" + extractor.split(":")[1][:12],
-        "reference": source.images.digest()[:12] if path.is_dir() else hash_file(path).hex()[:12],
+        "reference": source.images.digest()[:12] if path.is_dir() else sha256_of(path)[:12],
         "reference_images": source.count(extractor) or "",
     }
     return {key: str(value) for key, value in values.items()}
@@ -182,7 +182,7 @@ def describe_point(point: Point, trained: TrainedModel) -> dict[str, str]:
 
 
 def measure_point(
-    point, trained: TrainedModel, args, extractor, reference: Measured, folder: Path, processes
+    point, trained: TrainedModel, args, extractor, reference: FeatureSet, folder: Path, processes
 ) -> dict[str, str]:
     """Sample, compare, and forget the features. The metrics are the first process's."""
     labels = draw_labels(args.seed, list(range(args.num_samples)), trained.config.data.num_classes)
@@ -191,15 +191,14 @@ def measure_point(
         + f", lite {point.lite}" * (point.lite != "")
     )
     options = point.options(args)
-    chunks = measure_samples(
-        trained, options, labels, extractor, folder, args.batch_size, processes.rank, processes.world, title
-    )
+    plan = SamplePlan(options, labels, args.batch_size, title)
+    chunks = measure_samples(trained, plan, extractor, folder, processes)
     if processes.world > 1:
         dist.barrier()
     if processes.rank > 0:
         return {}
-    samples = Measured(title, chunks, {}, np.array(labels))
-    found = {"tflop_per_image": mean_of(chunks, "tflop"), "kept_share": mean_of(chunks, "kept")}
+    samples = FeatureSet(title, chunks, {}, np.array(labels))
+    found = {"tflop_per_image": chunks.mean("tflop"), "kept_share": chunks.mean("kept")}
     found |= compare(samples, reference, extractor)
     return {key: f"{value:.8g}" for key, value in found.items()}
 

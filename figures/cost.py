@@ -1,4 +1,4 @@
-"""Pictures of what a sampling run cost, from the summary.json that sample.py or sample_ddp.py wrote.
+"""Charts of what a sampling run cost, from the summary.json that sample.py or sample_ddp.py wrote.
 
     python -m figures.cost quickstart/summary.json
 
@@ -7,82 +7,95 @@ writes kept_tokens.png, cost_by_component.png and kept_by_class.png beside it, o
 
 import json
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import cli
 from config import UserError
-from data.files import write_file
-from sampling.accounting import BRANCHES
+from figures.canvas import SMALL, save_figure
 
-SMALL = {"font.size": 8}
-COLOURS = dict(zip(BRANCHES, ("tab:blue", "tab:orange")))
-MOST_CLASSES = 30  # of more, only the lowest and the highest are drawn
+COLOURS = {"conditional": "tab:blue", "unconditional": "tab:orange"}
+MOST_CLASSES = 30  # of more, only those with the lowest and the highest shares are drawn
+
+Summary = dict[str, Any]  # as sampling.accounting.summarise makes it
 
 
-@matplotlib.rc_context(SMALL)
-def draw_kept(summary: dict, path: Path) -> None:
+@rc_context(SMALL)
+def draw_kept(summary: Summary, path: Path) -> None:
     """Kept share against the timestep: mean over images, with one standard deviation and the extremes."""
     figure = Figure(figsize=(5, 3), dpi=120, layout="constrained")
-    axis, tokens = figure.subplots(), summary["tokens"]
+    axes = figure.subplots()
     for branch in summary["tflop_by_branch"]:
-        rows = [row for row in summary["kept_by_step"] if row[branch]]
-        t = [row["t"] for row in rows]
-        mean, std, least, most = (
-            np.array([row[branch][key] for row in rows]) / tokens for key in ("mean", "std", "min", "max")
-        )
-        colour = COLOURS[branch]
-        axis.plot(t, mean, color=colour, label=branch)
-        axis.fill_between(t, mean - std, mean + std, color=colour, alpha=0.25, linewidth=0)
-        axis.plot(t, least, color=colour, linewidth=0.5, linestyle=":")
-        axis.plot(t, most, color=colour, linewidth=0.5, linestyle=":")
-    axis.set_xlim(max(row["t"] for row in summary["kept_by_step"]), 0)
-    axis.set_ylim(0, None)
-    axis.set_xlabel("timestep t (noise at the left, image at the right)")
-    axis.set_ylabel("share of tokens kept")
-    axis.legend(title="mean, std, min and max over images", fontsize=7, title_fontsize=7)
+        draw_branch(axes, summary, branch)
+    first_t = max(row["t"] for row in summary["kept_by_step"])
+    axes.set_xlim(first_t, 0)
+    axes.set_ylim(0, None)
+    axes.set_xlabel("timestep t (noise at the left, image at the right)")
+    axes.set_ylabel("share of tokens kept")
+    axes.legend(title="mean, std, min and max over images", fontsize=7, title_fontsize=7)
     save_figure(figure, path)
 
 
-@matplotlib.rc_context(SMALL)
-def draw_cost(summary: dict, path: Path) -> None:
+def draw_branch(axes: Axes, summary: Summary, branch: str) -> None:
+    """The line of one branch, at the steps where it was computed."""
+    rows = [row for row in summary["kept_by_step"] if row[branch]]
+    t = [row["t"] for row in rows]
+
+    def share(statistic: str) -> np.ndarray:
+        tokens = [row[branch][statistic] for row in rows]
+        return np.array(tokens) / summary["tokens"]
+
+    mean = share("mean")
+    std = share("std")
+    colour = COLOURS[branch]
+    axes.plot(t, mean, color=colour, label=branch)
+    axes.fill_between(t, mean - std, mean + std, color=colour, alpha=0.25, linewidth=0)
+    for extreme in ("min", "max"):
+        axes.plot(t, share(extreme), color=colour, linewidth=0.5, linestyle=":")
+
+
+@rc_context(SMALL)
+def draw_cost(summary: Summary, path: Path) -> None:
     """TFLOP per image by component, and beside it the autoencoder's decoding."""
-    parts = {**summary["tflop_by_component"], "autoencoder": summary["tflop_decoding"]}
-    total, names = summary["tflop_per_image"]["mean"], list(parts)[::-1]
-    figure = Figure(figsize=(5, 0.28 * len(parts) + 0.7), dpi=120, layout="constrained")
-    axis = figure.subplots()
-    bars = axis.barh(
-        names, [parts[name] for name in names], color=["tab:grey", *["tab:blue"] * (len(names) - 1)]
-    )
-    axis.bar_label(bars, [f" {parts[name] / total:.1%}" for name in names], fontsize=7)
-    axis.margins(x=0.12)
-    axis.set_xlabel(
+    tflop = {**summary["tflop_by_component"], "autoencoder": summary["tflop_decoding"]}
+    total = summary["tflop_per_image"]["mean"]
+
+    # A bar per component, the first one at the top; the autoencoder, which the total leaves out, is grey
+    names = list(tflop)[::-1]
+    widths = [tflop[name] for name in names]
+    colours = ["tab:grey"] + ["tab:blue"] * (len(names) - 1)
+    figure = Figure(figsize=(5, 0.28 * len(names) + 0.7), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(names, widths, color=colours)
+
+    shares = [f" {width / total:.1%}" for width in widths]
+    axes.bar_label(bars, shares, fontsize=7)
+    axes.margins(x=0.12)
+    axes.set_xlabel(
         f"TFLOP per image over {summary['steps']} steps; % of the {total:.4g} without the autoencoder"
     )
     save_figure(figure, path)
 
 
-@matplotlib.rc_context(SMALL)
-def draw_classes(summary: dict, path: Path) -> None:
+@rc_context(SMALL)
+def draw_classes(summary: Summary, path: Path) -> None:
     """Kept share of the conditional branch for each class, ordered, with the standard deviation over its images."""
     rows = sorted(summary["kept_by_class"], key=lambda row: row["share"]["mean"])
     if len(rows) > MOST_CLASSES:
         rows = rows[: MOST_CLASSES // 2] + rows[-MOST_CLASSES // 2 :]
+    names = [f"{row['name']} ({row['images']})" for row in rows]
+    mean = [row["share"]["mean"] for row in rows]
+    std = [row["share"]["std"] for row in rows]
+
     figure = Figure(figsize=(5, 0.2 * len(rows) + 0.7), dpi=120, layout="constrained")
-    axis = figure.subplots()
-    mean, std = ([row["share"][key] for row in rows] for key in ("mean", "std"))
-    axis.barh(
-        [f"{row['name']} ({row['images']})" for row in rows], mean, xerr=std, color="tab:blue", ecolor="black"
-    )
-    axis.set_xlabel("share of tokens kept over all steps (number of images)")
+    axes = figure.subplots()
+    axes.barh(names, mean, xerr=std, color="tab:blue", ecolor="black")
+    axes.set_xlabel("share of tokens kept over all steps (number of images)")
     save_figure(figure, path)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, lambda stream: figure.savefig(stream, format="png"))
 
 
 PICTURES = {
@@ -92,7 +105,7 @@ PICTURES = {
 }
 
 
-def read_summary(path: Path) -> dict:
+def read_summary(path: Path) -> Summary:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -103,10 +116,14 @@ def not_a_summary(path: Path) -> UserError:
     return UserError(f"'{path}' is not a summary.json of a sampling run; sample.py writes one")
 
 
-def beside(summary: Path) -> Path:
-    """The summary's folder; beside it where that is sample_ddp.py's, whose pictures are the samples to evaluate."""
+def default_folder(summary: Path) -> Path:
+    """The summary's folder, or a folder beside it where that holds the samples of sample_ddp.py.
+
+    Charts among those samples would be evaluated as images.
+    """
     folder = summary.resolve().parent
-    return folder.with_name(f"{folder.name}.charts") if (folder / "settings.json").is_file() else folder
+    holds_samples = (folder / "settings.json").is_file()
+    return folder.with_name(f"{folder.name}.charts") if holds_samples else folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         "--output", type=Path, help="folder (default: the summary's, or beside that of sample_ddp.py)"
     )
     args = parser.parse_args(argv)
-    folder = args.output or beside(args.summary)
+    folder = args.output or default_folder(args.summary)
     cli.check_output("--output", folder)
     summary = read_summary(args.summary)
     try:

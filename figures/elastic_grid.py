@@ -16,7 +16,7 @@ from tqdm import tqdm
 import cli
 from config import UserError
 from diffusion.samplers import Step
-from figures.cost import SMALL, save_figure
+from figures.canvas import SMALL, save_figure
 from models import describe
 from models.types import Routing
 from processes import group

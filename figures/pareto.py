@@ -19,7 +19,7 @@ import cli
 from config import UserError
 from diffusion.samplers import SAMPLERS
 from evaluation.pareto import measure
-from figures.cost import SMALL, save_figure
+from figures.canvas import SMALL, save_figure
 from processes import group
 
 METRICS = {"fid": "FID", "frechet_distance": "Fréchet distance"}

@@ -142,7 +142,7 @@ def format_table(curves: dict[str, list[dict]], steps: int) -> str:
 def draw(curves: dict[str, list[dict]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    from figures.chunking import save_figure
+    from figures.canvas import save_figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axis = figure.subplots()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from config import UserError, config_from_dict
-from figures import cost
+from figures import canvas, cost
 from models import architecture, flops
 from sampling.accounting import (
     SamplingRecord,
@@ -110,7 +110,7 @@ def test_a_full_disk_is_not_a_wrong_file(tmp_path, monkeypatch):
     def full(path, write):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cost, "write_file", full)
+    monkeypatch.setattr(canvas, "write_file", full)
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(UserError, match="is not a summary.json of a sampling run"):
         cost.main([str(tmp_path / "summary.json")])

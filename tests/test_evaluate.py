@@ -25,8 +25,8 @@ from config import UserError
 from data.images import center_crop
 from evaluation import metrics
 from evaluation.extractors import Inception, load_extractor
+from evaluation.feature_cache import FeatureChunks
 from evaluation.image_sets import open_source
-from evaluation.measure import Chunks
 from processes import group
 
 ROOT = Path(__file__).parent.parent
@@ -316,9 +316,9 @@ def test_one_and_two_processes_give_the_same(place):
 def test_features_are_cached_by_content(place, monkeypatch):
     run(place, place / "samples.npz", place / "reference.npz", cache="known")
     (place / "renamed.npz").write_bytes((place / "samples.npz").read_bytes())
-    calls, write = [], Chunks.write
+    calls, write = [], FeatureChunks.write
     monkeypatch.setattr(
-        Chunks, "write", lambda self, chunk, arrays: (calls.append(chunk), write(self, chunk, arrays))
+        FeatureChunks, "write", lambda self, chunk, arrays: (calls.append(chunk), write(self, chunk, arrays))
     )
     run(place, place / "renamed.npz", place / "reference.npz", cache="known")
     assert calls == []
@@ -338,7 +338,7 @@ def test_features_are_cached_by_content(place, monkeypatch):
 
 def test_two_runs_may_fill_one_cache(tmp_path, monkeypatch):
     """The other one writes the same chunk in the middle of ours."""
-    chunks, save = Chunks(tmp_path, 2, 2), np.savez
+    chunks, save = FeatureChunks(tmp_path, 2, 2), np.savez
 
     def interrupted(stream, **arrays):
         monkeypatch.setattr(np, "savez", save)

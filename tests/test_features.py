@@ -13,10 +13,9 @@ import pytest
 import torch
 
 from config import UserError
-from data import feature_writer
-from data.feature_writer import FeatureWriter, encode_images, make_settings
-from data.features import damaged_files, item_shape, open_features
-from data.images import ImageFolder
+from data.feature_writer import FeatureWriter, StoreOptions, StoreSettings, encode_images
+from data.features import damaged_files, open_features
+from data.images import ImageFolder, SkippedImage
 from data.streams import rng
 
 SIZE = 8
@@ -45,10 +44,10 @@ class StandIn:
         return mean, torch.full_like(mean, 0.25)
 
 
-def make_writer(folder: Path, tiny_images: Path, kind: str = "moments", **changes) -> FeatureWriter:
+def make_writer(folder: Path, tiny_images: Path, **changes) -> FeatureWriter:
     images = ImageFolder(tiny_images, SIZE)
-    choices = {"flip": True, "dtype": "float32", "shard_size": 4, "seed": 3} | changes
-    return FeatureWriter(folder, make_settings(kind, images, StandIn(), **choices), images.labels)
+    options = StoreOptions(**{"dtype": "float32", "shard_size": 4, "seed": 3} | changes)
+    return FeatureWriter(folder, StoreSettings.plan(options, images, StandIn()), images.labels)
 
 
 def pixels_of(tiny_images: Path, indices) -> torch.Tensor:
@@ -61,14 +60,13 @@ def fill(writer: FeatureWriter, tiny_images: Path, bad: tuple[int, ...] = ()) ->
     shards = writer.prepare()
     for shard in shards or []:
         good = [index for index in writer.sources(shard) if index not in bad]
-        features = np.empty((0, *item_shape(writer.settings)), writer.settings["dtype"])
+        skipped = [
+            SkippedImage(index, f"{index}.png", "why") for index in writer.sources(shard) if index in bad
+        ]
+        features = np.empty((0, *writer.settings.item_shape), writer.settings.dtype)
         if good:
             features = encode_images(StandIn(), pixels_of(tiny_images, good), good, writer.settings)
-        writer.write(
-            shard,
-            features,
-            [[index, f"{index}.png", "why"] for index in writer.sources(shard) if index in bad],
-        )
+        writer.write(shard, features, skipped)
     if shards is not None:
         writer.finish()
 
@@ -112,9 +110,8 @@ def test_without_flips_there_is_one_view(tiny_images, tmp_path):
 
 def test_samples_are_frozen_functions_of_seed_and_index(tiny_images, tmp_path):
     for name, seed, shard_size in (("a", 3, 4), ("b", 3, 100), ("c", 4, 4)):
-        fill(
-            make_writer(tmp_path / name, tiny_images, "sample", seed=seed, shard_size=shard_size), tiny_images
-        )
+        writer = make_writer(tmp_path / name, tiny_images, kind="sample", seed=seed, shard_size=shard_size)
+        fill(writer, tiny_images)
     a, b, c = (open_features(tmp_path / name, SIZE) for name in "abc")
     latents = [[store.latent(index, None) for index in range(10)] for store in (a, b, c)]
     assert np.array_equal(latents[0], latents[1]) and not np.array_equal(latents[0], latents[2])
@@ -125,9 +122,7 @@ def test_samples_are_frozen_functions_of_seed_and_index(tiny_images, tmp_path):
     assert np.abs(np.where(np.array(flips)[:, None, None, None], mirrored, noise)).max() < 0.25 * 4.5
 
 
-def test_a_kill_at_any_write_leaves_a_folder_from_which_the_same_steps_go_on(
-    tiny_images, tmp_path, monkeypatch
-):
+def test_after_a_kill_at_any_write_the_same_steps_complete_the_store(tiny_images, tmp_path, monkeypatch):
     fill(make_writer(tmp_path / "whole", tiny_images), tiny_images, bad=(5,))
     wanted = content(tmp_path / "whole")
 
@@ -150,7 +145,7 @@ def test_a_kill_at_any_write_leaves_a_folder_from_which_the_same_steps_go_on(
         with monkeypatch.context() as patch:
             countdown = [attempts]
             for name in ("replace", "fsync"):
-                patch.setattr(feature_writer.os, name, killed_at(countdown, getattr(os, name)))
+                patch.setattr(os, name, killed_at(countdown, getattr(os, name)))
             patch.setattr(Path, "unlink", killed_at(countdown, Path.unlink))
             patch.setattr(Path, "mkdir", killed_at(countdown, Path.mkdir))
             try:
@@ -204,9 +199,8 @@ def test_another_setting_in_the_same_folder_is_named(tiny_images, tmp_path, chan
 
 def test_foreign_files_are_never_written_among(tiny_images, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    for kind in ("moments", "official"):
-        with pytest.raises(UserError, match="holds thesis.tex"):
-            make_writer(tmp_path, tiny_images, kind).prepare()
+    with pytest.raises(UserError, match="holds thesis.tex"):
+        make_writer(tmp_path, tiny_images).prepare()
     assert content(tmp_path) == {"thesis.tex": b"x"}
 
 
@@ -230,30 +224,6 @@ def test_fingerprint_follows_the_content(tiny_images, tmp_path):
         fill(make_writer(tmp_path / name, tiny_images, **changes), tiny_images)
     a, b, c = (open_features(tmp_path / name, SIZE).fingerprint() for name in "abc")
     assert a == b != c
-
-
-def test_official_layout_round_trip(tiny_images, tmp_path):
-    fill(make_writer(tmp_path / "sample", tiny_images, "sample"), tiny_images, bad=(2,))
-    fill(make_writer(tmp_path / "official", tiny_images, "official"), tiny_images, bad=(2,))
-    frozen, official = open_features(tmp_path / "sample", SIZE), open_features(tmp_path / "official", SIZE)
-    assert np.load(tmp_path / "official/imagenet8_features/9.npy").shape == (1, 2, 2, 2)
-    assert np.load(tmp_path / "official/imagenet8_labels/9.npy").tolist() == [2]
-    assert (
-        len(official) == 9
-        and official.latent_shape == (2, 2, 2)
-        and official.class_names == frozen.class_names
-    )
-    assert official.labels.tolist() == frozen.labels.tolist() and official.autoencoder == frozen.autoencoder
-    for index in range(9):
-        assert np.array_equal(official.latent(index, None), frozen.latent(index, None))
-    (tmp_path / "official/imagenet8_labels/3.npy").unlink()
-    wanted = content(tmp_path / "official")
-    with pytest.raises(UserError, match="3.npy"):
-        open_features(tmp_path / "official", SIZE)
-    fill(make_writer(tmp_path / "official", tiny_images, "official"), tiny_images, bad=(2,))
-    assert content(tmp_path / "official").items() - wanted.items() == {
-        ("imagenet8_labels/3.npy", (tmp_path / "official/imagenet8_labels/3.npy").read_bytes())
-    }
 
 
 def make_official(folder: Path, names: list[int], label_names: list[int] | None = None) -> None:
@@ -281,14 +251,8 @@ def test_official_layout_is_paired_by_name_in_numeric_order(tmp_path):
 @pytest.mark.parametrize("labels", [[1, 2], [1, 2, 4], []])
 def test_official_layout_with_odd_names_is_refused(tmp_path, labels):
     make_official(tmp_path, [1, 2, 3], labels)
-    with pytest.raises(UserError, match="data.feature_path: .*counterpart"):
+    with pytest.raises(UserError, match="data.feature_path: .*counterpart, for example [1-4].npy"):
         open_features(tmp_path, SIZE)
-
-
-def test_official_files_of_others_are_not_overwritten(tiny_images, tmp_path):
-    make_official(tmp_path, [0, 1])
-    with pytest.raises(UserError, match="imagenet8_features"):
-        make_writer(tmp_path, tiny_images, "official").prepare()
 
 
 def test_missing_empty_unfinished_and_mismatching_folders(tiny_images, tmp_path):

@@ -27,7 +27,7 @@ import train
 from config import Config, UserError, config_from_dict, load_config, to_dict
 from data.autoencoder import Autoencoder
 from data.features import open_features
-from evaluation import image_sets
+from evaluation import adm_npz
 from evaluation.image_sets import open_source
 from models import build_model
 from sampling.generate import load_trained
@@ -446,7 +446,7 @@ def test_no_damaged_npz_crashes_or_executes(tmp_path_factory, monkeypatch, data)
     if kind == "bare pickle":
         members[name] = pickle.dumps(gadgets(folder)[data.draw(st.integers(0, 8))])
     if kind == "bomb":  # its header is true, but no statistics are that large
-        monkeypatch.setattr(image_sets, "LARGEST", 100_000)
+        monkeypatch.setattr(adm_npz, "LARGEST", 100_000)
         members["mu.npy"] = npy(
             "{'descr': '<f8', 'fortran_order': False, 'shape': (40000,), }\n", body=bytes(320_000)
         )

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom to the top. A place may import those of the rows below it, and itself.
 LAYERS = (
     ("schema",),
+    ("config_keys", "plain_data"),
     ("config",),
     ("cli",),
     ("models", "diffusion", "data", "processes"),

@@ -55,7 +55,7 @@ def test_frechet_distance_without_full_rank():
         [gaussian(5, 40) for _ in range(2)],
         scipy.linalg.qr(NUMBERS.standard_normal((60, 60)))[0][:, :5],
     )
-    high = [Gaussian(turn @ mean, turn @ cov @ turn.T, count) for mean, cov, count in low]
+    high = [Gaussian(turn @ a.mean, turn @ a.covariance @ turn.T, a.count) for a in low]
     assert frechet_distance(*high) == pytest.approx(frechet_distance(*low), rel=1e-9)
 
 

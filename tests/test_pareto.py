@@ -14,10 +14,10 @@ from PIL import Image
 import train
 from config import UserError, load_config, to_dict
 from data.features import open_features
-from evaluation import measure
+from evaluation import sample_features
 from evaluation.extractors import load_extractor
-from evaluation.measure import measure_samples
 from evaluation.metrics import Gaussian, frechet_distance
+from evaluation.sample_features import SamplePlan, measure_samples
 from figures import elastic_grid, pareto
 from figures.pareto import Curve, Mark, compare_curves, read_curves
 from models import architecture, build_model, flops
@@ -28,6 +28,7 @@ from toy import classifier, shapes
 from weights.checkpoint import save_checkpoint
 
 CPU = torch.device("cpu")
+ALONE = group.Processes(0, 1, CPU)
 SAMPLES, STEPS = 6, 2
 
 
@@ -114,7 +115,7 @@ def test_table_of_points(place, tiny_extractor, tmp_path, monkeypatch, capsys):
         assert 0 <= float(row["precision"]) <= 1 and 0 <= float(row["class_accuracy"]) <= 1
 
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "generate", None)
+        patch.setattr(sample_features, "generate", None)
         pareto.main(argv)
     assert read(tmp_path) == rows
     table = (tmp_path / "pareto.csv").read_text().splitlines(keepends=True)
@@ -183,9 +184,10 @@ def test_a_static_model_is_one_point_per_scale(place, tiny_extractor, tmp_path, 
 def test_samples_do_not_depend_on_the_processes(place, tiny_extractor, tmp_path):
     run, extractor = load_trained(place / "a.pt"), load_extractor(str(tiny_extractor), None, CPU)
     options, labels = SamplingOptions(num_sampling_steps=STEPS), [0, 1, 2, 0, 1, 2, 0]
-    one = measure_samples(run, options, labels, extractor, tmp_path / "one", 2)
+    plan = SamplePlan(options, labels, batch_size=2)
+    one = measure_samples(run, plan, extractor, tmp_path / "one", ALONE)
     for rank in (1, 0):
-        two = measure_samples(run, options, labels, extractor, tmp_path / "two", 2, rank, 2)
+        two = measure_samples(run, plan, extractor, tmp_path / "two", group.Processes(rank, 2, CPU))
     assert len(one.ranges) == 4
     for name in ("features", "logits", "tflop", "kept"):
         assert np.array_equal(one.read(name), two.read(name)) and len(one.read(name)) == 7
@@ -313,9 +315,9 @@ def test_evaluation_during_training(tiny_config, tiny_extractor, place, tmp_path
     )  # the last row is that of the EMA in the last checkpoint
     options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=STEPS, sampler="ddim")
     labels = draw_labels(0, list(range(SAMPLES)), 3)
-    chunks = measure_samples(
-        run, options, labels, load_extractor(str(tiny_extractor), None, CPU), tmp_path / "again", 4
-    )
+    extractor = load_extractor(str(tiny_extractor), None, CPU)
+    plan = SamplePlan(options, labels, batch_size=4)
+    chunks = measure_samples(run, plan, extractor, tmp_path / "again", ALONE)
     assert rows[1]["tflop_per_image"] == pytest.approx(chunks.read("tflop").mean(), rel=1e-12)
     assert rows[1]["class_accuracy"] == (chunks.read("logits").argmax(1) == labels).mean()
 
@@ -334,9 +336,9 @@ def test_evaluation_during_training_on_two_processes(run, tiny_extractor, place,
         draw_labels(0, list(range(SAMPLES)), 3),
     )
     options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=STEPS, sampler="ddim")
-    chunks = measure_samples(
-        trained, options, labels, load_extractor(str(tiny_extractor), None, CPU), tmp_path / "again", 4
-    )
+    extractor = load_extractor(str(tiny_extractor), None, CPU)
+    plan = SamplePlan(options, labels, batch_size=4)
+    chunks = measure_samples(trained, plan, extractor, tmp_path / "again", ALONE)
     assert row["step"] == 8 and row["tflop_per_image"] == pytest.approx(
         chunks.read("tflop").mean(), rel=1e-12
     )

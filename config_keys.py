@@ -1,0 +1,225 @@
+"""The table of all configuration keys: official section and key names, with type, default, role and meaning.
+
+The type of a key includes what its value must be. The role says what the key shapes: one of the four functions below.
+What must hold between several keys stands in config.py; docs/configuration.md shows the table to users.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypeVar
+
+from schema import (
+    Constraint,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    above,
+    at_least,
+    field_with,
+    not_empty,
+    of_length,
+)
+
+T = TypeVar("T")
+Role = Literal["network", "process", "training", "free"]
+
+# --------------------------------------------------------------------------------------------- what a key shapes: its role
+
+
+def network(default: T, meaning: str) -> T:
+    """A key that shapes the tensors of the network. Training, resuming and sampling must agree on it."""
+    return field_with(default, role="network", meaning=meaning)
+
+
+def process(default: T, meaning: str) -> T:
+    """A key that shapes what is computed with these tensors. Training, resuming and sampling must agree on it."""
+    return field_with(default, role="process", meaning=meaning)
+
+
+def training(default: T, meaning: str) -> T:
+    """A key that shapes the course of training. A resumed run must agree on it; sampling need not."""
+    return field_with(default, role="training", meaning=meaning)
+
+
+def free(default: T, meaning: str) -> T:
+    """A key that shapes nothing that training learns. A resumed run may change it."""
+    return field_with(default, role="free", meaning=meaning)
+
+
+# ------------------------------------------------------------------------------------------------------------- the table
+
+Seed = Annotated[int, at_least(0), Constraint("below 2**63", lambda value: value < 2**63)]
+DownsampleFactor = Annotated[float, above(1)] | Annotated[list[Annotated[float, above(1)]], of_length(1)]
+
+
+@dataclass
+class HNetConfig:
+    """Blocks and widths: of the scaffold (encoder, router, decoder) and of the main network."""
+
+    arch_layout: list = network(["c2", ["D12"], "c2"], "encoder, main network, decoder; see below")
+    d_model: Annotated[list[PositiveInt], of_length(2)] = network(
+        [768, 768], "width of the scaffold and of the main network; both must be equal"
+    )
+    num_heads: Annotated[list[PositiveInt], of_length(2)] = process(
+        [12, 12], "attention heads; the second entry is that of the main network"
+    )
+    tie_embeddings: Literal[False] = process(False, "in the official files; has no meaning for images")
+    enc_dec_dim_factor: Annotated[list[NonNegativeInt | None], of_length(2)] | None = network(
+        None, "[factor, null]: encoder and decoder have width d_model / factor"
+    )
+    dechunk_kernel_sigma: PositiveFloat = process(1.0, "smoothing in latent cells; 2 at 512 pixels")
+    fp32_router_dechunk: bool | Literal["tf32"] = process(
+        True, "router and dechunk stay in float32 under autocast; tf32: with TF32 products"
+    )
+
+
+@dataclass
+class UpcycleConfig:
+    """How training.init_from turns a static DiT into a DC-DiT; see weights/upcycle.py."""
+
+    scaffold: Literal["dit", "fresh"] = training(
+        "dit", "stem, encoder, decoder and head: from the DiT, or new"
+    )
+    router: Literal["balanced", "fresh"] = training("balanced", "balanced: keeps 1 token in N from the start")
+
+
+@dataclass
+class ModelConfig:
+    """The network."""
+
+    name: str = training("DC-DiT", "name of the run in folders, logs and tables")
+    mlp_ratio: PositiveFloat = network(4.0, "hidden width of an MLP over its width")
+    init: Literal["adaln_zero", "released"] = training(
+        "adaln_zero",
+        "modulation and residual projection start at zero; released: as the official code starts",
+    )
+    attention: Literal["auto", "flash", "varlen", "sdpa"] = training(
+        "auto", "kernel; auto: the fastest one here"
+    )
+    patch_size: PositiveInt | None = network(
+        None, "P: a static DiT on patches of P x P cells; null: a DC-DiT"
+    )
+    timestep_divisor: PositiveInt = process(
+        128, "timestep frequency k is 10000^(-k / divisor); 127 as in the DiT of diffusers"
+    )
+    upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
+    hnet: HNetConfig = field(default_factory=HNetConfig)
+
+
+@dataclass
+class FractionRange:
+    """Any fraction from min to max, uniformly."""
+
+    min: Fraction
+    max: Fraction
+
+
+@dataclass
+class TrainingConfig:
+    """The course of training."""
+
+    epochs: PositiveInt = free(80, "passes over the features")
+    max_steps: PositiveInt | None = free(None, "length in optimizer steps, in place of epochs")
+    global_batch_size: PositiveInt = training(256, "images per batch over all processes")
+    learning_rate: PositiveFloat = training(1e-4, "learning rate of AdamW after the warmup")
+    lr_warmup_steps: NonNegativeInt = training(0, "optimizer steps in which the learning rate rises")
+    weight_decay: NonNegativeFloat = training(0.0, "weight decay of AdamW")
+    ema_decay: Fraction = training(0.9999, "share of the old EMA that a step keeps")
+    max_grad_norm: PositiveFloat = training(1.0, "longer gradients are scaled down to this norm")
+    gradient_accumulation_steps: PositiveInt = training(1, "batches per optimizer step")
+    gradient_checkpointing: bool = training(False, "recompute blocks in the backward pass to save memory")
+    precision: Literal["auto", "bf16", "fp32"] = training(
+        "auto", "auto: as accelerate launch says, and bf16 on CUDA where it says nothing"
+    )
+    compile: bool = free(False, "torch.compile of blocks, encoder and decoder; also --compile")
+    class_dropout_prob: Fraction = network(
+        0.1, "share of labels replaced by the null label; 0: no null label"
+    )
+    learn_sigma: bool = network(True, "predict the variance of the reverse process too")
+    ratio_loss_weight: float = training(0.03, "weight of the ratio loss")
+    ratio_batch_size: PositiveInt | None = training(
+        16, "samples over which the ratio loss averages its shares; null: the local batch"
+    )
+    downsample_factor: DownsampleFactor = training(4.0, "N: the router learns to keep about 1 token in N")
+    downsample_factor_start: DownsampleFactor | None = training(None, "N at step 0; null: constant N")
+    downsample_factor_warmup_steps: NonNegativeInt = training(
+        0, "optimizer steps from the first N to the last"
+    )
+    multi_budget_training: bool = training(False, "drop a random fraction of the kept tokens in each step")
+    multi_budget_drop_fractions: Annotated[list[Fraction], not_empty] | FractionRange = training(
+        [0.0, 0.1, 0.2, 0.3], "the fractions to draw from; {min, max}: any fraction between"
+    )
+    multi_budget_start_step: NonNegativeInt | None = training(
+        None, "first optimizer step that drops tokens; null: downsample_factor_warmup_steps"
+    )
+    seed: Seed = training(0, "seed of weights, batches and noise")
+    profile: bool = free(False, "write traces of torch.profiler")
+    profile_steps: Annotated[list[PositiveInt], of_length(2)] = free([10, 20], "first and last step to trace")
+    resume_from_ckpt: str | None = free(None, "start a new run from this checkpoint")
+    init_from: str | None = free(
+        None, "start with the weights of this model; see model.upcycle for a static DiT"
+    )
+    frozen: list[str] = training([], "parameters with these beginnings of names wait for frozen_steps")
+    frozen_steps: NonNegativeInt = training(0, "optimizer steps in which the frozen parameters do not change")
+    lr_scales: dict[str, PositiveFloat] = training(
+        {}, "beginning of a parameter's name: factor on its learning rate"
+    )
+    max_skipped_steps: PositiveInt = free(10, "number of non-finite steps in a row that ends training")
+    rank_timeout: PositiveFloat = free(
+        600.0, "seconds after which a process that is dead or hangs ends the others"
+    )
+
+
+@dataclass
+class DataConfig:
+    """Images and their latents."""
+
+    feature_path: str = free("features", "folder that extract_features.py wrote")
+    image_size: PositiveInt = network(256, "side of an image in pixels")
+    num_classes: PositiveInt = network(1000, "number of labels, without the null label")
+    num_workers: NonNegativeInt = free(32, "loader processes per training process")
+    vae: str = free("ema", "autoencoder that decodes samples: ema, mse, or a local diffusers folder")
+    latent_stride: PositiveInt = network(8, "pixels per latent cell; must agree with the features")
+    latent_channels: PositiveInt = network(4, "channels of a latent; must agree with the features")
+
+
+@dataclass
+class DiffusionConfig:
+    """The diffusion process and its guidance."""
+
+    noise_schedule: Literal["linear", "squaredcos_cap_v2"] = process("linear", "schedule of the betas")
+    diffusion_steps: PositiveInt = process(1000, "number of timesteps")
+    cfg_channels: PositiveInt | Literal["all"] = training(
+        3, "guidance changes the first n latent channels, or all"
+    )
+
+
+@dataclass
+class LoggingConfig:
+    """What training writes; intervals are in optimizer steps."""
+
+    results_dir: str = free("results", "where a run without --output makes its folder")
+    log_every: PositiveInt = free(100, "interval of log lines")
+    ckpt_every: PositiveInt = free(10000, "interval of checkpoints")
+    ckpt_keep: NonNegativeInt = free(5, "number of the newest checkpoints that stay on disk; 0: all")
+    sample_every: NonNegativeInt = free(0, "interval of sample grids from the EMA; 0: none")
+    sample_cfg_scale: Annotated[float, at_least(1)] = free(4.0, "guidance scale of the sample grids")
+    trackers: list[str] = free([], "wandb, tensorboard, or another tracker that Accelerate knows")
+    wandb_project: str = free("Dynamic-Chunking-DiT", "project in wandb")
+
+
+@dataclass
+class EvaluationConfig:
+    """Evaluation of the EMA during training; see evaluation/in_training.py."""
+
+    every: NonNegativeInt = free(0, "interval in optimizer steps; 0: none")
+    num_samples: Annotated[int, at_least(4)] = free(2048, "number of samples")  # each needs a third neighbour
+    reference: str | None = free(
+        None, "ADM .npz, folder of images, or a file of evaluate.py --make-reference"
+    )
+    features: str = free("inception", "inception, a TorchScript file, or the folder of a timm model")
+    inception_weights: str | None = free(None, "file of Inception weights; null: torch-fidelity's download")
+    cfg_scale: Annotated[float, at_least(1)] = free(1.0, "guidance scale")
+    num_sampling_steps: PositiveInt = free(50, "DDIM steps")
+    batch_size: PositiveInt = free(32, "samples per batch and process")

@@ -1,0 +1,133 @@
+"""Features of images, kept on disk in chunks.
+
+Each chunk is a file. Processes share the work by writing different chunks, and an interrupted run finds those that are done.
+No result depends on the number of processes.
+"""
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from config import OneProcessError, UserError
+from data.files import write_file
+from evaluation.adm_npz import NpzImages
+from evaluation.extractors import Extractor, ExtractorOutput
+from evaluation.image_sets import FolderImages
+from evaluation.metrics import Gaussian, Moments
+from processes.group import Processes
+
+FORMAT = 1  # of cached features; raise it whenever their meaning changes
+CHUNK = 256  # images per file
+BATCH = 64  # images per call of the extractor, as in the ADM suite
+
+
+class FeatureChunks:
+    """`folder/NNNNN.npz`: the same arrays in every file, for `size` consecutive images out of `count`."""
+
+    def __init__(self, folder: Path, count: int, size: int):
+        self.folder = folder
+        self.count = count
+        self.ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def path(self, chunk: int) -> Path:
+        return self.folder / f"{chunk:05d}.npz"
+
+    def missing(self, processes: Processes) -> list[int]:
+        """Chunks that this process has to compute: those without a file, or whose file is empty or ends early."""
+        share = range(len(self.ranges))[processes.rank :: processes.world]
+        return [chunk for chunk in share if not zipfile.is_zipfile(self.path(chunk))]
+
+    def images_in(self, chunks: list[int]) -> int:
+        """Number of images in some of the chunks."""
+        return sum(len(self.ranges[chunk]) for chunk in chunks)
+
+    def write(self, chunk: int, arrays: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_file(self.path(chunk), lambda stream: np.savez(stream, **arrays), shared=True)
+
+    def has(self, name: str) -> bool:
+        """Whether the chunks hold an array of this name."""
+        with np.load(self.path(0), allow_pickle=False) as arrays:
+            return name in arrays.files
+
+    def parts(self, name: str) -> Iterator[np.ndarray]:
+        """One array, chunk by chunk."""
+        for chunk in range(len(self.ranges)):
+            with np.load(self.path(chunk), allow_pickle=False) as arrays:
+                yield arrays[name]
+
+    def read(self, name: str) -> np.ndarray:
+        """One array for all images: (count, ...)."""
+        return np.concatenate(list(self.parts(name)))
+
+    def mean(self, name: str) -> float:
+        """Mean of an array over all images."""
+        return float(self.read(name).mean())
+
+    def gaussian(self, name: str) -> Gaussian:
+        """Mean and covariance over all images, with one chunk in memory at a time."""
+        parts = self.parts(name)
+        first = next(parts)
+        moments = Moments(first.shape[1])
+        moments.add(first)
+        for rows in parts:
+            moments.add(rows)
+        return moments.gaussian()
+
+
+def extract(
+    images: FolderImages | NpzImages, extractor: Extractor, cache: Path, processes: Processes
+) -> FeatureChunks:
+    """Features of all images, in a folder of `cache` named by the content of images and extractor. Collective."""
+    made_of = f"{images.digest()[:32]}-{extractor.name.replace(':', '-')[:48]}"
+    chunks = FeatureChunks(cache / f"{FORMAT}-{made_of}", len(images), CHUNK)
+    missing = chunks.missing(processes)
+    with progress_bar(chunks.images_in(missing), "features", processes) as bar:
+        for chunk in missing:
+            pixels = read_pixels(images, chunks.ranges[chunk])
+            outputs = []
+            for batch in pixels.split(BATCH):
+                outputs.append(run_extractor(extractor, batch))
+                bar.update(len(batch))
+            chunks.write(chunk, as_arrays(outputs))
+    if processes.world > 1:
+        dist.barrier()
+    return chunks
+
+
+def progress_bar(images: int, title: str, processes: Processes) -> tqdm:
+    """A bar of the first process's share of the images."""
+    return tqdm(total=images, unit="img", desc=title, disable=processes.rank > 0)
+
+
+def read_pixels(images: FolderImages | NpzImages, index: range) -> Tensor:
+    """(n, 3, H, W) uint8."""
+    try:
+        pixels = images.read(index)
+    except UserError as error:
+        # Only the process whose share holds the damaged image knows about it
+        raise OneProcessError(str(error)) from None
+    return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous()
+
+
+def run_extractor(extractor: Extractor, images: Tensor) -> ExtractorOutput:
+    """Features of images (B, 3, H, W) uint8, in full float32: TF32 convolutions would cost digits."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return extractor(images.to(extractor.device))
+
+
+def as_arrays(outputs: list[ExtractorOutput]) -> dict[str, np.ndarray]:
+    """Outputs for consecutive batches as arrays (n, ...), without those that the extractor does not give."""
+    arrays = {}
+    for name in ExtractorOutput._fields:
+        values = [getattr(output, name) for output in outputs]
+        if values[0] is not None:
+            arrays[name] = torch.cat(values).cpu().numpy()
+    return arrays

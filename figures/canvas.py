@@ -1,0 +1,16 @@
+"""What all figures share: the size of their text, and how they are written."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from data.files import write_file
+
+SMALL: dict[Any, Any] = {"font.size": 8}  # settings of matplotlib for `rc_context`
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG; its folder is created if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, lambda stream: figure.savefig(stream, format="png"))
