@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: a tiny autoencoder, folder of images, feature extractor and configuration of a run."""
+"""Fixtures shared by the tests: a tiny autoencoder, images, a feature extractor and the configuration of a run."""
 
 import functools
 import os
@@ -14,9 +14,9 @@ from processes import group
 
 # Files whose tests together take less than half a minute: `python -m pytest -m fast`.
 FAST = (
-    "test_attention.py", "test_budgets.py", "test_config.py", "test_conv.py", "test_dc_dit.py", "test_dechunk.py",
-    "test_diffusion.py", "test_dit.py", "test_images.py", "test_imports.py", "test_metrics.py", "test_model_golden.py",
-    "test_packing.py", "test_readme.py", "test_router.py", "test_slurm.py",
+    "test_attention.py", "test_budgets.py", "test_config.py", "test_conv.py", "test_dc_dit.py",
+    "test_dechunk.py", "test_diffusion.py", "test_dit.py", "test_images.py", "test_imports.py", "test_metrics.py",
+    "test_model_golden.py", "test_packing.py", "test_readme.py", "test_router.py", "test_slurm.py",
 )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def seeded():
 
 @pytest.fixture
 def smooth_on_grid(monkeypatch):
-    """The dechunk smooths as on a GPU: without reading values on the host, and with products that can be counted."""
+    """The dechunk smooths as on a GPU: without reading values on the host, in products that can be counted."""
     from models.ops.smoothing import SpatialSmoothing
 
     def prepare(self, packing):
@@ -83,7 +83,7 @@ def save_tiny_vae(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_images(tmp_path_factory) -> Path:
-    """Folder of 3 classes (a, b, c) with 4, 3 and 3 PNG images of 40 x 52 pixels. Tests that change it work on a copy."""
+    """Folder of 3 classes (a, b, c) with 4, 3 and 3 PNG images of 40 x 52 pixels. Change copies only."""
     return save_tiny_images(tmp_path_factory.mktemp("images"))
 
 
@@ -130,7 +130,8 @@ training:
   downsample_factor_start: 2
   downsample_factor_warmup_steps: 4
   multi_budget_training: true
-data: {{feature_path: {folder}/features, image_size: 32, num_classes: 3, num_workers: 0, vae: {vae}, latent_stride: 4}}
+data:
+  {{feature_path: {folder}/features, image_size: 32, num_classes: 3, num_workers: 0, vae: {vae}, latent_stride: 4}}
 logging: {{results_dir: {folder}/results, log_every: 4, ckpt_every: 3, ckpt_keep: 0}}
 """
 

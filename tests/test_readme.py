@@ -1,4 +1,4 @@
-"""What the documentation names exists: commands, options, keys, defaults, files, links and imports."""
+"""What the documentation names exists: commands, options, keys, files, links and imports."""
 
 import argparse
 import ast
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import conftest
 import pytest
-import yaml
 
 from config import UserError, config_from_dict, load_config, to_dict
 
@@ -38,7 +37,7 @@ FOREIGN_OPTIONS = {"--machine_rank", "--num_cpu_threads_per_process", "--help"}
 MADE_BY_COMMANDS = {"quickstart", "results", "samples", "features"}
 
 
-# ------------------------------------------------------------------------------------------------ the parts of a page
+# --------------------------------------------------------------------------------------- the parts of a page
 
 
 @functools.cache
@@ -69,7 +68,7 @@ def commands(page: str) -> list[str]:
     return [line for line in lines if line]
 
 
-# ------------------------------------------------------------------------------------------------ commands
+# -------------------------------------------------------------------------------------------------- commands
 
 
 class Call(NamedTuple):
@@ -160,7 +159,7 @@ def test_readme_has_a_command_for_every_step_of_the_workflow():
         assert any(script in command for command in commands(README)), script
 
 
-# ------------------------------------------------------------------------------------------------ names in the prose
+# ---------------------------------------------------------------------------------------- names in the prose
 
 
 def default(key: str) -> Any:
@@ -237,18 +236,6 @@ def test_functions_in_the_prose(page):
         functools.reduce(getattr, function.split("."), module)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_table_of_defaults(page):
-    """Every key has the default that the table says; a key without a section is in that of the one before."""
-    for table in text(page).split("| key | default | meaning |")[1:]:
-        for row in table.split("\n\n")[0].splitlines()[2:]:
-            names, values = row.replace("`", "").split("|")[1:3]
-            first, *more = re.split(r", | and ", names.strip())
-            section = first.rpartition(".")[0]
-            found = [default(key) for key in [first, *(f"{section}.{name}" for name in more)]]
-            assert found == yaml.safe_load(f"[{values}]"), names
-
-
 def test_map_of_the_code():
     """Every file that the README's map names exists, and every package and script is in it."""
     (tree,) = [block for block in blocks(README, "") if "models/" in block]
@@ -264,7 +251,7 @@ def test_map_of_the_code():
     assert named >= PACKAGES | SCRIPTS
 
 
-# ------------------------------------------------------------------------------------------------ examples in Python
+# ---------------------------------------------------------------------------------------- examples in Python
 
 
 EXAMPLES = [(page, code) for page in PAGES for code in blocks(page, "python")]
@@ -298,7 +285,7 @@ def test_walk_prints_the_shapes_that_it_shows(monkeypatch):
     assert printed.getvalue() == shown
 
 
-# ------------------------------------------------------------------------------------------------ links and sizes
+# ------------------------------------------------------------------------------------------- links and sizes
 
 
 def links(page: str) -> list[str]:
@@ -330,7 +317,7 @@ def test_readme_is_short():
     assert (ROOT / README).stat().st_size <= README_LIMIT
 
 
-# ------------------------------------------------------------------------------------------------ the fast tests
+# -------------------------------------------------------------------------------------------- the fast tests
 
 
 @pytest.mark.parametrize("name", conftest.FAST)
