@@ -6,6 +6,7 @@ data/features.py describes the folder that is written.
 import math
 import os
 import re
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -165,15 +166,14 @@ def draw_latents(
 class FeatureWriter:
     """Writes one store, by any number of processes that share a file system.
 
-    One process calls `prepare`; then each process calls `write` for its share of the missing shards; when no
-    shard is missing, one process calls `finish`. After a kill at any moment, the same calls complete the
-    store.
+    One process calls `prepare`; then each process calls `write` for its share of the missing shards, and one
+    process calls `finish`. After a kill at any moment, the same calls complete the store.
     """
 
     def __init__(self, folder: str | os.PathLike, settings: StoreSettings, source_labels: list[int]):
         """
         Args:
-            folder: of the store; it need not exist.
+            folder: of the store; `prepare` makes it.
             settings: of the store.
             source_labels: class number of every source image.
         """
@@ -261,7 +261,10 @@ class FeatureWriter:
         write_json(self._record_path(shard), record)
 
     def finish(self) -> None:
-        """Write the labels and merge the records of all shards into the manifest."""
+        """Wait for the last shard, write the labels and merge the records of all shards into the manifest."""
+        # Not a barrier of the process group: other processes may be slow for longer than its timeout.
+        while self.missing():
+            time.sleep(0.5)
         records = [read_json(self._record_path(shard)) for shard in range(self.shards)]
         indices: list[int] = []
         skipped: list[list] = []
