@@ -39,9 +39,7 @@ class StoreOptions:
     kind: str = "moments"  # or "sample"
     flip: bool = True  # moments: mirror images too; sample: draw flips
     dtype: str = "float16"  # or "float32"
-    shard_size: int | None = (
-        None  # images per shard; None: 1024, more where that would make more than 256 shards
-    )
+    shard_size: int | None = None  # images per shard; None: 1024, or more to keep to 256 shards
     seed: int = 0  # of noise and flips; moments draw none at extraction
 
 
@@ -144,11 +142,11 @@ def draw_latents(
     autoencoder: Autoencoder, images: Tensor, indices: list[int], settings: StoreSettings
 ) -> Tensor:
     """One latent of each image or, at random, of its mirror image: (B, 1, C, s, s)."""
-    seed = settings.seed or 0
+    assert settings.seed is not None, "only moments are extracted without a seed"
     flips = torch.empty(len(indices), dtype=torch.bool)
     noise = torch.empty(len(indices), *settings.latent_shape)
     for row, index in enumerate(indices):
-        generator = rng(seed, "features", index)
+        generator = rng(settings.seed, "features", index)
         flips[row] = generator.random() < 0.5
         drawn = generator.standard_normal(settings.latent_shape, dtype=np.float32)
         noise[row] = torch.from_numpy(drawn)
