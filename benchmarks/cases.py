@@ -87,7 +87,7 @@ def pin(routing: Routing, prob: Tensor) -> Routing:
 def plain_forward(case: Case, x: Tensor, t: Tensor, labels: Tensor):
     """The textbook model with the case's mask."""
     return reference.forward(
-        case.model, case.sigma, x, t, labels, pin=lambda routing: pin(routing, case.prob)
+        case.model, case.sigma, x, t, labels, replace_routing=lambda routing: pin(routing, case.prob)
     )
 
 

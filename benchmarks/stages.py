@@ -81,7 +81,7 @@ def packed_stages(case: Case, c: Tensor, features: Tensor):
     model, prob = case.model, case.prob.clone().requires_grad_()
     routing = Routing(prob, prob > 0.5, prob > 0.5)
     packing, chunks = plan_packing(routing.keep), reference.plan(routing)
-    tokens = torch.randn(len(packing.index), case.config.d_model, device=c.device).requires_grad_()
+    tokens = torch.randn(len(packing.token_index), case.config.d_model, device=c.device).requires_grad_()
     residual, block = torch.randn_like(features).requires_grad_(), model.blocks[0]
     sigma = case.sigma
     yield (
@@ -97,7 +97,7 @@ def packed_stages(case: Case, c: Tensor, features: Tensor):
         "attention",
         {
             "plain": lambda: reference.attention(block.attn, tokens, chunks),
-            "ours": lambda: block.attn(block.attn.qkv(tokens), packing),
+            "ours": lambda: block.attn(tokens, packing),
         },
         [tokens],
         block.attn,
@@ -115,7 +115,7 @@ def packed_stages(case: Case, c: Tensor, features: Tensor):
         "dechunk",
         {
             "plain": lambda: reference.dechunk(tokens, routing, chunks, sigma) + residual,
-            "ours": lambda: model.dechunk(tokens, routing, packing).add_(residual),
+            "ours": lambda: model.dechunk(tokens, residual, routing, packing),
         },
         [tokens, prob, residual],
         None,
