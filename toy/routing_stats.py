@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from config import Config
 from data.streams import rng
 from diffusion import create_diffusion
 from sampling.generate import TrainedModel
@@ -25,7 +26,6 @@ class RoutingStats(NamedTuple):
     overall: float
 
 
-@torch.inference_mode()
 def measure_routing(
     trained: TrainedModel, images: Tensor, masks: Tensor, labels: list[int], seed: int = 0
 ) -> RoutingStats:
@@ -38,30 +38,10 @@ def measure_routing(
         labels: B class numbers.
         seed: of the noise.
     """
-    config = trained.config
-    device = trained.device
-    diffusion_steps = config.diffusion.diffusion_steps
-    diffusion = create_diffusion(config.diffusion.noise_schedule, diffusion_steps)
-    x0, _ = trained.autoencoder.encode(images.to(device))
-    classes = torch.tensor(labels, device=device)
-
-    # Route every image at every timestep
+    diffusion_steps = trained.config.diffusion.diffusion_steps
     timesteps = [round((k + 0.5) / TIMESTEPS * diffusion_steps) for k in range(TIMESTEPS)]
-    kept_at = []
-    for timestep in timesteps:
-        draw = rng(seed, "routing", timestep)
-        noise = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32)).to(device)
-        t = torch.full_like(classes, timestep)
-        x_t = diffusion.add_noise(x0, t, noise)
-        routing = trained.model(x_t, t, classes).routing
-        kept_at.append(routing.boundary.cpu())
-    kept = torch.stack(kept_at).float()  # (timesteps, B, L)
-
-    # Cells that an object covers by at least half, (B, L)
-    pixels_per_token = config.data.image_size // config.token_side
-    coverage = F.avg_pool2d(masks.float()[:, None], pixels_per_token)
-    on_object = coverage.flatten(1) >= 0.5
-
+    kept = kept_tokens(trained, images, labels, timesteps, seed)
+    on_object = cells_on_object(masks, trained.config)
     t_of_1000 = torch.tensor(timesteps) * 1000 / diffusion_steps
     return RoutingStats(
         on_objects=kept[:, on_object].mean().item(),
@@ -70,3 +50,30 @@ def measure_routing(
         noisy=kept[t_of_1000 > 700].mean().item(),
         overall=kept.mean().item(),
     )
+
+
+@torch.inference_mode()
+def kept_tokens(
+    trained: TrainedModel, images: Tensor, labels: list[int], timesteps: list[int], seed: int
+) -> Tensor:
+    """What the router keeps of every image at every timestep: (timesteps, B, L) float, 0 or 1."""
+    config = trained.config.diffusion
+    diffusion = create_diffusion(config.noise_schedule, config.diffusion_steps)
+    x0, _ = trained.autoencoder.encode(images.to(trained.device))
+    classes = torch.tensor(labels, device=trained.device)
+    kept = []
+    for timestep in timesteps:
+        draw = rng(seed, "routing", timestep)
+        noise = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32)).to(trained.device)
+        t = torch.full_like(classes, timestep)
+        x_t = diffusion.add_noise(x0, t, noise)
+        routing = trained.model(x_t, t, classes).routing
+        kept.append(routing.boundary.cpu())
+    return torch.stack(kept).float()
+
+
+def cells_on_object(masks: Tensor, config: Config) -> Tensor:
+    """Token cells that an object covers by at least half: (B, H, W) bool -> (B, L) bool."""
+    pixels_per_token = config.data.image_size // config.token_side
+    coverage = F.avg_pool2d(masks.float()[:, None], pixels_per_token)
+    return coverage.flatten(1) >= 0.5
