@@ -54,7 +54,7 @@ def calm() -> None:
     group.default_device = lambda local_rank=0: torch.device("cpu")
 
 
-# --------------------------------------------------------------------------------------------------------- one attempt
+# ------------------------------------------------------------------------------------------------ one attempt
 
 
 def die_after(seconds: float) -> None:
@@ -147,7 +147,7 @@ def attempt(
     return [process.exitcode for process in processes]
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 
 class Campaign:
@@ -262,7 +262,7 @@ def assert_close_metrics(one: Path, other: Path) -> None:
         assert abs(row["loss"] - same["loss"]) <= 0.01 * row["loss"], (row["step"], row["loss"], same["loss"])
 
 
-# ------------------------------------------------------------------------------------------------ extraction and sampling
+# ------------------------------------------------------------------------------------ extraction and sampling
 
 
 def content(folder: Path) -> dict[str, bytes]:

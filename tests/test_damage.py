@@ -29,7 +29,7 @@ def flip_bit(file: Path, position: int) -> None:
         stream.write(bytes([byte ^ 16]))
 
 
-# ---------------------------------------------------------------------------------------------------- damaged checkpoints
+# ---------------------------------------------------------------------------------------- damaged checkpoints
 
 
 def test_no_flipped_bit_is_ever_loaded(tmp_path):
@@ -114,7 +114,7 @@ def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path):
     assert os.listdir(tmp_path) == ["0000002.pt"]
 
 
-# ------------------------------------------------------------------------------------------------------ features and images
+# ---------------------------------------------------------------------------------------- features and images
 
 
 def test_verify_finds_a_flipped_bit(tiny_config, tmp_path):

@@ -295,7 +295,7 @@ class Trainer:
             self.log.evaluation(self.step, metrics)
 
     def finish_interrupted_step(self) -> None:
-        """Sample and evaluate at the first step, if the run was ended right after its checkpoint. Collective."""
+        """Sample and evaluate at the first step if the run ended right after its checkpoint. Collective."""
         is_resumed = (self.folder / "checkpoints" / f"{self.step:07d}.pt").exists()
         has_grid = grid_path(self.folder, self.step).exists()
         has_metrics = self.log.has_evaluation(self.step)
