@@ -43,7 +43,7 @@ def loaded_model(state: dict) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def diffusers_dit(tmp_path_factory):
-    """A small random DiTTransformer2DModel and its folder. As in trained ones, all blocks have one embedding."""
+    """A small random DiTTransformer2DModel and its folder; all blocks have one embedding, as in trained ones."""
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
@@ -154,7 +154,7 @@ def assert_same_weights(found: dict, expected: dict) -> None:
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory) -> Path:
-    """A checkpoint as the official code writes it: it pickles a `config.Config` with the fields of the one here."""
+    """A checkpoint as the official code writes it, with a pickled `config.Config`."""
     ema = {}
     with safe_open(GOLDEN, "pt") as file:
         about = file.metadata()

@@ -69,7 +69,7 @@ def test_every_tensor_is_accounted_for():
 
 @pytest.mark.parametrize("factor", [None, 2], ids=["as wide", "narrow encoder"])
 def test_features_are_the_embeddings_of_patches(factor):
-    """At every cell that starts a patch of the DiT, up to the length that RMSNorm sets; so is the position."""
+    """At every cell that starts a patch of the DiT, up to the length from RMSNorm; so is the position."""
     dit = perturbed_dit()
     model = build(factor)
     upcycle(dit, model, "dit", "balanced", 4.0)
