@@ -1,7 +1,7 @@
 """The table of all configuration keys: official section and key names, with type, default, role and meaning.
 
-The type of a key includes what its value must be. One of the four functions below gives its role: what the key shapes.
-What must hold between several keys stands in config.py; docs/configuration.md shows the table to users.
+The type of a key includes what its value must be. One of the four functions below gives its role: what the
+key shapes. What must hold between several keys stands in config.py. docs/configuration.md shows the table.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from schema import (
 T = TypeVar("T")
 Role = Literal["network", "process", "training", "free"]
 
-# ------------------------------------------------------------------------------------ what a key shapes: its role
+# -------------------------------------------------------------------------------- what a key shapes: its role
 
 
 def network(default: T, meaning: str) -> T:
@@ -47,7 +47,7 @@ def free(default: T, meaning: str) -> T:
     return field_with(default, role="free", meaning=meaning)
 
 
-# ------------------------------------------------------------------------------------------------------ the table
+# -------------------------------------------------------------------------------------------------- the table
 
 Seed = Annotated[int, at_least(0), Constraint("below 2**63", lambda value: value < 2**63)]
 DownsampleFactor = Annotated[float, above(1)] | Annotated[list[Annotated[float, above(1)]], of_length(1)]

@@ -40,9 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     gradio = import_gradio()
     trained = load_trained_from(args, group.default_device())
     if trained.config.is_static:
-        raise UserError(
-            f"--ckpt '{args.ckpt}': is a static DiT, which has no budget to show; draw its samples with sample.py"
-        )
+        reason = "is a static DiT, which has no budget to show"
+        raise UserError(f"--ckpt '{args.ckpt}': {reason}; draw its samples with sample.py")
     SamplingOptions(num_sampling_steps=args.num_sampling_steps).check(trained.config)
     if args.dry_run:
         print(describe(trained.config))

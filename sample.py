@@ -2,7 +2,7 @@
 
     python sample.py --ckpt results/000-DC-DiT/checkpoints/0400000.pt --cfg-scale 4.0
 
-writes sample.png, summary.json (what the images cost), chunking_viz.png and chunking_summary.png into --output.
+writes sample.png, summary.json (what the images cost), chunking_viz.png and chunking_summary.png.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Sample many images for evaluation, on any number of processes.
 
-    torchrun --nnodes=1 --nproc_per_node=8 sample_ddp.py --ckpt 0400000.pt --output-dir samples --cfg-scale 1.5
+    torchrun --nproc_per_node=8 sample_ddp.py --ckpt 0400000.pt --output-dir samples --cfg-scale 1.5
 
-writes samples/NNNNNN.png, samples/summary.json (what the images cost) and samples.npz for the ADM evaluation suite. The same
-command resumes an interrupted run.
+writes samples/NNNNNN.png, samples/summary.json (what the images cost) and samples.npz for the ADM evaluation
+suite. The same command resumes an interrupted run.
 """
 
 import argparse

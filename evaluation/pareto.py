@@ -1,4 +1,4 @@
-"""The points of quality against cost: every budget of every checkpoint is sampled and compared with a reference.
+"""The points of quality against cost: every budget of every checkpoint, sampled and compared with a reference.
 
 `figures/pareto.py` is the command and draws them.
 """
@@ -92,7 +92,7 @@ class Point:
         )
 
     def key(self, settings: dict[str, str]) -> str:
-        """Name of the point in the table and of its folder: equal keys mean equal samples and an equal comparison."""
+        """Name of the point in the table and of its folder: equal keys mean equal samples and comparisons."""
         identity = (
             self.trained.fingerprint,
             self.trained.autoencoder.sha256,
@@ -168,7 +168,7 @@ def measure(plan: ParetoPlan) -> list[dict[str, str]]:
     """Measure the points that the table lacks; returns all its rows. Collective.
 
     Raises:
-        UserError: models, reference or options that do not fit together, or a table of points with other settings.
+        UserError: models, reference or options do not fit together, or the table has points of other settings.
     """
     # Load and check everything before the first file is written
     source = open_source(plan.reference)
@@ -205,7 +205,7 @@ def measure(plan: ParetoPlan) -> list[dict[str, str]]:
 
 
 def points_of(trained: TrainedModel, plan: ParetoPlan) -> list[Point]:
-    """All points of one model, cheapest guidance first; a static DiT has no budgets, and scale 1 no second branch."""
+    """All points of one model; a static DiT has no budgets, and scale 1 has no unconditional branch."""
     static = trained.config.is_static
     budgets = [0.0] if static else plan.budgets
     points = []
@@ -267,7 +267,7 @@ def warn_of_few_images(plan: ParetoPlan, reference: FeatureSet) -> None:
 def measure_point(
     point: Point, plan: ParetoPlan, yardstick: Yardstick, folder: Path, processes: Processes
 ) -> dict[str, str]:
-    """Sample and compare: the columns of cost and metrics, on the first process; the others return nothing. Collective.
+    """Sample and compare. Returns the columns of cost and metrics on the first process, nothing on the others.
 
     Args:
         folder: for the features of the samples; an interrupted call finds there what is done.

@@ -1,10 +1,10 @@
 """Quality against cost: every budget of every checkpoint is sampled, compared with a reference, and drawn.
 
-    python -m figures.pareto --ckpt A.pt --ckpt B.pt --budgets 0,0.2,0.4,0.6 --cfg-scale 1,1.5 --reference R.npz
+    python -m figures.pareto --ckpt A.pt --ckpt B.pt --budgets 0,0.2,0.4 --cfg-scale 1,1.5 --reference R.npz
 
-writes pareto.csv, a row per point, and pareto.png, a panel per guidance scale, into --output. The same command resumes, and
-with more checkpoints, budgets or scales it adds points. A static DiT is one point per scale. Under torchrun the
-processes share the work.
+writes pareto.csv, a row per point, and pareto.png, a panel per guidance scale, into --output. The same command
+resumes, and with more checkpoints, budgets or scales it adds points. A static DiT is one point per scale. Under
+torchrun the processes share the work.
 """
 
 import argparse
@@ -64,9 +64,9 @@ class Curve(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A curve against a baseline: share of the cost saved at equal metric, and metric gained at equal cost, where known.
+    """A curve against a baseline: share of the cost saved at equal metric, and metric gained at equal cost.
 
-    Negative numbers are losses.
+    None where the curves do not overlap. Negative numbers are losses.
     """
 
     baseline: str
@@ -86,7 +86,7 @@ class Comparison(NamedTuple):
         return f"{self.curve} against {self.baseline}: {found}"
 
 
-# -------------------------------------------------------------------------------------------------------------- curves
+# ----------------------------------------------------------------------------------------------------- curves
 
 
 def metric_of(rows: list[Row]) -> str:
@@ -147,7 +147,7 @@ def compare_curves(curves: list[Curve]) -> list[tuple[Comparison, Curve, Mark]]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------- picture
+# ---------------------------------------------------------------------------------------------------- picture
 
 
 @rc_context(SMALL)
@@ -195,7 +195,7 @@ def draw_curves(axis: Axes, curves: list[Curve]) -> None:
 
 
 def annotate(axis: Axes, comparison: Comparison, curve: Curve, mark: Mark) -> None:
-    """Arrows from the point to the interpolated curve: along the cost at equal metric, along the metric at equal cost."""
+    """Arrows from the point to the interpolated curve, at equal metric and at equal cost."""
     cost = curve.cost_at(mark.metric)
     if cost is not None and comparison.saving is not None:
         draw_arrow(axis, mark, (cost, mark.metric), f"{comparison.saving:+.0%} TFLOP saved")
@@ -212,7 +212,7 @@ def draw_arrow(axis: Axes, mark: Mark, target: tuple[float, float], text: str) -
     axis.annotate(text, middle, (2, 2), textcoords="offset points", fontsize=7, color="grey")
 
 
-# ------------------------------------------------------------------------------------------------------------- command
+# ---------------------------------------------------------------------------------------------------- command
 
 
 def numbers(text: str) -> list[float]:

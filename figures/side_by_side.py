@@ -1,4 +1,4 @@
-"""A sample at some budget beside the same sample with nothing dropped, each with its cost: what demo.py shows."""
+"""A sample at some budget beside the same sample with nothing dropped, each with its cost; for demo.py."""
 
 import functools
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 
 
 def side_by_side(trained: TrainedModel, steps: int, sampler: str) -> Callable[[int, int, float, float], Pair]:
-    """A function (label, seed, guidance scale, dropped fraction) -> Pair, which remembers what it has drawn."""
+    """A function (label, seed, guidance scale, dropped fraction) -> Pair; it remembers what it has drawn."""
 
     @functools.lru_cache(maxsize=256)
     def draw(label: int, seed: int, guidance: float, dropped: float) -> Drawn:

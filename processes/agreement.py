@@ -1,4 +1,4 @@
-"""Whether all processes start alike. They compare it before the first step, because nothing later shows a difference."""
+"""Whether all processes start alike. They compare before the first step: nothing later shows a difference."""
 
 import socket
 from typing import Any
@@ -26,6 +26,7 @@ def check_agreement(accelerator: Accelerator, facts: dict[str, Any]) -> None:
         different = [name for name in expected if found[name] != expected[name]]
         if different:
             raise UserError(
-                f"process {rank} on {host} differs from process 0 on {first_host} in {', '.join(different)}; all "
-                "machines need the same features and configuration, and must share the file system of the run's folder"
+                f"process {rank} on {host} differs from process 0 on {first_host} in {', '.join(different)}; "
+                "all machines need the same features and configuration, and the run's folder on a file "
+                "system that they share"
             )

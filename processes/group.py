@@ -38,7 +38,7 @@ def default_device(local_rank: int = 0) -> torch.device:
 
 
 def start_processes() -> Processes:
-    """Join the process group that torchrun describes: NCCL on CUDA, gloo elsewhere. Without torchrun there is no group."""
+    """Join the process group that torchrun describes: NCCL on CUDA, gloo elsewhere. No torchrun, no group."""
     follow_launcher()
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -19,9 +19,10 @@ POLL = 0.2  # seconds between two attempts
 class FolderLock:
     """Keeps a second run out of a folder. `acquire` takes the lock; leaving the `with` block gives it back.
 
-    The file `folder/.lock` names its holder. The lock on it is the kernel's (a POSIX record lock). A killed process loses
-    it at once, so a file that is left behind protects nothing. Child processes, such as loader workers that outlive a
-    killed run for some seconds, never inherit it. NFS and most cluster file systems keep it between machines, too.
+    The file `folder/.lock` names its holder. The lock on it is the kernel's (a POSIX record lock). A killed
+    process loses it at once, so a file that is left behind protects nothing. Child processes, such as loader
+    workers that outlive a killed run for some seconds, never inherit it. NFS and most cluster file systems
+    keep it between machines, too.
     """
 
     def __init__(self, folder: Path | str, option: str):
@@ -37,7 +38,7 @@ class FolderLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.file is not None:
-            # Remove it before closing, which unlocks: a process that waits must not lock a file without a name
+            # Remove the file before closing unlocks it: otherwise the next holder might lose its own file
             self.path.unlink(missing_ok=True)
             self.file.close()
             self.file = None
@@ -57,7 +58,8 @@ class FolderLock:
                 continue
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"{self.option} '{self.folder}' is in use by {holder}; stop that run or give another folder"
+                    f"{self.option} '{self.folder}' is in use by {holder}; "
+                    "stop that run or give another folder"
                 )
             if not announced:
                 print(f"waiting up to {PATIENCE:.0f} s for {holder}, which uses {self.folder}", flush=True)
@@ -66,7 +68,8 @@ class FolderLock:
 
     def _try(self) -> bool:
         """Take the lock if it is free. A file system without locks gives it to everyone, with a warning."""
-        file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - stays open as long as the lock is held
+        # The file stays open as long as the lock is held
+        file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -88,14 +91,14 @@ class FolderLock:
         return True
 
     def _is_current(self, file: TextIO) -> bool:
-        """Whether the opened file is still the one in the folder: the last holder may have removed it meanwhile."""
+        """Whether the opened file is still the one in the folder, which the last holder may have removed."""
         try:
             return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))
         except FileNotFoundError:
             return False
 
     def _holder(self) -> str | None:
-        """Process, host and time of the holder, as it has written them. None if it has just given the lock back."""
+        """Process, host and time of the holder as it wrote them. None if it has given the lock back."""
         try:
             text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:

@@ -1,10 +1,10 @@
-"""FSDP for models that outgrow one GPU: weights, gradients, EMA and optimizer state are sharded over all processes.
+"""FSDP for models that outgrow one GPU: all processes share weights, gradients, EMA and optimizer state.
 
-Accelerate turns it on (`accelerate launch --use_fsdp`, see docs/long_runs.md). Checkpoints hold full tensors all the same,
-so a run may resume with or without FSDP, and sampling needs nothing special.
+Accelerate turns it on (`accelerate launch --use_fsdp`, see docs/long_runs.md). Checkpoints hold full tensors
+all the same, so a run may resume with or without FSDP, and sampling needs nothing special.
 
-torch.distributed.checkpoint.state_dict does not replace the functions below: it keys the state of the optimizer by
-parameter name, and checkpoints number it by parameter, as plain optimizers do.
+torch.distributed.checkpoint.state_dict does not replace the functions below: it names the entries of the
+optimizer's state after the parameters, and checkpoints number them, as plain optimizers do.
 """
 
 import os
@@ -47,8 +47,8 @@ def prepare_sharding(accelerator: Accelerator) -> None:
 def forward(accelerator: Accelerator, model: torch.nn.Module, *inputs: Tensor | None) -> Any:
     """Call the prepared model in the accelerator's precision.
 
-    Accelerate wraps the forward pass of every model in autocast, except that of a sharded one, whose weights it casts as
-    a whole. Router and dechunk need theirs in float32, so the autocast is added here.
+    Accelerate wraps the forward pass of every model in autocast, except that of a sharded one, whose weights
+    it casts as a whole. Router and dechunk need theirs in float32, so the autocast is added here.
     """
     if not is_sharded(accelerator):
         return model(*inputs)
@@ -86,7 +86,7 @@ def shard_optimizer_state(state: dict, optimizer: torch.optim.Optimizer) -> dict
 
 
 def shard_like(value: Any, parameter: Tensor) -> Any:
-    """A tensor of a sharded parameter's shape, sharded like it. Other values, such as step counts, stay as they are."""
+    """A tensor of a sharded parameter's shape, sharded like it. Other values, such as step counts, as is."""
     if not isinstance(parameter, DTensor):
         return value
     if not isinstance(value, Tensor) or value.shape != parameter.shape:

@@ -15,10 +15,10 @@ ECHO = 1.0  # seconds within which a second signal is the first one, passed on b
 
 
 class StopRequest:
-    """SIGTERM or SIGINT. All processes agree on it, so that they stop after the same step. A second signal quits at once.
+    """SIGTERM or SIGINT, on which all processes agree, so that they stop after the same step.
 
-    The agreement is a maximum over a process group on the host. It starts in one step and is read in the next, so the
-    device never waits for it.
+    A second signal quits at once. The agreement is a maximum over a process group on the host. It starts in
+    one step and is read in the next, so the device never waits for it.
 
     Attributes:
         number: of the signal on which all processes stop, or 0.

@@ -1,8 +1,8 @@
 """Processes that watch each other: if one dies or hangs, the others end with an error line that names it.
 
-A collective operation waits for a lost process until a launcher or a library gives up, and neither can say which process
-is lost. Here a thread of every process tells the others twice a second that it lives, and where its training loop is.
-All signs of life pass through a TCPStore, which the first process holds.
+A collective operation waits for a lost process until a launcher or a library gives up, and neither can say
+which process is lost. Here a thread of every process tells the others twice a second that it lives, and where
+its training loop is. These signs of life pass through a TCPStore, which the first process holds.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ class ProcessWatch:
     A process is lost in two cases:
 
     - Its thread is silent for `patience` seconds: the process is dead or stopped, or its machine is.
-    - Its training loop stays at one place of a step for `patience` seconds. The others then wait for it, so all loops
-      stand still, and the lost process is the one that is furthest behind.
+    - Its training loop stays at one place of a step for `patience` seconds. The others then wait for it, so
+      all loops stand still, and the lost process is the one that is furthest behind.
     """
 
     def __init__(self, rank: int, world: int, patience: float = PATIENCE):
@@ -64,7 +64,7 @@ class ProcessWatch:
             threading.Thread(target=task, daemon=True).start()
 
     def at(self, step: int, activity: str | None) -> None:
-        """Note the place of the training loop: one of ACTIVITIES, or None between steps, where it may take its time."""
+        """Note the place of the training loop: one of ACTIVITIES, or None between steps, which may last."""
         self.place = None if activity is None else (step, activity)
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class ProcessWatch:
             dist.barrier()
 
     def explain(self) -> None:
-        """After a failed collective operation: end the program naming the lost process. Return if all of them live."""
+        """After a failed collective operation: name the lost process and exit. Return if all of them live."""
         if self.world == 1 or self.closed.wait(GONE + 2 * BEAT):
             return
         silent = self._silent_for(GONE)
@@ -85,10 +85,10 @@ class ProcessWatch:
         if silent:
             self._end(silent, "is gone")
 
-    # -------------------------------------------------------------------------------------------- signs of life
+    # ------------------------------------------------------------------------------------------ signs of life
 
     def _connect(self) -> dist.TCPStore:
-        """A store of its own, held by the first process: that of the launcher may be gone when it is needed."""
+        """A store of its own, held by the first process: that of the launcher may be gone by then."""
         address = os.environ["MASTER_ADDR"]
         timeout = timedelta(seconds=self.patience)
         if self.rank == 0:

@@ -43,7 +43,7 @@ class SamplingRecord(NamedTuple):
 
 
 def stack_kept(kept: Sequence[StepCounts]) -> np.ndarray:
-    """One batch's kept tokens as an array (B, steps, 2) int32, the branches last; 0 where a branch was not computed."""
+    """One batch's kept tokens: (B, steps, 2) int32, the branches last; 0 where a branch was not computed."""
     rows = []
     for step in kept:
         unconditional = step.unconditional
@@ -53,7 +53,7 @@ def stack_kept(kept: Sequence[StepCounts]) -> np.ndarray:
     return torch.stack(rows).permute(2, 0, 1).int().cpu().numpy()
 
 
-# --------------------------------------------------------------------------------------------------------------- FLOPs
+# ------------------------------------------------------------------------------------------------------ FLOPs
 
 
 def image_flops(config: Config, counts: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
@@ -75,14 +75,16 @@ def image_flops(config: Config, counts: np.ndarray) -> dict[str, dict[str, np.nd
         mean = own.sum(1) / computed
         mean_square = (own**2).sum(1) / computed
         per_step = flops.forward_flops(network, flops.TokenCounts(mean, mean_square))
-        result[branch] = {name: each * computed for name, each in per_step.items()}
+        result[branch] = {name: cost * computed for name, cost in per_step.items()}
     return result
 
 
 def image_tflop(config: Config, kept: Sequence[StepCounts]) -> np.ndarray:
     """TFLOP of each image of a batch over all steps and branches, the autoencoder aside: (B,)."""
-    branches = image_flops(config, stack_kept(kept)).values()
-    return total([total(components.values()) for components in branches]) / 1e12
+    parts: list[np.ndarray] = []
+    for components in image_flops(config, stack_kept(kept)).values():
+        parts += components.values()
+    return total(parts) / 1e12
 
 
 def total(values: Iterable[np.ndarray]) -> np.ndarray:
@@ -90,7 +92,7 @@ def total(values: Iterable[np.ndarray]) -> np.ndarray:
     return np.sum(list(values), axis=0)
 
 
-# ------------------------------------------------------------------------------------------------------------- summary
+# ---------------------------------------------------------------------------------------------------- summary
 
 
 def summarise(
@@ -104,8 +106,10 @@ def summarise(
     # TFLOP per image by branch, by component, and of the autoencoder
     branches = image_flops(config, record.counts)
     by_branch = {}
+    mean_by_branch = {}
     for branch, components in branches.items():
         by_branch[branch] = total(components.values()) / 1e12
+        mean_by_branch[branch] = float(by_branch[branch].mean())
     by_component = {}
     for name in next(iter(branches.values())):
         both = total(components[name] for components in branches.values())
@@ -119,14 +123,14 @@ def summarise(
         "steps": len(record.timesteps),
         "tokens": config.tokens,
         "tflop_per_image": spread(total(by_branch.values())),
-        "tflop_by_branch": {branch: float(value.mean()) for branch, value in by_branch.items()},
+        "tflop_by_branch": mean_by_branch,
         "tflop_by_component": by_component,
         "tflop_decoding": decoding,
         "seconds_per_image": {
             "denoising": seconds.denoising / images,
             "decoding": seconds.decoding / images,
         },
-        "kept_by_step": [step_row(int(t), record.counts[:, k]) for k, t in enumerate(record.timesteps)],
+        "kept_by_step": step_rows(record),
         "kept_by_class": class_rows(record, config.tokens, class_names),
     }
 
@@ -141,16 +145,19 @@ def spread(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def step_row(t: int, counts: np.ndarray) -> dict:
-    """Kept tokens of one step, counts (images, 2); None for a branch that was not computed."""
-    row: dict = {"t": t}
-    for branch, own in zip(BRANCHES, counts.T):
-        row[branch] = spread(own) if own.any() else None
-    return row
+def step_rows(record: SamplingRecord) -> list[dict]:
+    """Kept tokens at each step, spread over images; None for a branch that was not computed."""
+    rows = []
+    for k, t in enumerate(record.timesteps):
+        row: dict = {"t": int(t)}
+        for branch, own in zip(BRANCHES, record.counts[:, k].T):
+            row[branch] = spread(own) if own.any() else None
+        rows.append(row)
+    return rows
 
 
 def class_rows(record: SamplingRecord, tokens: int, class_names: Sequence[str] | None) -> list[dict]:
-    """Kept share of the conditional branch over all steps, for each sampled class: mean and spread over images."""
+    """Kept share of the conditional branch over all steps: mean and spread over the images of each class."""
     labels = np.asarray(record.labels)
     shares = record.counts[:, :, 0].mean(1) / tokens
     rows = []
@@ -197,7 +204,7 @@ def report_branch(summary: dict, branch: str) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def save_record(kept: Sequence[StepCounts], seconds: Seconds, path: Path) -> None:

@@ -168,7 +168,7 @@ def load_trained_from(args: argparse.Namespace, device: torch.device) -> Trained
 
 
 def read_arguments(args: argparse.Namespace, device: torch.device) -> tuple[SamplingOptions, TrainedModel]:
-    """The checked options and the model of a script with `add_sampling_arguments` and `add_cuda_graph_argument`."""
+    """The checked options and the model of a script with all the options of this file."""
     options = sampling_options(args, device)
     trained = load_trained_from(args, device)
     options.check(trained.config)

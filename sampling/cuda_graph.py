@@ -1,7 +1,7 @@
 """Evaluations of a network whose shapes are known in advance, as CUDA graphs.
 
-A small batch waits for the host, which launches hundreds of kernels per evaluation. Under a token budget, and in a static DiT,
-every evaluation launches the same ones: they are recorded once and then launched together.
+A small batch waits for the host, which launches hundreds of kernels per evaluation. Under a token budget, and
+in a static DiT, every evaluation launches the same ones: they are recorded once and then launched together.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ WARM_UP = 3
 
 
 class GraphedDenoiser(nn.Module):
-    """A denoiser for sampling, called like the network that it wraps; without a fixed number of tokens there is no graph.
+    """A denoiser for sampling, called like the network that it wraps; there is a graph where tokens are fixed.
 
-    There is one graph per batch size and token budget; they share their memory. The weights must stay where they are.
+    There is one graph per batch size and token budget; they share their memory. The weights must not move.
     """
 
     def __init__(self, model: nn.Module):
@@ -48,7 +48,7 @@ class GraphedDenoiser(nn.Module):
 
 
 class Recording:
-    """One CUDA graph: the inputs and outputs it was recorded with are read and written again at every replay."""
+    """One CUDA graph: every replay reads and writes the inputs and outputs it was recorded with."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Recording:
                 self.output = model(*self.inputs, tokens=tokens)
 
     def replay(self, *inputs: Tensor) -> DenoiserOutput:
-        """Evaluate the network on other values; copies leave the graph's own memory free for the next replay."""
+        """Evaluate the network on other values; the results are copies, which later replays leave alone."""
         for recorded, given in zip(self.inputs, inputs):
             recorded.copy_(given)
         self.graph.replay()

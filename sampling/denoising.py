@@ -74,7 +74,7 @@ def sampling_steps(
     """Run a sampler on the guided network; yields what the sampler yields, with the routing of that step.
 
     Args:
-        sampler: takes the guided network as a function of noised latents and timesteps, and yields once per call of it.
+        sampler: takes the guided network, a function of noised latents and timesteps; yields once per call.
     """
     prepare_arithmetic(trained, options.bf16)
     routings: list[Routing] = []  # of the current step: one call of the network for both branches, or two
@@ -111,7 +111,8 @@ def guided_denoiser(
     """Bind labels and budgets: one branch at scale 1, two branches above."""
     budget = options.budget
     uncond = budget if options.uncond is None else options.uncond
-    # Where one branch drops a fraction both are told one, so that they run as one batch; else the router does not sort
+    # If one branch drops a fraction, both are given one, so that they run as one batch; if none does, the router
+    # has no tokens to sort
     tell_fraction = budget.drops or uncond.drops
     conditional = branch_conditioning(labels, budget, tell_fraction)
     if options.cfg_scale == 1:
@@ -135,7 +136,7 @@ def branch_conditioning(labels: Tensor, budget: Budget, tell_fraction: bool) -> 
 
 
 def prepare_arithmetic(trained: TrainedModel, bf16: bool) -> None:
-    """Set TF32 for this process as the configuration says; UserError for an attention kernel that cannot run like this."""
+    """Set TF32 for this process as the configuration says; UserError for an attention kernel that cannot run."""
     config = trained.config
     problem = kernel_problem(config.model.attention, trained.device, bf16, config.head_size)
     if problem:

@@ -1,10 +1,11 @@
 """From a trained model to images.
 
     trained = load_trained("results/shapes/checkpoints/0001500.pt")
-    images = generate_images(trained, labels=[0, 1, 2, 3], options=SamplingOptions(cfg_scale=4.0))  # (4, 3, H, W) uint8
+    options = SamplingOptions(cfg_scale=4.0, num_sampling_steps=100)
+    images = generate_images(trained, labels=[0, 1, 2, 3], options=options)  # (4, 3, H, W) uint8
 
-Noise and label of sample i are functions of (seed, i): they do not depend on batch size, device or number of processes, and
-different budgets are compared on the same noise.
+Noise and label of sample i are functions of (seed, i): they do not depend on batch size, device or number of
+processes, and different budgets are compared on the same noise.
 """
 
 import dataclasses
@@ -48,7 +49,7 @@ class SampledBatch(NamedTuple):
         return SamplingRecord(timesteps, stack_kept(self.kept), self.labels, self.seconds)
 
 
-# ------------------------------------------------------------------------------------------------------------- labels
+# ----------------------------------------------------------------------------------------------------- labels
 
 
 def check_labels(labels: list[int], config: Config) -> None:
@@ -66,7 +67,7 @@ def draw_labels(seed: int, indices: list[int], num_classes: int, balanced: bool 
     return [int(rng(seed, "sample label", i).integers(num_classes)) for i in indices]
 
 
-# ------------------------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------------------------------------- images
 
 
 @torch.inference_mode()
@@ -114,16 +115,16 @@ def summarise_run(trained: TrainedModel, options: SamplingOptions, record: Sampl
     return {"options": dataclasses.asdict(options), **account}
 
 
-# --------------------------------------------------------------------------------------------------- limits on the cost
+# ----------------------------------------------------------------------------------------- limits on the cost
 
 
 @torch.inference_mode()
 def replace_cost_limits(
     trained: TrainedModel, indices: list[int], labels: list[int], options: SamplingOptions
 ) -> tuple[SamplingOptions, CostPrediction | None]:
-    """Replace limits on the cost by fractions to drop, and predict the cost; other options pass through with None.
+    """Replace limits on the cost by fractions to drop, and predict the cost; without limits there is no prediction.
 
-    A few of the samples are drawn in a few steps with nothing dropped, to see what the router keeps by itself at each t.
+    A few samples are drawn in a few steps with nothing dropped, to see what the router itself keeps at each t.
     """
     limited = options.budget.unit == "tflops"
     uncond_limited = options.uncond is not None and options.uncond.unit == "tflops"

@@ -2,7 +2,7 @@
 
     python -m sampling.hub --ckpt results/B-N4/checkpoints/0400000.pt --output hub/DC-DiT-B-N4
 
-`--push-to-hub USER/NAME` uploads the folder too. The folder is what `--ckpt` and `DCDiTPipeline.from_pretrained` take.
+`--push-to-hub USER/NAME` uploads the folder too. `--ckpt` and `DCDiTPipeline.from_pretrained` read it.
 """
 
 import shutil
@@ -69,21 +69,24 @@ class Pretrained(
 
 
 def model_card(trained: TrainedModel) -> str:
-    """Markdown: what the model is, what it was trained on, what it costs at which budget, and its configuration."""
+    """Markdown: the model, its training data, what it costs at each budget, and its configuration."""
     config = trained.config
     data = config.data
     batch = config.training.global_batch_size * config.training.gradient_accumulation_steps
     parameters = sum(p.numel() for p in trained.model.parameters())
-    header = "library_name: dc-dit\npipeline_tag: unconditional-image-generation\ntags: [diffusion, model_hub_mixin]"
+    autoencoder = Path(trained.autoencoder.name).name
     classes = ""
     if trained.class_names and len(trained.class_names) <= MOST_NAMES:
         classes = f": {', '.join(trained.class_names)}"
     return f"""---
-{header}
+library_name: dc-dit
+pipeline_tag: unconditional-image-generation
+tags: [diffusion, model_hub_mixin]
 ---
 # {config.model.name}
 
-Class-conditional diffusion transformer with {parameters / 1e6:.1f} M parameters, EMA weights after {trained.step:,} steps.
+Class-conditional diffusion transformer with {parameters / 1e6:.1f} M parameters.
+EMA weights after {trained.step:,} steps.
 
 ```python
 from sampling.pipeline import DCDiTPipeline
@@ -93,9 +96,10 @@ images = DCDiTPipeline.from_pretrained("this folder")(class_labels=[0], guidance
 
 ## Training data
 
-{data.image_size} x {data.image_size} pixels, {data.num_classes} classes{classes}. {trained.step:,} steps of {batch} images,
+{data.image_size} x {data.image_size} pixels, {data.num_classes} classes{classes}.
+{trained.step:,} steps of {batch} images,
 as latents of {data.latent_channels} channels and {config.latent_size} x {config.latent_size} cells.
-Autoencoder: `{Path(trained.autoencoder.name).name}`, SHA-256 of its weights `{trained.autoencoder.sha256[:16]}`.
+Autoencoder: `{autoencoder}`, SHA-256 of its weights `{trained.autoencoder.sha256[:16]}`.
 
 ## Budgets and cost
 

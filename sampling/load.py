@@ -41,15 +41,13 @@ def load_trained(
     """Load a checkpoint for sampling.
 
     Args:
-        ckpt: a file that training wrote, a weights file, or a folder with one (and, maybe, with the autoencoder in vae/).
-        vae: "ema", "mse" or a local folder; default: the autoencoder that comes with the checkpoint or that it names.
-        config: default: the checkpoint's own.
+        ckpt: a file that training wrote, a weights file, or a folder with one and, maybe, its autoencoder.
+        vae: "ema", "mse" or a local folder; default: the autoencoder in the folder, or that the checkpoint names.
+        config: default: the checkpoint's own. It must agree with that in what shapes the network or the process.
         overrides: `section.key=value` for the checkpoint's own configuration.
 
-    The configuration in use must agree with the checkpoint's in every key that shapes the network or the process.
-
     Raises:
-        UserError: unreadable checkpoint, contradicting configuration, or another autoencoder than the one trained with.
+        UserError: unreadable checkpoint, contradicting configuration, or another autoencoder than in training.
     """
     state = load_checkpoint(ckpt)
     config = config or config_from_dict(state["config"], overrides)
@@ -60,9 +58,8 @@ def load_trained(
     try:
         model.load_state_dict(state["ema"])
     except (RuntimeError, TypeError) as error:
-        raise UserError(
-            f"--ckpt '{ckpt}': its weights are not those of its configuration ({one_line(error)}); give another"
-        ) from None
+        reason = f"its weights are not those of its configuration ({one_line(error)})"
+        raise UserError(f"--ckpt '{ckpt}': {reason}; give another") from None
     identity = fingerprint(model.state_dict(), config)
 
     # The autoencoder: the one asked for, else the checkpoint's
@@ -84,7 +81,7 @@ def shapes_samples(key: str) -> bool:
 
 
 def fingerprint(state_dict: dict[str, Tensor], config: Config) -> str:
-    """SHA-256 of names and values, and of the keys that make another network or process of the same weights."""
+    """SHA-256 of names and values, and of the keys that decide what they compute."""
     values = flatten(to_dict(config))
     shaping = {key: values[key] for key in sorted(values) if shapes_samples(key)}
     digest = hashlib.sha256(json.dumps(shaping).encode())
@@ -104,35 +101,37 @@ def check_agreement(given: Config, own: Config) -> None:
 
 
 def check_autoencoder(autoencoder: Autoencoder, known: dict | None, config: Config) -> None:
-    """The autoencoder must fit the network and have made its features; ema and mse may stand in for each other.
+    """Check that the autoencoder fits the network and made its features.
+
+    The two published ones, ema and mse, share their encoder: one in place of the other is only a warning.
 
     Args:
-        known: what the checkpoint says of its autoencoder, in the form of `Autoencoder.describe`; None where it says nothing.
+        known: the autoencoder of the checkpoint, as `Autoencoder.describe` gives it; None if it is not known.
 
     Raises:
-        UserError: another shape, scaling or other weights; the two of the hub share their encoder, which is only a warning.
+        UserError: another shape of latents, another scaling, or other weights.
     """
     given = autoencoder.describe()
     name = given["name"]
     data = config.data
     if (given["stride"], given["channels"]) != (data.latent_stride, data.latent_channels):
+        found = f"stride {given['stride']} and {given['channels']} channels"
+        wanted = f"{data.latent_stride} and {data.latent_channels}"
         raise UserError(
-            f"--vae '{name}' has stride {given['stride']} and {given['channels']} channels, but the model's are "
-            f"{data.latent_stride} and {data.latent_channels}; give the autoencoder of the features"
+            f"--vae '{name}' has {found}, but the model's are {wanted}; give the autoencoder of the features"
         )
     if known is None:
         return
+    trained_with = known["name"]
     if (given["shift"], given["scale"]) != (known["shift"], known["scale"]):
         raise UserError(
-            f"--vae '{name}' scales latents differently from '{known['name']}', which the model was trained on"
+            f"--vae '{name}' scales latents differently from '{trained_with}', which the model was trained on"
         )
     if given["sha256"] == known["sha256"]:
         return
-    if {name, known["name"]} != set(HUB_NAMES):
-        raise UserError(
-            f"--vae '{name}' has other weights than '{known['name']}' had when the model's features were made; "
-            "give that one"
-        )
+    if {name, trained_with} != set(HUB_NAMES):
+        when = "when the model's features were made"
+        raise UserError(f"--vae '{name}' has other weights than '{trained_with}' had {when}; give that one")
     group.print_once(
-        f"warning: --vae {name} decodes the latents of a model that was trained on {known['name']}"
+        f"warning: --vae {name} decodes the latents of a model that was trained on {trained_with}"
     )

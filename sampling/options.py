@@ -12,8 +12,8 @@ from sampling.budgets import ALL, Budget
 class SamplingOptions:
     """How to sample; the names are the command line's.
 
-    `budget` holds for both branches of guidance. With Lite-CFG, which `uncond` asks for, it holds for the conditional branch,
-    and the unconditional branch has `uncond`.
+    `budget` holds for both branches of guidance. If `uncond` is given, which is Lite-CFG, it is the budget of the
+    unconditional branch, and `budget` that of the conditional one.
     """
 
     cfg_scale: float = 1.0

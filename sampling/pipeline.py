@@ -52,7 +52,7 @@ class DCDiTPipeline:
 
     Attributes:
         trained: the model, its configuration and its autoencoder.
-        scheduler: any diffusers scheduler for epsilon prediction; DDPM with the model's own variances by default.
+        scheduler: any diffusers scheduler for epsilon prediction; default: DDPM with the model's variances.
     """
 
     def __init__(self, trained: TrainedModel, scheduler: SchedulerMixin | None = None):
@@ -63,7 +63,7 @@ class DCDiTPipeline:
     def from_pretrained(
         cls, source: str | Path, device: torch.device | str = "cpu", vae: str | None = None
     ) -> "DCDiTPipeline":
-        """Load a checkpoint, a weights file or a folder of `save_pretrained`; see `sampling.load.load_trained`."""
+        """Load a checkpoint, a weights file or a folder of `save_pretrained`, as `load_trained` does."""
         return cls(load_trained(source, device, vae))
 
     @torch.inference_mode()
@@ -82,8 +82,8 @@ class DCDiTPipeline:
             generator: of the noise, as everywhere in diffusers.
 
         Raises:
-            UserError: a value out of range, an unknown label, an attention kernel that needs bfloat16 (the network runs in
-                float32 here), or a scheduler that does not fit.
+            UserError: a value out of range, an unknown label, an attention kernel that needs bfloat16 (the
+                network runs in float32 here), or a scheduler that does not fit.
         """
         config = self.trained.config
         options = SamplingOptions(
@@ -138,7 +138,7 @@ def default_scheduler(config: Config) -> DDPMScheduler:
 
 
 def wants_variance(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler takes epsilon together with the variance logits; UserError where it would misread them."""
+    """Whether a scheduler takes epsilon with the variance logits; UserError where it would misread them."""
     # Schedulers without the argument carry the entry along in their configuration, and ignore it
     takes_it = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
     if not takes_it or scheduler.config.variance_type not in ("learned", "learned_range"):

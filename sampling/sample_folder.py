@@ -1,6 +1,6 @@
 """The folder that sample_ddp.py fills, so that the same command resumes and another one is refused.
 
-settings.json        what decides the samples, and under `chosen` the budgets with fractions in place of limits on the cost
+settings.json        what decides the samples; `chosen`: the budgets, with fractions in place of limits on the cost
 NNNNNN.png           sample NNNNNN
 records/NNNNNN.npz   kept tokens and time of the batch that begins with sample NNNNNN
 summary.json         what all samples cost
@@ -48,7 +48,7 @@ class SampleFolder:
     def prepare(
         self, settings: dict, lock: FolderLock, choose_budgets: Callable[[], SamplingOptions]
     ) -> list[int]:
-        """Write the settings, or check those of the run that is resumed; returns the starts of the missing batches.
+        """Write the settings, or check those of the run to resume; returns the starts of the missing batches.
 
         Args:
             settings: what decides the samples; plain data.
@@ -96,13 +96,14 @@ class SampleFolder:
         for file in self.path.iterdir():
             # A run that was killed while it wrote the settings leaves the temporary file
             if not file.name.startswith(".") and file.name != f"{SETTINGS}.tmp":
-                raise UserError(
-                    f"--output-dir '{self.path}' holds files that this script did not write; give another folder"
-                )
+                others = "files that this script did not write"
+                raise UserError(f"--output-dir '{self.path}' holds {others}; give another folder")
 
     def _is_done(self, start: int) -> bool:
-        """Whether a batch has its record and all images, none of them empty: a power cut may leave a name alone."""
-        for file in (self.record(start), *map(self.png, self.batch(start))):
+        """Whether a batch has its record and all images; a power cut may leave empty files."""
+        files = [self.record(start)]
+        files += [self.png(i) for i in self.batch(start)]
+        for file in files:
             if not file.exists() or file.stat().st_size == 0:
                 return False
         return True

@@ -1,4 +1,4 @@
-"""Many processes: one run per folder, no waiting for the dead, the same start for all, and weights cut over them."""
+"""Many processes: one run per folder, no waiting for the dead, the same start for all, and sharded weights."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ from weights.checkpoint import load_checkpoint
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
 
-# ----------------------------------------------------------------------------------------------------------------- locks
+# ------------------------------------------------------------------------------------------------------ locks
 
 
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_every_script_locks_its_folder(script, tiny_config, tiny_images, tiny_va
     assert kills.attempt(main, [*argv, tmp_path / "out"], tmp_path / "printed", [refuse]) == [0]
 
 
-# ------------------------------------------------------------------------------------------------------------- processes
+# -------------------------------------------------------------------------------------------------- processes
 
 
 def lose(number: int) -> None:
@@ -215,7 +215,14 @@ def test_extraction_does_not_wait_for_a_lost_process(tiny_images, tiny_vae, tmp_
     assert "error: process 1 on " in (tmp_path / "printed").read_text()
 
 
-SCRIPT = "import os, time; from processes import group; group.follow_launcher(); print('started', os.getpid(), flush=True); time.sleep(60)"
+SCRIPT = """
+import os, time
+from processes import group
+
+group.follow_launcher()
+print("started", os.getpid(), flush=True)
+time.sleep(60)
+"""
 
 
 def test_processes_end_with_their_launcher(tmp_path):
@@ -254,7 +261,7 @@ def is_alive(process: int) -> bool:
     return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-# ------------------------------------------------------------------------------------------------------------------ FSDP
+# ------------------------------------------------------------------------------------------------------- FSDP
 
 
 def shard() -> None:
@@ -281,7 +288,7 @@ def test_sharded_training_is_the_same_run_and_mixes_with_every_other(run, whole_
 
 
 def test_sharded_training_in_bf16_goes_on_with_several_learning_rates(run, tmp_path):
-    """Weights stay in float32 and the router with them; the optimizer numbers parameters by group, not as the model does."""
+    """Weights and router stay in float32. The optimizer numbers parameters by group, not as the model does."""
     changes = "training.precision=bf16", "training.lr_scales={router: 0.5}", "training.learning_rate=1e-4"
     assert run("alone", *changes, "training.max_steps=6")[0] == [0]
     for steps in (3, 6):

@@ -33,7 +33,7 @@ from weights.checkpoint import list_checkpoints, load_checkpoint
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
 
-# ---------------------------------------------------------------------------------------------------------------- kills
+# ------------------------------------------------------------------------------------------------------ kills
 
 
 def test_killed_training_is_the_same_training(tiny_config, tmp_path):
@@ -111,7 +111,7 @@ def test_grid_and_metrics_that_a_kill_prevented_follow_on_resume(run, tmp_path):
     assert rows == [{"step": 4, "fid": 4}, {"step": 8, "fid": 8}]
 
 
-# -------------------------------------------------------------------------------------------------------------- signals
+# ---------------------------------------------------------------------------------------------------- signals
 
 
 def signalled(number: int, *delays: float):
@@ -142,7 +142,7 @@ def test_a_second_signal_quits(run, tmp_path):
     assert codes == [-signal.SIGTERM] and list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
-# ------------------------------------------------------------------------------------------------------------ full disks
+# ------------------------------------------------------------------------------------------------- full disks
 
 
 def test_a_write_that_fails_ends_the_run_and_keeps_what_is_there(run, whole_run, tmp_path):
@@ -202,7 +202,7 @@ def test_a_full_disk_under_the_log(run, small_disk):
     assert run("disk/run", "logging.ckpt_every=100")[0] == [0]
 
 
-# --------------------------------------------------------------------------------------------------------------- trackers
+# --------------------------------------------------------------------------------------------------- trackers
 
 
 def test_an_unreachable_tracker_is_one_line_and_the_run_can_go_on_without(run):
@@ -223,7 +223,7 @@ def test_an_unreachable_tracker_is_one_line_and_the_run_can_go_on_without(run):
     assert codes == [0], printed
 
 
-# ----------------------------------------------------------------------------------------------------- non-finite numbers
+# ----------------------------------------------------------------------------------------- non-finite numbers
 
 
 def test_a_step_with_a_bad_loss_leaves_no_trace():

@@ -49,12 +49,14 @@ def initial_state(config: Config) -> tuple[Checkpoint, Origins]:
         UserError: the file cannot be read, or the configured model cannot be made from its model.
     """
     path = str(config.training.init_from)
+    # Build both networks, the new one from the seed
     loaded = load_checkpoint(path, "training.init_from")
     source_config = config_from_dict(loaded["config"])
     torch.manual_seed(config.training.seed)
     model = build_model(config)
     source = build_model(source_config)
     source.load_state_dict(loaded["ema"])
+    # Fill the new one
     if isinstance(source, DiT) and isinstance(model, DCDiT):
         check_shared(config, source_config)
         start = config.model.upcycle
@@ -169,9 +171,7 @@ def start_stem(dit: dict[str, Tensor], target: UpcycledWeights) -> None:
     if narrow < len(kernel):
         stem, widen = factorise(kernel, narrow)
         stem_bias = torch.zeros(narrow)
-        skip = last_block("encoder", target) + "skip_proj."
-        target.write(skip + "weight", widen, "resampled: widens the stem")
-        target.write(skip + "bias", bias, "resampled: widens the stem")
+        write_widening_skip(target, widen, bias)
     target.write("x_embedder.weight", stem, "resampled: patch kernel in a 3 x 3 one")
     target.write("x_embedder.bias", stem_bias, "resampled: patch kernel in a 3 x 3 one")
 
@@ -193,6 +193,7 @@ def embed_in_3x3(kernel: Tensor) -> Tensor:
 
 def factorise(kernel: Tensor, narrow: int) -> tuple[Tensor, Tensor]:
     """Split a kernel (D, C, 3, 3) into two in sequence: (narrow, C, 3, 3), then (D, narrow, 1, 1)."""
+    # Keep the largest singular values, and give each factor their square roots
     u, s, v = torch.linalg.svd(kernel.flatten(1), full_matrices=False)
     rank = min(narrow, len(s))
     first = kernel.new_zeros(narrow, *kernel.shape[1:])
@@ -212,6 +213,7 @@ def start_head(dit: dict[str, Tensor], target: UpcycledWeights) -> None:
     if target.tensors["final_layer.linear.weight"].shape[1] != width:
         return
     start_as_skips("decoder", target)
+    # The linear layer predicts all cells of a patch, one after another
     for kind in ("weight", "bias"):
         linear = dit[f"final_layer.linear.{kind}"].unflatten(0, (patch * patch, -1)).mean(0)
         target.write(f"final_layer.linear.{kind}", linear, "resampled: mean over the patch")
@@ -226,11 +228,12 @@ def start_as_skips(stack: str, target: UpcycledWeights) -> None:
             target.write(name, 0.0, "new: zero")
 
 
-def last_block(stack: str, target: UpcycledWeights) -> str:
-    """Beginning of the names in the last block of a convolution stack."""
-    blocks = [name for name in target.tensors if name.startswith(f"{stack}.blocks.")]
-    last = max(int(name.split(".")[2]) for name in blocks)
-    return f"{stack}.blocks.{last}."
+def write_widening_skip(target: UpcycledWeights, weight: Tensor, bias: Tensor) -> None:
+    """Write the skip projection of the encoder's last block, the only one that changes the width."""
+    for name in target.tensors:
+        if name.startswith("encoder.blocks.") and ".skip_proj." in name:
+            value = weight if name.endswith(".weight") else bias
+            target.write(name, value, "resampled: widens the stem")
 
 
 def balance_router(target: UpcycledWeights, downsample_factor: float) -> None:
@@ -239,6 +242,7 @@ def balance_router(target: UpcycledWeights, downsample_factor: float) -> None:
     The last layer takes silu(GroupNorm(.)), about silu of standard normals, so mean and deviation of the
     score follow from the layer's weights.
     """
+    # The score exceeds one half where the last layer's output exceeds 0
     weight = target.tensors["router.residual_scorer.3.weight"]
     quantile = NormalDist().inv_cdf(1 - 1 / downsample_factor)
     bias = -(SILU_MEAN * weight.sum() + quantile * SILU_STD * weight.norm())
