@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: a tiny autoencoder, folder of images, feature extractor and configuration of a run."""
+"""Fixtures shared by the tests: a tiny autoencoder, images, feature extractor and configuration of a run."""
 
 import functools
 import os
@@ -26,7 +26,7 @@ def seeded():
 
 @pytest.fixture
 def smooth_on_grid(monkeypatch):
-    """The dechunk smooths as on a GPU: without reading values on the host, and with products that can be counted."""
+    """The dechunk smooths as on a GPU: it reads no values on the host, and its products can be counted."""
     from models.ops.smoothing import SpatialSmoothing
 
     def prepare(self, packing):
@@ -73,7 +73,7 @@ def save_tiny_vae(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_images(tmp_path_factory) -> Path:
-    """Folder of 3 classes (a, b, c) with 4, 3 and 3 PNG images of 40 x 52 pixels. Tests that change it work on a copy."""
+    """Folder of 3 classes with 4, 3 and 3 PNG images of 40 x 52 pixels. Tests that change it work on a copy."""
     return save_tiny_images(tmp_path_factory.mktemp("images"))
 
 
@@ -120,7 +120,13 @@ training:
   downsample_factor_start: 2
   downsample_factor_warmup_steps: 4
   multi_budget_training: true
-data: {{feature_path: {folder}/features, image_size: 32, num_classes: 3, num_workers: 0, vae: {vae}, latent_stride: 4}}
+data:
+  feature_path: {folder}/features
+  image_size: 32
+  num_classes: 3
+  num_workers: 0
+  vae: {vae}
+  latent_stride: 4
 logging: {{results_dir: {folder}/results, log_every: 4, ckpt_every: 3, ckpt_keep: 0}}
 """
 
@@ -177,19 +183,13 @@ def whole_run(one_cpu_thread, tiny_config, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(tiny_config, tmp_path):
-    """Train in forks: run(name, change, ..., plans=...) returns (exit codes, printed); a plan per fork, or None."""
+    """Train in forks: run(name, change, ..., plans=...) returns (exit codes, printed). A plan per fork, or None."""
     import kills
 
     import train
 
     def run(name: str, *changes: str, plans=(None,), config=tiny_config, **options) -> tuple[list[int], str]:
-        argv = [
-            "--config",
-            config,
-            "--output",
-            tmp_path / name,
-            *(part for change in changes for part in ("--set", change)),
-        ]
+        argv = ["--config", config, "--output", tmp_path / name, *kills.overrides(changes)]
         (tmp_path / "printed").unlink(missing_ok=True)
         codes = kills.attempt(train.main, argv, tmp_path / "printed", list(plans), **options)
         return codes, (tmp_path / "printed").read_text()

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import extract_features
-import train
 from config import UserError, load_config
 from data.features import damaged_files, open_features
 from data.images import ImageFolder
+from training import resume, sample_grids
 from weights import checkpoint
 from weights.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
@@ -79,7 +79,7 @@ def test_resume_falls_back_to_the_checkpoint_before(run, whole_run, tmp_path, ki
         save_checkpoint(tmp_path / "other", state, keep=0)
         shutil.copy(tmp_path / "other" / newest.name, newest)
     codes, printed = run("run")
-    assert codes == [0] and f"warning: --output '{newest}'" in printed and "going on from step 6" in printed
+    assert codes == [0] and f"warning: --output '{newest}'" in printed and "resuming from step 6" in printed
     assert "warning: " in (tmp_path / "run" / "log.txt").read_text()
     kills.assert_same_training(whole_run, tmp_path / "run")
 
@@ -89,8 +89,8 @@ def test_a_checkpoint_older_than_a_key_is_of_the_same_run(whole_run, tiny_config
     state = load_checkpoint(whole_run / "checkpoints" / "0000008.pt")
     del state["config"]["training"]["max_grad_norm"]
     save_checkpoint(tmp_path / "checkpoints", state, keep=0)
-    found, notes = train.find_state(config, tmp_path, open_features(config.data.feature_path, 32))
-    assert found["step"] == 8 and notes == []
+    start = resume.find_start(config, tmp_path, open_features(config.data.feature_path, 32))
+    assert start.state["step"] == 8 and start.warnings == []
 
 
 def test_pruning_keeps_the_last_readable_checkpoint(tmp_path, monkeypatch):
@@ -129,15 +129,15 @@ def test_an_autoencoder_that_has_moved(tiny_config, tiny_vae, tmp_path):
     config = load_config(tiny_config, ["logging.sample_every=1"])
     known = open_features(config.data.feature_path, 32).autoencoder
     moved = SimpleNamespace(autoencoder={**known, "name": "/nowhere"})
-    assert train.load_autoencoder(config, moved, SimpleNamespace(device="cpu")).sha256 == known["sha256"]
+    assert sample_grids.load_decoder(config, moved, "cpu").sha256 == known["sha256"]
     other = SimpleNamespace(autoencoder={**known, "name": "/nowhere", "sha256": "0"})
     with pytest.raises(
         UserError, match="^data.vae: .* is another autoencoder than the features were made with"
     ):
-        train.load_autoencoder(config, other, SimpleNamespace(device="cpu"))
+        sample_grids.load_decoder(config, other, "cpu")
     config.data.vae = "/neither"
     with pytest.raises(UserError, match="^data.vae: /neither: neither ema, mse"):
-        train.load_autoencoder(config, moved, SimpleNamespace(device="cpu"))
+        sample_grids.load_decoder(config, moved, "cpu")
 
 
 def test_a_folder_as_real_ones_are(tiny_images, tiny_vae, tmp_path, capsys):

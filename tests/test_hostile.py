@@ -31,6 +31,7 @@ from evaluation import adm_npz
 from evaluation.image_sets import open_source
 from models import build_model
 from sampling.generate import load_trained
+from training import resume
 from weights import convert
 from weights.checkpoint import load_checkpoint, save_checkpoint, save_weights
 
@@ -213,14 +214,14 @@ def test_no_foreign_entry_stops_a_run_with_a_traceback(tmp_path_factory, tiny_co
         "skipped": {"total": 0},
     }
     save_checkpoint(folder / "checkpoints", state, keep=0)
-    assert train.find_state(config, folder, store)[0]["step"] == 1
+    assert resume.find_start(config, folder, store).state["step"] == 1
     state[key] = value
     if missing:
         del state[key]
     (folder / "checkpoints" / "0000001.pt").unlink()
     torch.save({"format": 1, **state}, folder / "checkpoints" / "0000001.pt")
     try:
-        found, _ = train.find_state(config, folder, store)
+        found = resume.find_start(config, folder, store).state
     except UserError as error:
         assert "\n" not in str(error)
     else:

@@ -149,7 +149,7 @@ IN_ONE_PROCESS = """
 import os, shutil, signal, sys
 from pathlib import Path
 import train
-from training import schedules
+from training import launch, schedules
 
 config, folder = sys.argv[1], Path(sys.argv[2])
 
@@ -183,7 +183,7 @@ run(None, *once)
 run("branch", "training.max_steps=5", f"training.resume_from_ckpt={folder}/copied/checkpoints/0000003.pt")
 run("tracked", "training.max_steps=1", "logging.trackers=[wandb]")
 run("tracked", "training.max_steps=2", "logging.trackers=[wandb]")
-train.total_peak = lambda accelerator: 1e9
+launch.total_peak_flops = lambda accelerator: 1e9
 run("measured", "training.max_steps=1")
 """
 
@@ -203,7 +203,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_bitwise(in_one_process
     assert (
         max(path.name for path in (tiny_config.parent / "copied" / "checkpoints").iterdir()) == "0000005.pt"
     )
-    assert "8 steps going on from step 5" in (stopped / "log.txt").read_text()
+    assert "8 steps, resuming from step 5" in (stopped / "log.txt").read_text()
     assert_same_run(stopped, trained)
 
 
@@ -239,7 +239,7 @@ def test_a_new_run_from_a_checkpoint(in_one_process, tiny_config):
     states = [torch.load(newest(folder), weights_only=True) for folder in (branch, copied)]
     ours, theirs = (tensors(state, "model", "ema", "optimizer") for state in states)
     assert len(ours) > 100 and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert "5 steps going on from step 3" in (branch / "log.txt").read_text()
+    assert "5 steps, resuming from step 3" in (branch / "log.txt").read_text()
 
 
 def test_wandb_offline(in_one_process, tiny_config):

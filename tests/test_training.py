@@ -14,7 +14,6 @@ from training import schedules
 from training.batches import Order, Samples, collate, make_loader
 from training.losses import ratio_loss
 from training.tracking import Averages, RunLog, kept_fractions
-from training.trainer import total_steps
 from weights import checkpoint
 from weights.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
@@ -23,7 +22,7 @@ from weights.checkpoint import list_checkpoints, load_checkpoint, save_checkpoin
 
 def global_batches(world: int, first=0, last=12, images=23, seed=0) -> list[list[tuple[int, int]]]:
     """The parts of all processes, put together again."""
-    parts = [list(Order(images, 6, seed, first, last, rank, world)) for rank in range(world)]
+    parts = [list(Order(images, 6, seed, range(first, last), rank, world)) for rank in range(world)]
     assert all(len(part) == 6 // world for order in parts for part in order)
     return [sum(step, []) for step in zip(*parts)]
 
@@ -43,9 +42,9 @@ def test_epochs_are_permutations():
 
 
 @pytest.mark.parametrize("first", [1, 3, 7])
-def test_order_goes_on_anywhere(first):
+def test_order_starts_anywhere(first):
     assert global_batches(1, first=first) == global_batches(1)[first:]
-    assert len(Order(23, 6, 0, first, 12, 0, 1)) == 12 - first
+    assert len(Order(23, 6, 0, range(first, 12), 0, 1)) == 12 - first
 
 
 class FakeStore:
@@ -82,19 +81,19 @@ def test_samples_have_the_right_distribution():
         and batch.x0.dtype == batch.noise.dtype == torch.float32
     )
     assert batch.t.dtype == batch.labels.dtype == torch.int64
-    assert (batch.x0.mean((1, 2, 3)) - batch.index).abs().max() < 0.1
+    assert (batch.x0.mean((1, 2, 3)) - batch.images).abs().max() < 0.1
     assert batch.noise.mean().abs() < 0.03 and abs(batch.noise.std() - 1) < 0.03
     assert 0 <= batch.t.min() < 20 and 980 < batch.t.max() < 1000 and abs(batch.t.float().mean() - 499.5) < 30
     dropped = batch.labels == 7
     assert abs(dropped.float().mean() - 0.25) < 0.05
-    assert torch.equal(batch.labels[~dropped], batch.index[~dropped] % 7)
+    assert torch.equal(batch.labels[~dropped], batch.images[~dropped] % 7)
     assert not (collate([make_samples(dropout=0)[0, k] for k in range(100)]).labels == 7).any()
 
 
 def test_loader_gives_a_batch_per_micro_step():
-    order = Order(23, 6, 0, 2, 6, 1, 2)
+    order = Order(23, 6, 0, range(2, 6), 1, 2)
     batches = list(make_loader(order, make_samples(), workers=0, pin_memory=False))
-    assert [batch.index.tolist() for batch in batches] == [[image for _, image in keys] for keys in order]
+    assert [batch.images.tolist() for batch in batches] == [[image for _, image in keys] for keys in order]
 
 
 # ------------------------------------------------------------------------------------------------------------ schedules
@@ -167,11 +166,11 @@ def test_total_steps():
     config = load_config(
         None, ["training.global_batch_size=4", "training.ratio_batch_size=4", "training.epochs=3"]
     )
-    assert total_steps(config, 10) == 6
+    assert schedules.total_steps(config, 10) == 6
     config.training.gradient_accumulation_steps = 4
-    assert total_steps(config, 10) == 1
+    assert schedules.total_steps(config, 10) == 1
     config.training.max_steps = 77
-    assert total_steps(config, 10) == 77
+    assert schedules.total_steps(config, 10) == 77
 
 
 # ----------------------------------------------------------------------------------------------------------- ratio loss
@@ -343,7 +342,7 @@ def test_averages_over_processes():
     for part in values:
         other = Averages(one_process())
         other.add("x", part)
-        rows.append(torch.stack(other.values["x"]))
+        rows.append(torch.stack(other.rows["x"]))
     pair = Averages(
         one_process(
             num_processes=2, gather=lambda x: torch.stack([row.sum(0, keepdim=True) for row in rows]).to(x)
@@ -354,7 +353,7 @@ def test_averages_over_processes():
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_averages_go_on_after_a_resume(world):
+def test_averages_continue_after_a_resume(world):
     """Also on another number of processes, and there every process has as many rows as the others."""
     whole, first = Averages(one_process()), Averages(one_process())
     for averages in (whole, first):
@@ -368,10 +367,10 @@ def test_averages_go_on_after_a_resume(world):
         resumed = Averages(one_process(num_processes=world, process_index=rank))
         resumed.load_state_dict(state)
         resumed.add("x", torch.tensor([3.0, 4.0]).chunk(world)[rank])
-        rows.append(torch.stack(resumed.values["x"]))
+        rows.append(torch.stack(resumed.rows["x"]))
     assert len({len(part) for part in rows}) == 1
     together = Averages(one_process())
-    together.values["x"] = list(torch.cat(rows))
+    together.rows["x"] = list(torch.cat(rows))
     assert together.reduce()["x"] == pytest.approx(whole.reduce()["x"])
 
 

@@ -11,7 +11,7 @@ import train
 from config import UserError, config_from_dict, load_config
 from models import build_model
 from models.embeddings import sincos_positions
-from training.trainer import parameter_groups
+from training.optimizer import parameter_groups
 from weights.checkpoint import list_checkpoints, load_checkpoint
 from weights.upcycle import embed_in_3x3, upcycle
 
@@ -222,11 +222,11 @@ def test_the_same_network_is_taken_over(dit_run, tiny_config, tmp_path):
 MISTAKES = [
     (
         ["training.init_from={dit}", "model.mlp_ratio=2"],
-        "is a DiT with another model.mlp_ratio; make them equal",
+        "is a DiT with a different model.mlp_ratio; make them equal",
     ),
     (
         ["training.init_from={dit}", "model.hnet.arch_layout=[c1,[D2],c1]"],
-        "is a DiT with another model.hnet.arch_layout",
+        "is a DiT with a different model.hnet.arch_layout",
     ),
     (
         ["training.init_from={dit}", "model.patch_size=4"],
