@@ -18,7 +18,7 @@ LATENT_SHAPE = (4, 32, 32)
 
 
 def measure_loading(images: int, seconds: float) -> list[Row]:
-    """Latents per second out of each kind of feature store, read at random, with the page cache cold and warm."""
+    """Latents per second out of each kind of store, read at random, with the page cache cold and warm."""
     return [measure_store(kind, images, seconds / len(KINDS)) for kind in KINDS]
 
 
@@ -85,7 +85,7 @@ def write_official(folder: Path, images: int, generator: np.random.Generator) ->
 
 
 def empty_page_cache(folder: Path) -> bool:
-    """Ask the operating system to drop the files from its cache. False where that is impossible, as on macOS."""
+    """Ask the operating system to drop the files from its cache. False if it cannot, as on macOS."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for file in folder.rglob("*.npy"):

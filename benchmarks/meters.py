@@ -1,4 +1,4 @@
-"""Meters: time in seconds, memory kept for the backward pass and peak memory in bytes, difference of results."""
+"""Meters: time in seconds, memory kept for the backward pass and at the peak in bytes, differences."""
 
 import statistics
 import time
@@ -59,7 +59,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def saved_bytes(function: Callable[[], object], known: Sequence[Tensor]) -> int:
-    """Memory that a forward pass keeps for its backward pass, beyond the tensors `known` (weights and inputs)."""
+    """Memory that a forward pass keeps for its backward pass, beyond `known` weights and inputs."""
     sizes: dict[int, int] = {}  # address of a storage -> bytes
 
     def pack(tensor: Tensor) -> Tensor:

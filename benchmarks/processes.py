@@ -32,7 +32,10 @@ class Job:
 
 
 def measure_processes(name: str, batch: int, setup: Setup) -> list[Row]:
-    """Images per second of training with 1, 2, ... processes, each with a batch of its own and one device or CPU thread."""
+    """Images per second of training with 1, 2, ... processes.
+
+    Each process has a batch of its own, and one GPU or one CPU thread.
+    """
     most = torch.cuda.device_count() if setup.device.type == "cuda" else os.cpu_count() or 1
     rows: list[Row] = []
     for world in (1, 2, 4, 8):

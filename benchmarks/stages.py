@@ -32,7 +32,10 @@ class Stage:
 
 
 def measure_stages(workload: Workload, setup: Setup) -> list[Row]:
-    """A row per stage; times in milliseconds, memory in MB, ratios plain / ours of times and ours / plain of memory."""
+    """A row per stage: times in milliseconds, memory in MB.
+
+    Ratios are plain / ours for times and ours / plain for memory.
+    """
     conditioning = random_tensor(workload, workload.config.d_model)
     features = random_tensor(workload, workload.config.tokens, workload.config.d_model)
     stages = [
@@ -48,7 +51,7 @@ def random_tensor(workload: Workload, *shape: int) -> Tensor:
     return torch.randn(batch, *shape, device=workload.x.device).requires_grad_()
 
 
-# ------------------------------------------------------------------------------------------------ the stages
+# -------------------------------------------------------------------------------------------------- stages
 
 
 def scaffold_stages(workload: Workload, conditioning: Tensor, features: Tensor) -> list[Stage]:
@@ -136,11 +139,11 @@ def packed_stages(workload: Workload, conditioning: Tensor, features: Tensor) ->
     ]
 
 
-# ------------------------------------------------------------------------------------------------ the comparison
+# ---------------------------------------------------------------------------------------------- comparison
 
 
 def measure_stage(stage: Stage, workload: Workload, setup: Setup) -> Row:
-    """Time and memory of both ways to compute a stage, and the largest relative difference of results and gradients."""
+    """Time and memory of both ways to compute a stage, and how far results and gradients differ."""
     forwards = {"plain": stage.textbook, "ours": stage.ours}
     if not stage.is_float32:
         forwards = {way: with_autocast(workload, forward) for way, forward in forwards.items()}
@@ -190,7 +193,7 @@ def with_backward(forward: Forward, wanted: list[Tensor], gradient: Tensor) -> C
 
 
 def columns(name: str, unit: str, values: dict[str, float]) -> Row:
-    """Three columns of a row: both values, and a ratio that is better the larger for times, the smaller for memory."""
+    """Three columns of a row: both values and their ratio."""
     plain = values["plain"]
     ours = values["ours"]
     ratio = plain / ours if unit == "ms" else ours / max(plain, 1e-9)

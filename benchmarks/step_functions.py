@@ -22,7 +22,7 @@ LITE_DROPPED = 0.9  # share of the tokens that the unconditional branch of Lite-
 
 
 class TrainingStep:
-    """A training step on one batch: all terms of the loss, backward, clipping, fused AdamW and EMA, as the trainer does them.
+    """A training step on one batch, as the trainer does it: loss, backward, clipping, fused AdamW and EMA.
 
     Loading, the averages for the log and the check for finite gradients are left out.
 
@@ -136,7 +136,7 @@ def with_mask(workload: Workload, prob: Tensor, step: StepFunction) -> StepFunct
 
 
 def in_turn(steps: list[StepFunction]) -> StepFunction:
-    """A function that runs the next of these steps. Each runs once here, which is when torch.compile compiles."""
+    """A function that runs the next of these steps. Each runs once here, so that torch.compile compiles."""
     for step in steps:
         step()
     turns = itertools.cycle(steps)

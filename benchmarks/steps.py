@@ -1,5 +1,6 @@
-"""Whole training and sampling steps: against the textbook version and a static DiT, as a share of the machine's peak, and as
-tokens drop, batches grow and images grow."""
+"""Whole training and sampling steps: against the textbook version and a static DiT, as a share of the
+machine's peak, and as tokens drop, batches grow and images grow.
+"""
 
 import copy
 import statistics
@@ -34,7 +35,8 @@ FORWARDS_PER_STEP = 3  # in FLOPs: a backward pass costs as much as two forward 
 def measure_step(name: str, batch: int, setup: Setup, peak: float, compiled: bool) -> Row:
     """One configuration's row: step times in milliseconds, memory in MB, ratios textbook / ours.
 
-    Batches with two different numbers of tokens take turns, so that compiled code must serve any number, as in training.
+    Batches with two different numbers of tokens take turns, so that compiled code must serve any number,
+    as in training.
 
     Args:
         name: of the configuration.

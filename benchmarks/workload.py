@@ -64,7 +64,7 @@ class Workload:
 
     @contextlib.contextmanager
     def masked(self, prob: Tensor) -> Iterator[None]:
-        """Keep the tokens with a probability above one half in `prob`, for the duration of a block of code."""
+        """Within a `with` block, keep the tokens with a probability above one half in `prob`."""
         before = self.prob
         self.prob = prob
         try:
@@ -77,7 +77,7 @@ class Workload:
         return reference.forward(self.dc_dit, self.sigma, x, t, labels, pin=self.replace_probability)
 
     def replace_probability(self, routing: Routing) -> Routing:
-        """The router's output with fixed values and its own gradient, so that every implementation gets one mask."""
+        """The router's output with fixed values and its own gradient: every implementation gets one mask."""
         zero = routing.prob - routing.prob.detach()
         prob = self.prob + zero
         boundary = prob > 0.5
@@ -97,7 +97,8 @@ def downsampling(config: Config) -> float:
 def build_workload(config: Config, batch: int, setup: Setup) -> Workload:
     """A model on the device with a random batch, of whose tokens about one in N is kept.
 
-    TF32 is switched for the whole process, the textbook version included, to what the configuration has in training: off.
+    TF32 is switched, for the whole process and the textbook version too, to what the configuration has in
+    training: off.
     """
     allow_tf32(config.model.hnet.fp32_router_dechunk == "tf32")
 
@@ -128,7 +129,7 @@ def build_workload(config: Config, batch: int, setup: Setup) -> Workload:
 
 
 def fixed_probabilities(batch: int, length: int, share: float, device: torch.device) -> Tensor:
-    """(B, L): above one half for about `share` of the tokens, at random places. Samples differ in their counts."""
+    """(B, L): above one half for about `share` of the tokens, at random places and in different numbers."""
     generator = torch.Generator().manual_seed(0)
     kept = torch.rand(batch, length, generator=generator) < share
     half = torch.rand(batch, length, generator=generator).clamp(0.002, 0.998) / 2
