@@ -12,7 +12,6 @@ from PIL import Image
 
 from processes import group
 
-
 # Files whose tests together take less than half a minute: `python -m pytest -m fast`.
 FAST = (
     "test_attention.py", "test_budgets.py", "test_config.py", "test_conv.py", "test_dc_dit.py",
