@@ -161,9 +161,9 @@ def attempt(
         processes.append(process)
     # Wait
     end = time.monotonic() + DEADLINE
-    for process in processes:
-        process.join(max(end - time.monotonic(), 0.1))
-        if any(other.exitcode not in (0, None) for other in processes):
+    while any(process.is_alive() for process in processes) and time.monotonic() < end:
+        time.sleep(0.02)
+        if any(process.exitcode for process in processes):
             end = min(end, time.monotonic() + grace)
     # End those that hang
     hanging = [process for process in processes if process.exitcode is None]
