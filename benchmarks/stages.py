@@ -104,7 +104,7 @@ def packed_stages(workload: Workload, conditioning: Tensor, features: Tensor) ->
     packing = plan_packing(routing.keep)
     chunks = reference.plan(routing)
 
-    kept = len(packing.index)
+    kept = len(packing.token_index)
     tokens = torch.randn(kept, workload.config.d_model, device=features.device).requires_grad_()
     residual = torch.randn_like(features).requires_grad_()
     sigma = workload.sigma
@@ -118,7 +118,7 @@ def packed_stages(workload: Workload, conditioning: Tensor, features: Tensor) ->
         Stage(
             "attention",
             textbook=lambda: reference.attention(block.attn, tokens, chunks),
-            ours=lambda: block.attn(block.attn.qkv(tokens), packing),
+            ours=lambda: block.attn(tokens, packing),
             inputs=[tokens],
             module=block.attn,
         ),
@@ -132,7 +132,7 @@ def packed_stages(workload: Workload, conditioning: Tensor, features: Tensor) ->
         Stage(
             "dechunk",
             textbook=lambda: reference.dechunk(tokens, routing, chunks, sigma) + residual,
-            ours=lambda: model.dechunk(tokens, routing, packing).add_(residual),
+            ours=lambda: model.dechunk(tokens, residual, routing, packing),
             inputs=[tokens, prob, residual],
             is_float32=True,
         ),

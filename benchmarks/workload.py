@@ -74,7 +74,9 @@ class Workload:
 
     def textbook_forward(self, x: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
         """What the model computes, in the textbook version, on the same weights and the same mask."""
-        return reference.forward(self.dc_dit, self.sigma, x, t, labels, pin=self.replace_probability)
+        return reference.forward(
+            self.dc_dit, self.sigma, x, t, labels, replace_routing=self.replace_probability
+        )
 
     def replace_probability(self, routing: Routing) -> Routing:
         """The router's output with fixed values and its own gradient: every implementation gets one mask."""

@@ -1,4 +1,4 @@
-"""Gaussian diffusion, its samplers and guidance; knows nothing of the network behind `denoise`."""
+"""Gaussian diffusion, its samplers and guidance. Nothing here knows the network behind `denoise`."""
 
 from diffusion.gaussian import GaussianDiffusion, create_diffusion
 

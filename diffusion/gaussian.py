@@ -1,8 +1,9 @@
 """Gaussian diffusion with epsilon prediction and (optionally) a learned variance range.
 
-Notation of DDPM (arXiv 2006.11239) and improved DDPM (arXiv 2102.09672). Coefficient tables are computed once in float64 and
-gathered in float32. Images and latents are (B, C, ...); `i` (B,) counts the steps of this process, `t` (B,) the steps of the
-process that the network was trained on: they differ after respacing.
+The notation is that of DDPM (arXiv 2006.11239) and improved DDPM (arXiv 2102.09672). Coefficient tables are
+computed once in float64 and gathered in float32. Images and latents are (B, C, ...). `i` (B,) counts the
+steps of this process, `t` (B,) those of the process that the network was trained on: they differ after
+respacing.
 """
 
 import math
@@ -19,17 +20,23 @@ class GaussianDiffusion:
 
     Args:
         betas: (steps,) float64.
-        timesteps: (steps,) the original timestep of each step; None when they are the same.
-        learn_sigma: the network predicts variance logits in the second half of its channels (improved DDPM, section 3.1).
+        learn_sigma: the network predicts variance logits in the second half of its channels (improved DDPM,
+            section 3.1).
+        timesteps: (steps,) the original timestep of each step; None if they are the same.
     """
 
     def __init__(self, betas: np.ndarray, learn_sigma: bool, timesteps: np.ndarray | None = None):
-        self.steps, self.learn_sigma = len(betas), learn_sigma
+        self.steps = len(betas)
+        self.learn_sigma = learn_sigma
         self.timesteps = np.arange(len(betas)) if timesteps is None else timesteps
+
         alpha_bar = np.cumprod(1 - betas)
         previous = np.append(1.0, alpha_bar[:-1])
-        variance = betas * (1 - previous) / (1 - alpha_bar)  # of the posterior; 0 at the first step
+
+        # The posterior's variance is 0 at the first step; its logarithm takes the second step's there
+        variance = betas * (1 - previous) / (1 - alpha_bar)
         clipped = np.append(variance[1], variance[1:]) if len(betas) > 1 else betas
+
         self.tables = {
             "betas": betas,
             "alpha_bar": alpha_bar,
@@ -49,33 +56,37 @@ class GaussianDiffusion:
     def table(self, name: str, i: Tensor, ndim: int) -> Tensor:
         """Entries i (B,) of a table, float32, shaped to broadcast over (B, ...) with ndim dimensions."""
         if i.device not in self._on_device:
-            tables = {
-                key: torch.as_tensor(values).to(i.device, torch.float32)
-                for key, values in self.tables.items()
-            }
+            tables = {}
+            for key, values in self.tables.items():
+                tables[key] = torch.as_tensor(values).to(i.device, torch.float32)
             self._on_device[i.device] = tables
-        return self._on_device[i.device][name][i].view(-1, *[1] * (ndim - 1))
+        entries = self._on_device[i.device][name][i]
+        return entries.view(-1, *[1] * (ndim - 1))
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Draw x_t given x_0 (DDPM, equation 4)."""
-        signal, sigma = (
-            self.table("sqrt_alpha_bar", t, x0.ndim),
-            self.table("sqrt_one_minus_alpha_bar", t, x0.ndim),
-        )
+        signal = self.table("sqrt_alpha_bar", t, x0.ndim)
+        sigma = self.table("sqrt_one_minus_alpha_bar", t, x0.ndim)
         return signal * x0 + sigma * noise
 
     def predict_x0(self, x_t: Tensor, i: Tensor, epsilon: Tensor) -> Tensor:
         """The x_0 that an epsilon implies (DDPM, equation 15)."""
         scale = self.table("sqrt_recip_alpha_bar", i, x_t.ndim)
-        return scale * x_t - self.table("sqrt_recip_alpha_bar_minus_one", i, x_t.ndim) * epsilon
+        noise_scale = self.table("sqrt_recip_alpha_bar_minus_one", i, x_t.ndim)
+        return scale * x_t - noise_scale * epsilon
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, i: Tensor) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_0) (DDPM, equation 7)."""
-        return self.table("posterior_x0", i, x_t.ndim) * x0 + self.table("posterior_x_t", i, x_t.ndim) * x_t
+        x0_share = self.table("posterior_x0", i, x_t.ndim)
+        x_t_share = self.table("posterior_x_t", i, x_t.ndim)
+        return x0_share * x0 + x_t_share * x_t
 
     def split(self, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
         """Network output -> epsilon and variance logits (None without a learned variance)."""
-        return prediction.chunk(2, dim=1) if self.learn_sigma else (prediction, None)
+        if not self.learn_sigma:
+            return prediction, None
+        epsilon, logits = prediction.chunk(2, dim=1)
+        return epsilon, logits
 
     def reverse(self, prediction: Tensor, x_t: Tensor, i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and log-variance of p(x_{t-1} | x_t), and the implied x_0; nothing is clipped."""
@@ -84,33 +95,45 @@ class GaussianDiffusion:
         return self.posterior_mean(x0, x_t, i), self.log_variance(logits, x_t, i), x0
 
     def log_variance(self, logits: Tensor | None, x_t: Tensor, i: Tensor) -> Tensor:
-        """Interpolate between log beta-tilde and log beta (improved DDPM, equation 15), or the fixed large variance."""
+        """Log-variance of the model: learned (improved DDPM, equation 15), or the fixed large one."""
         if logits is None:
             return self.table("fixed_large_log_variance", i, x_t.ndim).expand_as(x_t)
-        low, high = self.table("posterior_log_variance", i, x_t.ndim), self.table("log_betas", i, x_t.ndim)
+        # Interpolate between log beta-tilde and log beta
+        low = self.table("posterior_log_variance", i, x_t.ndim)
+        high = self.table("log_betas", i, x_t.ndim)
         share = (logits + 1) / 2
         return share * high + (1 - share) * low
 
     def losses(
         self, prediction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
-        """Loss terms per sample (B,); their sum is trained on.
+        """Loss terms per sample (B,); training minimises their sum.
 
-        "mse": mean squared error of epsilon. "vb" (learned variance only): the variational bound in bits per dimension, with
-        no gradient to epsilon (improved DDPM, equation 16 with weight 1).
+        Returns:
+            "mse": mean squared error of epsilon. "vb" (with a learned variance only): the variational bound in bits
+            per dimension, without a gradient to epsilon (improved DDPM, equation 16 with weight 1).
         """
         epsilon, logits = self.split(prediction)
         terms = {"mse": _mean((noise - epsilon) ** 2)}
         if logits is not None:
-            terms["vb"] = self.variational_bound(torch.cat([epsilon.detach(), logits], dim=1), x0, x_t, t)
+            only_variance = torch.cat([epsilon.detach(), logits], dim=1)
+            terms["vb"] = self.variational_bound(only_variance, x0, x_t, t)
         return terms
 
     def variational_bound(self, prediction: Tensor, x0: Tensor, x_t: Tensor, i: Tensor) -> Tensor:
-        """KL of the posterior to the model at i > 0, negative log-likelihood of 8-bit x_0 at i = 0: (B,) bits per dimension."""
+        """The variational bound: (B,) bits per dimension.
+
+        It is the KL divergence of the posterior to the model at i > 0, and the negative log-likelihood of an
+        8-bit x_0 at i = 0.
+        """
         mean, log_variance, _ = self.reverse(prediction, x_t, i)
+
+        # i > 0
         true_mean = self.posterior_mean(x0, x_t, i)
         true_log_variance = self.table("posterior_log_variance", i, x_t.ndim)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
+
+        # i = 0
         likelihood = discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance)
         return torch.where(i == 0, -_mean(likelihood), _mean(kl)) / math.log(2)
 
@@ -123,7 +146,8 @@ def _mean(x: Tensor) -> Tensor:
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
     """Kullback-Leibler divergence of two normal distributions, element by element, in nats."""
     difference = log_variance2 - log_variance1
-    return 0.5 * (difference - 1 + torch.exp(-difference) + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
+    distance = (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
+    return 0.5 * (difference - 1 + torch.exp(-difference) + distance)
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
@@ -131,7 +155,8 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
     precision = torch.exp(-log_scale)
     upper = _normal_cdf(precision * (x - mean + 1 / 255))
     lower = _normal_cdf(precision * (x - mean - 1 / 255))
-    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    inner = upper - lower
+    probability = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, inner))
     return probability.clamp(min=1e-12).log()
 
 

@@ -1,10 +1,11 @@
 """Classifier-free guidance over any per-sample conditioning.
 
-The two branches differ in their conditioning alone, be it the label or how much compute a branch may spend (Lite-CFG), so one
-function serves both; they run as one batch.
+The two branches differ in their conditioning alone, whether that is the label or how much compute a branch
+may spend (Lite-CFG). One function therefore serves both, and the branches run as one batch.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ from diffusion.samplers import Denoise
 
 ConditionedDenoise = Callable[..., Tensor]  # (x, t, **conditioning) -> prediction
 
-# What one branch of the network is given beside x and t: under each name a tensor (B, ...) or a list of B numbers, or a
-# function of the timesteps (B,) that returns one.
-Conditioning = dict[str, Tensor | list | Callable[[Tensor], Tensor]]
+# What one branch of the network gets beside x and t. Under each name stands a tensor (B, ...), a list of B
+# numbers, or a function of the timesteps (B,) that returns one of them.
+Conditioning = dict[str, Any]
 
 
 def condition(denoise: ConditionedDenoise, conditioning: Conditioning) -> Denoise:
@@ -23,7 +24,7 @@ def condition(denoise: ConditionedDenoise, conditioning: Conditioning) -> Denois
 
     def denoise_conditioned(x: Tensor, t: Tensor) -> Tensor:
         t = t.to(x.device, non_blocking=True)
-        return denoise(x, t, **_at(t, conditioning))
+        return denoise(x, t, **evaluate_at(t, conditioning))
 
     return denoise_conditioned
 
@@ -39,35 +40,43 @@ def guide(
     """Classifier-free guidance (arXiv 2207.12598, equation 6 with scale = 1 + w): u + scale * (c - u).
 
     Args:
-        conditional, unconditional: conditioning of the two branches. Under the same names they run as one batch, else one after
-            the other.
+        conditional, unconditional: conditioning of the two branches. With the same names they run as one batch,
+            otherwise one after the other.
         channels: how many leading channels are guided; the others come from the conditional branch.
-        interval: guide only at lowest <= t <= highest (guidance interval, arXiv 2404.07724); elsewhere the unconditional branch
-            is not computed. None: always.
+        interval: guide only at lowest <= t <= highest (guidance interval, arXiv 2404.07724); elsewhere the
+            unconditional branch is not computed. None: guide always.
     """
 
     def denoise_guided(x: Tensor, t: Tensor) -> Tensor:
-        inside = (
-            interval is None or interval[0] <= t[0].item() <= interval[1]
-        )  # samplers give a batch one timestep
+        # Samplers give all samples of a batch one timestep, which is still on the host here
+        is_guided = interval is None or interval[0] <= t[0].item() <= interval[1]
         t = t.to(x.device, non_blocking=True)
-        ours, theirs = _at(t, conditional), _at(t, unconditional)
-        if not inside:
-            return denoise(x, t, **ours)
-        if ours.keys() == theirs.keys():
-            both = {name: _join(ours[name], theirs[name]) for name in ours}
-            with_condition, without = denoise(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
+        conditions = evaluate_at(t, conditional)
+        if not is_guided:
+            return denoise(x, t, **conditions)
+
+        # Both branches, as one batch if their conditioning can be joined
+        no_conditions = evaluate_at(t, unconditional)
+        if conditions.keys() == no_conditions.keys():
+            joined = {name: join(conditions[name], no_conditions[name]) for name in conditions}
+            with_condition, without = denoise(torch.cat([x, x]), torch.cat([t, t]), **joined).chunk(2)
         else:
-            with_condition, without = denoise(x, t, **ours), denoise(x, t, **theirs)
+            with_condition = denoise(x, t, **conditions)
+            without = denoise(x, t, **no_conditions)
+
         guided = without + scale * (with_condition - without)
         return torch.cat([guided[:, :channels], with_condition[:, channels:]], dim=1)
 
     return denoise_guided
 
 
-def _at(t: Tensor, conditioning: Conditioning) -> dict[str, Tensor | list]:
+def evaluate_at(t: Tensor, conditioning: Conditioning) -> Conditioning:
+    """The conditioning at timesteps t (B,): functions replaced by their values."""
     return {name: value(t) if callable(value) else value for name, value in conditioning.items()}
 
 
-def _join(a: Tensor | list, b: Tensor | list) -> Tensor | list:
-    return a + b if isinstance(a, list) else torch.cat([a, b])
+def join(conditional: Any, unconditional: Any) -> Any:
+    """Two tensors (B, ...) or lists of B numbers as one of 2B."""
+    if isinstance(conditional, list):
+        return conditional + unconditional
+    return torch.cat([conditional, unconditional])

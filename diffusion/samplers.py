@@ -1,7 +1,8 @@
 """Samplers as generators: each yields one Step per evaluation of the network and ends with the sample in `x_next`.
 
-`denoise(x_t, t)` is any function from noised latents (B, C, S, S) and original timesteps (B,) to a prediction; guidance and
-recording wrap it from outside. The timesteps are on the host, where they can be read without waiting for the device.
+`denoise(x_t, t)` is any function from noised latents (B, C, S, S) and original timesteps (B,) to a
+prediction. Guidance and recording wrap it from outside. The timesteps are on the host, where reading them
+does not wait for the device.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +34,10 @@ def ddpm(
     for i in reversed(range(diffusion.steps)):
         t, index, prediction = _evaluate(diffusion, denoise, x, i)
         mean, log_variance, x0_hat = diffusion.reverse(prediction, x, index)
-        x_next = mean + torch.exp(0.5 * log_variance) * noise() if i else mean
+        # The last step adds no noise
+        x_next = mean
+        if i > 0:
+            x_next = mean + torch.exp(0.5 * log_variance) * noise()
         yield Step(i, t, x, x0_hat, x_next)
         x = x_next
 
@@ -46,6 +50,7 @@ def ddim(
         t, index, prediction = _evaluate(diffusion, denoise, x, i)
         epsilon, _ = diffusion.split(prediction)
         x0_hat = diffusion.predict_x0(x, index, epsilon)
+        # Move to the previous noise level along the same epsilon
         previous = diffusion.table("alpha_bar_previous", index, x.ndim)
         x_next = previous.sqrt() * x0_hat + (1 - previous).sqrt() * epsilon
         yield Step(i, t, x, x0_hat, x_next)
@@ -57,10 +62,11 @@ def dpm_solver(
 ) -> Iterator[Step]:
     """DPM-Solver++ (arXiv 2211.01095), second order, multistep, by diffusers; `noise` is not called.
 
-    It solves the same equation as DDIM, of which a step is its first-order case: 20 to 50 steps do.
+    It solves the equation of DDIM, which is its first-order case. 20 to 50 steps are enough.
     """
     from diffusers import DPMSolverMultistepScheduler  # here, because this import takes seconds
 
+    # The solver runs on the steps of the respaced process
     betas = np.clip(diffusion.tables["betas"], 0.0, 1.0)
     solver = DPMSolverMultistepScheduler(num_train_timesteps=diffusion.steps, trained_betas=betas)
     solver.set_timesteps(timesteps=list(reversed(range(diffusion.steps))))
@@ -68,10 +74,9 @@ def dpm_solver(
         t, index, prediction = _evaluate(diffusion, denoise, x, i)
         epsilon, _ = diffusion.split(prediction)
         x0_hat = diffusion.predict_x0(x, index, epsilon)
+        # First order to t = 0: the signal-to-noise ratio jumps too far there to extrapolate
         if i == 1:
-            solver.lower_order_nums = (
-                0  # first order to t = 0: the signal-to-noise ratio jumps too far to extrapolate
-            )
+            solver.lower_order_nums = 0
         x_next = solver.step(epsilon, i, x).prev_sample
         yield Step(i, t, x, x0_hat, x_next)
         x = x_next
@@ -80,9 +85,11 @@ def dpm_solver(
 def _evaluate(
     diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, i: int
 ) -> tuple[int, Tensor, Tensor]:
+    """The prediction at step i: the original timestep, i as a tensor (B,), and the network's output in float32."""
     index = torch.full((len(x),), i, device=x.device)
     t = int(diffusion.timesteps[i])
-    return t, index, denoise(x, torch.full((len(x),), t)).float()
+    prediction = denoise(x, torch.full((len(x),), t))
+    return t, index, prediction.float()
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}

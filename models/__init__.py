@@ -3,7 +3,8 @@
 import torch
 
 from config import Config, parse_layout, to_yaml
-from models import attention
+from models.attention import attend_by_sample
+from models.blocks import DiTBlock
 from models.dc_dit import DCDiT
 from models.dit import DiT
 from models.types import Architecture
@@ -37,9 +38,10 @@ def architecture(config: Config) -> Architecture:
 
 
 def build_model(config: Config) -> DCDiT | DiT:
-    """Build the freshly initialised denoiser that a configuration describes; draws from torch's global generator."""
-    network = DiT if config.is_static else DCDiT
-    return network(architecture(config))
+    """Build the denoiser that a configuration describes, initialised from torch's global generator."""
+    if config.is_static:
+        return DiT(architecture(config))
+    return DCDiT(architecture(config))
 
 
 def describe(config: Config) -> str:
@@ -54,12 +56,14 @@ def describe(config: Config) -> str:
 def compile_parts(model: DCDiT | DiT, backend: str = "inductor") -> None:
     """Have torch.compile fuse the transformer blocks, the encoder and the decoder, in place; names of weights stay.
 
-    Token counts become dynamic when a second one is seen, so compilation ends with the second batch. Where attention
-    has neither a kernel for packed tokens nor the CPU's operation (CUDA in float32, MPS), it stays outside the graph.
+    Token counts become dynamic when a second one is seen, so compilation ends with the second batch.
+    Attention sample by sample (CUDA in float32, MPS) stays outside the graphs: it would need a new one for
+    every list of lengths.
     """
-    attention.by_sample = torch.compiler.disable(
-        attention.by_sample
-    )  # else: one graph for every list of lengths
-    scaffold = (model.encoder, model.decoder) if isinstance(model, DCDiT) else ()
-    for part in (*model.blocks, *scaffold):
-        part.compile(backend=backend)
+    for block in model.blocks:
+        assert isinstance(block, DiTBlock)
+        block.attn.attend_by_sample = torch.compiler.disable(attend_by_sample)
+        block.compile(backend=backend)
+    if isinstance(model, DCDiT):
+        model.encoder.compile(backend=backend)
+        model.decoder.compile(backend=backend)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import Attention
-from models.ops.recompute import EPS, gated_add, gelu_linear, modulated_linear
+from models.ops.recompute import EPS, Modulated, gated_add, gelu_linear, linear, modulate
 from models.types import Architecture, Packing
 
 
@@ -22,16 +22,23 @@ class RMSNorm(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The two linear maps around a GELU."""
+    """Two linear layers around a GELU: (T, D) -> (T, D)."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
+    def forward(self, x: Tensor | Modulated) -> Tensor:
+        hidden = linear(x, self.fc1)  # (T, hidden)
+        return gelu_linear(hidden, self.fc2)
+
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero block on packed tokens (T, D), conditioned per sample (B, D); `mlp_ratio` 0 means attention only."""
+    """adaLN-Zero block (DiT, section 3.2) on packed tokens (T, D), conditioned per sample (B, D).
+
+    `mlp_ratio` 0 makes a block of attention only.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, attention: str):
         super().__init__()
@@ -40,15 +47,18 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor, packing: Packing) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(
-            6, dim=1
-        )  # (B, D); 2: for the MLP
-        qkv = modulated_linear(x, shift1, scale1, self.attn.qkv, packing)  # (T, 3D)
-        x = gated_add(x, gate1, self.attn(qkv, packing), packing)
+        modulators = self.adaLN_modulation(c).chunk(6, dim=1)  # each (B, D)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulators
+
+        # norm -> modulate -> attend -> gate
+        attended = self.attn(modulate(x, shift_attn, scale_attn, packing), packing)
+        x = gated_add(x, gate_attn, attended, packing)
         if self.mlp is None:
             return x
-        hidden = modulated_linear(x, shift2, scale2, self.mlp.fc1, packing)
-        return gated_add(x, gate2, gelu_linear(hidden, self.mlp.fc2), packing)
+
+        # norm -> modulate -> MLP -> gate
+        transformed = self.mlp(modulate(x, shift_mlp, scale_mlp, packing))
+        return gated_add(x, gate_mlp, transformed, packing)
 
 
 def build_blocks(architecture: Architecture) -> nn.ModuleList:
@@ -58,7 +68,7 @@ def build_blocks(architecture: Architecture) -> nn.ModuleList:
 
 
 def block_ratios(architecture: Architecture) -> list[float]:
-    """MLP ratio of each transformer block; 0: attention only."""
+    """MLP ratio of each transformer block; 0 for attention only."""
     return [architecture.mlp_ratio if letter == "D" else 0.0 for letter in architecture.main_blocks]
 
 
@@ -75,7 +85,7 @@ def run_blocks(
 
 
 class FinalLayer(nn.Module):
-    """adaLN, then a linear map to the output channels: tokens (B, L, E), conditioning (B, D) -> (B, L, channels)."""
+    """adaLN, then a linear layer to the output channels: (B, L, E), conditioning (B, D) -> (B, L, channels)."""
 
     def __init__(self, width: int, conditioning: int, channels: int):
         super().__init__()
@@ -84,4 +94,5 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=2)  # each (B, 1, E)
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift)
+        normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
+        return self.linear(normed * (1 + scale) + shift)

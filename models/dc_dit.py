@@ -9,12 +9,14 @@ from models.dechunk import Dechunk
 from models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
 from models.init import init_transformer, zero_layers
 from models.packing import pack, plan_packing
-from models.router import INITIAL_BIAS, Router
-from models.types import Architecture, DenoiserOutput
+from models.router import Router
+from models.types import Architecture, DenoiserOutput, Packing, Routing
 
 
 class DCDiT(nn.Module):
     """Noised latents -> epsilon and variance logits, with a learned number of tokens in the transformer."""
+
+    pos_embed: Tensor
 
     def __init__(self, architecture: Architecture):
         super().__init__()
@@ -47,45 +49,71 @@ class DCDiT(nn.Module):
 
         Args:
             x_t: (B, C, S, S). t: (B,) timesteps. labels: (B,) int64.
-            drop: fraction of the kept tokens to drop, in [0, 1): one number, one per sample (B,), or None.
-            tokens: keep exactly so many instead, in [2, L]: one number, one per sample, or None. Nothing then waits for the
-                device to say how many tokens there are.
+            drop: fraction of the boundary tokens to drop, in [0, 1): one number, one per sample (B,), or None.
+            tokens: keep exactly this number instead, in [2, L]: one number, one per sample, or None. The host then
+                knows all shapes and never waits for the device.
         """
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
+
+        # Encode at full resolution and find the chunk boundaries
         x = self.x_embedder(x_t.contiguous(memory_format=torch.channels_last))  # (B, E, S, S)
         features = self.encoder(x, c)  # (B, D, S, S)
-        with self.scaffold_precision(features):
-            features = features.float() if self.fp32_scaffold else features
-            routing = self.router(features, drop, tokens)  # (B, L)
-            residual = self.residual_proj(to_tokens(features))  # (B, L, D)
+        routing, residual = self.route(features, drop, tokens)  # (B, L), (B, L, D)
+
+        # Only the kept tokens go through the transformer
         packing = plan_packing(routing.keep, tokens)
-        u = pack(to_tokens(features), packing) + self.pos_embed.index_select(
-            0, packing.index % len(self.pos_embed)
-        )  # (T, D)
-        u = self.norm(run_blocks(self.blocks, u, c, packing, self.gradient_checkpointing))
-        with self.scaffold_precision(u):
-            u = u.float() if self.fp32_scaffold else u
-            h = self.dechunk(u, routing, packing).add_(residual)  # (B, L, D)
+        u = pack(to_tokens(features), packing) + self.positions(packing)  # (T, D)
+        u = run_blocks(self.blocks, u, c, packing, self.gradient_checkpointing)
+        u = self.norm(u)
+
+        # Give every cell a token again and decode
+        h = self.plug_back(u, residual, routing, packing)  # (B, L, D)
         h = self.decoder(to_grid(h), c)  # (B, E, S, S)
         prediction = to_grid(self.final_layer(to_tokens(h), c))  # (B, 2C, S, S)
         return DenoiserOutput(prediction, routing)
 
-    def scaffold_precision(self, x: Tensor):
-        """Switch autocast off around router, residual projection and dechunk when they are to run in float32."""
+    def route(
+        self, features: Tensor, drop: Tensor | float | None, tokens: int | list[int] | None
+    ) -> tuple[Routing, Tensor]:
+        """Encoder output (B, D, S, S) -> the routing and the residual (B, L, D), in the scaffold's precision."""
+        with self.scaffold_precision(features):
+            features = self.to_scaffold(features)
+            routing = self.router(features, drop, tokens)
+            residual = self.residual_proj(to_tokens(features))
+        return routing, residual
+
+    def plug_back(self, u: Tensor, residual: Tensor, routing: Routing, packing: Packing) -> Tensor:
+        """Processed tokens (T, D) and the residual (B, L, D) -> (B, L, D), in the scaffold's precision."""
+        with self.scaffold_precision(u):
+            return self.dechunk(self.to_scaffold(u), residual, routing, packing)
+
+    def positions(self, packing: Packing) -> Tensor:
+        """Position embeddings of the kept tokens: (T, D)."""
+        return self.pos_embed.index_select(0, packing.token_index % len(self.pos_embed))
+
+    def scaffold_precision(self, x: Tensor) -> torch.autocast:
+        """Switch autocast off around router, residual projection and dechunk if they are to run in float32."""
         enabled = torch.is_autocast_enabled(x.device.type) and not self.fp32_scaffold
         return torch.autocast(x.device.type, enabled=enabled)
+
+    def to_scaffold(self, x: Tensor) -> Tensor:
+        """The input of router, residual projection or dechunk in their precision."""
+        return x.float() if self.fp32_scaffold else x
 
 
 @torch.no_grad()
 def init_weights(model: DCDiT, init: str) -> None:
     """Initialise every parameter that does not keep PyTorch's own start.
 
-    "adaln_zero": the DiT blocks' modulation and the residual projection start at zero, as the DiT and H-Net papers intend.
-    "released": they start Xavier-uniform, which is what the official code really does.
-    Both: linear layers Xavier-uniform with zero bias, tables and timestep MLP N(0, 0.02), the final layer zero, the router's
-    last bias so that about one token in four scores as a boundary.
+    Args:
+        init: "adaln_zero": the blocks' modulation and the residual projection start at zero, as the DiT and H-Net
+            papers intend. "released": they start Xavier-uniform, which is what the official code does.
+
+    In both, linear layers start Xavier-uniform with zero bias, the label table and the timestep MLP from N(0,
+    0.02), the final layer at zero, and the router's last bias such that about one token in four is a
+    boundary.
     """
     init_transformer(model, zero_blocks=init == "adaln_zero")
-    nn.init.constant_(model.router.residual_scorer[-1].bias, INITIAL_BIAS)
+    model.router.start()
     if init == "adaln_zero":
         zero_layers(model.residual_proj)

@@ -1,7 +1,7 @@
 """The static DiT (arXiv 2212.09748): a Diffusion Transformer over fixed patches, the baseline of DC-DiT.
 
-It is called and answers like models/dc_dit.py, with a routing that keeps every patch. Its parameters have the names of the
-published checkpoints but for those of the two embedding tables (see weights/convert.py).
+It has the interface of models/dc_dit.py, with a routing that keeps every patch. Its parameters have the names
+of the published checkpoints, apart from the two embedding tables (see weights/foreign.py).
 """
 
 import torch
@@ -16,11 +16,19 @@ from models.types import Architecture, DenoiserOutput, Routing
 
 
 class DiT(nn.Module):
-    """Noised latents -> epsilon and variance logits, with one token per patch of P x P cells."""
+    """Noised latents -> epsilon and variance logits, with one token per patch of P x P cells.
+
+    Raises:
+        ValueError: an architecture without a patch size.
+    """
+
+    pos_embed: Tensor
 
     def __init__(self, architecture: Architecture):
         super().__init__()
         a = architecture
+        if a.patch is None:
+            raise ValueError("a static DiT needs a patch size")
         self.patch = a.patch
         self.gradient_checkpointing = a.gradient_checkpointing
         self.x_embedder = nn.Conv2d(a.latent_channels, a.width, a.patch, stride=a.patch)
@@ -50,18 +58,21 @@ class DiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
         u = to_tokens(self.x_embedder(x_t)) + self.pos_embed  # (B, L, D)
         batch, length, _ = u.shape
+
+        # All tokens go through the transformer, packed like those of a DC-DiT
         packing = full_packing(batch, length, u.device)
         u = run_blocks(self.blocks, u.flatten(0, 1), c, packing, self.gradient_checkpointing)  # (B L, D)
+
         patches = self.final_layer(u.unflatten(0, (batch, length)), c)  # (B, L, P P 2C)
-        return DenoiserOutput(unpatchify(patches, self.patch), keep_all(batch, length, u.device))
+        prediction = unpatchify(patches, self.patch)  # (B, 2C, S, S)
+        return DenoiserOutput(prediction, keep_all(batch, length, u.device))
 
 
 def unpatchify(patches: Tensor, patch: int) -> Tensor:
     """(B, L, P P C), channels varying fastest and then columns -> (B, C, S, S)."""
     side = int(patches.shape[1] ** 0.5)
-    grid = patches.view(
-        len(patches), side, side, patch, patch, -1
-    )  # (B, row, column, row and column in the patch, C)
+    # (B, row, column, row in the patch, column in the patch, C)
+    grid = patches.view(len(patches), side, side, patch, patch, -1)
     return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 

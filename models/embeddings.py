@@ -1,4 +1,4 @@
-"""Conditioning and positions: timestep, class label (which owns the null label) and fixed 2-D sin-cos positions."""
+"""Conditioning and positions: timestep, class label with the null label, and fixed 2-D sin-cos positions."""
 
 import math
 
@@ -20,13 +20,16 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        exponent = torch.arange(FREQUENCIES, dtype=torch.float32, device=t.device) / self.divisor
-        angle = t.float()[:, None] * torch.exp(-math.log(10000) * exponent)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+        k = torch.arange(FREQUENCIES, dtype=torch.float32, device=t.device)
+        exponent = k / self.divisor
+        frequency = torch.exp(-math.log(10000) * exponent)
+        angle = t.float()[:, None] * frequency  # (B, 128)
+        features = torch.cat([angle.cos(), angle.sin()], dim=1)
+        return self.mlp(features)
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (B,) -> (B, D). With `has_null`, label `num_classes` is the unconditional one of classifier-free guidance."""
+    """Labels (B,) -> (B, D). With `has_null`, label `num_classes` stands for no condition."""
 
     def __init__(self, num_classes: int, width: int, has_null: bool):
         super().__init__()
@@ -37,13 +40,18 @@ class LabelEmbedder(nn.Module):
 
 
 def sincos_positions(width: int, side: int, spacing: float = 1.0, offset: float = 0.0) -> Tensor:
-    """Fixed 2-D positions (side * side, width): sin and cos of the column in the first half, of the row in the second.
+    """Fixed 2-D positions (side * side, width): sin and cos of the column, then of the row.
 
     Row and column i lie at (i + offset) * spacing.
     """
+    # One axis: a sine and a cosine per frequency
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = (torch.arange(side, dtype=torch.float64)[:, None] + offset) * spacing * omega
+    place = (torch.arange(side, dtype=torch.float64) + offset) * spacing
+    angle = place[:, None] * omega
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, width / 2)
+
+    # Both axes at every cell, in raster order
     column = axis[None, :, :].expand(side, side, -1)
     row = axis[:, None, :].expand(side, side, -1)
-    return torch.cat([column, row], dim=-1).flatten(0, 1).float()
+    grid = torch.cat([column, row], dim=-1)  # (side, side, width)
+    return grid.flatten(0, 1).float()

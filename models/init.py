@@ -1,31 +1,41 @@
-"""The start that DiT and DC-DiT share."""
+"""The initialisation that DiT and DC-DiT share."""
+
+from typing import Any
 
 import torch
 from torch import nn
 
 
 @torch.no_grad()
-def init_transformer(model: nn.Module, zero_blocks: bool) -> None:
+def init_transformer(model: Any, zero_blocks: bool) -> None:
     """Linear layers Xavier-uniform with zero bias, label table and timestep MLP N(0, 0.02), the final layer zero.
 
-    `zero_blocks`: the blocks' modulation starts at zero (adaLN-Zero), so that every block starts as the identity.
+    Args:
+        model: a DiT or DC-DiT.
+        zero_blocks: the blocks' modulation starts at zero (adaLN-Zero), so that every block starts as the identity.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(model.x_embedder.weight.view(len(model.x_embedder.weight), -1))
+
+    # The stem starts like a linear layer on its patch, the embeddings small
+    stem = model.x_embedder.weight
+    nn.init.xavier_uniform_(stem.view(len(stem), -1))
     nn.init.zeros_(model.x_embedder.bias)
     nn.init.normal_(model.y_embedder.table.weight, std=0.02)
     for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
         nn.init.normal_(layer.weight, std=0.02)
+
+    # A prediction of zero, and blocks that are the identity
     zero_layers(model.final_layer.linear, model.final_layer.adaLN_modulation[1])
     if zero_blocks:
         zero_layers(*(block.adaLN_modulation[1] for block in model.blocks))
 
 
 @torch.no_grad()
-def zero_layers(*layers: nn.Linear) -> None:
+def zero_layers(*layers: nn.Linear | nn.Conv2d) -> None:
+    """Set weights and biases to zero."""
     for layer in layers:
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)

@@ -5,14 +5,17 @@ from torch import Tensor
 
 from models.types import Packing
 
-PIECES = 16  # of a sample: its tokens' sum on a GPU is that of so many sums, else one thread would go through all of them
+# A sum over a sample's tokens is a sum of the sums of this many pieces; one piece would be one thread's work
+# on a GPU.
+PIECES = 16
 
 
 def plan_packing(keep: Tensor, lengths: int | list[int] | None = None) -> Packing:
     """Turn a keep mask (B, L) bool into a Packing; every sample must keep a token.
 
-    Reading the B lengths is the only host synchronisation of a forward pass, and where they are given (a token budget: one
-    number, or one per sample) there is none: with T known, the indices come from a running count and a scatter.
+    Args:
+        lengths: kept tokens of every sample, or of each, if they are known (a token budget). If they are not,
+            they are read from the device, which is the only host synchronisation of a forward pass.
     """
     batch, tokens = keep.shape
     counts = keep.sum(1)
@@ -21,40 +24,46 @@ def plan_packing(keep: Tensor, lengths: int | list[int] | None = None) -> Packin
     elif isinstance(lengths, int):
         lengths = [lengths] * batch
     total = sum(lengths)
+
+    # Scatter each kept token's row to its slot; all other tokens share the spare slot at the end.
+    # Unlike `nonzero`, this does not wait for the device.
     flat = keep.flatten()
-    slot = torch.where(
-        flat, flat.cumsum(0) - 1, total
-    )  # tokens that are not kept share the spare slot at the end
-    source = torch.arange(batch * tokens, device=keep.device)
-    index = source.new_empty(total + 1).scatter_(0, slot, source)[:total]
+    slot = torch.where(flat, flat.cumsum(0) - 1, total)
+    row = torch.arange(batch * tokens, device=keep.device)
+    index = row.new_empty(total + 1).scatter_(0, slot, row)[:total]
+
+    # Where each sample starts
     cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=keep.device)
     cu_seqlens[1:] = counts.cumsum(0)
-    return Packing(index, index // tokens, cu_seqlens, cut_up(cu_seqlens), torch.tensor(lengths), tokens)
+    return Packing(index, index // tokens, cu_seqlens, cut_pieces(cu_seqlens), torch.tensor(lengths), tokens)
 
 
 def full_packing(batch: int, tokens: int, device: torch.device) -> Packing:
     """The Packing of samples that keep every token."""
     index = torch.arange(batch * tokens, device=device)
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
-    return Packing(
-        index, index // tokens, cu_seqlens, cut_up(cu_seqlens), torch.full((batch,), tokens), tokens
-    )
+    lengths = torch.full((batch,), tokens)
+    return Packing(index, index // tokens, cu_seqlens, cut_pieces(cu_seqlens), lengths, tokens)
 
 
-def cut_up(cu_seqlens: Tensor) -> Tensor:
+def cut_pieces(cu_seqlens: Tensor) -> Tensor:
     """First token of each piece of each sample: (B + 1,) -> (B * PIECES + 1,). A piece may be empty."""
-    share = torch.arange(PIECES, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    start = cu_seqlens[:-1, None] + cu_seqlens.diff()[:, None] * share // PIECES
-    return torch.cat([start.flatten(), cu_seqlens[-1:]])
+    piece = torch.arange(PIECES, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    first = cu_seqlens[:-1, None]
+    length = cu_seqlens.diff()[:, None]
+    starts = first + length * piece // PIECES  # (B, PIECES)
+    return torch.cat([starts.flatten(), cu_seqlens[-1:]])
 
 
 def pack(x: Tensor, packing: Packing) -> Tensor:
     """(B, L, D) -> (T, D)."""
-    return x.flatten(0, 1).index_select(0, packing.index)
+    return x.flatten(0, 1).index_select(0, packing.token_index)
 
 
 def unpack(tokens: Tensor, packing: Packing, length: int) -> Tensor:
     """(T, D) -> (B, L, D) with zeros at the tokens that were not kept."""
     batch = len(packing.lengths)
-    grid = tokens.new_zeros(batch * length, tokens.shape[1]).index_copy_(0, packing.index, tokens)
+    width = tokens.shape[1]
+    grid = tokens.new_zeros(batch * length, width)
+    grid.index_copy_(0, packing.token_index, tokens)
     return grid.view(batch, length, -1)

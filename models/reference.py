@@ -1,63 +1,78 @@
-"""The textbook version of every stage, on the weights of a DCDiT: the yardstick for speed, and the oracle for numbers.
+"""The readable twin of every stage, on the weights of a DCDiT; the oracle of tests and benchmarks.
 
-It computes what the official implementation computes in the way that comes to mind first: token-contiguous tensors with a
-permutation around every convolution, a double argsort for the budget, padded chunks, modulators expanded to one row per token,
-padded attention with a mask, a dense (B, M, M) Gaussian and a dense (B, L, M) search. M is the longest sample's kept tokens.
+It computes what the paper describes in the way that comes to mind first: token-contiguous tensors with a
+permutation around every convolution, a double argsort for the budget, padded chunks, modulators expanded to
+one row per token, padded attention with a mask, a dense (B, M, M) Gaussian and a dense (B, L, M) search. M is
+the number of kept tokens of the sample that keeps most; the other letters are those of models/types.py.
+
+    prediction = reference.forward(model, sigma=1.0, x_t=x_t, t=t, labels=labels).prediction
+
+Sources: DC-DiT (arXiv 2603.06351, section 3), DiT (arXiv 2212.09748, section 3.2), H-Net (arXiv 2507.07955), whose
+equations 4 to 10 DC-DiT carries over from sequences to the plane.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.attention import KERNELS, pick_kernel
+from models.attention import Attention, attend_flash, attend_varlen, pick_kernel
 from models.blocks import DiTBlock
 from models.conv import Conv3x3, ConvBlock, ConvStack
 from models.dc_dit import DCDiT
 from models.packing import plan_packing
-from models.router import Router, force_ends
+from models.router import Router
 from models.types import DenoiserOutput, Packing, Routing
 
 
-@dataclass
-class Chunks:
-    """Kept tokens of a batch as padded rows."""
-
-    index: Tensor  # (B, M) raster indices; behind the kept ones those of other tokens
-    valid: Tensor  # (B, M) bool
-    counts: Tensor  # (B,)
-
-    @functools.cached_property
-    def packing(self) -> Packing:
-        """For a kernel for packed tokens: planned once in a forward pass, and where there is such a kernel only."""
-        return plan_packing(self.valid)
-
-
 def forward(
-    model: DCDiT, sigma: float, x_t: Tensor, t: Tensor, labels: Tensor, drop: Tensor | None = None, pin=None
+    model: DCDiT,
+    sigma: float,
+    x_t: Tensor,
+    t: Tensor,
+    labels: Tensor,
+    drop: Tensor | None = None,
+    replace_routing: Callable[[Routing], Routing] | None = None,
 ) -> DenoiserOutput:
-    """What `model(x_t, t, labels, drop)` computes; `sigma`: of its smoothing; `pin`: a function that exchanges the routing."""
-    c = model.t_embedder(t) + model.y_embedder(labels)
+    """What `model(x_t, t, labels, drop)` computes.
+
+    Args:
+        sigma: standard deviation of the model's dechunk smoothing, in latent cells.
+        replace_routing: exchanges the router's decision for another one, which benchmarks hold constant.
+    """
+    c = model.t_embedder(t) + model.y_embedder(labels)  # (B, D)
+
+    # Encoder and router; the scaffold is in float32 under autocast too
     x = to_tokens(model.x_embedder(x_t))  # (B, L, E)
     features = conv_stack(model.encoder, x, c)  # (B, L, D)
     with torch.autocast(x_t.device.type, enabled=False):
         features = features.float()
         routing = router(model.router, features, drop)
-        routing = pin(routing) if pin else routing
+        if replace_routing is not None:
+            routing = replace_routing(routing)
         residual = model.residual_proj(features)
+
+    # The transformer on the kept tokens
     chunks = plan(routing)
     u = pack(features + model.pos_embed, chunks)  # (T, D)
-    for one in model.blocks:
-        u = block(one, u, c, chunks)
-    u = model.norm(u)
+    for module in model.blocks:
+        assert isinstance(module, DiTBlock)
+        u = block(module, u, c, chunks)
+    u = rms_norm(u, model.norm.weight)
+
+    # Dechunk, decoder and head
     with torch.autocast(x_t.device.type, enabled=False):
-        h = dechunk(u.float(), routing, chunks, sigma) + residual
-    h = conv_stack(model.decoder, h, c)
+        h = dechunk(u.float(), routing, chunks, sigma) + residual  # (B, L, D), H-Net, equation 3
+    h = conv_stack(model.decoder, h, c)  # (B, L, E)
     shift, scale = model.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=2)
-    h = model.final_layer.linear(F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift)
-    return DenoiserOutput(to_grid(h), routing)
+    prediction = model.final_layer.linear(modulate(h, shift, scale))  # (B, L, 2C)
+    return DenoiserOutput(to_grid(prediction), routing)
+
+
+# ------------------------------------------------------------------------------------------- encoder and decoder
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -73,12 +88,14 @@ def to_grid(x: Tensor) -> Tensor:
 
 def conv_stack(stack: ConvStack, x: Tensor, c: Tensor) -> Tensor:
     """(B, L, in) -> (B, L, out)."""
-    for one in stack.blocks:
-        x = conv_block(one, x, c)
+    for module in stack.blocks:
+        assert isinstance(module, ConvBlock)
+        x = conv_block(module, x, c)
     return rms_norm(x, stack.norm.weight)
 
 
 def conv_block(module: ConvBlock, x: Tensor, c: Tensor) -> Tensor:
+    """Residual block with additive conditioning: (B, L, in) -> (B, L, out)."""
     x = to_grid(x)
     h = conv3x3(module.conv1, F.silu(module.norm1(x)))
     h = h + module.cond_proj(c)[:, :, None, None]
@@ -86,97 +103,184 @@ def conv_block(module: ConvBlock, x: Tensor, c: Tensor) -> Tensor:
     return to_tokens(h + module.skip_proj(x))
 
 
-def conv3x3(module: Conv3x3, x: Tensor) -> Tensor:
+def conv3x3(module: nn.Module, x: Tensor) -> Tensor:
+    """(B, in, S, S) -> (B, out, S, S)."""
+    assert isinstance(module, Conv3x3)
     return F.conv2d(x, module.weight, module.bias, padding=1)
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + 1e-5) * weight over the last dimension, in float32."""
     full = x.float()
-    return (full * torch.rsqrt(full.square().mean(-1, keepdim=True) + 1e-5) * weight).to(x.dtype)
+    mean_square = full.square().mean(-1, keepdim=True)
+    normed = full * torch.rsqrt(mean_square + 1e-5)
+    return (normed * weight).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------- chunking
 
 
 def router(module: Router, features: Tensor, drop: Tensor | None) -> Routing:
-    """(B, L, D) -> Routing."""
+    """Boundary probabilities and decisions: (B, L, D) -> Routing (the role of H-Net, equation 4).
+
+    z = proj(x), surprise = z - context_predictor(z), p = sigmoid(score(surprise)); a token is a boundary if p
+    > 1/2.
+    """
     z = module.proj(to_grid(features))
-    first, *others = module.residual_scorer
-    score = conv3x3(first, z - conv3x3(module.context_predictor, z))
-    for layer in others:
+    surprise = z - conv3x3(module.context_predictor, z)
+    first_conv, *other_layers = module.residual_scorer
+    score = conv3x3(first_conv, surprise)
+    for layer in other_layers:
         score = layer(score)
-    prob = force_ends(score.flatten(1).sigmoid())
-    natural = torch.stack([1 - prob, prob], dim=-1).argmax(-1) == 1
+
+    # The first and last token are boundaries, so that no sample is empty
+    prob = score.flatten(1).sigmoid().clone()  # (B, L)
+    prob[:, 0] = 1.0
+    prob[:, -1] = 1.0
+    boundary = torch.stack([1 - prob, prob], dim=-1).argmax(-1) == 1
     if drop is None:
-        return Routing(prob, natural, natural)
-    key = prob.detach().masked_fill(~natural, float("inf"))
-    key[:, 0] = key[:, -1] = 2.0
+        return Routing(prob, boundary, boundary)
+    return Routing(prob, boundary, tail_drop(prob, boundary, drop))
+
+
+def tail_drop(prob: Tensor, boundary: Tensor, drop: Tensor) -> Tensor:
+    """Drop the least probable share `drop` (B,) of each sample's boundary tokens (DC-DiT, elastic inference)."""
+    key = prob.detach().masked_fill(~boundary, float("inf"))
+    key[:, 0] = 2.0
+    key[:, -1] = 2.0
     rank = key.argsort(dim=1, stable=True).argsort(dim=1)
-    dropped = torch.minimum((natural.sum(1).float() * drop).long(), natural.sum(1) - 2)
-    return Routing(prob, natural, natural & (rank >= dropped[:, None]))
+    count = boundary.sum(1)
+    dropped = (count.float() * drop).long()
+    dropped = torch.minimum(dropped, count - 2)  # the two ends stay
+    return boundary & (rank >= dropped[:, None])
+
+
+@dataclass
+class Chunks:
+    """Kept tokens of a batch as padded rows."""
+
+    index: Tensor  # (B, M) raster indices; behind the kept ones follow those of other tokens
+    valid: Tensor  # (B, M) bool
+    counts: Tensor  # (B,)
+
+    @functools.cached_property
+    def packing(self) -> Packing:
+        """For kernels for packed tokens: planned once in a forward pass, if such a kernel is used."""
+        return plan_packing(self.valid)
 
 
 def plan(routing: Routing) -> Chunks:
-    """Kept tokens first, in raster order."""
+    """Kept tokens first, in raster order (H-Net, equation 2)."""
     counts = routing.keep.sum(1)
+    longest = int(counts.max())
     place = torch.arange(routing.keep.shape[1], device=counts.device)
-    order = torch.where(routing.keep, place, place + len(place)).argsort(1)
-    longest = counts.max().item()
-    return Chunks(order[:, :longest], place[:longest] < counts[:, None], counts)
+    # Tokens that are not kept sort behind all others
+    key = torch.where(routing.keep, place, place + len(place))
+    order = key.argsort(1)
+    valid = place[:longest] < counts[:, None]
+    return Chunks(order[:, :longest], valid, counts)
 
 
 def pack(x: Tensor, chunks: Chunks) -> Tensor:
     """(B, L, D) -> (T, D), through the padded (B, M, D)."""
-    return x.gather(1, chunks.index[:, :, None].expand(-1, -1, x.shape[2]))[chunks.valid]
+    index = chunks.index[:, :, None].expand(-1, -1, x.shape[2])
+    padded = x.gather(1, index)
+    return padded[chunks.valid]
 
 
 def unpack(tokens: Tensor, chunks: Chunks) -> Tensor:
-    """(T, D) -> (B, M, D), zeros where nothing was kept."""
+    """(T, D) -> (B, M, D), zeros in the padding."""
     padded = tokens.new_zeros(*chunks.valid.shape, tokens.shape[1])
     padded[chunks.valid] = tokens
     return padded
 
 
+# -------------------------------------------------------------------------------------------------- transformer
+
+
 def block(module: DiTBlock, x: Tensor, c: Tensor, chunks: Chunks) -> Tensor:
-    """(T, D) -> (T, D), with modulators (T, 6D)."""
+    """adaLN-Zero block (DiT, section 3.2): (T, D) -> (T, D), with modulators (T, 6D)."""
     rows = module.adaLN_modulation(c).repeat_interleave(chunks.counts, dim=0)
-    shift1, scale1, gate1, shift2, scale2, gate2 = rows.chunk(6, dim=1)
-    x = x + gate1 * attention(module.attn, modulate(x, shift1, scale1), chunks)
+    shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = rows.chunk(6, dim=1)
+    x = x + gate_attn * attention(module.attn, modulate(x, shift_attn, scale_attn), chunks)
     if module.mlp is None:
         return x
-    hidden = F.gelu(module.mlp.fc1(modulate(x, shift2, scale2)), approximate="tanh")
-    return x + gate2 * module.mlp.fc2(hidden)
+    hidden = F.gelu(module.mlp.fc1(modulate(x, shift_mlp, scale_mlp)), approximate="tanh")
+    return x + gate_mlp * module.mlp.fc2(hidden)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-def attention(module, x: Tensor, chunks: Chunks) -> Tensor:
-    """Padded, with a mask over keys; where there is a kernel for packed tokens, that one, as in the official code."""
-    qkv = module.qkv(x).view(len(x), 3, module.heads, -1)
+def attention(module: Attention, x: Tensor, chunks: Chunks) -> Tensor:
+    """(T, D) -> (T, D), padded with a mask over keys; where a kernel for packed tokens works, with that kernel."""
+    qkv = module.qkv(x).view(len(x), 3, module.heads, -1)  # (T, 3, heads, D / heads)
     kernel = pick_kernel(qkv)
     if kernel != "sdpa":
-        return module.proj(KERNELS[kernel](qkv, chunks.packing).flatten(1))
-    q, k, v = (
-        unpack(y.flatten(1), chunks).unflatten(2, (module.heads, -1)).transpose(1, 2) for y in qkv.unbind(1)
-    )
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=chunks.valid[:, None, None])
-    return module.proj(out.transpose(1, 2).flatten(2)[chunks.valid])
+        attend = attend_flash if kernel == "flash" else attend_varlen
+        return module.proj(attend(qkv, chunks.packing).flatten(1))
+
+    padded = unpack(qkv.flatten(1), chunks)  # (B, M, 3D)
+    q, k, v = padded.unflatten(2, (3, module.heads, -1)).permute(
+        2, 0, 3, 1, 4
+    )  # (B, heads, M, D / heads) each
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=chunks.valid[:, None, None])
+    merged = attended.transpose(1, 2).flatten(2)  # (B, M, D)
+    return module.proj(merged[chunks.valid])
+
+
+# ------------------------------------------------------------------------------------------------------ dechunk
 
 
 def dechunk(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float) -> Tensor:
-    """(T, D) -> (B, L, D)."""
-    length = routing.prob.shape[1]
-    side = int(length**0.5)
-    cells = torch.arange(length, device=tokens.device)
-    grid = torch.stack([cells // side, cells % side], dim=1).float()  # (L, 2)
-    place = grid[chunks.index]  # (B, M, 2)
-    prob = routing.prob.gather(1, chunks.index).clamp(1e-4, 1 - 1e-4)  # (B, M)
-    u = unpack(tokens, chunks)
-    squared = (place[:, :, None] - place[:, None]).square().sum(-1)  # (B, M, M)
-    weight = torch.exp(-squared / (2 * sigma**2)) * prob[:, None] * chunks.valid[:, None]
-    smooth = (weight / (weight.sum(2, keepdim=True) + 1e-8)) @ u
-    mixed = prob[:, :, None] * u + (1 - prob[:, :, None]) * smooth
-    far = (grid[:, None] - place[:, None]).square().sum(-1)  # (B, L, M)
-    nearest = far.masked_fill(~chunks.valid[:, None], float("inf")).argmin(2)  # (B, L)
+    """Smooth, plug back, straight through: (T, D) -> (B, L, D) (H-Net, equations 5 to 9, in the plane)."""
+    mixed = smooth(tokens, routing, chunks, sigma)  # (B, M, D)
+
+    # Plug-back: every cell takes the value of its nearest kept token (the role of H-Net, equation 8)
+    nearest = nearest_kept(chunks, routing.prob.shape[1])  # (B, L)
     plugged = mixed.gather(1, nearest[:, :, None].expand(-1, -1, mixed.shape[2]))
-    selected = torch.where(routing.boundary, routing.prob, 1 - routing.prob)
-    return plugged * (selected + (1 - selected).detach())[:, :, None]
+
+    # Straight-through confidence: a factor of 1 with the gradient of c = p or 1 - p (H-Net, equations 6, 7 and 9)
+    confidence = torch.where(routing.boundary, routing.prob, 1 - routing.prob)
+    factor = confidence + (1 - confidence).detach()
+    return plugged * factor[:, :, None]
+
+
+def smooth(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float) -> Tensor:
+    """v_i = p_i u_i + (1 - p_i) sum_j w_ij u_j: (T, D) -> (B, M, D) (the role of H-Net, equation 5).
+
+    w_ij is exp(-|x_i - x_j|^2 / 2 sigma^2) p_j, normalised over the kept tokens j of the sample.
+    """
+    u = unpack(tokens, chunks)
+    prob = routing.prob.gather(1, chunks.index).clamp(1e-4, 1 - 1e-4)  # (B, M)
+    place = cell_places(routing.prob.shape[1], tokens.device)[chunks.index]  # (B, M, 2)
+    squared_distance = (place[:, :, None] - place[:, None]).square().sum(-1)  # (B, M, M)
+
+    # Each token's weighted mean over all kept tokens of its sample, itself included
+    kernel = torch.exp(-squared_distance / (2 * sigma**2))
+    weight = kernel * prob[:, None] * chunks.valid[:, None]
+    total = weight.sum(2, keepdim=True) + 1e-8
+    smoothed = (weight / total) @ u
+
+    # The more certain the router, the more of a token's own value
+    own_share = prob[:, :, None]
+    return own_share * u + (1 - own_share) * smoothed
+
+
+def nearest_kept(chunks: Chunks, length: int) -> Tensor:
+    """Which of its sample's M chunks is nearest to each cell, ties to the lowest raster index: -> (B, L)."""
+    cells = cell_places(length, chunks.index.device)  # (L, 2)
+    chosen = cells[chunks.index]  # (B, M, 2)
+    squared_distance = (cells[:, None] - chosen[:, None]).square().sum(-1)  # (B, L, M)
+    # Padding is no candidate; argmin returns the first of equals
+    squared_distance = squared_distance.masked_fill(~chunks.valid[:, None], float("inf"))
+    return squared_distance.argmin(2)
+
+
+def cell_places(length: int, device: torch.device) -> Tensor:
+    """Row and column of each cell: (L, 2)."""
+    side = int(length**0.5)
+    cell = torch.arange(length, device=device)
+    return torch.stack([cell // side, cell % side], dim=1).float()

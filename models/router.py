@@ -13,6 +13,10 @@ from models.types import Routing
 
 INITIAL_BIAS = -1.1  # sigmoid(-1.1) is about 0.25: the scores start near the usual target
 
+# Sort keys of tokens that no budget drops: above every probability, in this order.
+END_KEY = 2.0
+NO_CANDIDATE_KEY = 3.0
+
 
 class Router(nn.Module):
     """Encoder output (B, D, S, S) -> Routing over its L tokens."""
@@ -26,78 +30,107 @@ class Router(nn.Module):
             Conv3x3(inner, inner), nn.GroupNorm(8, inner), nn.SiLU(), nn.Conv2d(inner, 1, 1)
         )
 
+    @torch.no_grad()
+    def start(self) -> None:
+        """Set the last bias such that about one token in four is a boundary at first."""
+        nn.init.constant_(self.residual_scorer.get_parameter("3.bias"), INITIAL_BIAS)
+
     def forward(
         self, features: Tensor, drop: Tensor | float | None = None, tokens: int | list[int] | None = None
     ) -> Routing:
-        z = self.proj(features)
+        """Score every token and decide which are kept.
+
+        Args:
+            features: (B, D, S, S).
+            drop: fraction of the boundary tokens to drop, in [0, 1): one number, one per sample (B,), or None.
+            tokens: keep exactly this number instead, in [2, L]: one number, one per sample, or None.
+        """
+        # A token scores high where its surroundings predict it badly
+        z = self.proj(features)  # (B, D / 4, S, S)
         surprise = z - self.context_predictor(z)
         score = to_tokens(self.residual_scorer(surprise)).squeeze(2)  # (B, L)
         prob = force_ends(score.sigmoid())
-        natural = prob > 1 - prob
+
+        # Without a budget every boundary token is kept
+        boundary = prob > 1 - prob
         if tokens is not None:
-            return Routing(prob, natural, keep_top(prob, tokens))
-        return Routing(prob, natural, natural if drop is None else drop_tail(prob, natural, drop))
+            keep = keep_top(prob, tokens)
+        elif drop is not None:
+            keep = drop_tail(prob, boundary, drop)
+        else:
+            keep = boundary
+        return Routing(prob, boundary, keep)
 
 
 def force_ends(prob: Tensor) -> Tensor:
-    """Set the first and last token's probability to 1, so that no sample is ever empty; no gradient flows there."""
-    ends = torch.zeros_like(prob, dtype=torch.bool)
-    ends[:, 0] = ends[:, -1] = True
-    return prob.masked_fill(ends, 1.0)
+    """Set the first and last token's probability to 1, so that no sample is empty; no gradient flows there."""
+    return prob.masked_fill(_ends(prob), 1.0)
 
 
-def drop_tail(prob: Tensor, natural: Tensor, drop: Tensor | float) -> Tensor:
-    """Drop the least probable share of each sample's naturally kept tokens (DC-DiT, elastic inference).
+def drop_tail(prob: Tensor, boundary: Tensor, drop: Tensor | float) -> Tensor:
+    """Drop the least probable share of each sample's boundary tokens (DC-DiT, elastic inference).
 
     Args:
-        prob, natural: (B, L).
+        prob, boundary: (B, L).
         drop: fraction in [0, 1), one number or one per sample (B,).
 
     Returns:
-        (B, L) bool. trunc(count * drop) tokens are dropped, in float32 as the official code does; equal probabilities go
-        lowest raster index first; the first and last token stay.
+        (B, L) bool. trunc(count * drop) tokens are dropped, in float32 like in the official code. Of equal
+        probabilities the lowest raster index is dropped first; the first and last token always stay.
     """
+    # Filled in on the device, because a copy from the host would wait for it
     if not isinstance(drop, Tensor):
-        drop = torch.full(
-            (), drop, device=prob.device
-        )  # written by the device: a copy from the host would wait for it
-    count = natural.sum(1)
-    dropped = torch.minimum((count.float() * drop.float()).long(), count - 2)  # the two ends stay
-    key = prob.detach().masked_fill(~natural, 3.0)  # above every candidate
-    return natural & (_rank(key) >= dropped[:, None])
+        drop = torch.full((), drop, device=prob.device)
+
+    count = boundary.sum(1)
+    dropped = (count.float() * drop.float()).long()
+    dropped = torch.minimum(dropped, count - 2)  # (B,)
+    key = prob.detach().masked_fill(~boundary, NO_CANDIDATE_KEY)
+    return boundary & (_rank(key) >= dropped[:, None])
 
 
 def keep_top(prob: Tensor, tokens: int | list[int]) -> Tensor:
-    """Keep exactly so many tokens: the most probable ones, the first and last token always among them.
+    """Keep exactly this number of tokens: the most probable ones, with the first and last token among them.
 
-    Where that is fewer than the router would keep, it is `drop_tail` with the same count; where it is more, tokens that the
-    router scored below one half stay too. The counts are numbers of the host, so the shapes that follow are known in advance.
+    Below the number of boundary tokens this equals `drop_tail` with the same count; above it, tokens with a
+    probability under one half stay too. The counts are numbers on the host, so all shapes that follow are
+    known in advance.
 
     Args:
         prob: (B, L).
         tokens: K in [2, L], one number or one per sample.
 
     Returns:
-        (B, L) bool. Of equal probabilities those with the highest raster index stay, as in `drop_tail`.
+        (B, L) bool. Of equal probabilities the highest raster index is kept first, like in `drop_tail`.
     """
     length = prob.shape[1]
-    if isinstance(tokens, list):
-        tokens = written_by_device(tokens, prob.device)[:, None]
-    return _rank(prob.detach().clone()) >= length - tokens
+    kept = tokens if isinstance(tokens, int) else fill_on_device(tokens, prob.device)[:, None]
+    return _rank(prob.detach()) >= length - kept
 
 
-def written_by_device(numbers: list[int], device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor, filled in by runs of equal ones: a copy could not be part of a CUDA graph."""
-    runs = [(len(list(run)), number) for number, run in itertools.groupby(numbers)]
-    return torch.cat([torch.full((length,), number, device=device) for length, number in runs])
+def fill_on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor, filled in by runs of equal ones: a copy cannot be part of a CUDA graph."""
+    runs = []
+    for number, equal in itertools.groupby(numbers):
+        length = len(list(equal))
+        runs.append(torch.full((length,), number, device=device))
+    return torch.cat(runs)
+
+
+def _ends(prob: Tensor) -> Tensor:
+    """(B, L) bool: the first and last token of each sample."""
+    ends = torch.zeros_like(prob, dtype=torch.bool)
+    ends[:, 0] = True
+    ends[:, -1] = True
+    return ends
 
 
 def _rank(key: Tensor) -> Tensor:
-    """Place of each token in its sample by ascending key, lower raster index first; the ends come after all probabilities.
+    """Place of each token in its sample by ascending key, lower raster index first: (B, L) -> (B, L) int64.
 
-    Changes key (B, L), whose ends are set to 2: above every probability, below the mark of tokens that are no candidates.
+    The ends come after all probabilities and before tokens that are no candidates.
     """
-    key[:, 0] = key[:, -1] = 2.0
+    key = key.masked_fill(_ends(key), END_KEY)
     order = key.argsort(dim=1, stable=True)
     places = torch.arange(key.shape[1], device=key.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places)

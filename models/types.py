@@ -1,7 +1,8 @@
 """The values that travel between the parts of a network, and the legend of their shapes.
 
-B batch, S latent side, L = S * S tokens in raster order (index = row * S + column), C latent channels, E width of the
-convolutions, D model width, T = kept tokens of the whole batch. A static DiT has L = (S / P)^2 patches for tokens.
+B batch, S latent side, L = S * S tokens in raster order (index = row * S + column), C latent channels, E
+width of the convolutions, D model width, T = kept tokens of the whole batch. A static DiT has L = (S / P)^2
+patches for tokens.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that decides a network's parameters and what it computes; DCDiT and DiT are built from this value alone."""
+    """All that decides what a network computes; DCDiT and DiT are built from this value alone."""
 
     latent_side: int  # S, in latent cells
     latent_channels: int  # C
@@ -53,18 +54,21 @@ class Architecture:
 class Routing(NamedTuple):
     """What the router decided for every token."""
 
-    prob: Tensor  # (B, L) boundary probability p, float32 unless fp32_scaffold is off; 1 at the first and last token
+    # (B, L) boundary probability p, float32 unless fp32_scaffold is off; 1 at the first and last token
+    prob: Tensor
     boundary: Tensor  # (B, L) bool, p > 0.5: the network's own decision
-    keep: Tensor  # (B, L) bool: a subset of boundary under tail dropping, the K most probable under a token budget
+    # (B, L) bool: a subset of boundary under tail dropping, the K most probable under a token budget
+    keep: Tensor
 
 
 class Packing(NamedTuple):
     """Where each kept token comes from: samples one after another, tokens in raster order, no padding."""
 
-    index: Tensor  # (T,) int64, row of the flattened (B * L) tokens
+    token_index: Tensor  # (T,) int64, row of the flattened (B * L) tokens
     sample: Tensor  # (T,) int64, which sample a token belongs to
     cu_seqlens: Tensor  # (B + 1,) int32, first token of each sample; the last entry is T
-    pieces: Tensor  # (B * PIECES + 1,) int32, the same for equal pieces of each sample, whose sums run in parallel
+    # (B * PIECES + 1,) int32, the same for equal pieces of each sample, whose sums run in parallel
+    pieces: Tensor
     lengths: Tensor  # (B,) int64, kept-token counts, on the host
     max_length: int  # no sample has more tokens than this: L
 

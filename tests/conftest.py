@@ -27,11 +27,12 @@ def seeded():
 @pytest.fixture
 def smooth_on_grid(monkeypatch):
     """The dechunk smooths as on a GPU: without reading values on the host, and with products that can be counted."""
-    from models.dechunk import Dechunk
+    from models.ops.smoothing import SpatialSmoothing
 
-    monkeypatch.setattr(
-        Dechunk, "gaussian_sum", lambda self, packing: functools.partial(self.sum_on_grid, packing)
-    )
+    def prepare(self, packing):
+        return functools.partial(self.sum_on_grid, packing)
+
+    monkeypatch.setattr(SpatialSmoothing, "prepare", prepare)
 
 
 @pytest.fixture

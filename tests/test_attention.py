@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from models.attention import KERNELS, Attention, kernel_problem, pick_kernel
+from models.attention import (
+    Attention,
+    attend_by_sample,
+    attend_flash,
+    attend_varlen,
+    kernel_problem,
+    pick_kernel,
+)
 from models.packing import plan_packing
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -17,8 +24,8 @@ def make_packing(device="cpu"):
 
 def attend_densely(attention: Attention, x, packing):
     """All tokens against all, those of other samples masked out, with the formula written out."""
-    heads, width = attention.heads, x.shape[1] // 3
-    q, k, v = x.chunk(3, dim=1)
+    heads, width = attention.heads, x.shape[1]
+    q, k, v = attention.qkv(x).chunk(3, dim=1)
     q, k, v = (
         part.unflatten(1, (heads, width // heads)).transpose(0, 1) for part in (q, k, v)
     )  # (heads, T, d)
@@ -30,12 +37,12 @@ def attend_densely(attention: Attention, x, packing):
 @pytest.mark.parametrize("heads", [1, 4])
 def test_sdpa_per_sample_is_one_masked_attention(heads):
     attention, packing = Attention(32, heads, "sdpa").double(), make_packing()
-    x = torch.randn(sum(LENGTHS), 96, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(sum(LENGTHS), 32, dtype=torch.float64, requires_grad=True)
     ours, dense = attention(x, packing), attend_densely(attention, x, packing)
     torch.testing.assert_close(ours, dense)
     weights = torch.randn_like(ours)
     for a, b in zip(
-        *(torch.autograd.grad((y * weights).sum(), [x, *attention.proj.parameters()]) for y in (ours, dense))
+        *(torch.autograd.grad((y * weights).sum(), [x, *attention.parameters()]) for y in (ours, dense))
     ):
         torch.testing.assert_close(a, b)
 
@@ -46,7 +53,7 @@ def test_auto_is_sdpa_on_the_cpu():
     )
     auto, forced, packing = Attention(32, 4, "auto"), Attention(32, 4, "sdpa"), make_packing()
     forced.load_state_dict(auto.state_dict())
-    x = torch.randn(sum(LENGTHS), 96)
+    x = torch.randn(sum(LENGTHS), 32)
     assert torch.equal(auto(x, packing), forced(x, packing))
 
 
@@ -59,8 +66,8 @@ def test_cuda_kernels_equal_sdpa(kernel):
     qkv = torch.randn(sum(LENGTHS), 3, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weights = torch.randn(qkv[:, 0].shape, device="cuda")
     results = []
-    for name in (kernel, "sdpa"):
-        output = KERNELS[name](qkv, packing)
+    for attend in (attend_flash if kernel == "flash" else attend_varlen, attend_by_sample):
+        output = attend(qkv, packing)
         results.append((output, *torch.autograd.grad((output.float() * weights).sum(), qkv)))
     for ours, plain in zip(*results):
         torch.testing.assert_close(ours.float(), plain.float(), rtol=0.02, atol=0.02)
@@ -71,7 +78,7 @@ def test_auto_on_cuda_depends_on_the_precision():
     assert pick_kernel(torch.zeros(1, device="cuda")) == "sdpa"
     assert pick_kernel(torch.zeros(1, device="cuda", dtype=torch.bfloat16)) in ("varlen", "flash")
     attention, packing = Attention(128, 2, "auto").cuda(), make_packing("cuda")
-    x = torch.randn(sum(LENGTHS), 384, device="cuda")
+    x = torch.randn(sum(LENGTHS), 128, device="cuda")
     with torch.autocast("cuda", torch.bfloat16):
         ours, dense = attention(x, packing), attend_densely(attention, x, packing)
     torch.testing.assert_close(ours.float(), dense.float(), rtol=0.02, atol=0.02)

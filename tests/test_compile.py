@@ -73,8 +73,11 @@ def test_attention_sample_by_sample_stays_out_of_the_graphs(monkeypatch):
     """As on CUDA in float32: compilation ends all the same."""
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(attention, "by_sample", attention.by_sample)  # compile_parts replaces it
-    monkeypatch.setitem(attention.KERNELS, "sdpa", lambda qkv, packing: attention.by_sample(qkv, packing))
+
+    def attend(self, qkv, packing):
+        return self.attend_by_sample(qkv, packing)
+
+    monkeypatch.setattr(attention.Attention, "attend", attend)
     plain = small_model("d1")
     compiled = copy.deepcopy(plain)
     compile_parts(compiled, "eager")

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.conv import WIDE, Conv3x3
+from models.conv import Conv3x3
+from models.ops.conv_gradients import WIDE
 
 CL = torch.channels_last
 

@@ -5,13 +5,15 @@ import functools
 import pytest
 import torch
 
-from models.dechunk import Dechunk, nearest_kept, nearest_token
+from models.dechunk import Dechunk
+from models.ops.distance import nearest_kept, nearest_token
 from models.packing import pack, plan_packing
 from models.router import drop_tail, force_ends
 from models.types import Routing
 
 SIDE = 5
 LENGTH = SIDE * SIDE
+NO_RESIDUAL = torch.zeros(())  # broadcasts
 
 
 def squared_distances(side: int) -> torch.Tensor:
@@ -54,7 +56,8 @@ def dechunk_densely(tokens, routing, sigma):
 
 def use_grid(dechunk: Dechunk) -> None:
     """Smooth as on a GPU."""
-    dechunk.gaussian_sum = lambda packing: functools.partial(dechunk.sum_on_grid, packing)
+    smoothing = dechunk.smoothing
+    smoothing.prepare = lambda packing: functools.partial(smoothing.sum_on_grid, packing)
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
@@ -65,7 +68,7 @@ def test_equal_to_the_dense_formula_with_gradients(sigma, drop, grid):
     packing = plan_packing(routing.keep)
     dechunk = Dechunk(SIDE, sigma)
     offset = torch.arange(SIDE, dtype=torch.float64)
-    dechunk.kernel = torch.exp(
+    dechunk.smoothing.kernel = torch.exp(
         -((offset[:, None] - offset) ** 2) / (2 * sigma**2)
     )  # float64: nothing hides in rounding
     if grid:
@@ -74,7 +77,10 @@ def test_equal_to_the_dense_formula_with_gradients(sigma, drop, grid):
     prob = routing.prob.clone().requires_grad_()
     weights = torch.randn(3, LENGTH, 4, dtype=torch.float64)
     results = []
-    for function in (lambda r: dechunk(tokens, r, packing), lambda r: dechunk_densely(tokens, r, sigma)):
+    for function in (
+        lambda r: dechunk(tokens, NO_RESIDUAL, r, packing),
+        lambda r: dechunk_densely(tokens, r, sigma),
+    ):
         output = function(routing._replace(prob=prob))
         results.append((output, *torch.autograd.grad((output * weights).sum(), (tokens, prob))))
     tolerance = (
@@ -97,7 +103,7 @@ def test_neighbour_lists_on_a_grid_larger_than_their_reach(side, sigma):
     weights = torch.randn(2, side**2, 8)
     results = []
     for dechunk in (ours, grid):
-        output = dechunk(tokens, routing, packing)
+        output = dechunk(tokens, NO_RESIDUAL, routing, packing)
         results.append((output, *torch.autograd.grad((output * weights).sum(), (tokens, routing.prob))))
     for lists, products in zip(*results):
         torch.testing.assert_close(lists, products, rtol=1e-5, atol=1e-5 * products.abs().max().item())
@@ -108,7 +114,7 @@ def test_in_float32():
     packing = plan_packing(routing.keep)
     tokens = torch.randn(sum(packing.lengths), 4)
     torch.testing.assert_close(
-        Dechunk(SIDE, 1.0)(tokens, routing, packing),
+        Dechunk(SIDE, 1.0)(tokens, NO_RESIDUAL, routing, packing),
         dechunk_densely(tokens, routing, 1.0),
         rtol=1e-5,
         atol=1e-5,
@@ -122,7 +128,7 @@ def test_lonely_tokens_are_not_smoothed():
     routing = Routing(prob, natural, natural)
     packing = plan_packing(natural)
     tokens = torch.randn(2, 4)
-    output = Dechunk(SIDE, 0.3)(tokens, routing, packing)
+    output = Dechunk(SIDE, 0.3)(tokens, NO_RESIDUAL, routing, packing)
     torch.testing.assert_close(output, tokens[nearest_token(natural)])
 
 
@@ -130,12 +136,12 @@ def test_a_sample_does_not_see_its_batch_mates():
     routing = random_routing()
     packing = plan_packing(routing.keep)
     grid = torch.randn(3, LENGTH, 4)
-    together = Dechunk(SIDE, 1.0)(pack(grid, packing), routing, packing)
+    together = Dechunk(SIDE, 1.0)(pack(grid, packing), NO_RESIDUAL, routing, packing)
     for k in range(3):
         alone = Routing(*(x[k : k + 1] for x in routing))
         single = plan_packing(alone.keep)
         torch.testing.assert_close(
-            Dechunk(SIDE, 1.0)(pack(grid[k : k + 1], single), alone, single)[0], together[k]
+            Dechunk(SIDE, 1.0)(pack(grid[k : k + 1], single), NO_RESIDUAL, alone, single)[0], together[k]
         )
 
 
@@ -157,7 +163,7 @@ def test_nearest_kept_for_a_single_token_anywhere():
 def test_nearest_token_counts_over_the_batch():
     keep = random_routing().keep
     packing = plan_packing(keep)
-    where = packing.index[nearest_token(keep)]  # row of the flattened tokens
+    where = packing.token_index[nearest_token(keep)]  # row of the flattened tokens
     assert torch.equal(where - torch.arange(3)[:, None] * LENGTH, nearest_kept(keep))
 
 
@@ -170,7 +176,7 @@ def test_straight_through_gradient_reaches_the_natural_decision():
     prob.retain_grad()
     packing = plan_packing(routing.keep)
     tokens = torch.randn(sum(packing.lengths), 4)
-    output = Dechunk(SIDE, 1.0)(tokens, routing._replace(prob=prob), packing)
+    output = Dechunk(SIDE, 1.0)(tokens, NO_RESIDUAL, routing._replace(prob=prob), packing)
     gradient = torch.rand(output.shape) + 1
     output.backward(gradient)
     sign = torch.where(routing.boundary, 1.0, -1.0)
@@ -187,7 +193,7 @@ def test_straight_through_gradient_is_the_plugged_token():
     dechunk = Dechunk(SIDE, 1.0)
     prob = routing.prob.clone().requires_grad_()
     gradient = torch.randn(1, LENGTH, 4)
-    output = dechunk(tokens, routing._replace(prob=prob), packing)
+    output = dechunk(tokens, NO_RESIDUAL, routing._replace(prob=prob), packing)
     (grad,) = torch.autograd.grad(output, prob, gradient)
     unkept = ~routing.boundary[0]
     want = -(gradient * output.detach()).sum(-1)[0]
@@ -200,6 +206,6 @@ def test_clamped_probabilities_have_no_gradient_as_weights():
     packing = plan_packing(routing.keep)
     tokens = torch.randn(sum(packing.lengths), 4)
     prob = routing.prob.clone().requires_grad_()
-    output = Dechunk(SIDE, 1.0)(tokens, routing._replace(prob=prob), packing)
+    output = Dechunk(SIDE, 1.0)(tokens, NO_RESIDUAL, routing._replace(prob=prob), packing)
     (grad,) = torch.autograd.grad(output.sum(), prob)
     torch.testing.assert_close(grad[0, 0], output[0, 0].sum().detach())

@@ -18,7 +18,7 @@ def test_plan_is_boolean_indexing(batch, share):
     keep = random_masks(batch, 16, share)
     packing = plan_packing(keep)
     sample, token = keep.nonzero(as_tuple=True)  # in raster order, sample after sample
-    assert torch.equal(packing.index, sample * 16 + token)
+    assert torch.equal(packing.token_index, sample * 16 + token)
     assert torch.equal(packing.sample, sample)
     assert packing.lengths.tolist() == keep.sum(1).tolist()
     assert packing.cu_seqlens.dtype == torch.int32
@@ -30,13 +30,14 @@ def test_lengths_that_are_known_are_not_read():
     plan = plan_packing(keep)
     known = plan.lengths.tolist()
     for same in (plan_packing(keep, known), plan_packing(keep[:1], known[0])):
-        part = slice(0, len(same.index))
+        part = slice(0, len(same.token_index))
         assert (
-            torch.equal(same.index, plan.index[part]) and same.lengths.tolist() == known[: len(same.lengths)]
+            torch.equal(same.token_index, plan.token_index[part])
+            and same.lengths.tolist() == known[: len(same.lengths)]
         )
     with pytest.raises((NotImplementedError, RuntimeError)):
         plan_packing(keep.to("meta"))
-    assert plan_packing(keep.to("meta"), 5).index.shape == (15,)
+    assert plan_packing(keep.to("meta"), 5).token_index.shape == (15,)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
