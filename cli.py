@@ -1,4 +1,4 @@
-"""What every command line shares: one parser, shared options, and one-line errors with exit status 2."""
+"""What all command lines share: a parser, common options, and errors of one line with an exit status."""
 
 import argparse
 import errno
@@ -17,11 +17,13 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are one line, like all others; options must be written out in full."""
+    """A parser that reports mistakes as a UserError. Options must be written out in full."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str | None):
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -29,30 +31,34 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit status 2; a full disk, status 1.
+    """Call `main`. A UserError becomes one line on stderr and status 2; a full disk, one line and status 1.
 
-    The first process of a machine prints what all have in common; a OneProcessError is printed by the process that has it.
+    The first process of each machine prints errors that all processes have. A process that has a
+    OneProcessError prints it itself.
     """
     try:
         main()
     except UserError as error:
-        if isinstance(error, OneProcessError) or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        if is_first or isinstance(error, OneProcessError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        where = f"'{error.filename}': " if error.filename else ""
-        sys.exit(
-            f"error: {where}{error.strerror}; what is complete stays: make room and run the same command again"
-        )
+        file = f"'{error.filename}': " if error.filename else ""
+        remedy = "complete files stay: make room and run the same command again"
+        sys.exit(f"error: {file}{error.strerror}; {remedy}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+# ------------------------------------------------------------------------------------------------- options
+
+
 def add_config_arguments(parser: Parser) -> None:
-    """--config, --set and --dry-run."""
+    """Add --config, --set and --dry-run."""
     parser.add_argument("--config", help="YAML file, e.g. configs/DCDiT-B-N4.yaml")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key; repeatable"
@@ -61,14 +67,32 @@ def add_config_arguments(parser: Parser) -> None:
 
 
 def boolean(text: str) -> bool:
+    """The type of an option whose value is true or false."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
     return text.lower() == "true"
 
 
+def option_name(attribute: str) -> str:
+    """Attribute of the parsed arguments -> option on the command line: "batch_size" -> "--batch-size"."""
+    return f"--{attribute.replace('_', '-')}"
+
+
+# -------------------------------------------------------------------------------------------------- checks
+
+
+def check_at_least(args: argparse.Namespace, least: float, *attributes: str) -> None:
+    """UserError unless the options with these attributes are at least `least`."""
+    for attribute in attributes:
+        value = getattr(args, attribute)
+        if value < least:
+            raise UserError(f"{option_name(attribute)} {value}: must be at least {least}")
+
+
 def check_output(option: str, folder: Path | str) -> None:
-    """UserError unless files can be written into this folder, which need not exist yet."""
-    existing = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    """UserError unless files can be written into this folder, which may not exist yet."""
+    candidates = (Path(folder), *Path(folder).absolute().parents)
+    existing = next(path for path in candidates if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(
             f"{option} '{folder}': '{existing}' is not a folder that can be written to; give another"
@@ -76,15 +100,7 @@ def check_output(option: str, folder: Path | str) -> None:
 
 
 def check_output_file(option: str, file: Path) -> None:
-    """UserError unless this file can be written; its folder need not exist yet."""
+    """UserError unless this file can be written. Its folder may not exist yet."""
     if file.is_dir():
         raise UserError(f"{option} '{file}': is a folder; give a file")
     check_output(option, file.parent)
-
-
-def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
-    """UserError unless the options of these attribute names are at least `least`."""
-    for name in names:
-        value = getattr(args, name)
-        if value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")

@@ -1,8 +1,8 @@
-"""Configuration: YAML files and command-line overrides become one checked `Config`. The keys stand in config_keys.py.
+"""Configuration: YAML files and overrides become one checked `Config`. All keys stand in config_keys.py.
 
-`load_config(path, overrides)` reads a YAML file (with `_base_` inheritance), applies `section.key=value` overrides,
-checks every name, type and combination, and returns a `Config`. Every mistake is a UserError: one line that names the
-key, the value and the remedy.
+`load_config(path, overrides)` reads a YAML file (with `_base_` inheritance), applies `section.key=value`
+overrides, checks every name, type and combination, and returns a `Config`. Every mistake is a UserError: one
+line that names the key, the value and the remedy.
 """
 
 import dataclasses
@@ -94,14 +94,18 @@ ROLES: dict[str, Role] = {leaf.name: leaf.field.metadata["role"] for leaf in lea
 
 
 def role_of(name: str) -> Role:
-    """What a key, written `section.key`, shapes. A key below a list or a mapping has the role of the whole field."""
+    """What a key, written `section.key`, shapes. A key below a list or a mapping has the role of the field.
+
+    Raises:
+        KeyError: there is no such key.
+    """
     for key, role in ROLES.items():
         if name == key or name.startswith(f"{key}."):
             return role
     raise KeyError(name)
 
 
-# ------------------------------------------------------------------------------------------------- reading and writing
+# ---------------------------------------------------------------------------------------- reading and writing
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -146,11 +150,11 @@ def downsample_factors(value: float | list[float]) -> float:
     return value[0] if isinstance(value, list) else value
 
 
-# --------------------------------------------------------------------------------------------- the layout of the blocks
+# ----------------------------------------------------------------------------------- the layout of the blocks
 
 
 class Layout(NamedTuple):
-    """Numbers of convolution blocks, and one letter per transformer block: D attention and MLP, d attention only."""
+    """Numbers of convolution blocks, and a letter per transformer block: D with MLP, d attention only."""
 
     encoder_blocks: int
     main_blocks: str
@@ -187,7 +191,7 @@ def _expand(text: Any, letters: str) -> str:
     return blocks
 
 
-# ------------------------------------------------------------------------------------- what must hold between several keys
+# ------------------------------------------------------------------------ what must hold between several keys
 
 
 def check_combinations(config: Config) -> None:
@@ -208,8 +212,8 @@ def _check_sizes(config: Config) -> None:
     side = max(2, round(data.image_size / data.latent_stride))
     require(
         data.image_size % data.latent_stride == 0 and config.latent_size >= 2,
-        f"data.image_size: {data.image_size} must be a multiple of data.latent_stride ({data.latent_stride}) and hold "
-        f"at least 2 latent cells; try {side * data.latent_stride}",
+        f"data.image_size: {data.image_size} must be a multiple of data.latent_stride ({data.latent_stride}) "
+        f"and hold at least 2 latent cells; try {side * data.latent_stride}",
     )
     require(
         patch is None or config.latent_size % patch == 0,
@@ -244,7 +248,8 @@ def _check_training(training: TrainingConfig) -> None:
     if isinstance(fractions, FractionRange):
         require(
             fractions.min <= fractions.max,
-            f"training.multi_budget_drop_fractions: min {fractions.min} is above max {fractions.max}; exchange them",
+            f"training.multi_budget_drop_fractions: min {fractions.min} is above max {fractions.max}; "
+            "exchange them",
         )
     require(
         not (training.init_from and training.resume_from_ckpt),
@@ -261,7 +266,8 @@ def _check_diffusion(diffusion: DiffusionConfig, latent_channels: int) -> None:
     steps, guided = diffusion.diffusion_steps, diffusion.cfg_channels
     require(
         diffusion.noise_schedule != "linear" or steps > 20,
-        f"diffusion.diffusion_steps: {steps} puts a beta of the linear schedule at 1 or above; take at least 21",
+        f"diffusion.diffusion_steps: {steps} puts a beta of the linear schedule at 1 or above; "
+        "take at least 21",
     )
     require(
         guided == "all" or guided <= latent_channels,

@@ -1,7 +1,7 @@
 """The table of all configuration keys: official section and key names, with type, default, role and meaning.
 
-The type of a key includes what its value must be. The role says what the key shapes: one of the four functions below.
-What must hold between several keys stands in config.py; docs/configuration.md shows the table to users.
+The type of a key includes what its value must be. One of the four functions below gives its role: what the
+key shapes. What must hold between several keys stands in config.py. docs/configuration.md shows the table.
 """
 
 from dataclasses import dataclass, field
@@ -24,30 +24,30 @@ from schema import (
 T = TypeVar("T")
 Role = Literal["network", "process", "training", "free"]
 
-# --------------------------------------------------------------------------------------------- what a key shapes: its role
+# -------------------------------------------------------------------------------- what a key shapes: its role
 
 
 def network(default: T, meaning: str) -> T:
-    """A key that shapes the tensors of the network. Training, resuming and sampling must agree on it."""
+    """A key that shapes the tensors of the network. Resuming and sampling must agree on it."""
     return field_with(default, role="network", meaning=meaning)
 
 
 def process(default: T, meaning: str) -> T:
-    """A key that shapes what is computed with these tensors. Training, resuming and sampling must agree on it."""
+    """A key that shapes what is computed with these tensors. Resuming and sampling must agree on it."""
     return field_with(default, role="process", meaning=meaning)
 
 
 def training(default: T, meaning: str) -> T:
-    """A key that shapes the course of training. A resumed run must agree on it; sampling need not."""
+    """A key that shapes the course of training. A resumed run must agree on it; sampling may differ."""
     return field_with(default, role="training", meaning=meaning)
 
 
 def free(default: T, meaning: str) -> T:
-    """A key that shapes nothing that training learns. A resumed run may change it."""
+    """A key that shapes nothing that training learns. A resumed run and sampling may differ."""
     return field_with(default, role="free", meaning=meaning)
 
 
-# ------------------------------------------------------------------------------------------------------------- the table
+# -------------------------------------------------------------------------------------------------- the table
 
 Seed = Annotated[int, at_least(0), Constraint("below 2**63", lambda value: value < 2**63)]
 DownsampleFactor = Annotated[float, above(1)] | Annotated[list[Annotated[float, above(1)]], of_length(1)]
@@ -57,20 +57,26 @@ DownsampleFactor = Annotated[float, above(1)] | Annotated[list[Annotated[float, 
 class HNetConfig:
     """Blocks and widths: of the scaffold (encoder, router, decoder) and of the main network."""
 
-    arch_layout: list = network(["c2", ["D12"], "c2"], "encoder, main network, decoder; see below")
+    arch_layout: list = network(
+        ["c2", ["D12"], "c2"],
+        "encoder, main network, decoder; c2: 2 convolution blocks, D12: 12 transformer blocks",
+    )
     d_model: Annotated[list[PositiveInt], of_length(2)] = network(
-        [768, 768], "width of the scaffold and of the main network; both must be equal"
+        [768, 768], "width of the scaffold and of the main network, which must be equal"
     )
     num_heads: Annotated[list[PositiveInt], of_length(2)] = process(
-        [12, 12], "attention heads; the second entry is that of the main network"
+        [12, 12], "attention heads; the main network has the second number"
     )
-    tie_embeddings: Literal[False] = process(False, "in the official files; has no meaning for images")
+    tie_embeddings: Literal[False] = process(False, "stands in the official files; has no meaning for images")
     enc_dec_dim_factor: Annotated[list[NonNegativeInt | None], of_length(2)] | None = network(
-        None, "[factor, null]: encoder and decoder have width d_model / factor"
+        None, "[factor, null]: the encoder and the decoder have width d_model / factor"
     )
-    dechunk_kernel_sigma: PositiveFloat = process(1.0, "smoothing in latent cells; 2 at 512 pixels")
+    dechunk_kernel_sigma: PositiveFloat = process(
+        1.0, "width of the smoothing kernel in latent cells; 2 at 512 pixels"
+    )
     fp32_router_dechunk: bool | Literal["tf32"] = process(
-        True, "router and dechunk stay in float32 under autocast; tf32: with TF32 products"
+        True,
+        "router, residual projection and dechunk stay in float32 under autocast; tf32: with TF32 products",
     )
 
 
@@ -79,9 +85,11 @@ class UpcycleConfig:
     """How training.init_from turns a static DiT into a DC-DiT; see weights/upcycle.py."""
 
     scaffold: Literal["dit", "fresh"] = training(
-        "dit", "stem, encoder, decoder and head: from the DiT, or new"
+        "dit", "dit: stem, encoder, decoder and head start from the layers of the DiT; fresh: at random"
     )
-    router: Literal["balanced", "fresh"] = training("balanced", "balanced: keeps 1 token in N from the start")
+    router: Literal["balanced", "fresh"] = training(
+        "balanced", "balanced: the router keeps 1 token in N from the first step; fresh: it starts at random"
+    )
 
 
 @dataclass
@@ -92,16 +100,16 @@ class ModelConfig:
     mlp_ratio: PositiveFloat = network(4.0, "hidden width of an MLP over its width")
     init: Literal["adaln_zero", "released"] = training(
         "adaln_zero",
-        "modulation and residual projection start at zero; released: as the official code starts",
+        "modulation and residual projection start at zero; released: as the official code really starts",
     )
     attention: Literal["auto", "flash", "varlen", "sdpa"] = training(
-        "auto", "kernel; auto: the fastest one here"
+        "auto", "attention kernel; auto: the fastest that works here"
     )
     patch_size: PositiveInt | None = network(
-        None, "P: a static DiT on patches of P x P cells; null: a DC-DiT"
+        None, "P: a static DiT on patches of P x P latent cells, with the main network only; null: a DC-DiT"
     )
     timestep_divisor: PositiveInt = process(
-        128, "timestep frequency k is 10000^(-k / divisor); 127 as in the DiT of diffusers"
+        128, "frequency k of the timestep embedding is 10000^(-k / divisor); 127 as in the DiT of diffusers"
     )
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     hnet: HNetConfig = field(default_factory=HNetConfig)
@@ -132,38 +140,40 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "fp32"] = training(
         "auto", "auto: as accelerate launch says, and bf16 on CUDA where it says nothing"
     )
-    compile: bool = free(False, "torch.compile of blocks, encoder and decoder; also --compile")
+    compile: bool = free(False, "torch.compile of blocks, encoder and decoder; the same as --compile")
     class_dropout_prob: Fraction = network(
-        0.1, "share of labels replaced by the null label; 0: no null label"
+        0.1, "share of labels that training replaces by the null label; 0: no null label, no guidance"
     )
-    learn_sigma: bool = network(True, "predict the variance of the reverse process too")
+    learn_sigma: bool = network(True, "predict the variance of the reverse process, too")
     ratio_loss_weight: float = training(0.03, "weight of the ratio loss")
     ratio_batch_size: PositiveInt | None = training(
         16, "samples over which the ratio loss averages its shares; null: the local batch"
     )
     downsample_factor: DownsampleFactor = training(4.0, "N: the router learns to keep about 1 token in N")
-    downsample_factor_start: DownsampleFactor | None = training(None, "N at step 0; null: constant N")
+    downsample_factor_start: DownsampleFactor | None = training(
+        None, "N at step 0, from which it moves linearly; null: N is constant"
+    )
     downsample_factor_warmup_steps: NonNegativeInt = training(
-        0, "optimizer steps from the first N to the last"
+        0, "optimizer steps from the first N to downsample_factor"
     )
     multi_budget_training: bool = training(False, "drop a random fraction of the kept tokens in each step")
     multi_budget_drop_fractions: Annotated[list[Fraction], not_empty] | FractionRange = training(
-        [0.0, 0.1, 0.2, 0.3], "the fractions to draw from; {min, max}: any fraction between"
+        [0.0, 0.1, 0.2, 0.3], "the fractions to draw from; {min, max}: any fraction between them"
     )
     multi_budget_start_step: NonNegativeInt | None = training(
         None, "first optimizer step that drops tokens; null: downsample_factor_warmup_steps"
     )
     seed: Seed = training(0, "seed of weights, batches and noise")
-    profile: bool = free(False, "write traces of torch.profiler")
+    profile: bool = free(False, "write traces of torch.profiler for profile_steps")
     profile_steps: Annotated[list[PositiveInt], of_length(2)] = free([10, 20], "first and last step to trace")
     resume_from_ckpt: str | None = free(None, "start a new run from this checkpoint")
     init_from: str | None = free(
-        None, "start with the weights of this model; see model.upcycle for a static DiT"
+        None, "start with the weights of this model; a static DiT is upcycled as model.upcycle says"
     )
-    frozen: list[str] = training([], "parameters with these beginnings of names wait for frozen_steps")
-    frozen_steps: NonNegativeInt = training(0, "optimizer steps in which the frozen parameters do not change")
+    frozen: list[str] = training([], "parameters whose names begin with these do not change for frozen_steps")
+    frozen_steps: NonNegativeInt = training(0, "optimizer steps until the frozen parameters change")
     lr_scales: dict[str, PositiveFloat] = training(
-        {}, "beginning of a parameter's name: factor on its learning rate"
+        {}, "factors on the learning rate, by beginning of the parameter's name"
     )
     max_skipped_steps: PositiveInt = free(10, "number of non-finite steps in a row that ends training")
     rank_timeout: PositiveFloat = free(

@@ -1,6 +1,7 @@
 """Typed sections from nested plain data. Knows nothing of the sections in config.py.
 
-A section is a dataclass. The annotation of a field is a type, a choice or a union of these, with constraints beside it:
+A section is a dataclass. The annotation of a field is a type, a choice or a union of these, with constraints
+beside it:
 
     epochs: PositiveInt
     init: Literal["adaln_zero", "released"]
@@ -18,11 +19,11 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the message is one line naming the option, the value and the remedy."""
+    """A mistake that the user can mend. The message is a line naming the option, the value and the remedy."""
 
 
 class OneProcessError(UserError):
@@ -40,7 +41,7 @@ def require(condition: object, message: str) -> None:
         raise UserError(message)
 
 
-# ---------------------------------------------------------------------------------------------------------- constraints
+# ------------------------------------------------------------------------------------------------ constraints
 
 
 class Constraint(NamedTuple):
@@ -72,7 +73,7 @@ NonNegativeFloat = Annotated[float, at_least(0)]
 Fraction = Annotated[float, Constraint("in [0, 1)", lambda value: 0 <= value < 1)]
 
 
-# --------------------------------------------------------------------------------------------------------------- fields
+# ----------------------------------------------------------------------------------------------------- fields
 
 
 def field_with(default: T, **metadata: Any) -> T:
@@ -100,7 +101,7 @@ def leaves(section: type, prefix: str = "") -> Iterator[Leaf]:
             yield Leaf(name, hint, field)
 
 
-# ------------------------------------------------------------------------------------------------- plain data -> section
+# -------------------------------------------------------------------------------------- plain data -> section
 
 
 def build(section: type[T], raw: Any, prefix: str = "") -> T:
@@ -181,7 +182,7 @@ def _options(hint: Any) -> tuple:
 
 
 def _finite_number(value: Any) -> float:
-    """A finite float; YAML 1.1 reads 1e-4 (without a dot) as text, so text that spells a number counts as one."""
+    """A finite float, also from text that spells one: YAML 1.1 reads 1e-4 (without a dot) as text."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise TypeError
     try:
@@ -205,12 +206,13 @@ NAMES = {
 
 
 def describe(hint: Any, plural: bool = False) -> str:
-    """A type without its constraints, for people: "a whole number or null"."""
+    """A type with its constraints, for people: "a whole number (greater than 0) or null"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if len(_options(hint)) > 1:
         return " or ".join(describe(option, plural) for option in arguments)
     if origin is Annotated:
-        return describe(arguments[0], plural)
+        constraints = ", ".join(constraint.text for constraint in arguments[1:])
+        return f"{describe(arguments[0], plural)} ({constraints})"
     if origin is Literal:
         choices = [str(choice).lower() if choice is False else choice for choice in arguments]
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"

@@ -18,28 +18,26 @@ from sampling.generate import SamplingOptions, TrainedModel, draw_labels
 
 
 class Evaluation:
-    """Called as (ema_model, step) on every process; the first gets the numbers, the others an empty dictionary.
+    """Called as (ema_model, step) on every process. The first gets the metrics, the others an empty dict.
 
     Args:
         autoencoder: decodes the samples.
+        bf16: whether to sample in bfloat16.
         folder: for features, shared by all processes.
-        rank, world: this process among all.
+        processes: this process among those of the run.
 
     Raises:
         UserError: a reference or features that cannot be read or do not fit, before training starts.
     """
 
     def __init__(
-        self, config: Config, autoencoder: Autoencoder, bf16: bool, folder: Path, rank: int, world: int
+        self, config: Config, autoencoder: Autoencoder, bf16: bool, folder: Path, processes: Processes
     ):
-        self.config, self.autoencoder, self.folder, self.rank, self.world = (
-            config,
-            autoencoder,
-            folder,
-            rank,
-            world,
-        )
-        section, device = config.evaluation, autoencoder.shift_map.device
+        self.config = config
+        self.autoencoder = autoencoder
+        self.folder = folder
+        self.processes = processes
+        section = config.evaluation
         self.options = SamplingOptions(
             cfg_scale=section.cfg_scale,
             num_sampling_steps=section.num_sampling_steps,
@@ -47,35 +45,43 @@ class Evaluation:
             bf16=bf16,
         )
         self.options.check(config)
-        source = open_source(section.reference)
-        check_sizes((config.data.image_size,) * 2, source.size)
-        self.extractor = load_extractor(section.features, section.inception_weights, device)
-        check_source(source, self.extractor)
-        self.processes = Processes(rank, world, device)
-        self.reference = measure_source(source, self.extractor, folder / "reference", self.processes)
         self.labels = draw_labels(
             self.options.seed, list(range(section.num_samples)), config.data.num_classes
         )
+        # Measure the reference
+        source = open_source(str(section.reference))
+        size = config.data.image_size
+        check_sizes((size, size), source.size)
+        self.extractor = load_extractor(section.features, section.inception_weights, processes.device)
+        check_source(source, self.extractor)
+        self.reference = measure_source(source, self.extractor, folder / "reference", processes)
 
     def __call__(self, model: torch.nn.Module, step: int) -> dict[str, float]:
-        trained = TrainedModel(model, self.config, self.autoencoder, None, step, fingerprint="")
+        """Sample with all processes and compare on the first. Collective."""
+        is_first = self.processes.rank == 0
+        title = f"evaluation at step {step}"
+        # Remove what an interrupted evaluation has left, perhaps from other weights
         folder = self.folder / f"{step:07d}"
-        if self.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # of an interrupted attempt, perhaps with other weights
+        if is_first:
+            shutil.rmtree(folder, ignore_errors=True)
         self.wait()
-        batch_size, title = self.config.evaluation.batch_size, f"evaluation at step {step}"
-        plan = SamplePlan(self.options, self.labels, batch_size, title)
-        chunks = measure_samples(trained, plan, self.extractor, folder, self.processes)
+        # Every process samples its share and writes the features to the folder
+        trained = TrainedModel(model, self.config, self.autoencoder, None, step, fingerprint="")
+        plan = SamplePlan(self.options, self.labels, self.config.evaluation.batch_size, title)
+        features = measure_samples(trained, plan, self.extractor, folder, self.processes)
         self.wait()
-        found = {}
-        if self.rank == 0:
-            samples = FeatureSet(title, chunks, {}, np.array(self.labels))
-            found = compare(samples, self.reference, self.extractor)
-            found |= {"kept": chunks.mean("kept"), "tflop_per_image": chunks.mean("tflop")}
+        # The first process compares
+        metrics: dict[str, float] = {}
+        if is_first:
+            samples = FeatureSet(title, features, {}, np.array(self.labels))
+            metrics = compare(samples, self.reference, self.extractor)
+            metrics["kept"] = features.mean("kept")
+            metrics["tflop_per_image"] = features.mean("tflop")
             shutil.rmtree(folder)
         self.wait()
-        return found
+        return metrics
 
     def wait(self) -> None:
-        if self.world > 1:
+        """Wait for the other processes."""
+        if self.processes.world > 1:
             dist.barrier()

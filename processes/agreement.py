@@ -1,4 +1,4 @@
-"""Do all processes start alike? Compared before the first step, because nothing later would show a difference."""
+"""Whether all processes start alike. They compare before the first step: nothing later shows a difference."""
 
 import socket
 from typing import Any
@@ -23,8 +23,10 @@ def check_agreement(accelerator: Accelerator, facts: dict[str, Any]) -> None:
     everyone = gather_object([(socket.gethostname(), facts)])
     first_host, expected = everyone[0]
     for rank, (host, found) in enumerate(everyone):
-        if odd := [name for name in expected if found[name] != expected[name]]:
+        different = [name for name in expected if found[name] != expected[name]]
+        if different:
             raise UserError(
-                f"process {rank} on {host} differs from process 0 on {first_host} in {', '.join(odd)}; all machines need the "
-                "same features and configuration, and the run's folder on a file system that they share"
+                f"process {rank} on {host} differs from process 0 on {first_host} in {', '.join(different)}; "
+                "all machines need the same features and configuration, and the run's folder on a file "
+                "system that they share"
             )

@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 LAUNCHER_POLL = 0.5  # seconds between two looks at the launcher
 GRACE = 30.0  # seconds that a process has to end after SIGTERM
+# For collective operations: a slow process is not a dead one, and ProcessWatch decides which process is dead.
+COLLECTIVE_TIMEOUT = timedelta(days=1)
 
 
 class Processes(NamedTuple):
@@ -36,7 +38,7 @@ def default_device(local_rank: int = 0) -> torch.device:
 
 
 def start_processes() -> Processes:
-    """Join the process group that torchrun describes: NCCL on CUDA, gloo elsewhere. Without torchrun there is no group."""
+    """Join the process group that torchrun describes: NCCL on CUDA, gloo elsewhere. No torchrun, no group."""
     follow_launcher()
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -45,8 +47,7 @@ def start_processes() -> Processes:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # A slow process is not a dead one, and ProcessWatch ends the group when one is dead.
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     return Processes(rank, world, device)
 
 

@@ -2,54 +2,69 @@
 
 import signal
 import time
+from types import FrameType
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from processes.watch import LONG
+from processes.group import COLLECTIVE_TIMEOUT
 
-SAME = 1.0  # seconds within which a second signal is the first one again, passed on by a launcher
+ECHO = 1.0  # seconds within which a second signal is the first one, passed on by a launcher
 
 
 class StopRequest:
-    """SIGTERM or SIGINT, agreed on by all processes, so that all of them stop after the same step. A second signal quits.
+    """SIGTERM or SIGINT, on which all processes agree, so that they stop after the same step.
 
-    The agreement is a maximum over a process group on the host, started at one step and read at the next: the device never
-    waits.
+    A second signal quits at once. The agreement is a maximum over a process group on the host. It starts in
+    one step and is read in the next, so the device never waits for it.
 
     Attributes:
         number: of the signal on which all processes stop, or 0.
     """
 
     def __init__(self, accelerator: Accelerator):
-        self.number, self.received, self.when = 0, 0, 0.0
-        self.group = dist.new_group(backend="gloo", timeout=LONG) if accelerator.num_processes > 1 else None
-        self.flag, self.pending = torch.zeros(1), None
-        self.handlers = {
-            number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self.number = 0
+        # What this process has received
+        self.received = 0
+        self.received_at = 0.0
+        # The agreement with the others
+        self.is_alone = accelerator.num_processes == 1
+        self.flag = torch.zeros(1)
+        self.pending: dist.Work | None = None
+        if not self.is_alone:
+            new_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            self.group = cast(dist.ProcessGroup, new_group)  # of which every process is a member
+        # Take the signals over
+        self.previous_handlers = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous_handlers[number] = signal.signal(number, self._receive)
 
-    def _receive(self, number: int, frame) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
-            self.received, self.when = number, time.monotonic()
-        elif time.monotonic() - self.when > SAME:
+            self.received = number
+            self.received_at = time.monotonic()
+        elif time.monotonic() - self.received_at > ECHO:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them."""
-        for number, handler in self.handlers.items():
+        """Give the signals back to their previous handlers."""
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
     def requested(self) -> bool:
-        """Collective: every process calls it once per step and gets the same answer."""
-        if self.group is None:
+        """Whether to stop now. Collective: every process calls it once per step and gets the same answer."""
+        if self.is_alone:
             self.number = self.received
-        elif self.pending is not None:
+            return self.number > 0
+        # Read the agreement of the last step
+        if self.pending is not None:
             self.pending.wait()
             self.number = int(self.flag.item())
-        if self.group is not None and not self.number:
+        # Start that of this step
+        if not self.number:
             self.flag = torch.tensor([float(self.received)])
             self.pending = dist.all_reduce(self.flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
         return self.number > 0

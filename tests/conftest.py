@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: a tiny autoencoder, folder of images, feature extractor and configuration of a run."""
+"""Fixtures shared by the tests: a tiny autoencoder, images, feature extractor and configuration of a run."""
 
 import functools
 import os
@@ -13,8 +13,19 @@ from PIL import Image
 from processes import group
 
 
+# Files whose tests together take less than half a minute: `python -m pytest -m fast`.
+FAST = (
+    "test_attention.py", "test_budgets.py", "test_config.py", "test_conv.py", "test_dc_dit.py",
+    "test_dechunk.py", "test_diffusion.py", "test_dit.py", "test_images.py", "test_imports.py", "test_metrics.py",
+    "test_model_golden.py", "test_packing.py", "test_readme.py", "test_router.py", "test_slurm.py",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
-    """The compiler's tests last: they leave threads behind, and other tests fork."""
+    for item in items:
+        if item.path.name in FAST:
+            item.add_marker(pytest.mark.fast)
+    # The compiler's tests come last: they leave threads behind, and other tests fork.
     items.sort(key=lambda item: item.path.name == "test_compile.py")
 
 
@@ -26,7 +37,7 @@ def seeded():
 
 @pytest.fixture
 def smooth_on_grid(monkeypatch):
-    """The dechunk smooths as on a GPU: without reading values on the host, and with products that can be counted."""
+    """The dechunk smooths as on a GPU: it reads no values on the host, and its products can be counted."""
     from models.ops.smoothing import SpatialSmoothing
 
     def prepare(self, packing):
@@ -73,7 +84,7 @@ def save_tiny_vae(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_images(tmp_path_factory) -> Path:
-    """Folder of 3 classes (a, b, c) with 4, 3 and 3 PNG images of 40 x 52 pixels. Tests that change it work on a copy."""
+    """Folder of 3 classes with 4, 3 and 3 PNG images of 40 x 52 pixels. Tests that change it work on a copy."""
     return save_tiny_images(tmp_path_factory.mktemp("images"))
 
 
@@ -120,7 +131,13 @@ training:
   downsample_factor_start: 2
   downsample_factor_warmup_steps: 4
   multi_budget_training: true
-data: {{feature_path: {folder}/features, image_size: 32, num_classes: 3, num_workers: 0, vae: {vae}, latent_stride: 4}}
+data:
+  feature_path: {folder}/features
+  image_size: 32
+  num_classes: 3
+  num_workers: 0
+  vae: {vae}
+  latent_stride: 4
 logging: {{results_dir: {folder}/results, log_every: 4, ckpt_every: 3, ckpt_keep: 0}}
 """
 
@@ -177,19 +194,13 @@ def whole_run(one_cpu_thread, tiny_config, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(tiny_config, tmp_path):
-    """Train in forks: run(name, change, ..., plans=...) returns (exit codes, printed); a plan per fork, or None."""
+    """Train in forks: run(name, change, ..., plans=...) returns (exit codes, printed). A plan per fork, or None."""
     import kills
 
     import train
 
     def run(name: str, *changes: str, plans=(None,), config=tiny_config, **options) -> tuple[list[int], str]:
-        argv = [
-            "--config",
-            config,
-            "--output",
-            tmp_path / name,
-            *(part for change in changes for part in ("--set", change)),
-        ]
+        argv = ["--config", config, "--output", tmp_path / name, *kills.overrides(changes)]
         (tmp_path / "printed").unlink(missing_ok=True)
         codes = kills.attempt(train.main, argv, tmp_path / "printed", list(plans), **options)
         return codes, (tmp_path / "printed").read_text()

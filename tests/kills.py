@@ -1,10 +1,10 @@
-"""Kills the scripts with SIGKILL at random moments, starts them again, and compares what they leave with an uninterrupted run.
+"""Kills the scripts with SIGKILL at random moments, starts them again, and compares the results.
 
     PYTHONPATH=. python tests/kills.py --folder DIR --kills 20 --seed 0
 
-prints a table. Every attempt is a fork of one process that has imported everything, so that a kill costs a second and not the
-seconds that Python needs to start; the forks run the scripts' own main functions with the environment of torchrun. The
-tests call the same functions with few kills.
+prints a table. What a killed script leaves in the end must equal what an uninterrupted one leaves. Every attempt
+is a fork of one process that has imported everything, because importing takes seconds. The forks run the
+scripts' own main functions with the environment of torchrun. The tests call the same functions with few kills.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,30 +30,32 @@ import extract_features
 import sample_ddp
 import train
 from processes import group
+from training import launch
 from weights import checkpoint
 
 FORK = multiprocessing.get_context("fork")  # of a process without threads of its own; see `calm`
 STEPS = 60
+# What every checkpoint has
 EMPTY = {
     "config": {},
     "model": {},
     "ema": {},
     "autoencoder": None,
     "class_names": None,
-}  # what a checkpoint needs to be one
+}
 DEADLINE = 180  # seconds for one attempt: nothing may hang
 TRAINING = ["training.gradient_accumulation_steps=1", f"training.max_steps={STEPS}", "logging.ckpt_every=3",
             "logging.ckpt_keep=2", "logging.log_every=4"]  # fmt: skip
 
 
 def calm() -> None:
-    """One thread: results do not depend on the machine, and forks find no pool of threads that they did not inherit."""
+    """Use one thread: results do not depend on the machine, and forks need no pool of threads."""
     torch.set_num_threads(1)
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
     group.default_device = lambda local_rank=0: torch.device("cpu")
 
 
-# --------------------------------------------------------------------------------------------------------- one attempt
+# ------------------------------------------------------------------------------------------------ one attempt
 
 
 def die_after(seconds: float) -> None:
@@ -71,10 +73,11 @@ def arm(place: Callable, seconds: float) -> Callable:
 
 
 class DyingStream:
-    """A file that kills its process after so many bytes."""
+    """A file that kills its process after a number of bytes."""
 
     def __init__(self, stream, left: int):
-        self.stream, self.left = stream, left
+        self.stream = stream
+        self.left = left
 
     def write(self, data) -> int:
         self.left -= len(data)
@@ -88,12 +91,15 @@ class DyingStream:
 
 
 def die_in_checkpoint(count: int, share: float) -> None:
-    """Kill in the middle of the write of the checkpoint number `count` from here."""
-    save, left = torch.save, [count]
+    """Kill in the middle of writing checkpoint number `count`, counted from here."""
+    save = torch.save
+    left = [count]
 
     def dying(state, stream):
         left[0] -= 1
-        save(state, stream if left[0] else DyingStream(stream, int(share * 1_500_000)))
+        if left[0] == 0:
+            stream = DyingStream(stream, int(share * 1_500_000))
+        save(state, stream)
 
     checkpoint.torch.save = dying
 
@@ -101,12 +107,17 @@ def die_in_checkpoint(count: int, share: float) -> None:
 def child(
     main: Callable, argv: list[str], output: Path, environment: dict[str, str], kill: Callable | None
 ) -> None:
+    """What a fork does: become a fresh process, arrange its end, and run `main(argv)`."""
     os.environ.update(environment)
-    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that this one is forked from
-    torch.set_num_threads(1)  # makes PyTorch's thread pool anew before several threads ask for it at once
+    # Forget the parent's Accelerator, and make PyTorch's pool of threads anew before several ask for it
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)
+    # Print into a file
     stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(stream, 1), os.dup2(stream, 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     if kill is not None:
         kill()
     cli.run(lambda: main(argv))
@@ -114,29 +125,47 @@ def child(
     os._exit(0)
 
 
+def free_port() -> str:
+    """A port of this machine on which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def overrides(changes: Sequence[str]) -> list[str]:
+    """The changes of a configuration as words of a command line."""
+    words = []
+    for change in changes:
+        words += ["--set", change]
+    return words
+
+
 def attempt(
     main: Callable, argv: list, output: Path, kills: list[Callable | None], grace: float = 15
 ) -> list[int]:
-    """Run `main(argv)` on one process per entry of `kills`, each of which may arrange its own end; their exit codes.
+    """Run `main(argv)` on one process per entry of `kills`, and return the exit codes.
 
-    As launchers do, once a process has failed the others have `grace` seconds. AssertionError where all hang.
+    A process calls its entry first, which may arrange its end. As under launchers, the others have `grace`
+    seconds after one has failed. AssertionError if all hang.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Start
+    words = [str(word) for word in argv]
+    port = free_port()
     processes = []
     for rank, kill in enumerate(kills):
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
         if len(kills) > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(kills))}
-        arguments = (main, list(map(str, argv)), output, environment, kill)
-        processes.append(FORK.Process(target=child, args=arguments))
-        processes[-1].start()
+        process = FORK.Process(target=child, args=(main, words, output, environment, kill))
+        process.start()
+        processes.append(process)
+    # Wait
     end = time.monotonic() + DEADLINE
     for process in processes:
         process.join(max(end - time.monotonic(), 0.1))
         if any(other.exitcode not in (0, None) for other in processes):
             end = min(end, time.monotonic() + grace)
+    # End those that hang
     hanging = [process for process in processes if process.exitcode is None]
     failed = any(process.exitcode for process in processes)
     for process in hanging:
@@ -146,7 +175,7 @@ def attempt(
     return [process.exitcode for process in processes]
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 
 class Campaign:
@@ -158,10 +187,16 @@ class Campaign:
     """
 
     def __init__(self, folder: Path, main: Callable, argv: list, option: str, place: tuple, seed: int):
-        self.folder, self.main, self.argv, self.option, self.place = folder, main, argv, option, place
+        self.folder = folder
+        self.main = main
+        self.argv = argv
+        self.option = option
+        self.place = place
         self.random = np.random.default_rng(seed)
         self.log = folder / "output.txt"
-        self.kills = self.half_written = self.runs = 0
+        self.kills = 0
+        self.half_written = 0
+        self.runs = 0
         self.seconds = 0.0  # within which a kill comes
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -189,21 +224,21 @@ class Campaign:
         return lambda: setattr(owner, name, arm(getattr(owner, name), delay))
 
     def killed(self, name: str, kills: int, worlds: list[int], in_checkpoint=False) -> None:
-        """Kill a run so many times, each time on one of `worlds` processes, then let it finish."""
+        """Kill a run `kills` times, each time on one of `worlds` processes, then let it finish."""
         while kills:
             world = int(self.random.choice(worlds))
             plans = [self.random_kill(in_checkpoint), *(self.random_kill(False) for _ in range(world - 1))]
             before = self.left_half()
             codes = self.run(name, plans)
-            allowed = (
-                (0, -signal.SIGKILL) if world == 1 else (0, 1, -signal.SIGKILL)
-            )  # 1: of one that lost the other
-            good = all(code in allowed for code in codes) and (set(codes) == {0} or -signal.SIGKILL in codes)
-            assert good, (codes, self.log.read_text()[-3000:])
+            # A process that loses another one ends with status 1
+            allowed = {0, -signal.SIGKILL} if world == 1 else {0, 1, -signal.SIGKILL}
+            is_good = set(codes) <= allowed and (set(codes) == {0} or -signal.SIGKILL in codes)
+            assert is_good, (codes, self.log.read_text()[-3000:])
             if set(codes) == {0}:
                 self.seconds *= 0.7  # it finished before its time came
                 break
-            kills, self.kills = kills - 1, self.kills + 1
+            kills -= 1
+            self.kills += 1
             self.half_written += bool(self.left_half() - before)
         world = worlds[0]
         assert self.run(name, [None] * world) == [0] * world, self.log.read_text()[-3000:]
@@ -213,8 +248,8 @@ def training_campaign(
     folder: Path, config: Path, kills: int, worlds: list[int], seed: int, rounds: int = 5
 ) -> Campaign:
     """Kill training runs; assert that they end like the one that was left alone."""
-    argv = ["--config", config, *(part for change in TRAINING for part in ("--set", change))]
-    campaign = Campaign(folder, train.main, argv, "--output", (train, "make_accelerator"), seed)
+    argv = ["--config", config, *overrides(TRAINING)]
+    campaign = Campaign(folder, train.main, argv, "--output", (launch, "make_accelerator"), seed)
     campaign.whole(worlds[0])
     while campaign.kills < kills:
         name = campaign.next_name()
@@ -253,7 +288,7 @@ def assert_equal(one, other, where: str) -> None:
 
 
 def assert_close_metrics(one: Path, other: Path) -> None:
-    """On other numbers of processes sums run in another order, and the steps that follow multiply the difference."""
+    """With another number of processes sums round differently, and later steps multiply the difference."""
     lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (one, other)]
     rows, others = ([json.loads(line) for line in part] for part in lines)
     assert [row["step"] for row in rows] == [row["step"] for row in others]
@@ -261,7 +296,7 @@ def assert_close_metrics(one: Path, other: Path) -> None:
         assert abs(row["loss"] - same["loss"]) <= 0.01 * row["loss"], (row["step"], row["loss"], same["loss"])
 
 
-# ------------------------------------------------------------------------------------------------ extraction and sampling
+# ------------------------------------------------------------------------------------ extraction and sampling
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -313,7 +348,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--only", default="", help="rows that begin so, e.g. training (sampling needs the first one)"
+        "--only", default="", help="rows with this beginning, e.g. training (sampling needs the first row)"
     )
     args = parser.parse_args()
     calm()
@@ -343,10 +378,9 @@ def main() -> None:
             continue
         started = time.monotonic()
         done = campaign()
-        kinds = f"{done.kills:3d} kills ({done.half_written} of them in the write of a file)"
-        print(
-            f"{name:<26} {kinds}, {done.kills:3d} survived, {time.monotonic() - started:4.0f} s", flush=True
-        )
+        counts = f"{done.kills:3d} kills ({done.half_written} of them in the write of a file)"
+        seconds = time.monotonic() - started
+        print(f"{name:<26} {counts}, {done.kills:3d} survived, {seconds:4.0f} s", flush=True)
 
 
 if __name__ == "__main__":

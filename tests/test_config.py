@@ -1,9 +1,11 @@
 """Configuration: what loads, what is refused, and how a mistake is reported."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from config import (
     Config,
@@ -19,8 +21,11 @@ from config import (
     validate_processes,
 )
 from models import build_model
+from schema import Leaf, describe, leaves
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+MANUAL = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 
 OFFICIAL_B = """\
 model:
@@ -41,7 +46,7 @@ data:
   image_size: 256
 """
 
-# Parameters with the table of positions, which the official code stores as a frozen parameter and we as a buffer.
+# Parameters with the table of positions: a frozen parameter in the official code, a buffer here.
 OFFICIAL_SIZES = {"S": 34_760_457, "B": 137_129_481, "L": 469_612_553, "XL": 689_589_513}
 
 
@@ -59,7 +64,7 @@ def refusal(function, *args) -> str:
     return message
 
 
-# ------------------------------------------------------------------------------------------------------------ what loads
+# ------------------------------------------------------------------------------------------------- what loads
 
 
 def test_defaults():
@@ -86,20 +91,19 @@ def test_official_file_loads_unchanged(tmp_path):
 
 def test_every_official_key_is_known():
     keys = {
-        "model": "name mlp_ratio hnet",
-        "training": "epochs global_batch_size learning_rate weight_decay ema_decay max_grad_norm gradient_accumulation_steps "
-        "class_dropout_prob learn_sigma ratio_loss_weight ratio_batch_size downsample_factor downsample_factor_start "
-        "downsample_factor_warmup_steps multi_budget_training multi_budget_drop_fractions multi_budget_start_step profile "
-        "profile_steps resume_from_ckpt",
+        "model": "name mlp_ratio",
+        "model.hnet": "arch_layout d_model num_heads tie_embeddings enc_dec_dim_factor dechunk_kernel_sigma "
+        "fp32_router_dechunk",
+        "training": "epochs global_batch_size learning_rate weight_decay ema_decay max_grad_norm "
+        "gradient_accumulation_steps class_dropout_prob learn_sigma ratio_loss_weight ratio_batch_size "
+        "downsample_factor downsample_factor_start downsample_factor_warmup_steps multi_budget_training "
+        "multi_budget_drop_fractions multi_budget_start_step profile profile_steps resume_from_ckpt",
         "data": "feature_path image_size num_classes num_workers",
         "diffusion": "noise_schedule diffusion_steps",
         "logging": "results_dir log_every ckpt_every wandb_project",
     }
-    hnet = "arch_layout d_model num_heads tie_embeddings enc_dec_dim_factor dechunk_kernel_sigma fp32_router_dechunk"
-    defaults = to_dict(Config())
-    assert set(defaults) == {*keys, "ckpt", "evaluation"}  # the last is not an official section
-    assert all(set(names.split()) <= set(defaults[section]) for section, names in keys.items())
-    assert set(hnet.split()) == set(defaults["model"]["hnet"])
+    known = {leaf.name for leaf in leaves(Config)}
+    assert full_keys(keys) < known
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
@@ -149,10 +153,16 @@ def test_inheritance_cycles_are_named(tmp_path):
 
 def test_overrides():
     overrides = [
-        "training.learning_rate=3e-4", "data.image_size=512", "model.hnet.d_model=[384, 384]", "model.hnet.num_heads=[6,6]",
-        "training.max_steps=5", "training.max_steps=null", "ckpt=a=b.pt", "logging.trackers=[wandb]",
+        "training.learning_rate=3e-4",
+        "data.image_size=512",
+        "model.hnet.d_model=[384, 384]",
+        "model.hnet.num_heads=[6,6]",
+        "training.max_steps=5",
+        "training.max_steps=null",
+        "ckpt=a=b.pt",
+        "logging.trackers=[wandb]",
         "training.multi_budget_training=true",
-    ]  # fmt: skip
+    ]
     config = load_config(None, overrides)
     assert config.training.learning_rate == 3e-4 and config.training.max_steps is None
     assert config.data.image_size == 512 and config.d_model == 384
@@ -201,13 +211,16 @@ def test_layouts():
     assert parse_layout(["c1c1", ["d1D2d1"], "c1"]) == (2, "dDDd", 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------- roles
+# ------------------------------------------------------------------------------------------------------ roles
 
 FREE = {
-    "training": "epochs max_steps compile profile profile_steps resume_from_ckpt init_from max_skipped_steps rank_timeout",
+    "training": "epochs max_steps compile profile profile_steps resume_from_ckpt init_from max_skipped_steps "
+    "rank_timeout",
     "data": "feature_path num_workers vae",
-    "logging": "results_dir log_every ckpt_every ckpt_keep sample_every sample_cfg_scale trackers wandb_project",
-    "evaluation": "every num_samples reference features inception_weights cfg_scale num_sampling_steps batch_size",
+    "logging": "results_dir log_every ckpt_every ckpt_keep sample_every sample_cfg_scale trackers "
+    "wandb_project",
+    "evaluation": "every num_samples reference features inception_weights cfg_scale num_sampling_steps "
+    "batch_size",
 }
 MUST_AGREE = {
     "model": "mlp_ratio patch_size timestep_divisor",
@@ -289,11 +302,53 @@ def test_keys_below_a_field_have_its_role():
         role_of("training.no_such_key")
 
 
-# --------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------- the manual
+
+
+def manual_row(leaf: Leaf) -> str:
+    """What docs/configuration.md says of a key, made of its type, default, role and meaning."""
+    default = yaml.safe_dump(leaf.field.default_factory(), default_flow_style=True)
+    value = default.splitlines()[0]  # YAML ends a single value with a line of dots
+    kind = describe(leaf.hint).removeprefix("a ").replace("finite ", "")
+    return f"| `{leaf.name}` | {kind} | `{value}` | {role_of(leaf.name)} | {leaf.field.metadata['meaning']} |"
+
+
+def test_the_manual_has_every_key_in_order():
+    rows = [line for line in MANUAL.split("## Keys")[1].splitlines() if line.startswith("| `")]
+    assert rows == [manual_row(leaf) for leaf in leaves(Config)]
+
+
+def test_the_manual_has_every_shipped_file():
+    names = set()
+    for pattern in re.findall(r"\| `([A-Za-z]+[^ ]*\.yaml)` \|", MANUAL):
+        names |= {file.name for file in CONFIGS.glob("*.yaml") if matches(pattern, file.name)}
+    assert names == {file.name for file in CONFIGS.glob("*.yaml")}
+
+
+def matches(pattern: str, name: str) -> bool:
+    """`DiT-{S,B}-{2,4}.yaml` matches DiT-S-4.yaml: braces hold alternatives, a star anything."""
+    expression = (
+        re.escape(pattern).replace(r"\{", "(").replace(r"\}", ")").replace(",", "|").replace(r"\*", "[^-]*")
+    )
+    return re.fullmatch(expression, name) is not None
+
+
+@pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
+def test_the_manual_has_the_sizes_of_the_shipped_files(size):
+    config = load_config(CONFIGS / f"DCDiT-{size}-N4.yaml")
+    with torch.device("meta"):
+        millions = sum(parameter.numel() for parameter in build_model(config).parameters()) / 1e6
+    blocks = len(parse_layout(config.model.hnet.arch_layout).main_blocks)
+    shape = f"{config.d_model} / {blocks} / {config.model.hnet.num_heads[1]}"
+    assert f"| `DCDiT-{size}-{{N4,N16}}.yaml` | {shape} | {millions:.1f} M |" in MANUAL
+
+
+# -------------------------------------------------------------------------------------------- what is refused
 
 MISTAKES = [
     # unknown keys
-    ("training: {learning_rates: 1}", "unknown key 'training.learning_rates'; did you mean 'training.learning_rate'?"),
+    ("training: {learning_rates: 1}",
+     "unknown key 'training.learning_rates'; did you mean 'training.learning_rate'?"),
     ("training: {epoch: 1}", "did you mean 'training.epochs'?"),
     ("model: {hnet: {dmodel: [1, 1]}}", "did you mean 'model.hnet.d_model'?"),
     ("trainings: {}", "unknown key 'trainings'; did you mean 'training'?"),
@@ -313,8 +368,10 @@ MISTAKES = [
     ("training: {max_grad_norm: 'inf'}", "training.max_grad_norm: 'inf' is not a finite number"),
     (f"training: {{learning_rate: 1{'0' * 400}}}", "is not a finite number"),
     ("training: {downsample_factor: [x]}", "training.downsample_factor[0]: 'x' is not a finite number"),
-    ("training: {multi_budget_drop_fractions: 0.5}", "training.multi_budget_drop_fractions: 0.5 is not a list"),
-    ("training: {multi_budget_drop_fractions: [0, x]}", "training.multi_budget_drop_fractions[1]: 'x' is not a finite number"),
+    ("training: {multi_budget_drop_fractions: 0.5}",
+     "training.multi_budget_drop_fractions: 0.5 is not a list"),
+    ("training: {multi_budget_drop_fractions: [0, x]}",
+     "training.multi_budget_drop_fractions[1]: 'x' is not a finite number"),
     ("data: {feature_path: 3}", "data.feature_path: 3 is not text"),
     ("model: {hnet: 3}", "section 'model.hnet' must hold 'key: value' lines, not int 3"),
     ("training: [1]", "section 'training' must hold 'key: value' lines, not list"),
@@ -332,9 +389,12 @@ MISTAKES = [
     ("model: {hnet: {arch_layout: [D12]}}", "must be [encoder, [main], decoder], e.g. [c2, [D12], c2]"),
     ("model: {hnet: {arch_layout: []}}", "must be [encoder, [main], decoder]"),
     ("model: {hnet: {arch_layout: [c2, D12, c2]}}", "must be [encoder, [main], decoder]"),
-    ("model: {hnet: {arch_layout: [c2, [], c2]}}", "model.hnet.arch_layout: the main network [] must be one string"),
-    ("model: {hnet: {arch_layout: [c2, [c2, [D12], c2], c2]}}", "has more than one chunking stage, and only one is supported"),
-    ("model: {hnet: {arch_layout: [c2, [m4], c2]}}", "arch_layout: 'm4' must be 'd<number>' or 'D<number>', e.g. 'D2'"),
+    ("model: {hnet: {arch_layout: [c2, [], c2]}}",
+     "model.hnet.arch_layout: the main network [] must be one string"),
+    ("model: {hnet: {arch_layout: [c2, [c2, [D12], c2], c2]}}",
+     "has more than one chunking stage, and only one is supported"),
+    ("model: {hnet: {arch_layout: [c2, [m4], c2]}}",
+     "arch_layout: 'm4' must be 'd<number>' or 'D<number>', e.g. 'D2'"),
     ("model: {hnet: {arch_layout: [c2, [12D], c2]}}", "'12D' must be"),
     ("model: {hnet: {arch_layout: [c2, [D], c2]}}", "'D' must be"),
     ("model: {hnet: {arch_layout: [c2, [D2x3], c2]}}", "'D2x3' must be"),
@@ -345,10 +405,14 @@ MISTAKES = [
     ("model: {hnet: {arch_layout: [c0, [D2], c2]}}", "'c0' has no blocks; give at least one"),
     ("model: {hnet: {arch_layout: [c2, [2], c2]}}", "2 must be 'd<number>'"),
     # widths
-    ("model: {hnet: {d_model: [100, 100]}}", "model.hnet.d_model: 100 is not a multiple of 32, which the GroupNorms need"),
-    ("model: {hnet: {enc_dec_dim_factor: [5, null]}}", "d_model / enc_dec_dim_factor: 153 is not a multiple of 32"),
-    ("model: {hnet: {enc_dec_dim_factor: [4, 2]}}", "enc_dec_dim_factor: [4, 2] must be [a number or null, null]"),
-    ("model: {hnet: {enc_dec_dim_factor: [-4, null]}}", "model.hnet.enc_dec_dim_factor[0]: -4 must be at least 0"),
+    ("model: {hnet: {d_model: [100, 100]}}",
+     "model.hnet.d_model: 100 is not a multiple of 32, which the GroupNorms need"),
+    ("model: {hnet: {enc_dec_dim_factor: [5, null]}}",
+     "d_model / enc_dec_dim_factor: 153 is not a multiple of 32"),
+    ("model: {hnet: {enc_dec_dim_factor: [4, 2]}}",
+     "enc_dec_dim_factor: [4, 2] must be [a number or null, null]"),
+    ("model: {hnet: {enc_dec_dim_factor: [-4, null]}}",
+     "model.hnet.enc_dec_dim_factor[0]: -4 must be at least 0"),
     ("model: {hnet: {enc_dec_dim_factor: [4]}}", "enc_dec_dim_factor: [4] must be 2 entries long"),
     ("model: {hnet: {num_heads: [7, 7]}}", "model.hnet.num_heads: 7 does not divide d_model 768"),
     ("model: {hnet: {num_heads: [12, 0]}}", "model.hnet.num_heads[1]: 0 must be greater than 0"),
@@ -357,7 +421,8 @@ MISTAKES = [
     ("model: {hnet: {d_model: [384, 768]}}", "must be equal at both entries; try [768, 768]"),
     ("model: {hnet: {d_model: [768, 768, 768]}}", "must be 2 entries long"),
     ("model: {hnet: {tie_embeddings: true}}", "model.hnet.tie_embeddings: True is not false"),
-    ("model: {hnet: {dechunk_kernel_sigma: 0}}", "model.hnet.dechunk_kernel_sigma: 0.0 must be greater than 0"),
+    ("model: {hnet: {dechunk_kernel_sigma: 0}}",
+     "model.hnet.dechunk_kernel_sigma: 0.0 must be greater than 0"),
     ("model: {init: zero}", "model.init: 'zero' is not one of adaln_zero, released"),
     ("model: {attention: xformers}", "model.attention: 'xformers' is not one of auto, flash, varlen, sdpa"),
     ("model: {mlp_ratio: 0}", "model.mlp_ratio: 0.0 must be greater than 0"),
@@ -366,14 +431,19 @@ MISTAKES = [
     ("training: {downsample_factor: 0.5}", "must be greater than 1"),
     ("training: {downsample_factor: []}", "training.downsample_factor: [] must be 1 entry long"),
     ("training: {downsample_factor: [4, 4]}", "training.downsample_factor: [4.0, 4.0] must be 1 entry long"),
-    ("training: {downsample_factor_start: 1}", "training.downsample_factor_start: 1.0 must be greater than 1"),
-    ("training: {multi_budget_drop_fractions: []}", "training.multi_budget_drop_fractions: [] must be at least 1 entry long"),
-    ("training: {multi_budget_drop_fractions: [0, 1]}", "multi_budget_drop_fractions[1]: 1.0 must be in [0, 1)"),
+    ("training: {downsample_factor_start: 1}",
+     "training.downsample_factor_start: 1.0 must be greater than 1"),
+    ("training: {multi_budget_drop_fractions: []}",
+     "training.multi_budget_drop_fractions: [] must be at least 1 entry long"),
+    ("training: {multi_budget_drop_fractions: [0, 1]}",
+     "multi_budget_drop_fractions[1]: 1.0 must be in [0, 1)"),
     ("training: {multi_budget_drop_fractions: [-0.1]}", "-0.1 must be in [0, 1)"),
-    ("training: {multi_budget_drop_fractions: {min: 0.1}}", "{'min': 0.1} is not a list of finite numbers or {min, max}"),
-    ("training: {multi_budget_drop_fractions: {min: 0.1, mx: 0.2}}", "unknown key 'training.multi_budget_drop_fractions.mx'"),
+    ("training: {multi_budget_drop_fractions: {min: 0.1}}", "entry long) or {min, max}"),
+    ("training: {multi_budget_drop_fractions: {min: 0.1, mx: 0.2}}",
+     "unknown key 'training.multi_budget_drop_fractions.mx'"),
     ("training: {multi_budget_drop_fractions: {min: 0, max: 1}}", "1.0 must be in [0, 1)"),
-    ("training: {multi_budget_drop_fractions: {min: 0.3, max: 0.2}}", "min 0.3 is above max 0.2; exchange them"),
+    ("training: {multi_budget_drop_fractions: {min: 0.3, max: 0.2}}",
+     "min 0.3 is above max 0.2; exchange them"),
     ("training: {class_dropout_prob: 1}", "training.class_dropout_prob: 1.0 must be in [0, 1)"),
     ("training: {ema_decay: 1.5}", "training.ema_decay: 1.5 must be in [0, 1)"),
     ("training: {epochs: 0}", "training.epochs: 0 must be greater than 0"),
@@ -392,11 +462,14 @@ MISTAKES = [
     ("data: {image_size: 0}", "data.image_size: 0 must be greater than 0"),
     ("data: {num_classes: 0}", "data.num_classes: 0 must be greater than 0"),
     ("data: {num_workers: -1}", "data.num_workers: -1 must be at least 0"),
-    ("diffusion: {noise_schedule: cosine}", "diffusion.noise_schedule: 'cosine' is not one of linear, squaredcos_cap_v2"),
+    ("diffusion: {noise_schedule: cosine}",
+     "diffusion.noise_schedule: 'cosine' is not one of linear, squaredcos_cap_v2"),
     ("diffusion: {diffusion_steps: 0}", "diffusion.diffusion_steps: 0 must be greater than 0"),
-    ("diffusion: {diffusion_steps: 10}", "diffusion.diffusion_steps: 10 puts a beta of the linear schedule at 1 or above"),
+    ("diffusion: {diffusion_steps: 10}",
+     "diffusion.diffusion_steps: 10 puts a beta of the linear schedule at 1 or above"),
     ("diffusion: {cfg_channels: 5}", "diffusion.cfg_channels: 5 must be 'all' or a number from 1 to 4"),
-    ("diffusion: {cfg_channels: some}", "diffusion.cfg_channels: 'some' is not a whole number or all"),
+    ("diffusion: {cfg_channels: some}",
+     "diffusion.cfg_channels: 'some' is not a whole number (greater than 0) or all"),
     ("logging: {log_every: 0}", "logging.log_every: 0 must be greater than 0"),
     ("logging: {ckpt_keep: -1}", "logging.ckpt_keep: -1 must be at least 0"),
     ("logging: {sample_cfg_scale: 0.5}", "logging.sample_cfg_scale: 0.5 must be at least 1"),

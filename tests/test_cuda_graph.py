@@ -15,7 +15,8 @@ from config import config_from_dict
 from models import attention, build_model
 from sampling.cuda_graph import GraphedDenoiser
 
-BATCH, SIDE, BUDGETS = 2, 8, ([20, 20], [30, 9])  # the second as of Lite-CFG
+BATCH, SIDE = 2, 8
+BUDGETS = ([20, 20], [30, 9])  # the second is that of Lite-CFG
 
 
 def small_model(patch: int | None = None) -> torch.nn.Module:
@@ -143,6 +144,9 @@ class Transfers(TorchDispatchMode):
 def test_an_evaluation_moves_nothing_between_host_and_device(tokens, monkeypatch):
     """On tensors without values, which may claim to be on a GPU; a value that is read raises there."""
     monkeypatch.setattr(attention.Attention, "attend", lambda self, qkv, packing: qkv[:, 0])
+    # Autograd counts devices at the first backward pass of a process, and starts a thread for each, which a later
+    # test could not fork: count before there seems to be a GPU
+    torch.zeros(1, requires_grad=True).sum().backward()
     with FakeTensorMode(), torch.no_grad():
         with torch.device("cuda"):
             model = small_model()

@@ -150,7 +150,7 @@ def test_one_word_trains_and_samples_the_baseline(trained):
     shown = []
     options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=3)
     (batch,) = generate(
-        run, [0, 1], [0, 1], options, observe=lambda step, routing: shown.append(routing.keep)
+        run, [0, 1], [0, 1], options, on_step=lambda step, routing: shown.append(routing.keep)
     )
     assert batch.images.shape == (2, 3, 32, 32) and shown[0].shape == (2, 16) and shown[0].all()
     assert all(step.conditional.tolist() == step.unconditional.tolist() == [16, 16] for step in batch.kept)

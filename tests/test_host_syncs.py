@@ -79,9 +79,7 @@ def make_trainer(tiny_config, tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)  # of other tests
         config = load_config(tiny_config, ["training.gradient_accumulation_steps=1", *DROPPING])
         store = open_features(config.data.feature_path, config.data.image_size)
-        return Trainer(
-            config, Accelerator(**options), store, Path(tmp_path), None, lambda *_: 0.0, None, None
-        )
+        return Trainer(config, Accelerator(**options), store, Path(tmp_path), None)
 
     yield make
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -149,7 +149,7 @@ IN_ONE_PROCESS = """
 import os, shutil, signal, sys
 from pathlib import Path
 import train
-from training import schedules
+from training import launch, schedules
 
 config, folder = sys.argv[1], Path(sys.argv[2])
 
@@ -183,7 +183,7 @@ run(None, *once)
 run("branch", "training.max_steps=5", f"training.resume_from_ckpt={folder}/copied/checkpoints/0000003.pt")
 run("tracked", "training.max_steps=1", "logging.trackers=[wandb]")
 run("tracked", "training.max_steps=2", "logging.trackers=[wandb]")
-train.total_peak = lambda accelerator: 1e9
+launch.total_peak_flops = lambda accelerator: 1e9
 run("measured", "training.max_steps=1")
 """
 
@@ -203,7 +203,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_bitwise(in_one_process
     assert (
         max(path.name for path in (tiny_config.parent / "copied" / "checkpoints").iterdir()) == "0000005.pt"
     )
-    assert "8 steps going on from step 5" in (stopped / "log.txt").read_text()
+    assert "8 steps, resuming from step 5" in (stopped / "log.txt").read_text()
     assert_same_run(stopped, trained)
 
 
@@ -239,7 +239,7 @@ def test_a_new_run_from_a_checkpoint(in_one_process, tiny_config):
     states = [torch.load(newest(folder), weights_only=True) for folder in (branch, copied)]
     ours, theirs = (tensors(state, "model", "ema", "optimizer") for state in states)
     assert len(ours) > 100 and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert "5 steps going on from step 3" in (branch / "log.txt").read_text()
+    assert "5 steps, resuming from step 3" in (branch / "log.txt").read_text()
 
 
 def test_wandb_offline(in_one_process, tiny_config):
@@ -359,7 +359,7 @@ def test_a_sample_is_a_function_of_seed_and_number(trained):
 
     def images(index, batch_size, options=options):
         batches = list(generate(run, index, [labels[i] for i in index], options, batch_size))
-        assert [i for batch in batches for i in batch.index] == index
+        assert [i for batch in batches for i in batch.indices] == index
         return torch.cat([batch.images for batch in batches]).float()
 
     whole = images([0, 1, 2, 3, 4], 5)
@@ -372,7 +372,7 @@ def test_a_sample_is_a_function_of_seed_and_number(trained):
 
     shown = []
     (batch,) = generate(
-        run, [0, 1], labels[:2], options, observe=lambda step, routing: shown.append((step, routing))
+        run, [0, 1], labels[:2], options, on_step=lambda step, routing: shown.append((step, routing))
     )
     assert [step.t for step, _ in shown] == [999, 500, 0] == [kept.t for kept in batch.kept]
     for (_, routing), kept in zip(shown, batch.kept):

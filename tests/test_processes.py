@@ -1,4 +1,4 @@
-"""Many processes: one run per folder, no waiting for the dead, the same start for all, and weights cut over them."""
+"""Many processes: one run per folder, no waiting for the dead, the same start for all, and sharded weights."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ from weights.checkpoint import load_checkpoint
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
 
-# ----------------------------------------------------------------------------------------------------------------- locks
+# ------------------------------------------------------------------------------------------------------ locks
 
 
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ def test_who_waited_goes_on_from_the_other_runs_last_checkpoint(run, whole_run, 
         FolderLock.acquire = lambda own: (shutil.copy(tmp_path / newer.name, newer), acquire(own))
 
     codes, printed = run("run", plans=[write_while_waiting])
-    assert codes == [0] and "going on from step 8" in printed
+    assert codes == [0] and "resuming from step 8" in printed
     kills.assert_same_training(whole_run, tmp_path / "run")
 
 
@@ -106,7 +106,7 @@ def test_every_script_locks_its_folder(script, tiny_config, tiny_images, tiny_va
     assert kills.attempt(main, [*argv, tmp_path / "out"], tmp_path / "printed", [refuse]) == [0]
 
 
-# ------------------------------------------------------------------------------------------------------------- processes
+# -------------------------------------------------------------------------------------------------- processes
 
 
 def lose(number: int) -> None:
@@ -142,7 +142,8 @@ def test_a_loop_that_hangs_is_named(monkeypatch):
     ends, clock = [], [0.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
     watcher = watch.ProcessWatch(0, 1, patience=10)
-    watcher.world, watcher._end = 3, lambda ranks, reason: ends.append((ranks, reason))
+    watcher.world = 3
+    watcher._end = lambda ranks, reason: ends.append((ranks, reason))
     for second in range(25):
         clock[0] = float(second)
         places = (
@@ -150,13 +151,13 @@ def test_a_loop_that_hangs_is_named(monkeypatch):
             if second > 9
             else [[second, "training"]] * 3
         )
-        watcher._look([[second, place] for place in places])
+        watcher._read_signs([[second, place] for place in places])
         assert not ends or second > 20
-    assert ends[0] == ([1], "is reading images of step 7 for 10 s")
+    assert ends[0] == ({1}, "is reading images of step 7 for 10 s")
     ends.clear()
     for second in range(25, 60):  # outside of a step, as while a checkpoint is written, nobody is hurried
         clock[0] = float(second)
-        watcher._look([[second, None]] * 3)
+        watcher._read_signs([[second, None]] * 3)
     assert not ends
 
 
@@ -179,10 +180,10 @@ def test_processes_that_start_unlike_are_refused(run):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_mistake_of_one_process_is_told_by_it(run, workers):
     def damage():
-        def damaged(samples, key):
+        def damaged(samples, micro_step, image):
             raise UserError("shard-00003.npy: is damaged; extract it again")
 
-        Samples.__getitem__ = damaged
+        Samples.draw = damaged
 
     codes, printed = run("run", f"data.num_workers={workers}", plans=[None, damage], grace=1)
     assert codes[1] == 2 and "Traceback" not in printed.split("error: process")[0]
@@ -214,7 +215,14 @@ def test_extraction_does_not_wait_for_a_lost_process(tiny_images, tiny_vae, tmp_
     assert "error: process 1 on " in (tmp_path / "printed").read_text()
 
 
-SCRIPT = "import os, time; from processes import group; group.follow_launcher(); print('started', os.getpid(), flush=True); time.sleep(60)"
+SCRIPT = """
+import os, time
+from processes import group
+
+group.follow_launcher()
+print("started", os.getpid(), flush=True)
+time.sleep(60)
+"""
 
 
 def test_processes_end_with_their_launcher(tmp_path):
@@ -253,7 +261,7 @@ def is_alive(process: int) -> bool:
     return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-# ------------------------------------------------------------------------------------------------------------------ FSDP
+# ------------------------------------------------------------------------------------------------------- FSDP
 
 
 def shard() -> None:
@@ -280,7 +288,7 @@ def test_sharded_training_is_the_same_run_and_mixes_with_every_other(run, whole_
 
 
 def test_sharded_training_in_bf16_goes_on_with_several_learning_rates(run, tmp_path):
-    """Weights stay in float32 and the router with them; the optimizer numbers parameters by group, not as the model does."""
+    """Weights and router stay in float32. The optimizer numbers parameters by group, not as the model does."""
     changes = "training.precision=bf16", "training.lr_scales={router: 0.5}", "training.learning_rate=1e-4"
     assert run("alone", *changes, "training.max_steps=6")[0] == [0]
     for steps in (3, 6):

@@ -24,7 +24,8 @@ import sample_ddp
 import train
 from config import load_config
 from data import files
-from training.guard import FiniteGuard, poison
+from training import sample_grids
+from training.guard import FiniteGuard, nan_gradients_if_not_finite
 from training.trainer import Trainer
 from weights import checkpoint
 from weights.checkpoint import list_checkpoints, load_checkpoint
@@ -32,7 +33,7 @@ from weights.checkpoint import list_checkpoints, load_checkpoint
 pytestmark = pytest.mark.usefixtures("one_cpu_thread")
 
 
-# ---------------------------------------------------------------------------------------------------------------- kills
+# ------------------------------------------------------------------------------------------------------ kills
 
 
 def test_killed_training_is_the_same_training(tiny_config, tmp_path):
@@ -87,8 +88,8 @@ def test_sampling_killed_in_the_write_of_its_settings(whole_run, tmp_path, call)
     ).read_text()
 
 
-def test_grid_and_metrics_that_a_kill_prevented_are_made_up_for(run, tmp_path):
-    def observe(dies: str = ""):
+def test_grid_and_metrics_that_a_kill_prevented_follow_on_resume(run, tmp_path):
+    def fake_hooks(dies: str = ""):
         def grid(pictures, path, columns):
             path.parent.mkdir(exist_ok=True)
             os.kill(os.getpid(), signal.SIGKILL) if dies == "grid" else path.touch()
@@ -97,19 +98,20 @@ def test_grid_and_metrics_that_a_kill_prevented_are_made_up_for(run, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL) if dies == "metrics" else None
             return {"fid": step}
 
-        train.generate_images, train.save_grid = (lambda *args: None), grid
-        train.make_evaluation = lambda *args: evaluation
+        sample_grids.generate_images = lambda *args: None
+        sample_grids.save_grid = grid
+        train.Evaluation = lambda *args: evaluation
 
     changes = "logging.ckpt_every=4", "logging.sample_every=4", "evaluation.every=4", "evaluation.reference=x"
     for dies, code in (("grid", -9), ("metrics", -9), ("", 0), ("", 0)):
-        codes, printed = run("run", *changes, plans=[partial(observe, dies)])
+        codes, printed = run("run", *changes, plans=[partial(fake_hooks, dies)])
         assert codes == [code], printed
     assert sorted(os.listdir(tmp_path / "run" / "samples")) == ["0000004.png", "0000008.png"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
     assert rows == [{"step": 4, "fid": 4}, {"step": 8, "fid": 8}]
 
 
-# -------------------------------------------------------------------------------------------------------------- signals
+# ---------------------------------------------------------------------------------------------------- signals
 
 
 def signalled(number: int, *delays: float):
@@ -140,7 +142,7 @@ def test_a_second_signal_quits(run, tmp_path):
     assert codes == [-signal.SIGTERM] and list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
-# ------------------------------------------------------------------------------------------------------------ full disks
+# ------------------------------------------------------------------------------------------------- full disks
 
 
 def test_a_write_that_fails_ends_the_run_and_keeps_what_is_there(run, whole_run, tmp_path):
@@ -173,12 +175,12 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(run, small_disk):
     codes, printed = run("disk/run")
     names = [path.name for path in list_checkpoints(small_disk / "run" / "checkpoints")]
     assert codes == [1] and "No space left on device" in printed and "Traceback" not in printed and names
-    assert all(checkpoint.damage(small_disk / "run" / "checkpoints" / name) is None for name in names)
+    assert all(checkpoint.find_damage(small_disk / "run" / "checkpoints" / name) is None for name in names)
     assert not list(small_disk.rglob("*.tmp"))
     codes, printed = run(
         "disk/run", "logging.ckpt_keep=1", "logging.ckpt_every=100"
     )  # nor does anything else fit by itself
-    assert codes == [1] and f"going on from step {int(names[-1][:7])}" in printed
+    assert codes == [1] and f"resuming from step {int(names[-1][:7])}" in printed
 
 
 def test_a_full_disk_under_the_log(run, small_disk):
@@ -200,7 +202,7 @@ def test_a_full_disk_under_the_log(run, small_disk):
     assert run("disk/run", "logging.ckpt_every=100")[0] == [0]
 
 
-# --------------------------------------------------------------------------------------------------------------- trackers
+# --------------------------------------------------------------------------------------------------- trackers
 
 
 def test_an_unreachable_tracker_is_one_line_and_the_run_can_go_on_without(run):
@@ -221,7 +223,7 @@ def test_an_unreachable_tracker_is_one_line_and_the_run_can_go_on_without(run):
     assert codes == [0], printed
 
 
-# ----------------------------------------------------------------------------------------------------- non-finite numbers
+# ----------------------------------------------------------------------------------------- non-finite numbers
 
 
 def test_a_step_with_a_bad_loss_leaves_no_trace():
@@ -232,7 +234,7 @@ def test_a_step_with_a_bad_loss_leaves_no_trace():
 
     def step(number: int, factor: float) -> dict:
         loss = (weight * factor).square().sum()
-        poison(loss).backward()
+        nan_gradients_if_not_finite(loss).backward()
         guard.update(optimizer, torch.nn.utils.clip_grad_norm_([weight], 1.0), number)
         optimizer.zero_grad()
         return {
@@ -255,9 +257,9 @@ def test_a_step_with_a_bad_loss_leaves_no_trace():
 def test_a_bad_loss_shows_in_every_gradient_and_a_good_one_is_untouched():
     weights = torch.randn(5, requires_grad=True)
     (plain,) = torch.autograd.grad((weights**3).sum(), weights)
-    (same,) = torch.autograd.grad(poison((weights**3).sum()), weights)
+    (same,) = torch.autograd.grad(nan_gradients_if_not_finite((weights**3).sum()), weights)
     assert torch.equal(plain, same)
-    (bad,) = torch.autograd.grad(poison(weights[0] + float("inf")), weights)
+    (bad,) = torch.autograd.grad(nan_gradients_if_not_finite(weights[0] + float("inf")), weights)
     assert bad[0].isnan()
 
 

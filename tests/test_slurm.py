@@ -13,7 +13,10 @@ SLURM = {
     "SLURM_GPUS_ON_NODE": "8",
     "SLURM_JOB_ID": "77",
 }
-TORCHRUN = "--kill-on-bad-exit=1 torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node1:29500 --rdzv_id=77"
+TORCHRUN = (
+    "--kill-on-bad-exit=1 torchrun --nnodes=2 --nproc_per_node=8 "
+    "--rdzv_backend=c10d --rdzv_endpoint=node1:29500 --rdzv_id=77"
+)
 CALLS = {
     "train": (
         "a.yaml results/a --set training.seed=1",

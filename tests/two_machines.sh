@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Features, training and samples on two machines, which are two network namespaces of this one, joined by a virtual cable.
-# Needs root and iproute2. Usage: bash tests/two_machines.sh FOLDER (empty; gets everything). PYTHON=... picks a Python.
+# Features, training and samples on two machines: two network namespaces of this one, joined by a virtual cable.
+# Needs root and iproute2. Usage: bash tests/two_machines.sh FOLDER (an empty one). PYTHON=... picks a Python.
 # Training runs three times: under torchrun; under accelerate launch in two halves; and with a cable that is pulled.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -69,7 +69,7 @@ echo "== samples"
 both sample_ddp.py --ckpt "$folder/run/checkpoints/0000008.pt" --output-dir "$folder/samples" --num-fid-samples 8 \
     --per-proc-batch-size 2 --num-sampling-steps 3
 
-echo "== the cable is pulled: each machine names the other, and the run goes on afterwards"
+echo "== the cable is pulled: each machine names the other, and training resumes afterwards"
 lost=("${train[@]}" "$folder/lost" --set training.max_steps=100000 --set training.rank_timeout=10)
 torchrun 2 "${lost[@]}" >"$folder/lost2.txt" 2>&1 &
 second=$!

@@ -1,14 +1,13 @@
 """Training samples as a function of (seed, micro-step, image), for any number of processes.
 
-A micro-step is one forward and backward pass over a global batch. Its images, their order, latents, timesteps, noise and label
-dropout follow from the seed and its number, so a resumed run or one on other processes sees the same batches and nothing
-about randomness is ever stored.
+A micro-step is one forward and backward pass over a global batch. Its images, their order, latents,
+timesteps, noise and label dropout follow from the seed and its number, so a resumed run and a run on other
+processes see the same batches, and no state of a random generator is ever stored.
 """
 
 import functools
-import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +16,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from config import OneProcessError, UserError
-from data.features import FeatureStore
+from data.features import Features
 from data.streams import rng
+
+
+class Sample(NamedTuple):
+    """One image of a batch."""
+
+    x0: np.ndarray  # (C, S, S) float32, scaled latent
+    noise: np.ndarray  # (C, S, S) float32
+    t: int  # timestep
+    label: int  # the null label if it was dropped
+    image: int  # image number in the feature store
 
 
 class Batch(NamedTuple):
@@ -28,7 +37,7 @@ class Batch(NamedTuple):
     noise: Tensor  # (B, C, S, S)
     t: Tensor  # (B,) int64
     labels: Tensor  # (B,) int64, the null label where dropped
-    index: Tensor  # (B,) int64, image numbers in the feature store
+    images: Tensor  # (B,) int64, image numbers in the feature store
 
 
 @functools.lru_cache(maxsize=1)
@@ -40,15 +49,21 @@ def permutation(images: int, seed: int, epoch: int) -> np.ndarray:
 class Order(Sampler):
     """Lists of (micro_step, image) keys, one list per micro-step, for this process.
 
-    Each epoch is a permutation of the images; a last incomplete batch is left out. Process r takes the r-th of `world` equal
-    parts of the global batch, so groups of neighbours stay together for any number of processes.
+    Each epoch is a permutation of the images; a last incomplete batch is left out. Process r takes the r-th
+    of `world` equal parts of the global batch, so groups of neighbours stay together for any number of
+    processes.
+
+    Args:
+        images: number of images in the feature store.
+        global_batch: images per micro-step over all processes.
+        micro_steps: numbers of the micro-steps to list.
     """
 
-    def __init__(
-        self, images: int, global_batch: int, seed: int, first: int, last: int, rank: int, world: int
-    ):
-        self.images, self.global_batch, self.seed = images, global_batch, seed
-        self.micro_steps = range(first, last)
+    def __init__(self, images: int, global_batch: int, seed: int, micro_steps: range, rank: int, world: int):
+        self.images = images
+        self.global_batch = global_batch
+        self.seed = seed
+        self.micro_steps = micro_steps
         local = global_batch // world
         self.part = slice(rank * local, (rank + 1) * local)
 
@@ -57,63 +72,99 @@ class Order(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for micro_step in self.micro_steps:
-            yield [(micro_step, image) for image in self.global_batch_of(micro_step)[self.part].tolist()]
+            images = self.global_batch_of(micro_step)[self.part].tolist()
+            yield [(micro_step, image) for image in images]
 
     def global_batch_of(self, micro_step: int) -> np.ndarray:
-        """Image numbers of a micro-step's batch over all processes."""
-        epoch, position = divmod(micro_step, self.images // self.global_batch)
-        return permutation(self.images, self.seed, epoch)[position * self.global_batch :][: self.global_batch]
+        """Image numbers in a micro-step's batch over all processes."""
+        micro_steps_per_epoch = self.images // self.global_batch
+        epoch, position = divmod(micro_step, micro_steps_per_epoch)
+        start = position * self.global_batch
+        return permutation(self.images, self.seed, epoch)[start : start + self.global_batch]
 
 
 class Samples(Dataset):
-    """A training sample for a (micro_step, image) key."""
+    """The training sample for a (micro_step, image) key.
 
-    def __init__(self, store: FeatureStore, seed: int, diffusion_steps: int, dropout: float, null_label: int):
-        self.store, self.seed, self.diffusion_steps = store, seed, diffusion_steps
-        self.dropout, self.null_label = dropout, null_label
+    Args:
+        dropout: probability that the label becomes the null label.
+    """
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int, int, int]:
-        micro_step, image = key
-        draw = rng(self.seed, "train", micro_step, image)
-        x0 = self.store.latent(image, draw)
-        noise = draw.standard_normal(x0.shape, dtype=np.float32)
-        t = int(draw.integers(self.diffusion_steps))
-        dropped = draw.random() < self.dropout
-        return x0, noise, t, self.null_label if dropped else int(self.store.labels[image]), image
+    def __init__(
+        self,
+        store: Features,
+        seed: int,
+        diffusion_steps: int,
+        dropout: float,
+        null_label: int,
+    ):
+        self.store = store
+        self.seed = seed
+        self.diffusion_steps = diffusion_steps
+        self.dropout = dropout
+        self.null_label = null_label
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
+        """Draw the sample. Errors are returned: a loader process would turn a raised one into a traceback."""
+        try:
+            return self.draw(*key)
+        except UserError as error:
+            return error
+
+    def draw(self, micro_step: int, image: int) -> Sample:
+        # One stream per sample, whose draws are always in this order
+        stream = rng(self.seed, "train", micro_step, image)
+        x0 = self.store.latent(image, stream)
+        noise = stream.standard_normal(x0.shape, dtype=np.float32)
+        t = int(stream.integers(self.diffusion_steps))
+        is_dropped = stream.random() < self.dropout
+        label = self.null_label if is_dropped else int(self.store.labels[image])
+        return Sample(x0, noise, t, label, image)
 
 
-def collate(samples: list[tuple]) -> Batch:
-    x0, noise, *numbers = zip(*samples)
-    return Batch(*(torch.from_numpy(np.stack(x)) for x in (x0, noise)), *(torch.tensor(x) for x in numbers))
+def collate(samples: list[Sample | UserError]) -> Batch | UserError:
+    """Join samples into a batch, or return the first error among them."""
+    drawn = []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        drawn.append(sample)
+    x0, noise, t, labels, images = zip(*drawn)
+    return Batch(
+        torch.from_numpy(np.stack(x0)),
+        torch.from_numpy(np.stack(noise)),
+        torch.tensor(t),
+        torch.tensor(labels),
+        torch.tensor(images),
+    )
 
 
-def leave_signals(worker: int) -> None:
-    """A signal to the whole process group must not end a worker while the training process writes its last checkpoint."""
+def ignore_signals(worker: int) -> None:
+    """Keep a loader process alive through SIGTERM and SIGINT: the training process ends it when it stops."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(order: Order, samples: Samples, workers: int, pin_memory: bool) -> DataLoader:
-    """A loader of one Batch per micro-step."""
+    """A loader that gives a Batch or a UserError per micro-step."""
     return DataLoader(
         samples,
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=leave_signals,
+        worker_init_fn=ignore_signals,
     )
 
 
-def next_batch(batches: Iterator[Batch]) -> Batch:
-    """The next batch; what is wrong with its images only the process that reads them can say."""
-    try:
-        return next(batches)
-    except UserError as error:  # from a loader process it comes as the last line of a traceback
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for (
-            worker
-        ) in multiprocessing.active_children():  # at the end of the program it would wait for them in vain
-            worker.kill()
-        name = f"{UserError.__module__}.{UserError.__name__}: "
-        raise OneProcessError(str(error).splitlines()[-1].removeprefix(name)) from None
+def read_batches(loader: DataLoader) -> Generator[Batch, None, None]:
+    """The batches of a loader.
+
+    Raises:
+        OneProcessError: an image cannot be read, which only the process that needs it can tell.
+    """
+    # Leaving the loop, also by an error, ends the loader's processes
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise OneProcessError(str(batch))
+        yield batch

@@ -1,77 +1,104 @@
-"""Steps with a non-finite loss or gradient: their update is skipped, they are counted, and too many in a row end the run."""
+"""Steps with a non-finite loss or gradient are skipped and counted; too many in a row end the run."""
 
 import sys
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
-LAG = 2  # steps after which a GPU's flag is read: by then the device has long passed it, so nobody waits
+# Steps after which the host reads a GPU's flag: by then the device has passed it, so reading does not wait
+LAG = 2
 
 
-def poison(loss: Tensor) -> Tensor:
-    """The loss, with gradients that all become NaN where it is not finite (and are multiplied by exactly 1 elsewhere).
+def nan_gradients_if_not_finite(loss: Tensor) -> Tensor:
+    """Return the loss unchanged, but where it is not finite, all of its gradients become NaN.
 
-    Gradients are summed over processes, so one process's bad loss shows in the gradient norm of all, without a collective.
+    Gradients are summed over processes, so the bad loss of one process shows in the gradient norm of all,
+    without a collective. The gradients of a finite loss are multiplied by exactly 1.
     """
     return loss * (1 + 0 * loss.detach())
 
 
-class FiniteGuard:
-    """Applies an optimizer's updates where the gradient norm is finite.
+class Flag(NamedTuple):
+    """Whether the gradient of a step was not finite, possibly still on its way from the device."""
 
-    On CUDA the fused optimizer itself looks at the flag, on the device, and leaves weights, moments and step counts as they
-    are; the host reads the flag of step s while it prepares step s + LAG. On other devices the host decides at once. A skipped
-    step is a step otherwise: its batch is used up, schedules go on, and the EMA averages the unchanged weights once more.
+    step: int
+    is_bad: Tensor  # (), on the host
+    arrived: torch.cuda.Event | None  # None: it is here already
+
+
+class FiniteGuard:
+    """Applies an optimizer's updates if the gradient norm is finite.
+
+    On CUDA the fused optimizer itself looks at the flag, on the device, and leaves weights, moments and step
+    counts as they are; the host reads the flag of step s while it prepares step s + LAG. On other devices the
+    host decides at once. A skipped step counts in every other way: its batch is used up, schedules continue,
+    and the EMA averages the unchanged weights again.
 
     Args:
-        limit: so many skipped steps in a row end the run.
-        report: called with the number of every skipped step.
-        stop: called where the limit is reached.
+        max_in_a_row: number of consecutive skipped steps that ends the run.
+        on_skip: called with the number of every skipped step.
+        on_stop: called with the number of the last step before the program exits.
     """
 
-    def __init__(self, limit: int, report: Callable[[int], None], stop: Callable[[int], None]):
-        self.limit, self.report, self.stop = limit, report, stop
-        self.total = self.in_a_row = 0
-        self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+    def __init__(self, max_in_a_row: int, on_skip: Callable[[int], None], on_stop: Callable[[int], None]):
+        self.max_in_a_row = max_in_a_row
+        self.on_skip = on_skip
+        self.on_stop = on_stop
+        self.total = 0
+        self.in_a_row = 0
+        self.pending: deque[Flag] = deque()
 
-    def update(self, optimizer, norm: Tensor, step: int) -> None:
-        """optimizer: an AcceleratedOptimizer; norm: () gradient norm, equal on all processes."""
-        bad = (~norm.isfinite()).float()
-        if norm.is_cuda:
-            optimizer.optimizer.found_inf = bad
-            optimizer.step()
-            bad, event = bad.to("cpu", non_blocking=True), torch.cuda.Event()
-            event.record()
-            self.pending.append((step, bad, event))
-            while len(self.pending) > LAG:
-                self._settle(*self.pending.popleft())
-        else:
-            if not bad:
+    def update(self, optimizer: AcceleratedOptimizer, norm: Tensor, step: int) -> None:
+        """Take an optimizer step, or skip it.
+
+        Args:
+            norm: () gradient norm, equal on all processes.
+            step: optimizer steps done before this one.
+        """
+        is_bad = (~norm.isfinite()).float()
+        if not norm.is_cuda:
+            if not is_bad:
                 optimizer.step()
-            self._settle(step, bad, None)
+            self.count(Flag(step, is_bad, None))
+            return
+        # The fused optimizer skips its update where the flag is 1
+        optimizer.optimizer.found_inf = is_bad
+        optimizer.step()
+        # Copy the flag to the host without waiting for it
+        on_host = is_bad.to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self.pending.append(Flag(step, on_host, arrived))
+        while len(self.pending) > LAG:
+            self.count(self.pending.popleft())
 
-    def settle(self) -> None:
-        """Read all flags: where the host waits for the device anyway."""
+    def read_pending_flags(self) -> None:
+        """Read all flags. Called at moments when the host waits for the device anyway."""
         while self.pending:
-            self._settle(*self.pending.popleft())
+            self.count(self.pending.popleft())
 
-    def _settle(self, step: int, bad: Tensor, event: torch.cuda.Event | None) -> None:
-        if event is not None:
-            event.synchronize()
-        if not bad:
+    def count(self, flag: Flag) -> None:
+        """Count a step as good or skipped. Exits with status 1 after too many skipped ones."""
+        if flag.arrived is not None:
+            flag.arrived.synchronize()
+        if not flag.is_bad:
             self.in_a_row = 0
             return
-        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
-        self.report(step)
-        if self.in_a_row >= self.limit:
-            self.stop(step)
+        self.total += 1
+        self.in_a_row += 1
+        self.on_skip(flag.step)
+        if self.in_a_row >= self.max_in_a_row:
+            self.on_stop(flag.step)
             sys.exit(1)
 
     def state_dict(self) -> dict[str, int]:
-        self.settle()
+        self.read_pending_flags()
         return {"total": self.total, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.total, self.in_a_row = state["total"], state["in_a_row"]
+        self.total = state["total"]
+        self.in_a_row = state["in_a_row"]

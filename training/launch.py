@@ -1,8 +1,27 @@
-"""What the launcher decides: processes, device and precision, checked against the configuration."""
+"""What the launcher decides: processes, device, precision and sharding, checked against the configuration."""
 
+import contextlib
+import hashlib
+import json
 import os
+import re
+from pathlib import Path
 
-from config import Config, validate_processes
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType
+
+from config import Config, UserError, to_dict, validate_processes
+from data.autoencoder import hash_weights
+from data.features import Features
+from models import flops
+from models.attention import kernel_problem
+from models.ops.precision import allow_tf32
+from processes import group
+from processes.agreement import check_agreement
+from processes.sharding import is_sharded, prepare_sharding
+
+# ------------------------------------------------------------------------------ before the processes have met
 
 
 def announced_processes() -> int:
@@ -11,15 +30,164 @@ def announced_processes() -> int:
 
 
 def local_batch_size(config: Config) -> int:
-    """Images of one process per micro-step; UserError where the global batch does not divide."""
+    """Images of one process per micro-step; UserError if the global batch does not divide."""
     return validate_processes(config, announced_processes())
 
 
 def describe_batches(config: Config) -> str:
-    """Batch sizes for the number of processes that the launcher announces, for people."""
+    """A text about the batch sizes for the number of processes that the launcher announces."""
     effective = config.training.global_batch_size * config.training.gradient_accumulation_steps
     return (
         f"processes     {announced_processes()}\n"
         f"local batch   {local_batch_size(config)} of {config.training.global_batch_size}\n"
         f"effective     {effective} images per optimizer step"
     )
+
+
+def check_trackers(config: Config) -> None:
+    """Raise a UserError for a tracker that Accelerate does not know."""
+    known = LoggerType.list()
+    unknown = set(config.logging.trackers) - set(known)
+    if unknown:
+        raise UserError(f"logging.trackers: {', '.join(unknown)} is not one of {', '.join(known)}")
+
+
+def choose_precision(config: Config, device: torch.device) -> str:
+    """Accelerate's name of the precision: of the configuration, or of the launcher, or bfloat16 on CUDA."""
+    if config.training.precision == "bf16":
+        return "bf16"
+    if config.training.precision == "fp32":
+        return "no"
+    # The precision is "auto"
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched == "no" and device.type == "cuda":
+        return "bf16"
+    return launched
+
+
+# ----------------------------------------------------------------------------------------- the processes meet
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """Start Accelerate, which joins the processes. UserError if it cannot train this configuration."""
+    device = group.default_device()
+    allow_tf32(config.model.hnet.fp32_router_dechunk == "tf32")
+    no_changing_buffers = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    patient = InitProcessGroupKwargs(timeout=group.COLLECTIVE_TIMEOUT)
+    accelerator = Accelerator(
+        # Without this, Accelerate takes the processes of torchrun on a CPU for separate runs
+        cpu=device.type == "cpu",
+        mixed_precision=choose_precision(config, device),
+        log_with=config.logging.trackers or None,
+        project_dir=config.logging.results_dir,  # until the folder of the run is known
+        kwargs_handlers=[no_changing_buffers, patient],
+    )
+    # Refuse what Accelerate would accept
+    check_processes(accelerator)
+    check_installed_trackers(accelerator, config)
+    prepare_sharding(accelerator)
+    if is_sharded(accelerator):
+        check_no_samples(config)
+    check_precision(accelerator, config)
+    return accelerator
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Raise a UserError if Accelerate has not joined the processes that the launcher started."""
+    announced = announced_processes()
+    if accelerator.num_processes != announced:
+        raise UserError(
+            f"WORLD_SIZE {announced}: Accelerate found {accelerator.num_processes}; "
+            "use accelerate launch or torchrun"
+        )
+
+
+def check_installed_trackers(accelerator: Accelerator, config: Config) -> None:
+    """Raise a UserError for a tracker that Accelerate has left out."""
+    installed = {str(tracker) for tracker in accelerator.log_with}
+    missing = set(config.logging.trackers) - {"all"} - installed
+    if missing:
+        raise UserError(
+            f"logging.trackers: {', '.join(missing)} is not installed; install it or leave it out"
+        )
+
+
+def check_no_samples(config: Config) -> None:
+    """Raise a UserError if a sharded run is to sample: processes with unequal numbers of batches hang."""
+    intervals = {
+        "logging.sample_every": config.logging.sample_every,
+        "evaluation.every": config.evaluation.every,
+    }
+    for key, every in intervals.items():
+        if every:
+            raise UserError(
+                f"{key}: {every} needs the whole model on every GPU; "
+                "use 0 with FSDP, and sample the checkpoints"
+            )
+
+
+def check_precision(accelerator: Accelerator, config: Config) -> None:
+    """Raise a UserError for float16, and for an attention kernel that does not work in this precision."""
+    if accelerator.mixed_precision == "fp16":
+        raise UserError(
+            "--mixed_precision fp16: is not supported, because checkpoints do not store its loss scale; "
+            "use bf16"
+        )
+    is_bf16 = accelerator.mixed_precision == "bf16"
+    problem = kernel_problem(config.model.attention, accelerator.device, is_bf16, config.head_size)
+    if problem:
+        raise UserError(f"model.attention: {problem}")
+
+
+# ---------------------------------------------------------------------------------------- after they have met
+
+
+def make_run_folder(config: Config, accelerator: Accelerator) -> Path:
+    """Make the folder `results_dir/NNN-name`, one above the highest number there. Collective."""
+
+    def make() -> Path:
+        results = Path(config.logging.results_dir)
+        name = config.model.name.replace("/", "-")
+        while True:
+            # Find the highest number
+            numbers = [-1]
+            for path in results.glob("*"):
+                if found := re.match(r"(\d{3,})-", path.name):
+                    numbers.append(int(found[1]))
+            folder = results / f"{max(numbers) + 1:03d}-{name}"
+            # Another run may take the number first
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                return folder
+
+    return group.on_first(make)
+
+
+def check_same_start(
+    accelerator: Accelerator,
+    config: Config,
+    store: Features,
+    step: int,
+    models: list[torch.nn.Module],
+) -> None:
+    """Raise a UserError unless all processes start alike. Collective.
+
+    Of the features only the hashes in the manifest are compared (file names and labels in the official
+    layout), not the bytes on the disk of each machine, which `python -m data.features --verify` reads.
+    """
+    content = json.dumps(to_dict(config)).encode()
+    facts = {
+        "configuration": hashlib.sha256(content).hexdigest(),
+        "features": store.fingerprint(),
+        "step": step,
+        "weights": [hash_weights(model) for model in models],
+    }
+    check_agreement(accelerator, facts)
+
+
+def total_peak_flops(accelerator: Accelerator) -> float | None:
+    """Peak FLOP/s of all devices together; known for half precision on common GPUs."""
+    if accelerator.device.type != "cuda" or accelerator.mixed_precision != "bf16":
+        return None
+    peak = flops.peak_flops(torch.cuda.get_device_name(accelerator.device))
+    return None if peak is None else peak * accelerator.num_processes

@@ -2,8 +2,17 @@
 
 import torch
 
-from config import FractionRange, TrainingConfig, downsample_factors
+from config import Config, FractionRange, TrainingConfig, downsample_factors
 from data.streams import rng
+
+
+def total_steps(config: Config, images: int) -> int:
+    """Optimizer steps from the start of the run to its end."""
+    training = config.training
+    if training.max_steps is not None:
+        return training.max_steps
+    micro_steps_per_epoch = images // training.global_batch_size
+    return training.epochs * micro_steps_per_epoch // training.gradient_accumulation_steps
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:
@@ -12,7 +21,7 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
 
 
 def downsample_factor(step: int, training: TrainingConfig) -> float:
-    """N at this step: from `downsample_factor_start` to `downsample_factor`, linear over the warm-up steps."""
+    """N at this step, from `downsample_factor_start` to `downsample_factor` linearly over the warm-up."""
     end = downsample_factors(training.downsample_factor)
     if training.downsample_factor_start is None or training.downsample_factor_warmup_steps == 0:
         return end
@@ -21,17 +30,22 @@ def downsample_factor(step: int, training: TrainingConfig) -> float:
 
 
 def drop_fraction(step: int, training: TrainingConfig) -> float:
-    """Multi-budget training's fraction of this step, the same on every process (DC-DiT, elastic inference).
+    """Fraction of the kept tokens that this step drops, the same on every process (multi-budget training).
 
-    From a list the draw is that of the official code: a generator seeded with the step picks an entry. From a range it is
-    uniform, a function of the run's seed and the step.
+    From a list the draw is that of the official code: a generator seeded with the step picks an entry. From a
+    range it is uniform, a function of the run's seed and the step.
     """
-    first = training.multi_budget_start_step
-    first = training.downsample_factor_warmup_steps if first is None else first
-    if not training.multi_budget_training or step < first:
+    # Drop nothing before the first step of multi-budget training
+    first_step = training.multi_budget_start_step
+    if first_step is None:
+        first_step = training.downsample_factor_warmup_steps
+    if not training.multi_budget_training or step < first_step:
         return 0.0
+
+    # Draw a fraction
     fractions = training.multi_budget_drop_fractions
     if isinstance(fractions, FractionRange):
         return float(rng(training.seed, "drop fraction", step).uniform(fractions.min, fractions.max))
     generator = torch.Generator().manual_seed(step)
-    return fractions[torch.randint(0, len(fractions), (1,), generator=generator).item()]
+    entry = torch.randint(0, len(fractions), (1,), generator=generator)
+    return fractions[int(entry)]

@@ -1,107 +1,160 @@
-"""What a run reports: scalars summed on the device, reduced over processes, and written to every log at once."""
+"""What a run reports: scalars summed on the device, reduced over processes, written to every log at once."""
 
+import contextlib
 import json
 import math
 import os
+import secrets
 import time
+from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from data.files import write_file
+from config import Config, UserError, flatten, one_line, to_dict
+from data.files import write_text
+from models import architecture
+from models.flops import TokenCounts, total_flops
 from models.types import Routing
+from weights.upcycle import Origins
 
 CLOCK = ("_per_sec", "_utilisation")  # endings of values that depend on the clock
-NOTHING = [0.0, 0.0, float("inf"), float("-inf"), 0.0]  # a row of no values
+NO_VALUES = [0.0, 0.0, math.inf, -math.inf, 0.0]  # the row of an empty batch
+
+
+# --------------------------------------------------------------------------------------------------- averages
 
 
 class Averages:
     """Running sums of per-sample values between two log lines, kept on the device: adding never waits for it.
 
-    `mean` of a name averages over all samples of all processes since the last reset; names of the routing statistics also
-    have a standard deviation, minimum and maximum over samples.
+    A batch adds one row per name: (sum, sum of squares, minimum, maximum, count) over its samples.
     """
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.values: dict[str, list[Tensor]] = {}
+        self.rows: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, values: Tensor) -> None:
-        """values: (B,) or a scalar. Kept as (sum, sum of squares, min, max, count)."""
+        """Add a batch of values: (B,) or a scalar."""
         values = values.detach().float().flatten()
-        count = torch.full_like(
-            values[0], len(values)
-        )  # made on the device: new_tensor would copy from the host and wait
+        # Made on the device: `new_tensor` would copy from the host and wait
+        count = torch.full_like(values[0], len(values))
         row = torch.stack([values.sum(), values.square().sum(), values.min(), values.max(), count])
-        self.values.setdefault(name, []).append(row)
+        self.rows.setdefault(name, []).append(row)
 
     def reduce(self) -> dict[str, dict[str, float]]:
-        """Statistics over all processes, then start anew. Collective: every process must call it."""
-        rows = torch.stack([_combine(torch.stack(rows).cpu()) for rows in self.values.values()])[
-            None
-        ]  # (1, names, 5) float64
+        """Statistics over all samples of all processes, then start anew. Collective.
+
+        Returns:
+            name -> "mean", "std", "min" and "max".
+        """
+        # Combine the rows of this process, then those of all processes
+        own = [combine(torch.stack(rows).cpu()) for rows in self.rows.values()]
+        rows = torch.stack(own)[None]  # (1, names, 5) float64
         if self.accelerator.num_processes > 1:
             rows = self.accelerator.gather(rows.to(self.accelerator.device)).cpu()  # (world, names, 5)
-        combined = [_combine(rows[:, k]).tolist() for k in range(rows.shape[1])]
-        names, self.values = list(self.values), {}
-        return {name: _statistics(*row) for name, row in zip(names, combined)}
+        reduced = {}
+        for number, name in enumerate(self.rows):
+            reduced[name] = statistics(combine(rows[:, number]))
+        self.rows = {}
+        return reduced
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The rows of all processes, name -> (world, n, 5), so that a resumed run reports what an uninterrupted one does.
+        """The rows of all processes, name -> (world, n, 5). Collective: every process must call it.
 
-        Collective: every process must call it.
+        A run that loads them reports the same as an uninterrupted one.
         """
-        return {
-            name: self.accelerator.gather(torch.stack(rows)[None]).cpu() for name, rows in self.values.items()
-        }
+        state = {}
+        for name, rows in self.rows.items():
+            own = torch.stack(rows)[None]  # (1, n, 5)
+            state[name] = self.accelerator.gather(own).cpu()
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict`; with another number of processes the first one takes all rows."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        """Continue from `state_dict`. If the number of processes has changed, the first takes all rows."""
+        world = self.accelerator.num_processes
+        rank = self.accelerator.process_index
         for name, rows in state.items():
             if len(rows) == world:
                 own = rows[rank]
-            else:
-                nothing = rows.new_tensor(NOTHING)  # as many rows on every process
-                own = (_combine(rows.flatten(0, 1)).float() if rank == 0 else nothing)[None]
-            self.values[name] = list(own.to(self.accelerator.device))
+            elif rank == 0:
+                own = combine(rows.flatten(0, 1)).float()[None]
+            else:  # every process needs the same number of rows
+                own = rows.new_tensor(NO_VALUES)[None]
+            self.rows[name] = list(own.to(self.accelerator.device))
 
 
-def _combine(rows: Tensor) -> Tensor:
-    """(n, 5) on the host -> (5,) float64; rows of batches with a non-finite value do not count."""
-    rows = torch.cat([rows.double(), torch.tensor([NOTHING], dtype=torch.float64)])
+def combine(rows: Tensor) -> Tensor:
+    """Combine rows (n, 5) on the host into one (5,) float64, without batches that hold a non-finite value."""
+    # The row without values makes minimum and maximum of no batches infinite
+    rows = torch.cat([rows.double(), torch.tensor([NO_VALUES], dtype=torch.float64)])
     rows = rows[rows[:, :2].isfinite().all(1)]
-    return torch.stack(
-        [rows[:, 0].sum(), rows[:, 1].sum(), rows[:, 2].amin(), rows[:, 3].amax(), rows[:, 4].sum()]
-    )
+    total, squares, least, most, count = rows.unbind(1)
+    return torch.stack([total.sum(), squares.sum(), least.amin(), most.amax(), count.sum()])
 
 
-def _statistics(total: float, squares: float, least: float, most: float, count: float) -> dict[str, float]:
-    if not count:  # every step since the last report was skipped
-        return dict.fromkeys(("mean", "std", "min", "max"), float("nan"))
+def statistics(row: Tensor) -> dict[str, float]:
+    """Mean, standard deviation, minimum and maximum from a combined row (5,); NaN if it counts no values."""
+    total, squares, least, most, count = row.tolist()
+    if not count:  # every step since the last log line was skipped
+        return dict.fromkeys(("mean", "std", "min", "max"), math.nan)
     mean = total / count
-    return {"mean": mean, "std": max(squares / count - mean**2, 0.0) ** 0.5, "min": least, "max": most}
+    variance = max(squares / count - mean**2, 0.0)
+    return {"mean": mean, "std": variance**0.5, "min": least, "max": most}
 
 
 def kept_fractions(routing: Routing) -> dict[str, Tensor]:
-    """Share of tokens kept per sample (B,): by the network's own decision, and after tail dropping."""
+    """Share of the tokens kept per sample (B,): by the router's own decision, and after tail dropping."""
     return {"kept_natural": routing.boundary.float().mean(1), "kept_effective": routing.keep.float().mean(1)}
+
+
+def flatten_statistics(statistics: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The mean of every value; of the kept shares also the deviation, minimum and maximum."""
+    kept_names = ("kept_natural", "kept_effective")
+    scalars = {name: values["mean"] for name, values in statistics.items() if name not in kept_names}
+    for name in kept_names:
+        for key, value in statistics[name].items():
+            scalars[f"{name}_{key}"] = value
+    return scalars
+
+
+def training_tflop(config: Config, kept: dict[str, float]) -> float:
+    """TFLOP of a training step per image. Recomputation in the backward pass is not counted.
+
+    Args:
+        kept: mean and standard deviation over images of the kept share of the tokens.
+    """
+    tokens = config.tokens
+    mean_square = (kept["mean"] ** 2 + kept["std"] ** 2) * tokens**2
+    forward_flops = total_flops(architecture(config), TokenCounts(kept["mean"] * tokens, mean_square))
+    # A backward pass costs two forward passes
+    return 3 * forward_flops / 1e12
+
+
+# -------------------------------------------------------------------------------------------------- log files
 
 
 class RunLog:
     """`log.txt` for people, `metrics.jsonl` and `evaluation.jsonl` for programs, and Accelerate's trackers.
 
     Only the main process writes.
+
+    Args:
+        step: optimizer step from which training continues; later rows are removed.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, step: int):
-        self.accelerator, self.folder = accelerator, folder
+        self.accelerator = accelerator
+        self.folder = folder
         if accelerator.is_main_process:
             for name in ("metrics.jsonl", "evaluation.jsonl"):
-                _truncate_metrics(folder / name, step)
+                remove_later_rows(folder / name, step)
 
     def line(self, text: str) -> None:
         """Append a time-stamped line to log.txt and print it above the progress bar."""
@@ -112,41 +165,110 @@ class RunLog:
             tqdm.write(text)
 
     def metrics(self, step: int, scalars: dict[str, float]) -> None:
-        """Write one row of scalars; values that depend on the clock go to the trackers and log.txt only."""
+        """Write one row of scalars. Values that depend on the clock go to the trackers only."""
         timeless = {key: value for key, value in scalars.items() if not key.endswith(CLOCK)}
-        self._row("metrics.jsonl", step, timeless)
+        self.write_row("metrics.jsonl", step, timeless)
         self.accelerator.log({f"train/{key}": value for key, value in scalars.items()}, step=step)
 
     def evaluation(self, step: int, scalars: dict[str, float]) -> None:
-        """Write one row of what samples of the EMA are like."""
-        self._row("evaluation.jsonl", step, scalars)
-        self.line(f"step {step:7d}: " + " ".join(f"{key}={value:.4g}" for key, value in scalars.items()))
+        """Write one row of metrics of the EMA's samples."""
+        self.write_row("evaluation.jsonl", step, scalars)
+        summary = " ".join(f"{key}={value:.4g}" for key, value in scalars.items())
+        self.line(f"step {step:7d}: {summary}")
         self.accelerator.log({f"eval/{key}": value for key, value in scalars.items()}, step=step)
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether there is a row of this step, which is the last where training goes on from it."""
+        """Whether the last row of evaluation.jsonl is of this step."""
         path = self.folder / "evaluation.jsonl"
         rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return bool(rows) and json.loads(rows[-1])["step"] == step
 
-    def _row(self, name: str, step: int, scalars: dict[str, float]) -> None:
+    def origins(self, source: str, origins: Origins) -> None:
+        """Report where the first weights come from: counts in log.txt, every tensor in init_report.txt."""
+        # An origin is a kind, possibly followed by a colon and details
+        counts = Counter(origin.split(":")[0] for origin in origins.values())
+        summary = ", ".join(f"{count} tensors {kind}" for kind, count in counts.most_common())
+        self.line(f"from {source}: {summary}")
         if self.accelerator.is_main_process:
+            lines = [f"{name:<45} {origin}\n" for name, origin in origins.items()]
+            write_text(self.folder / "init_report.txt", "".join(lines))
+
+    def write_row(self, name: str, step: int, scalars: dict[str, float]) -> None:
+        """Append a row to a .jsonl file; it survives a power cut, as the checkpoint that follows does."""
+        if self.accelerator.is_main_process:
+            row: dict[str, float | None] = {"step": step}
+            for key, value in scalars.items():
+                # JSON has no NaN
+                row[key] = value if math.isfinite(value) else None
             with open(self.folder / name, "a", encoding="utf-8") as file:
-                plain = {
-                    key: value if math.isfinite(value) else None for key, value in scalars.items()
-                }  # JSON has no NaN
-                file.write(json.dumps({"step": step, **plain}) + "\n")
+                file.write(json.dumps(row) + "\n")
                 file.flush()
-                os.fsync(file.fileno())  # a checkpoint that follows must not outlive it in a power cut
+                os.fsync(file.fileno())
 
 
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Drop rows after `step`, which a resumed run writes again, and a last line that was cut off."""
+def remove_later_rows(path: Path, step: int) -> None:
+    """Remove the rows after `step`, which a resumed run writes again, and a last line that is cut off."""
     if not path.exists():
         return
+    # Keep the rows before the first one that is later or cut off
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    write_file(path, lambda stream: stream.write("".join(kept).encode()))
+    write_text(path, "".join(kept))
+
+
+# ---------------------------------------------------------------------------------- trackers and the profiler
+
+
+def start_trackers(accelerator: Accelerator, config: Config, folder: Path, same_wandb: bool) -> None:
+    """Start Accelerate's trackers.
+
+    Args:
+        same_wandb: continue the wandb run whose id an earlier start left in the folder.
+
+    Raises:
+        UserError: a tracker cannot start.
+    """
+    trackers = config.logging.trackers
+    if not trackers:
+        return
+    # Give wandb an id, and keep it for the next start
+    options: dict[str, dict[str, Any]] = {}
+    if "wandb" in trackers:
+        identity = wandb_id(folder, same_wandb)
+        name = f"{folder.name}-{config.model.name}"
+        options["wandb"] = {"name": name, "dir": str(folder), "resume": "allow", "id": identity}
+        if accelerator.is_main_process:
+            write_text(folder / "wandb_id.txt", identity)
+    # Start them all
+    try:
+        accelerator.init_trackers(
+            config.logging.wandb_project, config=flatten(to_dict(config)), init_kwargs=options
+        )
+    except Exception as error:  # each tracker raises its own kinds
+        reason = one_line(error, 200)
+        raise UserError(
+            f"logging.trackers: cannot start ({reason}); set WANDB_MODE=offline or leave wandb out"
+        ) from None
+
+
+def wandb_id(folder: Path, same_wandb: bool) -> str:
+    """The id in wandb_id.txt, or a new one: without an id some versions of Accelerate start a run twice."""
+    file = folder / "wandb_id.txt"
+    known = ""
+    if same_wandb and file.is_file():
+        known = file.read_text().strip()  # empty after a power cut
+    return known or secrets.token_hex(4)
+
+
+def make_profiler(config: Config, folder: Path) -> AbstractContextManager[torch.profiler.profile | None]:
+    """A torch profiler that writes `training.profile_steps` to profiler/; None without `training.profile`."""
+    if not config.training.profile:
+        return contextlib.nullcontext()
+    first, last = config.training.profile_steps
+    # Record these steps once, after one step to warm up
+    schedule = torch.profiler.schedule(wait=max(first - 1, 0), warmup=1, active=last - first + 1, repeat=1)
+    write = torch.profiler.tensorboard_trace_handler(str(folder / "profiler"))
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=write)

@@ -1,35 +1,65 @@
-"""The training loop: micro-steps, optimizer steps, EMA, logging, checkpoints. `Trainer.train` is the place to start reading."""
+"""The training loop. Start reading at `Trainer.run_steps`, `Trainer.optimizer_step` and `Trainer.loss`."""
 
 import contextlib
-import hashlib
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, fsdp2_prepare_model
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import Config, to_dict, validate_processes
-from data.autoencoder import hash_weights
-from data.features import FeatureStore
+from data.features import Features
 from diffusion import create_diffusion
 from models import build_model, compile_parts
-from processes.agreement import check_agreement
-from processes.sharding import forward, is_sharded, shard_state, whole, whole_tensor
+from processes.sharding import forward, full_tensor, gather_full_state, is_sharded
 from processes.stop import StopRequest
 from processes.watch import ProcessWatch
-from training import schedules
-from training.batches import Batch, Order, Samples, make_loader, next_batch
-from training.guard import FiniteGuard, poison
-from training.losses import ratio_loss
-from training.tracking import Averages, RunLog, kept_fractions
-from weights.checkpoint import list_checkpoints, save_checkpoint
+from training import launch, schedules
+from training.batches import Batch, Order, Samples, make_loader, read_batches
+from training.guard import FiniteGuard, nan_gradients_if_not_finite
+from training.losses import RatioTarget, total_loss
+from training.optimizer import load_optimizer, make_optimizer, set_learning_rate
+from training.sample_grids import grid_path
+from training.tracking import (
+    Averages,
+    RunLog,
+    flatten_statistics,
+    kept_fractions,
+    make_profiler,
+    training_tflop,
+)
+from weights.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
+
+# Values in the line that every log step prints
+SUMMARY = (
+    "loss",
+    "diffusion_loss",
+    "ratio_loss",
+    "grad_norm",
+    "kept_natural_mean",
+    "kept_effective_mean",
+    "tflop_per_image",
+    "steps_per_sec",
+    "images_per_sec",
+    "model_flop_utilisation",
+)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a run does with its EMA between steps. Both are called as (ema_model, step) on every process."""
+
+    # Every `logging.sample_every` steps
+    draw_samples: Callable[[nn.Module, int], None] | None = None
+    # Every `evaluation.every` steps; the main process gets the metrics, the others an empty dictionary
+    evaluate: Callable[[nn.Module, int], dict[str, float]] | None = None
 
 
 class Trainer:
@@ -40,81 +70,77 @@ class Trainer:
         accelerator: device, precision, processes and trackers.
         store: the features to train on.
         folder: gets log.txt, metrics.jsonl and checkpoints/.
-        state: a checkpoint to go on from (without "optimizer": weights to start from), or None.
-        flops_per_image: of one forward pass, given mean and mean square of the kept tokens; only reported.
-        peak_flops: of all devices together in this precision, per second; None where it is not known.
-        draw_samples: called as (ema_model, step) on every process every `logging.sample_every` steps.
-        evaluate: likewise every `evaluation.every` steps; the main process gets scalars, which are logged.
+        state: a checkpoint to resume from (without "optimizer": weights to start from), or None.
+        hooks: samples and metrics of the EMA.
     """
 
     def __init__(
         self,
         config: Config,
         accelerator: Accelerator,
-        store: FeatureStore,
+        store: Features,
         folder: Path,
-        state: dict | None,
-        flops_per_image: Callable[[float, float], float],
-        peak_flops: float | None,
-        draw_samples: Callable[[torch.nn.Module, int], None],
-        evaluate: Callable[[torch.nn.Module, int], dict[str, float]] | None = None,
+        state: Checkpoint | None,
+        hooks: Hooks | None = None,
     ):
-        self.config, self.accelerator, self.store, self.folder = config, accelerator, store, folder
-        self.flops_per_image, self.peak_flops = flops_per_image, peak_flops
-        self.draw_samples, self.evaluate = draw_samples, evaluate
+        self.config = config
+        self.accelerator = accelerator
+        self.store = store
+        self.folder = folder
+        self.hooks = hooks or Hooks()
+        training = config.training
         validate_processes(config, accelerator.num_processes)
+        # The forward process
         self.diffusion = create_diffusion(
-            config.diffusion.noise_schedule, config.diffusion.diffusion_steps, config.training.learn_sigma
+            config.diffusion.noise_schedule, config.diffusion.diffusion_steps, training.learn_sigma
         )
-        self.build(state)
+        # Model, EMA, optimizer and the counters of the log, as in the checkpoint if there is one
+        self.step = 0 if state is None else state["step"]
+        self.last_step = schedules.total_steps(config, len(store))
         self.averages = Averages(accelerator)
-        self.guard = FiniteGuard(config.training.max_skipped_steps, self.report_skipped, self.report_stop)
-        if state is not None and "optimizer" in state:  # and not only the first weights
+        self.guard = FiniteGuard(training.max_skipped_steps, self.report_skipped, self.report_stop)
+        self.build(state)
+        if state is not None and "optimizer" in state:
+            load_optimizer(self.optimizer, state["optimizer"])
             self.averages.load_state_dict(state["averages"])
             self.guard.load_state_dict(state["skipped"])
+        # What surrounds the steps
+        self.order = self.make_order()
         self.log = RunLog(folder, accelerator, self.step)
-        self.last_step = total_steps(config, len(store))
         self.stop = StopRequest(accelerator)
-        self.watch = ProcessWatch(
-            accelerator.process_index, accelerator.num_processes, config.training.rank_timeout
-        )
+        self.watch = ProcessWatch(accelerator.process_index, accelerator.num_processes, training.rank_timeout)
 
-    def build(self, state: dict | None) -> None:
-        """Model, EMA and optimizer, fresh from the seed or from a checkpoint; the same on every process."""
+    def build(self, state: Checkpoint | None) -> None:
+        """Make model, EMA and optimizer, with weights from the seed or from a checkpoint."""
         training = self.config.training
-        torch.manual_seed(training.seed)
         sharded = is_sharded(self.accelerator)
-        model = build_model(self.config).to(
-            "cpu" if sharded else self.accelerator.device
-        )  # whole, it may fit the host only
+        torch.manual_seed(training.seed)
+        # A model that is to be sharded may fit into the memory of the host only
+        model = build_model(self.config).to("cpu" if sharded else self.accelerator.device)
         self.ema = ModelEmaV3(model, decay=training.ema_decay, exclude_buffers=True)
-        fused = self.accelerator.device.type in ("cpu", "cuda")
-        groups = parameter_groups(model, training.lr_scales)
-        optimizer = torch.optim.AdamW(
-            groups, lr=training.learning_rate, weight_decay=training.weight_decay, fused=fused
-        )
+        optimizer = make_optimizer(model, training)
         if state is not None:
             model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
-        self.step = state["step"] if state is not None else 0
-        facts = starting_facts(self.config, self.store, self.step, model, self.ema.module)
-        check_agreement(self.accelerator, facts)
+        launch.check_same_start(
+            self.accelerator, self.config, self.store, self.step, [model, self.ema.module]
+        )
+        # Compile and distribute them
         if training.compile:
             compile_parts(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         if sharded:
             self.ema.module = fsdp2_prepare_model(self.accelerator, self.ema.module)
-        named = list(self.accelerator.unwrap_model(self.model).named_parameters())
-        self.frozen = [x for name, x in named if name.startswith(tuple(training.frozen))]
-        if state is not None and "optimizer" in state:
-            self.optimizer.load_state_dict(shard_state(state["optimizer"], self.optimizer))
-            for group, own in zip(
-                self.optimizer.param_groups, groups
-            ):  # loading brings the saved options back
-                group.update(weight_decay=training.weight_decay, fused=fused, lr_scale=own["lr_scale"])
+        # Find the parameters that do not change in the first steps
+        self.frozen: list[nn.Parameter] = []
+        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+            if name.startswith(tuple(training.frozen)):
+                self.frozen.append(parameter)
+
+    # ----------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> bool:
-        """Train to the last step. Returns False when a signal ended it early (a checkpoint is written then too)."""
+        """Train to the last step. Returns False if a signal ended it early, after a last checkpoint."""
         try:
             self.run_steps()
         except RuntimeError:
@@ -125,83 +151,62 @@ class Trainer:
         return self.step >= self.last_step
 
     def run_steps(self) -> None:
-        """Steps with their reports, checkpoints and grids, up to the last one or to a signal."""
+        """Steps, each followed by what is due: log line, checkpoint, samples, evaluation."""
         logging = self.config.logging
-        bar = tqdm(
-            total=self.last_step, initial=self.step, unit="step", disable=not self.accelerator.is_main_process
-        )
-        self.window_start = time.perf_counter(), self.step
-        batches = iter(self.batches())
-        saved = self.step
-        self.observe(broadcast_object_list([self.observed()])[0])
-        with bar, self.profiler() as profiler:
+        evaluation = self.config.evaluation
+        saved_step = self.step
+        self.start_clock()
+        self.finish_interrupted_step()
+        # Leaving the block ends the loader processes, whatever has happened
+        with (
+            contextlib.closing(self.batches()) as batches,
+            self.progress_bar() as bar,
+            self.profiler() as profiler,
+        ):
             while self.step < self.last_step and not self.stop.requested():
                 self.optimizer_step(batches)
                 bar.update()
                 if profiler is not None:
                     profiler.step()
-                if self.step % logging.log_every == 0 or self.step == self.last_step:
+                if self.is_due(logging.log_every) or self.step == self.last_step:
                     bar.set_postfix_str(self.report())
-                if self.step % logging.ckpt_every == 0:
-                    saved = self.save()
-                self.observe()
-        if saved != self.step:
+                if self.is_due(logging.ckpt_every):
+                    self.save()
+                    saved_step = self.step
+                if self.is_due(logging.sample_every):
+                    self.draw_samples()
+                if self.is_due(evaluation.every):
+                    self.run_evaluation()
+        # Keep what was learned since the last checkpoint
+        if saved_step != self.step:
             self.save()
 
-    def observe(self, done: tuple[str, ...] = ()) -> None:
-        """Grid and metrics of the EMA at the steps that have them, but for what is done already. Collective."""
-        grids, metrics = self.config.logging.sample_every, self.config.evaluation.every
-        if grids and self.step % grids == 0 and "grid" not in done:
-            self.draw_samples(self.ema.module, self.step)
-        if metrics and self.step % metrics == 0 and "metrics" not in done:
-            self.log.evaluation(self.step, self.evaluate(self.ema.module, self.step))
+    def is_due(self, every: int) -> bool:
+        """Whether an action with this interval follows the current step. An interval of 0 means never."""
+        return every > 0 and self.step % every == 0
 
-    def observed(self) -> tuple[str, ...]:
-        """What of `observe` this run has behind it at its first step: all, unless it was ended between checkpoint and there."""
-        if not (self.folder / "checkpoints" / f"{self.step:07d}.pt").exists():
-            return "grid", "metrics"  # the first step of a new run
-        grid = (self.folder / GRIDS / f"{self.step:07d}.png").exists()
-        return (*(["grid"] if grid else []), *(["metrics"] if self.log.has_evaluation(self.step) else []))
-
-    def batches(self):
-        """Micro-batches from the current step to the last."""
-        training, data, accelerator = self.config.training, self.config.data, self.accelerator
-        accumulation = training.gradient_accumulation_steps
-        self.order = Order(
-            len(self.store), training.global_batch_size, training.seed, self.step * accumulation, self.last_step * accumulation,
-            accelerator.process_index, accelerator.num_processes,
-        )  # fmt: skip
-        samples = Samples(
-            self.store,
-            training.seed,
-            self.config.diffusion.diffusion_steps,
-            training.class_dropout_prob,
-            data.num_classes,
-        )
-        return make_loader(
-            self.order, samples, data.num_workers, pin_memory=accelerator.device.type == "cuda"
-        )
-
-    def optimizer_step(self, batches) -> None:
+    def optimizer_step(self, batches: Iterator[Batch]) -> None:
         """Accumulate gradients over the micro-batches, then update weights and EMA."""
         training = self.config.training
-        for group in self.optimizer.param_groups:
-            group["lr"] = schedules.learning_rate(self.step, training) * group["lr_scale"]
+        set_learning_rate(self.optimizer, schedules.learning_rate(self.step, training))
+        # Accumulate gradients; processes add theirs up after the last micro-batch
         accumulation = training.gradient_accumulation_steps
         for micro_step in range(accumulation):
-            last = micro_step == accumulation - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            is_last = micro_step == accumulation - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 self.watch.at(self.step, "reading images")
-                batch = next_batch(batches)
+                batch = next(batches)
                 self.watch.at(self.step, "training")
-                self.accelerator.backward(poison(self.loss(batch)) / accumulation)
+                loss = nan_gradients_if_not_finite(self.loss(batch))
+                self.accelerator.backward(loss / accumulation)
+        # Hide the gradients of frozen parameters from the norm and from the optimizer
         if self.step < training.frozen_steps:
             for parameter in self.frozen:
-                parameter.grad = None  # neither the norm nor the optimizer sees it
-        norm = whole_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm))
-        self.averages.add(
-            "grad_norm", norm.expand(training.global_batch_size // self.accelerator.num_processes)
-        )
+                parameter.grad = None
+        # Update the weights if the gradients are finite, then the EMA
+        norm = full_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm))
+        local_batch = training.global_batch_size // self.accelerator.num_processes
+        self.averages.add("grad_norm", norm.expand(local_batch))
         self.guard.update(self.optimizer, norm, self.step)
         self.optimizer.zero_grad()
         self.ema.update(self.accelerator.unwrap_model(self.model))
@@ -209,157 +214,205 @@ class Trainer:
         self.watch.at(self.step, None)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Forward pass and loss of one micro-batch; its terms go to the averages."""
-        training = self.config.training
-        x0, noise, t, labels = (x.to(self.accelerator.device, non_blocking=True) for x in batch[:4])
+        """Forward pass and loss of one micro-batch. All terms go to the averages."""
+        x0 = self.on_device(batch.x0)  # (B, C, S, S)
+        noise = self.on_device(batch.noise)
+        t = self.on_device(batch.t)  # (B,)
+        labels = self.on_device(batch.labels)
+        # Multi-budget training drops the same fraction in the whole batch
+        fraction = schedules.drop_fraction(self.step, self.config.training)
+        drop = x0.new_full((len(x0),), fraction) if fraction else None  # (B,)
+
         x_t = self.diffusion.add_noise(x0, t, noise)
-        fraction = schedules.drop_fraction(self.step, training)
-        drop = x0.new_full((len(x0),), fraction) if fraction else None
-        prediction, routing = forward(self.accelerator, self.model, x_t, t, labels, drop)
-        terms = self.diffusion.losses(prediction.float(), x0, x_t, t, noise)
-        diffusion_loss = sum(terms.values())
-        loss = diffusion_loss.mean()
-        logged = {**terms, "diffusion_loss": diffusion_loss, **kept_fractions(routing)}
-        if training.ratio_loss_weight > 0:
-            factor = schedules.downsample_factor(self.step, training)
-            ratio = ratio_loss(routing, factor, training.ratio_batch_size)
-            loss = loss + training.ratio_loss_weight * ratio
-            logged["ratio_loss"] = ratio
-        for name, values in {"loss": loss, **logged}.items():
-            self.averages.add(
-                name, values.expand(len(x0))
-            )  # a scalar weighs as many samples as it stands for
-        return loss
+        out = forward(self.accelerator, self.model, x_t, t, labels, drop)
+        terms = self.diffusion.losses(out.prediction.float(), x0, x_t, t, noise)
+        losses = total_loss(terms, out.routing, self.ratio_target())
+
+        # Log all terms
+        for name, values in {**losses, **kept_fractions(out.routing)}.items():
+            # A scalar counts once for every sample that it averages
+            self.averages.add(name, values.expand(len(x0)))
+        return losses["loss"]
+
+    def on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.accelerator.device, non_blocking=True)
+
+    def ratio_target(self) -> RatioTarget:
+        """What the ratio loss pulls towards in this step."""
+        training = self.config.training
+        factor = schedules.downsample_factor(self.step, training)
+        return RatioTarget(training.ratio_loss_weight, factor, training.ratio_batch_size)
+
+    # ------------------------------------------------------------------------------- what the loop is made of
+
+    def make_order(self) -> Order:
+        """The images of every micro-step from the current step to the last, for this process."""
+        training = self.config.training
+        accumulation = training.gradient_accumulation_steps
+        return Order(
+            images=len(self.store),
+            global_batch=training.global_batch_size,
+            seed=training.seed,
+            micro_steps=range(self.step * accumulation, self.last_step * accumulation),
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """Micro-batches from the current step to the last."""
+        config = self.config
+        samples = Samples(
+            self.store,
+            config.training.seed,
+            config.diffusion.diffusion_steps,
+            config.training.class_dropout_prob,
+            null_label=config.data.num_classes,
+        )
+        pin_memory = self.accelerator.device.type == "cuda"
+        return read_batches(make_loader(self.order, samples, config.data.num_workers, pin_memory))
+
+    def progress_bar(self) -> tqdm:
+        hidden = not self.accelerator.is_main_process
+        return tqdm(total=self.last_step, initial=self.step, unit="step", disable=hidden)
+
+    def profiler(self) -> AbstractContextManager[torch.profiler.profile | None]:
+        """The profiler of the main process, if the configuration asks for one."""
+        if not self.accelerator.is_main_process:
+            return contextlib.nullcontext()
+        return make_profiler(self.config, self.folder)
+
+    # --------------------------------------------------------------------------------- samples and evaluation
+
+    def draw_samples(self) -> None:
+        """Draw the grid of this step. Collective."""
+        if self.hooks.draw_samples is not None:
+            self.hooks.draw_samples(self.ema.module, self.step)
+
+    def run_evaluation(self) -> None:
+        """Evaluate the EMA of this step and log its metrics. Collective."""
+        if self.hooks.evaluate is not None:
+            metrics = self.hooks.evaluate(self.ema.module, self.step)
+            self.log.evaluation(self.step, metrics)
+
+    def finish_interrupted_step(self) -> None:
+        """Sample and evaluate at the first step if the run ended right after its checkpoint. Collective."""
+        is_resumed = (self.folder / "checkpoints" / f"{self.step:07d}.pt").exists()
+        has_grid = grid_path(self.folder, self.step).exists()
+        has_metrics = self.log.has_evaluation(self.step)
+        # The main process decides for all, because only it writes these files
+        is_resumed, has_grid, has_metrics = broadcast_object_list([is_resumed, has_grid, has_metrics])
+        if is_resumed and self.is_due(self.config.logging.sample_every) and not has_grid:
+            self.draw_samples()
+        if is_resumed and self.is_due(self.config.evaluation.every) and not has_metrics:
+            self.run_evaluation()
+
+    # ------------------------------------------------------------------------------------------------ reports
+
+    def start_clock(self) -> None:
+        """Begin a window of time between two log lines."""
+        self.window_start = time.perf_counter()
+        self.window_first_step = self.step
 
     def report(self) -> str:
-        """Reduce what was measured since the last report, write it to every log, and return a short summary."""
+        """Write what was measured since the last report to every log; return a short summary. Collective."""
         statistics = self.averages.reduce()
-        self.guard.settle()
-        training, tokens = self.config.training, self.config.tokens
-        scalars = {name: values["mean"] for name, values in statistics.items()}
-        for name in ("kept_natural", "kept_effective"):
-            scalars.update({f"{name}_{key}": value for key, value in statistics[name].items()})
-            del scalars[name]
+        self.guard.read_pending_flags()
         kept = statistics["kept_effective"]
-        squared = (kept["mean"] ** 2 + kept["std"] ** 2) * tokens**2
-        forward = self.flops_per_image(kept["mean"] * tokens, squared)
-        scalars["tflop_per_image"] = (
-            3 * forward / 1e12
-        )  # a backward pass costs two forward passes; recomputation not counted
-        scalars["downsample_factor"] = schedules.downsample_factor(self.step - 1, training)
-        scalars["drop_fraction"] = schedules.drop_fraction(self.step - 1, training)
-        scalars["skipped_steps"] = self.guard.total
-        scalars["learning_rate"] = schedules.learning_rate(self.step - 1, training)
-        now, (since, first) = time.perf_counter(), self.window_start
-        self.window_start = now, self.step
-        scalars["steps_per_sec"] = (self.step - first) / (now - since)
-        images = training.global_batch_size * training.gradient_accumulation_steps
-        scalars["images_per_sec"] = scalars["steps_per_sec"] * images
-        if self.peak_flops:
-            scalars["model_flop_utilisation"] = (
-                scalars["images_per_sec"] * scalars["tflop_per_image"] * 1e12 / self.peak_flops
-            )
+        tflop = training_tflop(self.config, kept)
+        # Collect the scalars
+        scalars = flatten_statistics(statistics)
+        scalars["tflop_per_image"] = tflop
+        scalars |= self.schedule_values()
+        scalars |= self.speed(tflop)
+        self.start_clock()
+        # Write them to every log
         self.log.metrics(self.step, scalars)
         summary = " ".join(f"{key}={scalars[key]:.4g}" for key in SUMMARY if key in scalars)
-        if self.accelerator.is_main_process:
-            self.log.line(f"step {self.step:7d}: {summary}")
+        self.log.line(f"step {self.step:7d}: {summary}")
         return f"loss={scalars['loss']:.4f} kept={kept['mean']:.3f}"
 
-    def save(self) -> int:
-        """Write a checkpoint from the main process; returns the step."""
-        averages, skipped = self.averages.state_dict(), self.guard.state_dict()
-        model, ema = self.accelerator.unwrap_model(self.model), self.ema.module
+    def schedule_values(self) -> dict[str, float]:
+        """What the schedules said in the last step, and the skipped steps so far."""
+        training = self.config.training
+        last = self.step - 1
+        return {
+            "downsample_factor": schedules.downsample_factor(last, training),
+            "drop_fraction": schedules.drop_fraction(last, training),
+            "skipped_steps": self.guard.total,
+            "learning_rate": schedules.learning_rate(last, training),
+        }
+
+    def speed(self, tflop_per_image: float) -> dict[str, float]:
+        """Steps and images per second since the last report, and the share of the peak FLOP/s if known."""
+        training = self.config.training
+        seconds = time.perf_counter() - self.window_start
+        steps_per_sec = (self.step - self.window_first_step) / seconds
+        images_per_step = training.global_batch_size * training.gradient_accumulation_steps
+        images_per_sec = steps_per_sec * images_per_step
+        speed = {"steps_per_sec": steps_per_sec, "images_per_sec": images_per_sec}
+        peak = launch.total_peak_flops(self.accelerator)
+        if peak is not None:
+            speed["model_flop_utilisation"] = images_per_sec * tflop_per_image * 1e12 / peak
+        return speed
+
+    def report_start(self) -> None:
+        """Log what is about to be trained."""
+        parameters = sum(parameter.numel() for parameter in self.ema.module.parameters())
+        start = f"resuming from step {self.step}" if self.step else "starting"
+        processes = f"{self.accelerator.num_processes} x {self.accelerator.device}"
+        size = f"{parameters:,} parameters, {len(self.store):,} images, {self.last_step:,} steps"
+        precision = self.accelerator.mixed_precision
+        self.log.line(f"{self.config.model.name}: {size}, {start}, {processes}, {precision}")
+
+    def report_skipped(self, step: int) -> None:
+        """Log a step whose update was skipped, with its images."""
+        accumulation = self.config.training.gradient_accumulation_steps
+        images: list[str] = []
+        for micro_step in range(step * accumulation, (step + 1) * accumulation):
+            images += map(str, self.order.global_batch_of(micro_step))
+        self.log.line(
+            f"step {step + 1:7d}: loss or gradient is not finite, update skipped "
+            f"({self.guard.total} so far); images {', '.join(images)}"
+        )
+
+    def report_stop(self, step: int) -> None:
+        """Log why the run ends after too many skipped steps."""
+        checkpoints = list_checkpoints(self.folder / "checkpoints")
+        last_good = checkpoints[-1] if checkpoints else "none"
+        self.log.line(
+            f"error: {self.guard.in_a_row} steps in a row up to {step + 1} had a non-finite loss or "
+            f"gradient; the last good checkpoint is {last_good}: look at the images named above, or resume "
+            "from it under another --output with training.resume_from_ckpt and a lower training.learning_rate"
+        )
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint from the main process. Collective."""
+        # Gather what is spread over the processes
+        averages = self.averages.state_dict()
+        skipped = self.guard.state_dict()
         weights = {
-            "model": model.state_dict(),
-            "ema": ema.state_dict(),
+            "model": self.accelerator.unwrap_model(self.model).state_dict(),
+            "ema": self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
         if is_sharded(self.accelerator):
-            weights = whole(weights)
+            weights = gather_full_state(weights)
+        # Only the main process writes
         if self.accelerator.is_main_process:
-            state = {
+            state: Checkpoint = {
                 "step": self.step,
                 "config": to_dict(self.config),
                 "autoencoder": self.store.autoencoder,
                 "features": self.store.fingerprint(),
                 "class_names": self.store.class_names,
-                **weights,
+                "model": weights["model"],
+                "ema": weights["ema"],
+                "optimizer": weights["optimizer"],
                 "averages": averages,
                 "skipped": skipped,
             }
             path = save_checkpoint(self.folder / "checkpoints", state, self.config.logging.ckpt_keep)
             self.log.line(f"step {self.step:7d}: saved {path}")
         self.accelerator.wait_for_everyone()
-        return self.step
-
-    def report_skipped(self, step: int) -> None:
-        """Log a step whose update was left out, with its images."""
-        accumulation = self.config.training.gradient_accumulation_steps
-        micro_steps = range(step * accumulation, (step + 1) * accumulation)
-        images = ", ".join(
-            str(image) for micro_step in micro_steps for image in self.order.global_batch_of(micro_step)
-        )
-        self.log.line(
-            f"step {step + 1:7d}: loss or gradient is not finite, update skipped ({self.guard.total} so far); images {images}"
-        )
-
-    def report_stop(self, step: int) -> None:
-        """Log why the run ends."""
-        good = list_checkpoints(self.folder / "checkpoints")
-        self.log.line(
-            f"error: {self.guard.in_a_row} steps in a row up to {step + 1} had a non-finite loss or gradient; the last good "
-            f"checkpoint is {good[-1] if good else 'none'}: look at the images named above, or go on from it under another "
-            "--output with training.resume_from_ckpt and a lower training.learning_rate"
-        )
-
-    def profiler(self):
-        """A torch profiler over `training.profile_steps` of the main process, with traces in profiler/; or nothing."""
-        if not (self.config.training.profile and self.accelerator.is_main_process):
-            return contextlib.nullcontext()
-        first, last = self.config.training.profile_steps
-        schedule = torch.profiler.schedule(
-            wait=max(first - 1, 0), warmup=1, active=last - first + 1, repeat=1
-        )
-        write = torch.profiler.tensorboard_trace_handler(str(self.folder / "profiler"))
-        return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
-
-
-GRIDS = "samples"  # folder of grids in the run's folder
-SUMMARY = (
-    "loss", "diffusion_loss", "ratio_loss", "grad_norm", "kept_natural_mean", "kept_effective_mean", "tflop_per_image",
-    "steps_per_sec", "images_per_sec", "model_flop_utilisation",
-)  # fmt: skip
-
-
-def starting_facts(
-    config: Config, store: FeatureStore, step: int, *models: torch.nn.Module
-) -> dict[str, Any]:
-    """What all processes of a run must agree on before the first step.
-
-    Of the features these are the hashes in the manifest (of file names and labels in the official layout), not those
-    of the bytes on each machine's disk, which `python -m data.features --verify` reads.
-    """
-    return {
-        "configuration": hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest(),
-        "features": store.fingerprint(),
-        "step": step,
-        "weights": [hash_weights(model) for model in models],
-    }
-
-
-def parameter_groups(model: torch.nn.Module, lr_scales: dict[str, float]) -> list[dict]:
-    """Optimizer groups by factor on the learning rate; the first prefix that fits a name decides, and 1 where none does."""
-    groups: dict[float, list] = {}
-    for name, parameter in model.named_parameters():
-        scale = next((scale for prefix, scale in lr_scales.items() if name.startswith(prefix)), 1.0)
-        groups.setdefault(scale, []).append(parameter)
-    return [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()]
-
-
-def total_steps(config: Config, images: int) -> int:
-    """Optimizer steps of the whole run."""
-    training = config.training
-    if training.max_steps is not None:
-        return training.max_steps
-    micro_steps = training.epochs * (images // training.global_batch_size)
-    return micro_steps // training.gradient_accumulation_steps

@@ -1,1 +1,1 @@
-"""Files of weights: checkpoints, weights of other projects, and models that start from others. Start at checkpoint.py."""
+"""Files of weights: checkpoints, foreign weights, and models made from others. Start at checkpoint.py."""

@@ -1,19 +1,10 @@
-"""Checkpoints: `NNNNNNN.pt`, plain tensors and plain data only, readable with `torch.load(weights_only=True)`.
+"""Checkpoints `NNNNNNN.pt`: tensors and plain data only, readable with `torch.load(weights_only=True)`.
 
-A checkpoint is a dictionary:
-    format      1
-    step        optimizer steps done
-    config      the configuration as nested plain data
-    autoencoder what `Autoencoder.describe` says of the one behind the features, or None
-    features    fingerprint of the feature store
-    class_names list of str, or None
-    model, ema  state dicts; optimizer: the optimizer's state dict
-    averages, skipped   what the run's log needs to go on
+The file is PyTorch's zip archive, in which every record carries its CRC-32. Every load compares them, so a
+file that is cut off or has changed bits is never used. `Checkpoint` lists the content.
 
-The file is PyTorch's zip archive, in which every record carries its CRC-32. Every load compares them, so that a file that is
-cut off or has changed bits is never used.
-
-A weights file `*.safetensors` holds the EMA weights alone, and in its metadata the plain data and a CRC-32 of the weights.
+A weights file `*.safetensors` holds the EMA weights alone. Its metadata hold the plain data and a CRC-32 of
+the weights.
 """
 
 import json
@@ -22,126 +13,221 @@ import re
 import sys
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NoReturn, TypedDict, cast
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
-from config import UserError
+from config import Config, UserError, one_line
 from data.files import write_file
+from models import build_model
 
 FORMAT = 1
-PLAIN_DATA = ("step", "config", "autoencoder", "features", "class_names")
 WEIGHTS = "model.safetensors"  # the weights file in a folder that is laid out for the Hugging Face hub
-TYPES = {
+
+
+class Checkpoint(TypedDict, total=False):
+    """What a checkpoint holds. A weights file lacks the last four entries."""
+
+    format: int  # FORMAT
+    step: int  # optimizer steps done
+    config: dict  # the configuration as nested plain data
+    autoencoder: dict | None  # `Autoencoder.describe()` of the one that made the features
+    features: str | None  # fingerprint of the feature store
+    class_names: list[str] | None
+    ema: dict[str, Tensor]
+    model: dict[str, Tensor]
+    optimizer: dict
+    averages: dict[str, Tensor]  # what the log has summed since its last line
+    skipped: dict[str, int]  # what the guard has counted
+
+
+# Entries of plain data, which a weights file has too. An optional one that is missing is read as None.
+PLAIN_TYPES = {
     "step": int,
     "config": dict,
     "autoencoder": dict | None,
     "features": str | None,
     "class_names": list | None,
 }
-AUTOENCODER = {"name", "stride", "channels", "shift", "scale", "sha256"}
+PLAIN_DATA = tuple(PLAIN_TYPES)
+AUTOENCODER_KEYS = {"name", "stride", "channels", "shift", "scale", "sha256"}
 
 
-def save_checkpoint(folder: Path, state: dict, keep: int) -> Path:
-    """Write `folder/NNNNNNN.pt` so that the name never shows an incomplete file, then remove all but the newest `keep`.
+# ---------------------------------------------------------------------------------------------------- writing
 
-    Nothing is removed while none of those newest can be read. Where writing fails (a full disk), the program ends with one
-    line and status 1, and earlier checkpoints stay.
+
+def save_checkpoint(folder: Path, state: Checkpoint, keep: int) -> Path:
+    """Write `folder/NNNNNNN.pt`, then remove all but the newest `keep` checkpoints (0 keeps all).
+
+    The name never shows an incomplete file. If writing fails (a full disk), the program ends with one line
+    and status 1, and earlier checkpoints stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for cut_off in folder.glob("*.pt.tmp"):  # of a process that was killed while it wrote
-        cut_off.unlink()
+    # Remove what a process left that was killed while it wrote
+    for unfinished in folder.glob("*.pt.tmp"):
+        unfinished.unlink()
     path = folder / f"{state['step']:07d}.pt"
     try:
         write_file(path, lambda stream: torch.save({"format": FORMAT, **state}, stream))
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # PyTorch's writer hides the system's reason behind one of its own
-        system = error if isinstance(error, OSError) else error.__context__
-        reason = os.strerror(system.errno) if isinstance(system, OSError) else str(error).splitlines()[0]
-        sys.exit(
-            f"error: {path} could not be written ({reason}); earlier checkpoints are intact: free space and run the same "
-            "command again"
-        )
+    except (OSError, RuntimeError) as error:
+        exit_unwritten(path, error)
     if keep:
-        kept, old = list_checkpoints(folder)[-keep:], list_checkpoints(folder)[:-keep]
-        if old and any(damage(newest) is None for newest in reversed(kept)):
-            for checkpoint in old:
-                checkpoint.unlink()
+        remove_old(folder, keep)
     return path
 
 
+def exit_unwritten(path: Path, error: OSError | RuntimeError) -> NoReturn:
+    """End the program with the reason why a checkpoint could not be written."""
+    # PyTorch's writer hides the system's error behind a RuntimeError
+    system = error if isinstance(error, OSError) else error.__context__
+    if isinstance(system, OSError) and system.errno is not None:
+        reason = os.strerror(system.errno)
+    else:
+        reason = str(error).splitlines()[0]
+    sys.exit(
+        f"error: {path} could not be written ({reason}); earlier checkpoints are intact: "
+        "free space and run the same command again"
+    )
+
+
+def remove_old(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, unless none of those can be read."""
+    checkpoints = list_checkpoints(folder)
+    newest = checkpoints[-keep:]
+    old = checkpoints[:-keep]
+    if old and any(find_damage(path) is None for path in reversed(newest)):
+        for path in old:
+            path.unlink()
+
+
+def save_weights(path: Path, state: Checkpoint) -> None:
+    """Write the EMA weights of a checkpoint to a `.safetensors` file."""
+    weights = {name: tensor.contiguous() for name, tensor in state["ema"].items()}
+    # Everything but the weights goes into the metadata, as JSON
+    about = {"format": FORMAT, **plain_data(state), "crc32": checksum(weights)}
+    content = safetensors.torch.save(weights, {"format": "pt", "checkpoint": json.dumps(about)})
+    write_file(path, lambda stream: stream.write(content))
+
+
+def plain_data(state: Checkpoint) -> dict[str, Any]:
+    """The entries of a checkpoint that a weights file has too, without the weights."""
+    entries = cast(dict[str, Any], state)
+    return {key: entries[key] for key in PLAIN_DATA}
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a folder, oldest first."""
-    names = [path for path in folder.glob("*.pt") if re.fullmatch(r"\d{7,}", path.stem)]
-    return sorted(names, key=lambda path: int(path.stem))
+    """Checkpoints in a folder, oldest first."""
+    checkpoints = [path for path in folder.glob("*.pt") if re.fullmatch(r"\d{7,}", path.stem)]
+    return sorted(checkpoints, key=lambda path: int(path.stem))
 
 
-def damage(path: str | Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint, or None: reads the file once and compares all checksums."""
+def load_checkpoint(path: str | Path, option: str = "--ckpt") -> Checkpoint:
+    """Read a checkpoint onto the CPU: its bytes are checked, then memory-mapped. Executes nothing.
+
+    Args:
+        path: a checkpoint, a weights file, or a folder with a weights file.
+        option: names the path in error messages.
+
+    Raises:
+        UserError: missing or damaged file, not a checkpoint, or a checkpoint of another format.
+    """
+    path = Path(path)
+    if (path / WEIGHTS).is_file():
+        path = path / WEIGHTS
+    if path.suffix == ".safetensors":
+        return load_weights(path, option)
+    if not path.exists():
+        raise UserError(f"{option} '{path}' does not exist; give the path of a checkpoint such as 0400000.pt")
+
+    # Compare all checksums before anything is unpickled
+    problem = find_damage(path)
+    if problem is None:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # a foreign file can make the unpickler raise anything
+            problem = one_line(error)
+    if problem is not None:
+        raise UserError(
+            f"{option} '{path}' is not a readable checkpoint of this repository ({problem}); give another"
+        )
+
+    # Check what was read
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(
+            f"{option} '{path}' is not a checkpoint of this repository (format {FORMAT}); give another"
+        )
+    return check_content(
+        content, ("model", "ema"), f"{option} '{path}' is not a checkpoint of this repository"
+    )
+
+
+def load_weights(path: Path, option: str) -> Checkpoint:
+    """Read what `save_weights` wrote, and compare its checksum."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("checkpoint", "null"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{option} '{path}' is not a readable weights file ({one_line(error)}); give another"
+        ) from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise UserError(
+            f"{option} '{path}' has no configuration in its metadata; make it with python -m weights.convert"
+        )
+    # Files of other writers may lack a checksum
+    if about.pop("crc32", None) not in (None, checksum(weights)):
+        raise UserError(f"{option} '{path}' is damaged: its weights differ from their checksum; give another")
+    content = {**about, "ema": weights}
+    return check_content(content, ("ema",), f"{option} '{path}' is not a weights file of this repository")
+
+
+def find_damage(path: str | Path) -> str | None:
+    """Read a checkpoint's bytes once and compare all checksums. Returns what is wrong, or None."""
     try:
         with zipfile.ZipFile(path) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 return "it holds compressed records, which PyTorch does not write"
             changed = archive.testzip()
     except Exception as error:  # zipfile raises a dozen kinds on damaged archives
-        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        return one_line(error)
     return f"{changed!r} differs from its checksum"[:160] if changed else None
 
 
-def load_checkpoint(path: str | Path, option: str = "--ckpt") -> dict:
-    """Read a checkpoint onto the CPU: its bytes are checked, then memory-mapped. Executes nothing.
+def check_content(content: Mapping[str, Any], weights: tuple[str, ...], refusal: str) -> Checkpoint:
+    """Check the type of every entry, and fill in None for optional entries that are missing.
 
-    `path` may also be a weights file or a folder with one; then there is neither "model" nor "optimizer".
+    Args:
+        weights: entries that must be state dicts.
+        refusal: how the error message begins.
 
     Raises:
-        UserError: missing or damaged file, not a checkpoint, or a checkpoint of another format.
+        UserError: an entry is missing or has another type.
     """
-    path = Path(path, WEIGHTS) if Path(path, WEIGHTS).is_file() else Path(path)
-    if path.suffix == ".safetensors":
-        return load_weights(path, option)
-    if not path.exists():
-        raise UserError(f"{option} '{path}' does not exist; give the path of a checkpoint such as 0400000.pt")
-    reason = damage(path)
-    if reason is None:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # whatever a file made by others makes the unpickler raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-    if reason is not None:
-        raise UserError(
-            f"{option} '{path}' is not a readable checkpoint of this repository ({reason}); give another"
-        )
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(
-            f"{option} '{path}' is not a checkpoint of this repository (format {FORMAT}); give another"
-        )
-    return checked(state, ("model", "ema"), f"{option} '{path}' is not a checkpoint of this repository")
-
-
-def checked(state: dict, weights: tuple[str, ...], refusal: str) -> dict:
-    """What a file holds, with None for optional entries that it lacks; UserError unless all are what they should be."""
-    state = {**dict.fromkeys(TYPES), **state}
-    wrong = [
-        key for key, kind in TYPES.items() if not isinstance(state[key], kind) or not is_plain(state[key])
-    ]
-    tensors = {
-        key: list(state[key].values()) if isinstance(state.get(key), dict) else [None] for key in weights
-    }
-    wrong += [
-        key for key, values in tensors.items() if not all(isinstance(value, torch.Tensor) for value in values)
-    ]
-    if isinstance(state["autoencoder"], dict) and AUTOENCODER - state["autoencoder"].keys():
+    state = {**dict.fromkeys(PLAIN_DATA), **content}
+    wrong = []
+    for key, kind in PLAIN_TYPES.items():
+        if not isinstance(state[key], kind) or not is_plain(state[key]):
+            wrong.append(key)
+    for key in weights:
+        if not is_state_dict(state.get(key)):
+            wrong.append(key)
+    if isinstance(state["autoencoder"], dict) and AUTOENCODER_KEYS - state["autoencoder"].keys():
         wrong.append("autoencoder")
     if wrong:
         raise UserError(f"{refusal} (it lacks {', '.join(wrong)}); give another")
-    return state
+    return cast(Checkpoint, state)
 
 
-def is_plain(value) -> bool:
-    """Plain data that ends: nothing in it contains itself."""
+def is_plain(value: object) -> bool:
+    """Whether this is plain data that does not contain itself."""
     try:
         json.dumps(value)
     except (TypeError, ValueError, RecursionError):
@@ -149,41 +235,27 @@ def is_plain(value) -> bool:
     return True
 
 
-def save_weights(path: Path, state: dict) -> None:
-    """Write the EMA weights of a checkpoint to a `.safetensors` file."""
-    weights = {name: tensor.contiguous() for name, tensor in state["ema"].items()}
-    about = {"format": FORMAT, **{key: state[key] for key in PLAIN_DATA}, "crc32": checksum(weights)}
-    content = safetensors.torch.save(weights, {"format": "pt", "checkpoint": json.dumps(about)})
-    write_file(path, lambda stream: stream.write(content))
+def is_state_dict(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values())
 
 
-def checksum(weights: dict[str, torch.Tensor]) -> int:
+def tensor_shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def network_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in the network that a configuration describes."""
+    with torch.device("meta"):
+        return tensor_shapes(build_model(config).state_dict())
+
+
+def checksum(weights: dict[str, Tensor]) -> int:
     """CRC-32 of names and values on the CPU."""
     crc = 0
     for name, tensor in sorted(weights.items()):
-        crc = zlib.crc32(
-            tensor.contiguous().flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc)
-        )
+        crc = zlib.crc32(name.encode(), crc)
+        # The bytes of any type, bfloat16 among them, which NumPy does not know
+        content = tensor.contiguous().flatten().view(torch.uint8)
+        crc = zlib.crc32(content.numpy().data, crc)
     return crc
-
-
-def load_weights(path: Path, option: str) -> dict:
-    """Read what `save_weights` wrote, and compare its checksum."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("checkpoint", "null"))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise UserError(
-            f"{option} '{path}' is not a readable weights file ({reason}); give another"
-        ) from None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise UserError(
-            f"{option} '{path}' has no configuration in its metadata; make it with python -m weights.convert"
-        )
-    if about.pop("crc32", None) not in (None, checksum(weights)):
-        raise UserError(f"{option} '{path}' is damaged: its weights differ from their checksum; give another")
-    return checked(
-        {**about, "ema": weights}, ("ema",), f"{option} '{path}' is not a weights file of this repository"
-    )

@@ -1,4 +1,4 @@
-"""Foreign state dicts -> ours: names, layouts, and the configuration that the shapes tell. Tensors and plain data only."""
+"""Foreign state dicts -> names and layouts of this repository, and a configuration from their shapes."""
 
 import re
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.embeddings import sincos_positions
 
-# Official name -> ours, first match wins. DC-DiT's main network sits two levels deep there; a DiT has no `hnet`.
+# Official name -> name here; the first match wins. DC-DiT's main network sits two levels deep there.
 _OFFICIAL = (
     (r"^x_embedder\.proj\.", "x_embedder."),
     (r"^y_embedder\.embedding_table\.", "y_embedder.table."),
@@ -19,7 +19,7 @@ _OFFICIAL = (
     (r"^hnet\.residual_proj\.", "residual_proj."),
 )
 
-# diffusers' DiTTransformer2DModel -> ours; q, k and v become one tensor.
+# Name in diffusers' DiTTransformer2DModel -> name here; q, k and v become one tensor.
 _DIFFUSERS = (
     (r"^pos_embed\.proj\.", "x_embedder."),
     (r"^transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_1\.", "t_embedder.mlp.0."),
@@ -32,61 +32,75 @@ _DIFFUSERS = (
     (r"^proj_out_1\.", "final_layer.adaLN_modulation.1."),
     (r"^proj_out_2\.", "final_layer.linear."),
 )
+_DIFFUSERS_EMBEDDING = re.compile(r"transformer_blocks\.(\d+)\.norm1\.emb\.")
+_DIFFUSERS_QKV = re.compile(r"transformer_blocks\.(\d+)\.attn1\.to_([qkv])\.(weight|bias)")
 
-DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published sizes, by width
+DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # attention heads of the published sizes, by width
 DIFFUSERS_DIVISOR = 127  # diffusers spaces 128 frequencies over 127 steps, the published DiT over 128
 
 
 def official_name(name: str) -> str:
-    """Our name of a tensor of an official DC-DiT or DiT state dict."""
+    """The name here of a tensor in an official DC-DiT or DiT state dict."""
     return _rename(name, _OFFICIAL)
 
 
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An official DC-DiT (one chunking stage) or DiT state dict under our names; load it with strict=True."""
+    """Rename the official state dict of a DC-DiT (one chunking stage) or DiT; load it with strict=True."""
     converted = {official_name(name): tensor for name, tensor in state.items()}
-    converted["pos_embed"] = converted["pos_embed"].flatten(0, 1)  # (1, L, D) there
+    converted["pos_embed"] = converted["pos_embed"].flatten(0, 1)  # (1, L, D) -> (L, D)
     return converted
 
 
 def from_diffusers(state: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
-    """The state dict of a DiTTransformer2DModel under our names.
+    """Rename the state dict of a DiTTransformer2DModel, and join its query, key and value weights.
+
+    Args:
+        tokens: patches per image, for the positions, which diffusers does not store.
 
     Raises:
-        ValueError: blocks with embedding tables of their own, of which a DiT has one for all.
+        ValueError: the blocks have different embeddings; a DiT has one for all blocks.
     """
-    converted, parts = {}, {}
+    converted: dict[str, Tensor] = {}
+    qkv: dict[str, dict[str, Tensor]] = {}  # name here -> tensor by letter
     for name, tensor in state.items():
-        block, own_embedding = re.match(r"(?:transformer_blocks\.(\d+)\.)?(norm1\.emb\.)?", name).groups()
-        if own_embedding and block != "0":
-            if not torch.equal(tensor, state[name.replace(f"blocks.{block}.", "blocks.0.", 1)]):
+        # diffusers stores the timestep and label embedding once per block: keep that of block 0
+        embedding = _DIFFUSERS_EMBEDDING.match(name)
+        if embedding and embedding[1] != "0":
+            first = name.replace(f"blocks.{embedding[1]}.", "blocks.0.", 1)
+            if not torch.equal(tensor, state[first]):
                 raise ValueError(
                     f"'{name}' differs from that of block 0, but a DiT has one embedding for all blocks"
                 )
-        elif found := re.fullmatch(r"transformer_blocks\.(\d+)\.attn1\.to_([qkv])\.(weight|bias)", name):
-            parts.setdefault(f"blocks.{found[1]}.attn.qkv.{found[3]}", {})[found[2]] = tensor
-        else:
-            converted[_rename(name, _DIFFUSERS)] = tensor
-    converted |= {name: torch.cat([part[letter] for letter in "qkv"]) for name, part in parts.items()}
-    converted.setdefault(
-        "pos_embed", sincos_positions(converted["x_embedder.weight"].shape[0], int(tokens**0.5))
-    )
+            continue
+        # Collect query, key and value
+        attention = _DIFFUSERS_QKV.fullmatch(name)
+        if attention:
+            block, letter, kind = attention.groups()
+            qkv.setdefault(f"blocks.{block}.attn.qkv.{kind}", {})[letter] = tensor
+            continue
+        converted[_rename(name, _DIFFUSERS)] = tensor
+    for name, parts in qkv.items():
+        converted[name] = torch.cat([parts["q"], parts["k"], parts["v"]])
+    if "pos_embed" not in converted:
+        width = len(converted["x_embedder.weight"])
+        converted["pos_embed"] = sincos_positions(width, int(tokens**0.5))
     return converted
 
 
 def _rename(name: str, patterns: tuple[tuple[str, str], ...]) -> str:
-    for pattern, ours in patterns:
-        renamed, hits = re.subn(pattern, ours, name)
+    for pattern, replacement in patterns:
+        renamed, hits = re.subn(pattern, replacement, name)
         if hits:
             return renamed
     return name
 
 
 def dit_config(state: dict[str, Tensor], heads: int | None = None) -> dict:
-    """The configuration of a DiT, as nested plain data, from its tensors under our names.
+    """The configuration of a DiT, as nested plain data, from the shapes of its tensors.
 
     Args:
-        heads: attention heads, which no shape tells; None: those of the published size of this width.
+        state: under the names of this repository.
+        heads: attention heads, which the shapes do not tell. None: as in the published size with this width.
 
     Raises:
         ValueError: no published size has this width.
@@ -95,24 +109,27 @@ def dit_config(state: dict[str, Tensor], heads: int | None = None) -> dict:
     heads = heads or DIT_HEADS.get(width)
     if heads is None:
         raise ValueError(f"no published DiT is {width} wide, so its attention heads are unknown")
+    # Read the sizes off the tensors
     blocks = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    out = len(state["final_layer.linear.weight"]) // patch**2
-    side = int(len(state["pos_embed"]) ** 0.5) * patch
-    labels = len(state["y_embedder.table.weight"])
+    hidden = len(state["blocks.0.mlp.fc1.weight"])
+    out_channels = len(state["final_layer.linear.weight"]) // patch**2
+    latent_side = int(len(state["pos_embed"]) ** 0.5) * patch
+    labels = len(state["y_embedder.table.weight"])  # the classes, and the null label
+    hnet = {
+        "arch_layout": ["c2", [f"D{blocks}"], "c2"],
+        "d_model": [width] * 2,
+        "num_heads": [heads] * 2,
+    }
     return {
         "model": {
             "name": f"DiT-{blocks}x{width}-{patch}",
             "patch_size": patch,
-            "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / width,
-            "hnet": {
-                "arch_layout": ["c2", [f"D{blocks}"], "c2"],
-                "d_model": [width] * 2,
-                "num_heads": [heads] * 2,
-            },
+            "mlp_ratio": hidden / width,
+            "hnet": hnet,
         },
-        "training": {"learn_sigma": out == 2 * channels},
+        "training": {"learn_sigma": out_channels == 2 * channels},
         "data": {
-            "image_size": side * 8,
+            "image_size": latent_side * 8,
             "latent_stride": 8,
             "latent_channels": channels,
             "num_classes": labels - 1,

@@ -1,8 +1,8 @@
 """Reads `torch.save` files of strangers without executing anything in them.
 
-torch's weights-only unpickler builds tensors and containers and nothing else. The official DC-DiT checkpoints also hold a
-pickled configuration, an object of classes in a module `config`: each of these becomes an `Inert` object, and any other class
-or function in the file is refused before unpickling starts.
+torch's weights-only unpickler builds tensors and containers and nothing else. The official DC-DiT checkpoints
+also hold a pickled configuration, an object of classes in a module `config`. Each of these becomes an `Inert`
+object. Any other class or function in the file is refused before unpickling starts.
 """
 
 import pickle
@@ -11,13 +11,15 @@ from pathlib import Path
 
 import torch
 
+from config import one_line
+
 CONFIG_MODULE = "config."  # the module of the official code whose classes may occur
 
 
 class Inert:
-    """What was pickled as an object of the official configuration: its fields, and no behaviour."""
+    """Stands for a pickled object of the official configuration: it has the fields, and no behaviour."""
 
-    def __setstate__(self, fields) -> None:
+    def __setstate__(self, fields: object) -> None:
         self.fields = fields
 
 
@@ -26,24 +28,27 @@ class Refused(ValueError):
 
 
 def read_untrusted(path: Path) -> object:
-    """The content of a `torch.save` file on the CPU, with `Inert` objects made plain dictionaries.
+    """Read a `torch.save` file onto the CPU, with `Inert` objects turned into plain dictionaries.
 
     Raises:
-        Refused: for anything that is not plain data. No code of the file has run then.
+        Refused: the file holds more than plain data; no code in the file has run.
         OSError: the file cannot be read.
     """
+    # Refuse unknown classes before anything is unpickled
     names = unknown_names(path)
-    if strange := sorted(name for name in names if not name.startswith(CONFIG_MODULE)):
-        raise Refused(
-            f"it holds {', '.join(strange[:3])}, which is neither tensor, container nor configuration"
-        )
+    refused = sorted(name for name in names if not name.startswith(CONFIG_MODULE))
+    if refused:
+        listed = ", ".join(refused[:3])
+        raise Refused(f"it holds {listed}, which is neither tensor, container nor configuration")
+
+    # Unpickle with an inert class in place of each configuration class
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
-    except Exception as error:  # whatever a mutilated pickle makes the unpickler stumble over
-        raise Refused(first_line(error)) from None
+    except Exception as error:  # a mutilated pickle can make the unpickler raise anything
+        raise Refused(one_line(error)) from None
     try:
         return to_plain(content)
     except RecursionError:
@@ -51,21 +56,17 @@ def read_untrusted(path: Path) -> object:
 
 
 def unknown_names(path: Path) -> list[str]:
-    """Dotted names of the classes and functions in a file that torch does not know as harmless."""
+    """Dotted names of the classes and functions in a file that torch does not know to be harmless."""
     if not zipfile.is_zipfile(path):
-        return []  # torch's older format, in which no such name may occur
+        return []  # torch's older format, in which the unpickler refuses every such name
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (RuntimeError, ValueError, EOFError, IndexError, pickle.UnpicklingError) as error:
-        raise Refused(f"it is not a torch.save file ({first_line(error)})") from None
+        raise Refused(f"it is not a torch.save file ({one_line(error)})") from None
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
-
-
-def to_plain(content) -> object:
-    """Inert objects, at any depth of dictionaries and lists, as dictionaries of their fields."""
+def to_plain(content: object) -> object:
+    """Replace `Inert` objects, at any depth of dictionaries and lists, by dictionaries of their fields."""
     if isinstance(content, Inert):
         content = getattr(content, "fields", None)
         if not isinstance(content, dict):

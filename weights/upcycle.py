@@ -1,7 +1,8 @@
-"""The weights that a run starts from, out of another model: the same network, or a static DiT that becomes a DC-DiT.
+"""First weights from another model: the same network, or a static DiT that becomes a DC-DiT.
 
-Upcycling (DC-DiT, section on upcycling) keeps what a pretrained DiT knows. Blocks, timestep and label weights are copied, the
-positions are resampled to single latent cells, and the scaffold around the blocks is new; `model.upcycle` says how it starts.
+Upcycling (DC-DiT, section on upcycling) keeps what a pretrained DiT knows. Blocks, timestep and label weights
+are copied, the positions are resampled to single latent cells, and the scaffold around the blocks is new;
+`model.upcycle` says how it starts.
 """
 
 from statistics import NormalDist
@@ -14,175 +15,235 @@ from models import build_model
 from models.dc_dit import DCDiT
 from models.dit import DiT
 from models.embeddings import sincos_positions
-from models.init import zero_layers
-from weights.checkpoint import load_checkpoint
+from weights.checkpoint import Checkpoint, load_checkpoint, tensor_shapes
 
-# What a DiT and the DC-DiT made of it have in common.
-SHARED = ("model.hnet.d_model", "model.hnet.num_heads", "model.mlp_ratio", "model.timestep_divisor", "training.learn_sigma",
-          "training.class_dropout_prob", "data.num_classes", "data.latent_channels", "data.image_size", "data.latent_stride",
-          "diffusion.noise_schedule", "diffusion.diffusion_steps")  # fmt: skip
+# Keys in which a DiT must agree with the DC-DiT that it becomes.
+SHARED = (
+    "model.hnet.d_model",
+    "model.hnet.num_heads",
+    "model.mlp_ratio",
+    "model.timestep_divisor",
+    "training.learn_sigma",
+    "training.class_dropout_prob",
+    "data.num_classes",
+    "data.latent_channels",
+    "data.image_size",
+    "data.latent_stride",
+    "diffusion.noise_schedule",
+    "diffusion.diffusion_steps",
+)
 
-SILU_MEAN, SILU_STD = 0.2066, 0.5596  # of silu(x), x standard normal
+# Mean and standard deviation of silu(x) for a standard normal x.
+SILU_MEAN = 0.2066
+SILU_STD = 0.5596
+
+Origins = dict[
+    str, str
+]  # for each tensor, where its values come from: "copied", "resampled: how" or "new: how"
 
 
-def initial_state(config: Config) -> dict:
-    """The state of a new run that starts from `training.init_from`: step 0, model, ema, and a report by tensor name.
+def initial_state(config: Config) -> tuple[Checkpoint, Origins]:
+    """The state of a new run that starts from `training.init_from`: step 0, model and EMA.
 
     Raises:
-        UserError: unreadable file, or a model that the configured one cannot be made of.
+        UserError: the file cannot be read, or the configured model cannot be made from its model.
     """
-    path = config.training.init_from
+    path = str(config.training.init_from)
+    # Build both networks, the new one from the seed
     loaded = load_checkpoint(path, "training.init_from")
-    own = config_from_dict(loaded["config"])
+    source_config = config_from_dict(loaded["config"])
     torch.manual_seed(config.training.seed)
-    model, source = build_model(config), build_model(own)
+    model = build_model(config)
+    source = build_model(source_config)
     source.load_state_dict(loaded["ema"])
+    # Fill the new one
     if isinstance(source, DiT) and isinstance(model, DCDiT):
-        check_shared(config, own)
-        factor = config.training.downsample_factor_start or config.training.downsample_factor
-        report = upcycle(
-            source,
-            model,
-            config.model.upcycle.scaffold,
-            config.model.upcycle.router,
-            downsample_factors(factor),
-        )
+        check_shared(config, source_config)
+        start = config.model.upcycle
+        first_factor = config.training.downsample_factor_start or config.training.downsample_factor
+        origins = upcycle(source, model, start.scaffold, start.router, downsample_factors(first_factor))
     else:
-        report = take_over(source, model, path)
-    state = model.state_dict()
-    return {"step": 0, "model": state, "ema": state, "report": report}
+        origins = copy_all(source, model, path)
+    weights = model.state_dict()
+    return {"step": 0, "model": weights, "ema": weights}, origins
 
 
-def check_shared(config: Config, own: Config) -> None:
-    """UserError unless the DiT's configuration `own` agrees with that of the DC-DiT where it must."""
-    different = [key for key in differences(to_dict(config), to_dict(own)) if key.startswith(SHARED)]
-    if len({parse_layout(c.model.hnet.arch_layout).main_blocks for c in (config, own)}) > 1:
+def check_shared(config: Config, dit: Config) -> None:
+    """Raise a UserError unless the DiT's configuration agrees with that of the DC-DiT where it must."""
+    changed = differences(to_dict(config), to_dict(dit))
+    different = [key for key in changed if key.startswith(SHARED)]
+    blocks = parse_layout(config.model.hnet.arch_layout).main_blocks
+    if blocks != parse_layout(dit.model.hnet.arch_layout).main_blocks:
         different.append("model.hnet.arch_layout")
     if different:
         raise UserError(
-            f"training.init_from: '{config.training.init_from}' is a DiT with another {', '.join(different)}; make them equal"
+            f"training.init_from: '{config.training.init_from}' is a DiT with a different "
+            f"{', '.join(different)}; make them equal"
         )
 
 
-def take_over(source: nn.Module, model: nn.Module, path: str) -> dict[str, str]:
-    """All weights of a network with the same tensors."""
-    ours, theirs = model.state_dict(), source.state_dict()
-    if {name: x.shape for name, x in ours.items()} != {name: x.shape for name, x in theirs.items()}:
+def copy_all(source: nn.Module, model: nn.Module, path: str) -> Origins:
+    """Copy all weights between networks with the same tensors; UserError where they differ."""
+    weights = source.state_dict()
+    shapes = tensor_shapes(model.state_dict())
+    if shapes != tensor_shapes(weights):
         raise UserError(
             f"training.init_from: '{path}' holds another network than the configuration describes; "
             "give a model with its shapes, or a static DiT of its width and blocks"
         )
-    model.load_state_dict(theirs)
-    return dict.fromkeys(ours, "copied")
+    model.load_state_dict(weights)
+    return dict.fromkeys(shapes, "copied")
+
+
+# -------------------------------------------------------------------------------------------------- upcycling
+
+
+class UpcycledWeights:
+    """The tensors of a DC-DiT, by name, and where the values of each come from."""
+
+    def __init__(self, model: DCDiT):
+        self.tensors = model.state_dict()
+        self.origins: Origins = dict.fromkeys(self.tensors, "new")
+
+    def write(self, name: str, value: Tensor | float, origin: str) -> None:
+        """Write a value into a tensor of the model."""
+        tensor = self.tensors[name]
+        tensor.copy_(torch.as_tensor(value).expand_as(tensor))
+        self.origins[name] = origin
 
 
 @torch.no_grad()
-def upcycle(
-    source: DiT, model: DCDiT, scaffold: str, router: str, downsample_factor: float
-) -> dict[str, str]:
+def upcycle(source: DiT, model: DCDiT, scaffold: str, router: str, downsample_factor: float) -> Origins:
     """Put a DiT's weights into a freshly built DC-DiT of the same width and blocks.
 
     Args:
-        scaffold: "dit" or "fresh". router: "balanced" or "fresh". downsample_factor: N at the first step.
+        scaffold: "dit" (stem, encoder, decoder and head start from the DiT's layers) or "fresh".
+        router: "balanced" (it keeps 1 token in N from the first step on) or "fresh".
+        downsample_factor: N at the first step.
 
     Returns:
-        "copied", "resampled: how" or "new: how" for each tensor of the DC-DiT.
+        The origin of each tensor of the DC-DiT.
     """
-    ours, theirs = model.state_dict(), source.state_dict()
-    report = dict.fromkeys(ours, "new")
-    for name in ours:
+    dit = source.state_dict()
+    target = UpcycledWeights(model)
+    # Copy what both networks have
+    for name, tensor in dit.items():
         if name.startswith(("blocks.", "t_embedder.", "y_embedder.")):
-            ours[name].copy_(theirs[name])
-            report[name] = "copied"
-    side = int(len(model.pos_embed) ** 0.5)
-    from_the_cell_on = (
-        scaffold == "dit" and source.patch <= 2
-    )  # as `embed_in_3x3` lays the patch; else around the cell
-    offset = 0.0 if from_the_cell_on else (1 - source.patch) / 2
-    model.pos_embed.copy_(sincos_positions(model.pos_embed.shape[1], side, 1 / source.patch, offset))
-    report["pos_embed"] = f"resampled: {source.patch} cells per step of the DiT's grid"
+            target.write(name, tensor, "copied")
+    # Start what is new
+    resample_positions(dit, target, at_first_cell=scaffold == "dit")
     if scaffold == "dit":
-        report |= start_stem(source, model)
-        report |= start_head(source, model)
+        start_stem(dit, target)
+        start_head(dit, target)
     if router == "balanced":
-        report |= balance_router(model, downsample_factor)
-    return report
+        balance_router(target, downsample_factor)
+    return target.origins
 
 
-def start_stem(source: DiT, model: DCDiT) -> dict[str, str]:
-    """The encoder's output at a cell becomes the DiT's embedding of the patch that starts there, but for its length.
+def resample_positions(dit: dict[str, Tensor], target: UpcycledWeights, at_first_cell: bool) -> None:
+    """Give each latent cell a position on the grid of the DiT's patches.
 
-    The convolution blocks start as the identity, and the last one widens by an exact factorisation. RMSNorm fixes the length
-    of the embedding to the one that it has on white noise.
+    Args:
+        at_first_cell: a patch has its position at its first cell, otherwise at its centre. Patches larger
+            than 2 always have it at their centre, because `embed_in_3x3` shrinks them.
     """
-    kernel = embed_in_3x3(source.x_embedder.weight)  # (D, C, 3, 3)
-    report = pass_through(model.encoder, "encoder")
-    narrow = model.x_embedder.out_channels
-    if narrow == len(kernel):
-        model.x_embedder.weight.copy_(kernel)
-        model.x_embedder.bias.copy_(source.x_embedder.bias)
-    else:
-        u, s, v = torch.linalg.svd(kernel.flatten(1), full_matrices=False)
-        rank = min(narrow, len(s))
-        zero_layers(model.x_embedder, widen := model.encoder.blocks[-1].skip_proj)
-        model.x_embedder.weight[:rank].copy_((s[:rank, None].sqrt() * v[:rank]).view(rank, *kernel.shape[1:]))
-        widen.weight[:, :rank, 0, 0].copy_(u[:, :rank] * s[:rank].sqrt())
-        widen.bias.copy_(source.x_embedder.bias)
-        last = len(model.encoder.blocks) - 1
-        report |= {
-            f"encoder.blocks.{last}.skip_proj.{x}": "resampled: widens the stem" for x in ("weight", "bias")
-        }
-    length = (kernel.square().sum((1, 2, 3)) + source.x_embedder.bias.square()).mean().sqrt()
-    model.encoder.norm.weight.fill_(length)
-    report["encoder.norm.weight"] = "new: length of the DiT's embedding of noise"
-    return report | {f"x_embedder.{x}": "resampled: patch kernel in a 3 x 3 one" for x in ("weight", "bias")}
+    patch = dit["x_embedder.weight"].shape[-1]
+    cells, width = target.tensors["pos_embed"].shape
+    offset = 0.0 if at_first_cell and patch <= 2 else (1 - patch) / 2
+    positions = sincos_positions(width, int(cells**0.5), 1 / patch, offset)
+    target.write("pos_embed", positions, f"resampled: {patch} cells per step of the DiT's grid")
+
+
+def start_stem(dit: dict[str, Tensor], target: UpcycledWeights) -> None:
+    """Make the encoder's output at a cell the DiT's embedding of the patch that starts there, up to length.
+
+    The convolution blocks start as the identity, and the last one widens by an exact factorisation. RMSNorm
+    sets the length of the embedding to its length for white noise.
+    """
+    kernel = embed_in_3x3(dit["x_embedder.weight"])  # (D, C, 3, 3)
+    bias = dit["x_embedder.bias"]
+    start_as_skips("encoder", target)
+
+    # Put the patch kernel into the stem, in two factors if the encoder is narrower than the transformer
+    narrow = len(target.tensors["x_embedder.weight"])
+    stem = kernel
+    stem_bias = bias
+    if narrow < len(kernel):
+        stem, widen = factorise(kernel, narrow)
+        stem_bias = torch.zeros(narrow)
+        write_widening_skip(target, widen, bias)
+    target.write("x_embedder.weight", stem, "resampled: patch kernel in a 3 x 3 one")
+    target.write("x_embedder.bias", stem_bias, "resampled: patch kernel in a 3 x 3 one")
+
+    # Set the length that RMSNorm gives to every embedding
+    length = (kernel.square().sum((1, 2, 3)) + bias.square()).mean().sqrt()
+    target.write("encoder.norm.weight", length, "new: length of the DiT's embedding of noise")
 
 
 def embed_in_3x3(kernel: Tensor) -> Tensor:
-    """A patch kernel (D, C, P, P) as a 3 x 3 one: patches of 2 from the centre on, larger ones shrunk to 3 cells."""
-    size = kernel.shape[-1]
-    if size > 2:
-        return nn.functional.adaptive_avg_pool2d(kernel, 3) * (
-            size * size / 9
-        )  # about the same answer to a constant
-    out = kernel.new_zeros(*kernel.shape[:2], 3, 3)
-    out[:, :, 1 : 1 + size, 1 : 1 + size] = kernel
-    return out
+    """A patch kernel (D, C, P, P) as a 3 x 3 one: up to P = 2 it starts at the centre, larger ones shrink."""
+    patch = kernel.shape[-1]
+    if patch > 2:
+        shrunk = nn.functional.adaptive_avg_pool2d(kernel, 3)
+        return shrunk * (patch * patch / 9)  # about the same answer to a constant
+    embedded = kernel.new_zeros(*kernel.shape[:2], 3, 3)
+    embedded[:, :, 1 : 1 + patch, 1 : 1 + patch] = kernel
+    return embedded
 
 
-def start_head(source: DiT, model: DCDiT) -> dict[str, str]:
-    """Where decoder and transformer are equally wide: the first output is the DiT's, averaged over each patch.
+def factorise(kernel: Tensor, narrow: int) -> tuple[Tensor, Tensor]:
+    """Split a kernel (D, C, 3, 3) into two in sequence: (narrow, C, 3, 3), then (D, narrow, 1, 1)."""
+    # Keep the largest singular values, and give each factor their square roots
+    u, s, v = torch.linalg.svd(kernel.flatten(1), full_matrices=False)
+    rank = min(narrow, len(s))
+    first = kernel.new_zeros(narrow, *kernel.shape[1:])
+    first[:rank] = (s[:rank, None].sqrt() * v[:rank]).view(rank, *kernel.shape[1:])
+    second = kernel.new_zeros(len(kernel), narrow, 1, 1)
+    second[:, :rank, 0, 0] = u[:, :rank] * s[:rank].sqrt()
+    return first, second
 
-    A convolution cannot know its place in the patch; what differs within one is left to the residual path.
+
+def start_head(dit: dict[str, Tensor], target: UpcycledWeights) -> None:
+    """Make the first output the DiT's, averaged over each patch, if decoder and transformer are equally wide.
+
+    A convolution cannot know its place in the patch, so differences within a patch are left to the residual
+    path.
     """
-    if model.final_layer.linear.in_features != len(source.x_embedder.weight):
-        return {}
-    report = pass_through(model.decoder, "decoder")
-    cells = source.patch**2
-    model.final_layer.linear.weight.copy_(source.final_layer.linear.weight.unflatten(0, (cells, -1)).mean(0))
-    model.final_layer.linear.bias.copy_(source.final_layer.linear.bias.unflatten(0, (cells, -1)).mean(0))
-    model.final_layer.adaLN_modulation.load_state_dict(source.final_layer.adaLN_modulation.state_dict())
-    report |= {f"final_layer.adaLN_modulation.1.{x}": "copied" for x in ("weight", "bias")}
-    return report | {f"final_layer.linear.{x}": "resampled: mean over the patch" for x in ("weight", "bias")}
+    width, _, patch, _ = dit["x_embedder.weight"].shape
+    if target.tensors["final_layer.linear.weight"].shape[1] != width:
+        return
+    start_as_skips("decoder", target)
+    # The linear layer predicts all cells of a patch, one after another
+    for kind in ("weight", "bias"):
+        linear = dit[f"final_layer.linear.{kind}"].unflatten(0, (patch * patch, -1)).mean(0)
+        target.write(f"final_layer.linear.{kind}", linear, "resampled: mean over the patch")
+        modulation = f"final_layer.adaLN_modulation.1.{kind}"
+        target.write(modulation, dit[modulation], "copied")
 
 
-def pass_through(stack: nn.Module, name: str) -> dict[str, str]:
+def start_as_skips(stack: str, target: UpcycledWeights) -> None:
     """Let the blocks of a convolution stack start as their skip connections."""
-    zero_layers(*(block.conv2 for block in stack.blocks))
-    return {
-        f"{name}.blocks.{k}.conv2.{x}": "new: zero"
-        for k in range(len(stack.blocks))
-        for x in ("weight", "bias")
-    }
+    for name in target.tensors:
+        if name.startswith(f"{stack}.blocks.") and ".conv2." in name:
+            target.write(name, 0.0, "new: zero")
 
 
-def balance_router(model: DCDiT, downsample_factor: float) -> dict[str, str]:
-    """Choose the last bias so that about 1 token in N scores above one half, on any input.
+def write_widening_skip(target: UpcycledWeights, weight: Tensor, bias: Tensor) -> None:
+    """Write the skip projection of the encoder's last block, the only one that changes the width."""
+    for name in target.tensors:
+        if name.startswith("encoder.blocks.") and ".skip_proj." in name:
+            value = weight if name.endswith(".weight") else bias
+            target.write(name, value, "resampled: widens the stem")
 
-    Before the last layer is silu(GroupNorm(.)), about silu of standard normals, so the score's mean and deviation follow from
-    the layer's weights.
+
+def balance_router(target: UpcycledWeights, downsample_factor: float) -> None:
+    """Choose the router's last bias so that about 1 token in N scores above one half, on any input.
+
+    The last layer takes silu(GroupNorm(.)), about silu of standard normals, so mean and deviation of the
+    score follow from the layer's weights.
     """
-    layer = model.router.residual_scorer[-1]
+    # The score exceeds one half where the last layer's output exceeds 0
+    weight = target.tensors["router.residual_scorer.3.weight"]
     quantile = NormalDist().inv_cdf(1 - 1 / downsample_factor)
-    layer.bias.fill_(-(SILU_MEAN * layer.weight.sum() + quantile * SILU_STD * layer.weight.norm()))
-    return {"router.residual_scorer.3.bias": "new: keeps 1 in N at the start"}
+    bias = -(SILU_MEAN * weight.sum() + quantile * SILU_STD * weight.norm())
+    target.write("router.residual_scorer.3.bias", bias, "new: keeps 1 in N at the start")

@@ -1,0 +1,62 @@
+"""What must agree with the configuration before a run starts: the features and the names of parameters."""
+
+import torch
+
+from config import Config, UserError
+from data.features import Features, open_features
+from models import build_model
+from training.schedules import total_steps
+
+
+def open_fitting_features(config: Config) -> Features:
+    """Open the features of a configuration.
+
+    Raises:
+        UserError: they cannot be read, or they do not fit the configuration.
+    """
+    data = config.data
+    store = open_features(data.feature_path, data.image_size)
+    # The latents have the shape that the model expects
+    found = tuple(store.latent_shape)
+    expected = (data.latent_channels, config.latent_size, config.latent_size)
+    if found != expected:
+        raise UserError(
+            f"data.feature_path: '{data.feature_path}' holds latents of shape {found}, but image_size, "
+            f"latent_stride and latent_channels make {expected}; change those keys or extract again"
+        )
+    # The model knows every label
+    largest = store.labels.max()
+    if largest >= data.num_classes:
+        raise UserError(
+            f"data.num_classes: {data.num_classes} is too small for label {largest} in the features"
+        )
+    # There are images for at least one optimizer step
+    images = len(store)
+    batch = config.training.global_batch_size
+    if images < batch:
+        raise UserError(
+            f"training.global_batch_size: {batch} is more than the {images} images of '{data.feature_path}'; "
+            "make it smaller"
+        )
+    if total_steps(config, images) == 0:
+        raise UserError(
+            "training.epochs: no optimizer step fits into the run; "
+            "raise it or lower gradient_accumulation_steps"
+        )
+    return store
+
+
+def check_parameter_names(config: Config) -> None:
+    """Raise a UserError for an entry of `training.frozen` or `training.lr_scales` that fits no parameter."""
+    with torch.device("meta"):
+        model = build_model(config)
+    names = [name for name, _ in model.named_parameters()]
+    entries = {"frozen": config.training.frozen, "lr_scales": list(config.training.lr_scales)}
+    for key, prefixes in entries.items():
+        for prefix in prefixes:
+            if not any(name.startswith(prefix) for name in names):
+                first_parts = sorted({name.split(".")[0] for name in names})
+                raise UserError(
+                    f"training.{key}: no parameter's name begins with '{prefix}'; "
+                    f"they begin with {', '.join(first_parts)}"
+                )

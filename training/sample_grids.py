@@ -1,0 +1,94 @@
+"""Grids of samples that a run draws from its EMA, and the autoencoder that decodes them."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from config import Config, UserError
+from data.autoencoder import Autoencoder
+from data.features import Features
+from sampling.generate import SamplingOptions, TrainedModel, generate_images
+from sampling.pictures import save_grid
+
+IMAGES = 16
+COLUMNS = 8
+MAX_STEPS = 50  # of DDIM
+
+
+def grid_path(folder: Path, step: int) -> Path:
+    """File of a step's grid in the folder of the run."""
+    return folder / "samples" / f"{step:07d}.png"
+
+
+def grid_options(config: Config, bf16: bool) -> SamplingOptions:
+    """How the grids are sampled."""
+    return SamplingOptions(
+        cfg_scale=config.logging.sample_cfg_scale,
+        num_sampling_steps=min(MAX_STEPS, config.diffusion.diffusion_steps),
+        sampler="ddim",
+        bf16=bf16,
+    )
+
+
+def check_grids(config: Config) -> None:
+    """Raise a UserError if the run is to draw grids and cannot."""
+    if config.logging.sample_every:
+        grid_options(config, bf16=False).check(config)
+
+
+class SampleGrids:
+    """Draws a grid of samples with the main process. Called as (ema_model, step) on every process.
+
+    Args:
+        folder: the folder of the run.
+    """
+
+    def __init__(self, config: Config, autoencoder: Autoencoder, accelerator: Accelerator, folder: Path):
+        self.config = config
+        self.autoencoder = autoencoder
+        self.accelerator = accelerator
+        self.folder = folder
+        self.options = grid_options(config, bf16=accelerator.mixed_precision == "bf16")
+        self.labels = [number % config.data.num_classes for number in range(IMAGES)]
+
+    def __call__(self, model: nn.Module, step: int) -> None:
+        if self.accelerator.is_main_process:
+            trained = TrainedModel(model, self.config, self.autoencoder, None, step, fingerprint="")
+            images = generate_images(trained, self.labels, self.options)
+            save_grid(images, grid_path(self.folder, step), columns=COLUMNS)
+        self.accelerator.wait_for_everyone()
+
+
+def load_decoder(config: Config, store: Features, device: torch.device | str) -> Autoencoder | None:
+    """The autoencoder for a run that samples, None for any other: the one that made the features.
+
+    If it is no longer where the features say, `data.vae` may name a copy.
+
+    Raises:
+        UserError: neither place has the autoencoder that made the features.
+    """
+    if not (config.logging.sample_every or config.evaluation.every):
+        return None
+    # Look where the features say, then at data.vae
+    known = store.autoencoder
+    names = [known["name"], config.data.vae] if known else [config.data.vae]
+    problem = ""
+    for name in names:
+        try:
+            autoencoder = Autoencoder.load(name, device)
+        except UserError as error:
+            problem = str(error).removeprefix("--vae ")
+            continue
+        if not known or is_same_autoencoder(autoencoder.describe(), known):
+            return autoencoder
+        problem = (
+            f"{name} is another autoencoder than the features were made with; give a copy of {known['name']}"
+        )
+    raise UserError(f"data.vae: {problem}")
+
+
+def is_same_autoencoder(one: dict, other: dict) -> bool:
+    """Whether two autoencoders, wherever they are, give the same latents and images."""
+    return all(one[key] == other[key] for key in ("sha256", "shift", "scale"))
