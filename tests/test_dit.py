@@ -127,10 +127,9 @@ def test_configuration():
     config = load_config(CONFIGS / "DCDiT-B-N4.yaml", ["model.patch_size=2"])
     assert config.training.ratio_loss_weight == 0 and not config.training.multi_budget_training
     assert config_from_dict(to_dict(config)) == config and config.tokens == 256
-    for patch in (3, 0, 64):
-        with pytest.raises(
-            UserError, match=f"model.patch_size: {patch} does not divide the latent's side of 32"
-        ):
+    uneven = "does not divide the latent's side of 32"
+    for patch, problem in ((3, uneven), (0, "must be greater than 0"), (64, uneven)):
+        with pytest.raises(UserError, match=f"model.patch_size: {patch} {problem}"):
             load_config(CONFIGS / "DCDiT-B-N4.yaml", [f"model.patch_size={patch}"])
     with pytest.raises(ValueError, match="no router"):
         tiny_model()(*inputs(), 0.5)
