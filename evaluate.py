@@ -1,4 +1,4 @@
-"""FID, sFID, Inception Score, precision and recall, without TensorFlow. Under torchrun the processes share the work.
+"""FID, sFID, Inception Score, precision and recall. Under torchrun the processes share the work.
 
 python evaluate.py samples/B-N4.npz VIRTUAL_imagenet256_labeled.npz
 python evaluate.py --make-reference IMAGES OUT.npz --image-size 256

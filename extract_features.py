@@ -14,8 +14,7 @@ writing failed; 2 if the command itself is wrong.
 
 import argparse
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch.distributed as dist
@@ -99,31 +98,27 @@ def extract(
     writer: FeatureWriter,
     shards: list[int],
     autoencoder: Autoencoder,
-    batches: Iterator[ImageBatch],
-    bar: tqdm,
+    batches: Iterable[ImageBatch],
+    show_progress: bool,
 ) -> None:
     """Encode the batches, which are those of `shards` in order, and write the shards."""
     settings = writer.settings
-    for shard in shards:
-        missing = len(writer.sources(shard))
-        features = [np.empty((0, *settings.item_shape), settings.dtype)]
-        skipped: list[SkippedImage] = []
-        while missing > 0:
-            batch = next(batches)
-            if batch.indices:
-                features.append(encode_images(autoencoder, batch.images, batch.indices, settings))
-            skipped += batch.skipped
-            count = len(batch.indices) + len(batch.skipped)
-            missing -= count
-            bar.update(count)
-        writer.write(shard, np.concatenate(features), skipped)
-
-
-def wait_and_finish(writer: FeatureWriter) -> None:
-    """Complete the store when all processes have written their shards; a barrier would time out."""
-    while writer.missing():
-        time.sleep(0.5)
-    writer.finish()
+    waiting = iter(batches)
+    total = sum(len(writer.sources(shard)) for shard in shards)
+    with tqdm(total=total, unit="image", disable=not show_progress) as bar:
+        for shard in shards:
+            missing = len(writer.sources(shard))
+            features = [np.empty((0, *settings.item_shape), settings.dtype)]
+            skipped: list[SkippedImage] = []
+            while missing > 0:
+                batch = next(waiting)
+                if batch.indices:
+                    features.append(encode_images(autoencoder, batch.images, batch.indices, settings))
+                skipped += batch.skipped
+                count = len(batch.indices) + len(batch.skipped)
+                missing -= count
+                bar.update(count)
+            writer.write(shard, np.concatenate(features), skipped)
 
 
 def report(writer: FeatureWriter, max_bad: int) -> None:
@@ -163,13 +158,11 @@ def main(argv: list[str] | None = None) -> None:
             group.print_once(f"{args.features_path}: already complete, nothing to do")
         else:
             sources = [writer.sources(shard) for shard in shards]
-            pin = processes.device.type == "cuda"
-            batches = read_shards(images, sources, batch_size, args.num_workers, pin)
-            total = sum(map(len, sources))
-            with tqdm(total=total, unit="image", disable=not is_first) as bar:
-                extract(writer, shards, autoencoder, iter(batches), bar)
+            pin_memory = processes.device.type == "cuda"
+            batches = read_shards(images, sources, batch_size, args.num_workers, pin_memory)
+            extract(writer, shards, autoencoder, batches, is_first)
             if is_first:
-                wait_and_finish(writer)
+                writer.finish()
         watch.close()
     if is_first:
         report(writer, args.max_bad)

@@ -1,12 +1,15 @@
-"""The whole pipeline on the embedded data set, in minutes on two CPU cores: images to samples and a picture of the chunking.
+"""The whole workflow on the embedded data set, in minutes on two CPU cores: from images to samples.
 
     bash scripts/quickstart.sh
 
-runs this file in a virtual environment. Each part is the script of the real workflow, called with configs/shapes.yaml. Running
-it again goes on where it was, or finishes at once.
+runs this file in a virtual environment. Each part calls a script of the real workflow, with
+configs/shapes.yaml. Run it again to resume where it stopped; once everything is there, it only prints the
+results.
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ import cli
 import extract_features
 import sample
 import train
-from data.files import write_file
+from data.files import write_text
 from processes import group
 from sampling.generate import load_trained
 from toy import autoencoder, shapes
@@ -24,113 +27,111 @@ from toy.routing_stats import RoutingStats, measure_routing
 from weights.checkpoint import list_checkpoints
 
 CONFIG = "configs/shapes.yaml"
-IMAGE_SIZE = 48  # pixels, as in CONFIG
-TRAIN_IMAGES, HELD_OUT_IMAGES = 2048, 64
+# Pixels, as in CONFIG.
+IMAGE_SIZE = 48
+TRAIN_IMAGES = 2048
+HELD_OUT_IMAGES = 64
+
+
+def run_workflow(out: Path) -> str:
+    """Run every part and return the table of results."""
+    images = out / "images"
+    vae = out / "autoencoder"
+    features = out / "features"
+    run = out / "run"
+    seconds: dict[str, float] = {}
+
+    with timed("images", seconds):
+        shapes.main(command_line(output=images, image_size=IMAGE_SIZE, num_images=TRAIN_IMAGES))
+
+    with timed("autoencoder", seconds):
+        autoencoder.main(command_line(images=images, output=vae, image_size=IMAGE_SIZE))
+
+    with timed("features", seconds):
+        options = command_line(
+            data_path=images, features_path=features, vae=vae, image_size=IMAGE_SIZE, num_workers=0
+        )
+        extract_features.main(options)
+
+    with timed("training", seconds):
+        paths = ["--set", f"data.feature_path={features}", "--set", f"data.vae={vae}"]
+        train.main([*command_line(config=CONFIG, output=run), *paths])
+    checkpoint = list_checkpoints(run / "checkpoints")[-1]
+
+    with timed("samples", seconds):
+        sample.main(command_line(ckpt=checkpoint, output=out, cfg_scale=2, num_sampling_steps=100))
+
+    with timed("measurement", seconds):
+        stats = measure_on_held_out_images(checkpoint)
+
+    return format_table(stats, seconds)
+
+
+@contextlib.contextmanager
+def timed(part: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Print the name of a part and record how long it takes."""
+    print(f"\n=== {part}", flush=True)
+    start = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - start
+
+
+def command_line(**options: str | int | Path) -> list[str]:
+    """Options of a command line: image_size=48 becomes --image-size 48."""
+    words = []
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def measure_on_held_out_images(checkpoint: Path) -> RoutingStats:
+    """Routing on images that neither the autoencoder nor the model has seen."""
+    images = []
+    masks = []
+    labels = []
+    for index in range(TRAIN_IMAGES, TRAIN_IMAGES + HELD_OUT_IMAGES):
+        image, mask, label = shapes.render(index, IMAGE_SIZE)
+        images.append(image)
+        masks.append(mask)
+        labels.append(label)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    trained = load_trained(str(checkpoint), group.default_device())
+    return measure_routing(trained, pixels, torch.from_numpy(np.stack(masks)), labels)
+
+
+def format_table(stats: RoutingStats, seconds: dict[str, float]) -> str:
+    object_ratio = stats.on_objects / stats.on_background
+    clean_ratio = stats.clean / stats.noisy
+    lines = [
+        f"kept tokens, {HELD_OUT_IMAGES} held-out images     share    ratio",
+        f"on objects                         {stats.on_objects:6.1%}",
+        f"on background                      {stats.on_background:6.1%}   {object_ratio:5.2f}",
+        f"at t < 300 (clean)                 {stats.clean:6.1%}",
+        f"at t > 700 (noisy)                 {stats.noisy:6.1%}   {clean_ratio:5.2f}",
+        f"overall                            {stats.overall:6.1%}",
+        "",
+    ]
+    for part, value in seconds.items():
+        lines.append(f"{part:<34} {value:6.1f} s")
+    lines.append(f"{'together':<34} {sum(seconds.values()):6.1f} s")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument(
-        "--output", type=Path, default=Path("quickstart"), help="folder for everything (default: %(default)s)"
-    )
+    output_help = "folder for everything (default: %(default)s)"
+    parser.add_argument("--output", type=Path, default=Path("quickstart"), help=output_help)
     out = parser.parse_args(argv).output
-    if (out / "table.txt").is_file():
-        print(
-            f"{(out / 'table.txt').read_text(encoding='utf-8')}\n{out} is complete; remove it to start anew"
-        )
+    table_path = out / "table.txt"
+    if table_path.is_file():
+        table = table_path.read_text(encoding="utf-8")
+        print(f"{table}\n{out} is complete; remove it to start again")
         return
-    seconds = {}
-    for name, part in PARTS.items():
-        print(f"\n=== {name}", flush=True)
-        started = time.perf_counter()
-        result = part(out)
-        seconds[name] = time.perf_counter() - started
-    table = format_table(result, seconds)
-    write_file(out / "table.txt", lambda stream: stream.write(f"{table}\n".encode()))
+    table = run_workflow(out)
+    write_text(table_path, f"{table}\n")
     print(
         f"\n{table}\n\n{out}/sample.png and {out}/chunking_viz.png show the samples and what the router kept."
     )
-
-
-def write_images(out: Path) -> None:
-    shapes.main(
-        ["--output", str(out / "images"), "--image-size", str(IMAGE_SIZE), "--num-images", str(TRAIN_IMAGES)]
-    )
-
-
-def train_autoencoder(out: Path) -> None:
-    autoencoder.main(
-        [
-            "--images",
-            str(out / "images"),
-            "--output",
-            str(out / "autoencoder"),
-            "--image-size",
-            str(IMAGE_SIZE),
-        ]
-    )
-
-
-def extract(out: Path) -> None:
-    paths = [
-        "--data-path",
-        str(out / "images"),
-        "--features-path",
-        str(out / "features"),
-        "--vae",
-        str(out / "autoencoder"),
-    ]
-    extract_features.main([*paths, "--image-size", str(IMAGE_SIZE), "--num-workers", "0"])
-
-
-def train_model(out: Path) -> None:
-    paths = [f"data.feature_path={out / 'features'}", f"data.vae={out / 'autoencoder'}"]
-    train.main(["--config", CONFIG, "--output", str(out / "run"), "--set", paths[0], "--set", paths[1]])
-
-
-def draw_samples(out: Path) -> None:
-    sample.main(
-        ["--ckpt", newest(out), "--output", str(out), "--cfg-scale", "2", "--num-sampling-steps", "100"]
-    )
-
-
-def measure(out: Path) -> RoutingStats:
-    """On images that no training has seen."""
-    images, masks, labels = zip(
-        *(shapes.render(TRAIN_IMAGES + k, IMAGE_SIZE) for k in range(HELD_OUT_IMAGES))
-    )
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    trained = load_trained(newest(out), group.default_device())
-    return measure_routing(trained, pixels, torch.from_numpy(np.stack(masks)), list(labels))
-
-
-def newest(out: Path) -> str:
-    return str(list_checkpoints(out / "run" / "checkpoints")[-1])
-
-
-PARTS = {
-    "images": write_images,
-    "autoencoder": train_autoencoder,
-    "features": extract,
-    "training": train_model,
-    "samples": draw_samples,
-    "measurement": measure,
-}
-
-
-def format_table(stats: RoutingStats, seconds: dict[str, float]) -> str:
-    lines = [
-        f"kept tokens, {HELD_OUT_IMAGES} held-out images     share    ratio",
-        f"on objects                         {stats.on_objects:6.1%}",
-        f"on background                      {stats.on_background:6.1%}   {stats.on_objects / stats.on_background:5.2f}",
-        f"at t < 300 (clean)                 {stats.clean:6.1%}",
-        f"at t > 700 (noisy)                 {stats.noisy:6.1%}   {stats.clean / stats.noisy:5.2f}",
-        f"overall                            {stats.overall:6.1%}",
-        "",
-        *(f"{name:<34} {value:6.1f} s" for name, value in seconds.items()),
-        f"{'together':<34} {sum(seconds.values()):6.1f} s",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -2,41 +2,29 @@
 
     python sample.py --ckpt results/000-DC-DiT/checkpoints/0400000.pt --cfg-scale 4.0
 
-writes sample.png, summary.json (what the images cost), chunking_viz.png and chunking_summary.png into --output.
+writes sample.png, summary.json (what the images cost), chunking_viz.png and chunking_summary.png.
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from tqdm import tqdm
 
 import cli
 from config import Config
+from diffusion.samplers import Step
 from figures.chunking import Trace, draw_chunking
 from figures.cost import draw_kept
 from models import describe
+from models.types import Routing
 from processes import group
-from sampling.accounting import report, save_summary, stack_kept, summarise
-from sampling.arguments import (
-    add_cuda_graph_argument,
-    add_sampling_arguments,
-    load_trained_from,
-    sampling_options,
-    use_cuda_graph,
-)
-from sampling.generate import (
-    SampledBatch,
-    SamplingOptions,
-    TrainedModel,
-    check_labels,
-    describe_choice,
-    generate,
-    replace_cost_limits,
-)
+from sampling.accounting import report, save_summary
+from sampling.arguments import add_cuda_graph_argument, add_sampling_arguments, read_arguments
+from sampling.generate import check_labels, describe_choice, generate, replace_cost_limits, summarise_run
 from sampling.pictures import save_grid
 
-IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]  # those of the DiT paper's figures
+# The classes of the DiT paper's figures
+IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -56,28 +44,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    device = group.default_device()
-    options, trained = sampling_options(args, device), load_trained_from(args, device)
-    options.check(trained.config)
-    trained = use_cuda_graph(args, options, trained)
+    options, trained = read_arguments(args, group.default_device())
     labels = args.classes or default_labels(trained.config)
     check_labels(labels, trained.config)
     if args.dry_run:
         print(f"{describe(trained.config)}\nsamples       {len(labels)} of classes {labels}, {options}")
         return
-    index = list(range(len(labels)))
-    options, prediction = replace_cost_limits(trained, index, labels, options)
+
+    # A limit on the cost becomes a fraction to drop
+    indices = list(range(len(labels)))
+    options, prediction = replace_cost_limits(trained, indices, labels, options)
     if prediction:
         print(describe_choice(options, prediction))
+
+    # Sample all images as one batch
     trace = Trace(options.num_sampling_steps)
     with tqdm(total=options.num_sampling_steps, unit="step") as bar:
 
-        def observe(step, routing):
+        def on_step(step: Step, routing: Routing) -> None:
             bar.update()
             trace.record(step, routing)
 
-        (batch,) = generate(trained, index, labels, options, batch_size=len(labels), observe=observe)
-    summary = account(trained, batch, options)
+        (batch,) = generate(trained, indices, labels, options, len(labels), on_step)
+
+    # Account for the cost, and draw
+    summary = summarise_run(trained, options, batch.record())
     save_grid(batch.images, args.output / "sample.png", columns=4)
     save_summary(summary, args.output / "summary.json")
     if not args.no_visualize:
@@ -87,16 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"written to {args.output.resolve()}")
 
 
-def account(trained: TrainedModel, batch: SampledBatch, options: SamplingOptions) -> dict:
-    timesteps = [step.t for step in batch.kept]
-    decoder, counts = trained.autoencoder.model.config, stack_kept(batch.kept)
-    summary = summarise(
-        trained.config, decoder, timesteps, counts, batch.labels, trained.class_names, batch.seconds
-    )
-    return {"options": dataclasses.asdict(options), **summary}
-
-
 def default_labels(config: Config) -> list[int]:
+    """Eight labels: those of the paper's figures for ImageNet, otherwise the first ones in turn."""
     if config.data.num_classes == 1000:
         return IMAGENET_CLASSES
     return [k % config.data.num_classes for k in range(8)]

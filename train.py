@@ -124,7 +124,7 @@ def make_hooks(
 
 
 def log_start(trainer: Trainer, start: resume.Start) -> None:
-    """Log which checkpoints were passed over, what is trained, and where its first weights come from."""
+    """Log which checkpoints could not be used, what is trained, and where its first weights come from."""
     for warning in start.warnings:
         trainer.log.line(f"warning: {warning}; using the checkpoint before it")
     trainer.report_start()

@@ -1,1 +1,1 @@
-"""Speed and memory, measured: `python -m benchmarks --device cpu`. Nothing else imports this package."""
+"""Measurements of speed and memory: `python -m benchmarks --device cpu`. Nothing else imports them."""

@@ -7,23 +7,25 @@ python -m benchmarks --device cpu --only stages --seconds 60
 
 import argparse
 import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 import cli
-from benchmarks import around, stages, steps
-from benchmarks.cases import load, make_case
-from benchmarks.measure import add_to_json, machine, matmul_peak, print_table, read_json
+from benchmarks import loading, processes, stages, steps, updates
+from benchmarks.meters import matmul_peak
+from benchmarks.report import Row, add_to_json, machine, print_table, read_json
+from benchmarks.workload import Setup, build_workload, load
 from config import UserError
 
-PARTS = ("stages", "steps", "dropping", "batches", "resolutions", "graphs", "around", "processes", "profile")
-
-# What fits into minutes on a CPU and into memory and 8 minutes on one large GPU. (configuration, batch, overrides)
-STAGES = {
-    "cpu": [("DCDiT-B-N4", 8, ()), ("DCDiT-B-N4-512", 8, ("model.hnet.dechunk_kernel_sigma=1.0",))],
-    "cuda": [("DCDiT-B-N4", 64, ()), ("DCDiT-B-N4-512", 16, ())],
+# What fits into minutes on a CPU, and into the memory and 8 minutes of one large GPU.
+# Configuration, batch, overrides
+STAGES: dict[str, list[tuple[str, int, list[str]]]] = {
+    "cpu": [("DCDiT-B-N4", 8, []), ("DCDiT-B-N4-512", 8, ["model.hnet.dechunk_kernel_sigma=1.0"])],
+    "cuda": [("DCDiT-B-N4", 64, []), ("DCDiT-B-N4-512", 16, [])],
 }
+# Configuration, batch
 STEPS = {
     "cpu": [("DCDiT-S-N4", 2), ("DCDiT-S-N4-512", 1)],
     "cuda": [
@@ -31,122 +33,143 @@ STEPS = {
         ("DCDiT-S-N4-512", 64), ("DCDiT-B-N4-512", 32), ("DCDiT-L-N4-512", 16), ("DCDiT-XL-N4-512", 8),
     ],
 }  # fmt: skip
-COMPILED = {"cpu": ("DCDiT-S-N4",), "cuda": ("DCDiT-B-N4", "DCDiT-XL-N4")}
-GRAPHS = {"cpu": [], "cuda": [("DCDiT-S-N4", 8), ("DCDiT-B-N4", 8), ("DCDiT-B-N4", 64), ("DCDiT-XL-N4", 8)]}
-BATCHES = {"cpu": [1, 2, 4, 8], "cuda": [16, 64, 256]}
-RESOLUTIONS = {"cpu": ([128, 256, 512], 1), "cuda": ([256, 512, 1024], 8)}  # pixels, batch
+COMPILED = {"cpu": [("DCDiT-S-N4", 2)], "cuda": [("DCDiT-B-N4", 256), ("DCDiT-XL-N4", 64)]}
+GRAPHS: dict[str, list[tuple[str, int]]] = {
+    "cpu": [],
+    "cuda": [("DCDiT-S-N4", 8), ("DCDiT-B-N4", 8), ("DCDiT-B-N4", 64), ("DCDiT-XL-N4", 8)],
+}
+# Pixels, batch
+BATCHES = {"cpu": [(256, 1), (256, 2), (256, 4), (256, 8)], "cuda": [(256, 16), (256, 64), (256, 256)]}
+RESOLUTIONS = {"cpu": [(128, 1), (256, 1), (512, 1)], "cuda": [(256, 8), (512, 8), (1024, 8)]}
+# Batch
+DROPPING = {"cpu": 4, "cuda": 256}
+PROCESSES = {"cpu": 2, "cuda": 64}
+PROFILE = {"cpu": 8, "cuda": 256}
+
+Tables = Iterator[tuple[str, list[Row]]]  # titles and rows
+
+
+def run_stages(args: argparse.Namespace, setup: Setup) -> Tables:
+    for name, batch, overrides in STAGES[args.device]:
+        workload = build_workload(load(name, *overrides), batch, setup)
+        yield f"stages, {name}, batch {batch}", stages.measure_stages(workload, setup)
+
+
+def run_steps(args: argparse.Namespace, setup: Setup) -> Tables:
+    yield "steps", measure_steps(args, setup, STEPS[args.device], compiled=False)
+
+
+def run_compiled(args: argparse.Namespace, setup: Setup) -> Tables:
+    yield "steps, compiled", measure_steps(args, setup, COMPILED[args.device], compiled=True)
+
+
+def measure_steps(
+    args: argparse.Namespace, setup: Setup, chosen: list[tuple[str, int]], compiled: bool
+) -> list[Row]:
+    """Rows of the chosen configurations, or of --model."""
+    peak = matmul_peak(setup.device, torch.bfloat16 if setup.bf16 else torch.float32)
+    print(f"a matrix product reaches {peak / 1e12:.3g} TFLOP/s")
+    if args.model:
+        chosen = [(args.model, args.batch)]
+    return [steps.measure_step(name, batch, setup, peak, compiled) for name, batch in chosen]
+
+
+def run_dropping(args: argparse.Namespace, setup: Setup) -> Tables:
+    name = "DCDiT-B-N4"
+    batch = DROPPING[args.device]
+    rows = steps.measure_dropping(name, batch, setup)
+    yield f"a training step as tokens drop, {name}, batch {batch}", rows
+
+
+def run_batches(args: argparse.Namespace, setup: Setup) -> Tables:
+    yield "batches", steps.measure_sizes("DCDiT-S-N4", BATCHES[args.device], setup)
+
+
+def run_resolutions(args: argparse.Namespace, setup: Setup) -> Tables:
+    yield "resolutions", steps.measure_sizes("DCDiT-S-N4", RESOLUTIONS[args.device], setup)
+
+
+def run_graphs(args: argparse.Namespace, setup: Setup) -> Tables:
+    rows = [steps.measure_graph(name, batch, setup) for name, batch in GRAPHS[args.device]]
+    if rows:
+        yield "sampling steps as CUDA graphs", rows
+
+
+def run_around(args: argparse.Namespace, setup: Setup) -> Tables:
+    yield "loading", loading.measure_loading(2048, setup.seconds / 5)
+    yield "updates", updates.measure_updates("DCDiT-B-N4", setup)
+
+
+def run_processes(args: argparse.Namespace, setup: Setup) -> Tables:
+    yield "processes", processes.measure_processes("DCDiT-S-N4", PROCESSES[args.device], setup)
+
+
+def run_profile(args: argparse.Namespace, setup: Setup) -> Tables:
+    print(steps.profile_step("DCDiT-B-N4", PROFILE[args.device], setup))
+    yield from ()  # nothing for the file
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Setup], Tables]] = {
+    "stages": run_stages,
+    "steps": run_steps,
+    "dropping": run_dropping,
+    "batches": run_batches,
+    "resolutions": run_resolutions,
+    "graphs": run_graphs,
+    "around": run_around,
+    "processes": run_processes,
+    "profile": run_profile,
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
+    add = parser.add_argument
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="(default: %(default)s)")
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="parts to run (default: all)")
-    parser.add_argument(
-        "--seconds", type=float, default=10.0, help="measured time per row, without warm-up (default: 10)"
+    add("--device", choices=("cpu", "cuda"), default=default, help="(default: %(default)s)")
+    add("--only", choices=tuple(PARTS), nargs="+", default=tuple(PARTS), help="parts to run (default: all)")
+    add("--seconds", type=float, default=10.0, help="measured time per row, without warm-up (default: 10)")
+    add("--model", help="measure steps of this configuration only, e.g. DCDiT-XL-N4")
+    add("--batch", type=int, default=8, help="batch size of --model (default: 8)")
+    add(
+        "--compile", action="store_true", help="at the end, measure some steps, or those of --model, compiled"
     )
-    parser.add_argument("--model", help="measure steps of this configuration only, e.g. DCDiT-XL-N4")
-    parser.add_argument("--batch", type=int, default=8, help="batch size of --model (default: 8)")
-    parser.add_argument(
-        "--compile", action="store_true", help="at the end, some steps (with --model, its) with torch.compile"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("benchmarks.json"), help="JSON file (default: benchmarks.json)"
-    )
+    add("--output", type=Path, default=Path("benchmarks.json"), help="JSON file (default: benchmarks.json)")
     args = parser.parse_args(argv)
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device; use cpu")
-    if args.batch < 1:
-        raise UserError(f"--batch {args.batch}: must be at least 1")
+    cli.check_at_least(args, 1, "batch")
     if args.model and load(args.model).is_static:
         raise UserError(
             f"--model {args.model}: is a static DiT, which has no textbook version here; give a DCDiT-..."
         )
     cli.check_output("--output", args.output.parent)
     read_json(args.output)
-    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    device, bf16 = torch.device(args.device), args.device == "cuda"
+    device = torch.device(args.device)
+    setup = Setup(device, bf16=args.device == "cuda", seconds=args.seconds)
     print(machine(device))
-    for part in [*args.only, *(["compiled"] if args.compile else [])]:
-        for title, rows in RUN[part](args, device, bf16):
+    parts = [PARTS[name] for name in args.only]
+    if args.compile:
+        # Last, because it takes longest and the others are saved by then
+        parts.append(run_compiled)
+    for run in parts:
+        for title, rows in run(args, setup):
             print_table(title, rows)
             add_to_json(args.output, title, rows, device)
-        gc.collect()  # the next part, or its processes, may need all memory
+        # The next part, or its processes, may need all memory
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-
-def run_stages(args, device, bf16):
-    for name, batch, overrides in STAGES[args.device]:
-        case = make_case(load(name, *overrides), batch, device, bf16)
-        yield f"stages, {name}, batch {batch}", stages.measure_stages(case, args.seconds)
-
-
-def run_steps(args, device, bf16):
-    yield "steps", measure_steps(args, device, bf16, STEPS[args.device], compiled=False)
-
-
-def run_compiled(args, device, bf16):
-    chosen = [one for one in STEPS[args.device] if one[0] in COMPILED[args.device]]
-    yield "steps, compiled", measure_steps(args, device, bf16, chosen, compiled=True)
-
-
-def measure_steps(args, device, bf16, chosen, compiled: bool) -> list[dict]:
-    peak = matmul_peak(device, torch.bfloat16 if bf16 else torch.float32)
-    print(f"a matrix product reaches {peak / 1e12:.3g} TFLOP/s")
-    chosen = [(args.model, args.batch)] if args.model else chosen
-    return [steps.measure_step(*one, device, bf16, peak, args.seconds, compiled) for one in chosen]
-
-
-def run_dropping(args, device, bf16):
-    name, batch = ("DCDiT-B-N4", 256 if bf16 else 4)
-    yield (
-        f"a training step as tokens drop, {name}, batch {batch}",
-        steps.measure_dropping(name, batch, device, bf16, args.seconds),
-    )
-
-
-def run_batches(args, device, bf16):
-    sizes = [(256, batch) for batch in BATCHES[args.device]]
-    yield "batches", steps.measure_sizes("DCDiT-S-N4", sizes, device, bf16, args.seconds)
-
-
-def run_resolutions(args, device, bf16):
-    resolutions, batch = RESOLUTIONS[args.device]
-    sizes = [(pixels, batch) for pixels in resolutions]
-    yield "resolutions", steps.measure_sizes("DCDiT-S-N4", sizes, device, bf16, args.seconds)
-
-
-def run_graphs(args, device, bf16):
-    if rows := [steps.measure_graph(*one, device, bf16, args.seconds) for one in GRAPHS[args.device]]:
-        yield "sampling steps as CUDA graphs", rows
-
-
-def run_around(args, device, bf16):
-    yield "loading", around.measure_loading(2048, args.seconds / 5)
-    yield "updates", around.measure_updates("DCDiT-B-N4", device, args.seconds)
-
-
-def run_processes(args, device, bf16):
-    batch = 64 if bf16 else 2
-    yield "processes", around.measure_processes("DCDiT-S-N4", batch, args.device == "cuda", bf16, steps=4)
-
-
-def run_profile(args, device, bf16):
-    print(steps.profile_step("DCDiT-B-N4", 256 if bf16 else 8, device, bf16))
-    return []
-
-
-FUNCTIONS = (
-    run_stages, run_steps, run_dropping, run_batches, run_resolutions, run_graphs, run_around, run_processes, run_profile,
-)  # fmt: skip
-RUN = dict(zip(PARTS, FUNCTIONS)) | {
-    "compiled": run_compiled
-}  # last: it takes longest, and the others are saved by then
 
 if __name__ == "__main__":
     cli.run(main)

@@ -1,163 +1,89 @@
-"""Whole training and sampling steps: against the textbook version and a static DiT, as a share of the machine's peak, and as
-tokens drop, batches grow and images grow."""
+"""Whole training and sampling steps: against the textbook version and a static DiT, as a share of the
+machine's peak, and as tokens drop, batches grow and images grow.
+"""
 
 import copy
-import itertools
 import statistics
-from collections.abc import Callable
 
 import torch
-from timm.utils import ModelEmaV3
-from torch import Tensor
 
-from benchmarks.cases import Case, fixed_probabilities, load, make_case, plain_forward
-from benchmarks.measure import difference, medians, peak_bytes, saved_bytes, synchronize
-from config import downsample_factors, switch_router_off
-from diffusion import create_diffusion
-from diffusion.guidance import guide
+from benchmarks.meters import largest_difference, medians, peak_bytes, synchronize
+from benchmarks.report import Row
+from benchmarks.step_functions import TrainingStep, in_turn, sampling_step, with_mask
+from benchmarks.workload import (
+    Setup,
+    Workload,
+    build_workload,
+    downsampling,
+    fixed_probabilities,
+    load,
+    token_counts,
+)
+from config import Config, switch_router_off
 from models import architecture, compile_parts
-from models.flops import TokenCounts, forward_flops, total_flops
+from models.dc_dit import DCDiT
+from models.dit import DiT
+from models.flops import TokenCounts, total_flops
 from models.router import keep_top
+from models.types import DenoiserOutput
 from sampling.cuda_graph import GraphedDenoiser
-from training.losses import ratio_loss
 
-LITE = 0.9  # share that the unconditional branch of Lite-CFG drops
-
-
-class Training:
-    """A training step on one batch: all terms of the loss, backward, clipping, fused AdamW and EMA, as the trainer does them.
-
-    Without loading, the averages for the log, and the check for finite gradients. The textbook version has AdamW as PyTorch
-    makes it when nothing is asked for, and the EMA as a loop.
-    """
-
-    def __init__(self, case: Case, forward: Callable, textbook: bool = False):
-        self.case, self.forward, self.textbook = case, forward, textbook
-        training, process = case.config.training, case.config.diffusion
-        self.diffusion = create_diffusion(
-            process.noise_schedule, process.diffusion_steps, training.learn_sigma
-        )
-        self.ema = ModelEmaV3(case.model, decay=0.9999, exclude_buffers=True)
-        how = {} if textbook else {"fused": True}
-        self.optimizer = torch.optim.AdamW(
-            case.model.parameters(), lr=1e-5, weight_decay=training.weight_decay, **how
-        )
-
-    def loss(self) -> Tensor:
-        (x0, t, labels), noise, training = self.case.inputs, self.case.noise, self.case.config.training
-        x_t = self.diffusion.add_noise(x0, t, noise)
-        with self.case.autocast():
-            out = self.forward(x_t, t, labels)
-        loss = sum(self.diffusion.losses(out.prediction.float(), x0, x_t, t, noise).values()).mean()
-        if training.ratio_loss_weight > 0:
-            loss = loss + training.ratio_loss_weight * ratio_loss(
-                out.routing, downsample_factors(training.downsample_factor)
-            )
-        return loss
-
-    def __call__(self) -> None:
-        self.loss().backward()
-        torch.nn.utils.clip_grad_norm_(self.case.model.parameters(), self.case.config.training.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.textbook:
-            with torch.no_grad():
-                for average, value in zip(self.ema.module.parameters(), self.case.model.parameters()):
-                    average.mul_(0.9999).add_(value, alpha=1 - 0.9999)
-        else:
-            self.ema.update(self.case.model)
-
-    def saved(self) -> int:
-        known = [
-            *self.case.model.parameters(),
-            *self.case.model.buffers(),
-            *self.case.inputs,
-            self.case.noise,
-        ]
-        return saved_bytes(self.loss, known)
+DROPPED = (0.0, 0.2, 0.4, 0.6)
+FORWARDS_PER_STEP = 3  # in FLOPs: a backward pass costs as much as two forward passes
 
 
-def sampling(case: Case, forward: Callable, lite: bool = False) -> Callable[[], Tensor]:
-    """One guided evaluation of the network: both branches in one batch, with the unconditional one's budget under Lite-CFG."""
-    x, t, labels = case.inputs
-    null = torch.full_like(labels, case.config.data.num_classes)
-    if lite:
-        keep = case.prob > 0.5
-        cheap = keep & (torch.rand_like(case.prob) > LITE)
-        cheap[:, 0] = cheap[:, -1] = True
-        unconditional = torch.where(cheap == keep, case.prob, 1 - case.prob)
-    both = torch.cat([case.prob, unconditional if lite else case.prob])
-
-    def denoise(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        with case.autocast():
-            return forward(x, t, labels).prediction.float()
-
-    guided = guide(denoise, {"labels": labels}, {"labels": null}, 1.5, 3)
-
-    @torch.no_grad()
-    def step() -> Tensor:
-        alone, case.prob = case.prob, both
-        result = guided(x, t)
-        case.prob = alone
-        return result
-
-    return step
-
-
-def under(case: Case, prob: Tensor, step: Callable[[], object]) -> Callable[[], None]:
-    """A step on the tokens that `prob` keeps."""
-
-    def run() -> None:
-        case.prob = prob
-        step()
-
-    return run
-
-
-def in_turn(steps: list[Callable[[], object]]) -> Callable[[], None]:
-    """A function that takes the next of these steps; each has been taken once, which is when torch.compile compiles."""
-    for step in steps:
-        step()
-    turn = itertools.cycle(steps)
-    return lambda: next(turn)()
-
-
-def measure_step(
-    name: str, batch: int, device: torch.device, bf16: bool, peak: float, seconds: float, compiled: bool
-) -> dict:
+def measure_step(name: str, batch: int, setup: Setup, peak: float, compiled: bool) -> Row:
     """One configuration's row: step times in milliseconds, memory in MB, ratios textbook / ours.
 
-    Batches of two different numbers of tokens take turns, so that what was compiled is good for any number, as in training.
+    Batches with two different numbers of tokens take turns, so that compiled code must serve any number,
+    as in training.
+
+    Args:
+        name: of the configuration.
+        peak: FLOP/s of a matrix product, for the MFU.
+        compiled: with torch.compile.
     """
-    case = make_case(load(name), batch, device, bf16)
-    shares = [factor / downsample_factors(case.config.training.downsample_factor) for factor in (0.95, 1.05)]
-    masks = [fixed_probabilities(batch, case.prob.shape[1], share, device) for share in shares]
+    workload = build_workload(load(name), batch, setup)
     if compiled:
-        torch._dynamo.reset()  # of the row before, whose compilations count towards a limit
-        compile_parts(case.model)
-    textbook = lambda *inputs: plain_forward(case, *inputs)  # noqa: E731
-    ours, theirs = Training(case, case.model), Training(case, textbook, textbook=True)
-    training, guided, flops = {"ours": [], "plain": []}, {"ours": [], "plain": [], "lite": []}, []
-    for prob in masks:
-        case.prob = prob
-        training["ours"].append(under(case, prob, ours))
-        training["plain"].append(under(case, prob, theirs))
-        guided["ours"].append(under(case, prob, sampling(case, case.model)))
-        guided["plain"].append(under(case, prob, sampling(case, textbook)))
-        guided["lite"].append(under(case, prob, sampling(case, case.model, lite=True)))
-        flops.append(
-            sum(forward_flops(architecture(case.config), TokenCounts(*case.kept())).values()) * batch
-        )
-    training = medians({way: in_turn(steps) for way, steps in training.items()}, device, seconds / 2)
-    guided = medians({way: in_turn(steps) for way, steps in guided.items()}, device, seconds / 2)
-    flops = statistics.mean(flops)
+        compile_model(workload.model)
+    masks = masks_around(workload)
+
+    # Training
+    ours = TrainingStep(workload, workload.model)
+    plain = TrainingStep(workload, workload.textbook_forward, is_textbook=True)
+    training = medians(
+        {
+            "ours": in_turn([with_mask(workload, mask, ours) for mask in masks]),
+            "plain": in_turn([with_mask(workload, mask, plain) for mask in masks]),
+        },
+        setup.device,
+        setup.seconds / 2,
+    )
+    flops = batch * statistics.mean(mask_flops(workload, mask) for mask in masks)
+
+    # Sampling
+    model = workload.model
+    textbook = workload.textbook_forward
+    sampling = medians(
+        {
+            "ours": in_turn([sampling_step(workload, model, mask) for mask in masks]),
+            "plain": in_turn([sampling_step(workload, textbook, mask) for mask in masks]),
+            "lite": in_turn([sampling_step(workload, model, mask, lite=True) for mask in masks]),
+        },
+        setup.device,
+        setup.seconds / 2,
+    )
+
+    # Memory, and a static DiT of the same size
     memory = {
-        "saved plain MB": theirs.saved() / 1e6,
-        "saved ours MB": ours.saved() / 1e6,
-        "peak plain MB": peak_bytes(theirs, device) / 1e6,
-        "peak ours MB": peak_bytes(ours, device) / 1e6,
+        "saved plain MB": plain.saved_bytes() / 1e6,
+        "saved ours MB": ours.saved_bytes() / 1e6,
+        "peak plain MB": peak_bytes(plain, setup.device) / 1e6,
+        "peak ours MB": peak_bytes(ours, setup.device) / 1e6,
     }
-    static_time, static_flops = measure_static(case, batch, device, seconds / 4, compiled)
+    static_config = static_twin(workload.config)
+    static_time = measure_static(static_config, batch, setup, compiled)
+    static_flops = batch * total_flops(architecture(static_config), TokenCounts(0, 0))
     return {
         "model": name,
         "batch": batch,
@@ -166,101 +92,127 @@ def measure_step(
         "train ratio": training["plain"] / training["ours"],
         "train DiT on 2 x 2 patches ms": static_time * 1e3,
         "the same, scaled to equal FLOPs": static_time * 1e3 * flops / static_flops,
-        "MFU": 3 * flops / training["ours"] / peak,
+        "MFU": FORWARDS_PER_STEP * flops / training["ours"] / peak,
         **memory,
-        "sample plain ms": guided["plain"] * 1e3,
-        "sample ours ms": guided["ours"] * 1e3,
-        "sample ratio": guided["plain"] / guided["ours"],
-        "Lite-CFG ratio": guided["ours"] / guided["lite"],
+        "sample plain ms": sampling["plain"] * 1e3,
+        "sample ours ms": sampling["ours"] * 1e3,
+        "sample ratio": sampling["plain"] / sampling["ours"],
+        "Lite-CFG ratio": sampling["ours"] / sampling["lite"],
     }
 
 
-def measure_graph(name: str, batch: int, device: torch.device, bf16: bool, seconds: float) -> dict:
+def masks_around(workload: Workload) -> list[torch.Tensor]:
+    """Two masks (B, L), which keep a little less and a little more than one token in N."""
+    batch, length = workload.prob.shape
+    masks = []
+    for factor in (0.95, 1.05):
+        share = factor / downsampling(workload.config)
+        masks.append(fixed_probabilities(batch, length, share, workload.prob.device))
+    return masks
+
+
+def mask_flops(workload: Workload, prob: torch.Tensor) -> float:
+    """FLOPs per image of a forward pass on the tokens that `prob` keeps."""
+    return total_flops(architecture(workload.config), token_counts(prob))
+
+
+def compile_model(model: DCDiT | DiT) -> None:
+    """Compile a model as training does."""
+    torch._dynamo.reset()  # earlier compilations count towards a limit
+    compile_parts(model)
+
+
+def static_twin(config: Config) -> Config:
+    """The configuration of the static DiT of the same size on patches of 2 x 2."""
+    static = copy.deepcopy(config)
+    static.model.patch_size = 2
+    switch_router_off(static.training)
+    return static
+
+
+def measure_static(config: Config, batch: int, setup: Setup, compiled: bool) -> float:
+    """Seconds of a training step of a static DiT."""
+    static = build_workload(config, batch, setup)
+    if compiled:
+        compile_model(static.model)
+    step = TrainingStep(static, static.model)
+    return medians({"static": step}, setup.device, setup.seconds / 4)["static"]
+
+
+def measure_graph(name: str, batch: int, setup: Setup) -> Row:
     """Guided sampling steps under a token budget, their kernels launched one by one and as a CUDA graph."""
-    case = make_case(load(name), batch, device, bf16)
-    tokens = case.prob.shape[1] // int(downsample_factors(case.config.training.downsample_factor))
-    kept = keep_top(torch.rand_like(case.prob), tokens)
-    case.prob = torch.where(kept, 0.75, 0.25)
-    budget = [tokens] * (2 * batch)
-    ways = {"plain": case.model, "graph": GraphedDenoiser(case.model)}
-    steps = {
-        way: sampling(case, lambda *inputs, model=model: model(*inputs, tokens=budget))
-        for way, model in ways.items()
-    }
-    times = medians(steps, device, seconds)
-    row = {
+    workload = build_workload(load(name), batch, setup)
+    length = workload.prob.shape[1]
+    tokens = length // int(downsampling(workload.config))
+    budget = [tokens] * (2 * batch)  # both branches
+    kept = keep_top(torch.rand_like(workload.prob), tokens)
+    prob = torch.where(kept, 0.75, 0.25)
+    graphed = GraphedDenoiser(workload.model)
+
+    def plain_forward(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> DenoiserOutput:
+        return workload.model(x, t, labels, tokens=budget)
+
+    def graph_forward(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> DenoiserOutput:
+        return graphed(x, t, labels, tokens=budget)
+
+    plain = sampling_step(workload, plain_forward, prob)
+    graph = sampling_step(workload, graph_forward, prob)
+    times = medians({"plain": plain, "graph": graph}, setup.device, setup.seconds)
+    return {
         "model": name,
         "batch": batch,
         "tokens": tokens,
-        **{f"{way} ms": time * 1e3 for way, time in times.items()},
-    }
-    return row | {
+        "plain ms": times["plain"] * 1e3,
+        "graph ms": times["graph"] * 1e3,
         "ratio": times["plain"] / times["graph"],
-        "difference": difference([steps["graph"]()], [steps["plain"]()]),
+        "difference": largest_difference([graph()], [plain()]),
     }
 
 
-def measure_static(
-    case: Case, batch: int, device: torch.device, seconds: float, compiled: bool
-) -> tuple[float, float]:
-    """Seconds and forward FLOPs of a training step of the static DiT of the same size on patches of 2 x 2."""
-    config = copy.deepcopy(case.config)
-    config.model.patch_size = 2
-    switch_router_off(config.training)
-    static = make_case(config, batch, device, case.bf16)
-    if compiled:
-        torch._dynamo.reset()
-        compile_parts(static.model)
-    time = medians({"static": Training(static, static.model)}, device, seconds)["static"]
-    return time, total_flops(architecture(config), TokenCounts(0, 0)) * batch
+def measure_dropping(name: str, batch: int, setup: Setup) -> list[Row]:
+    """Time of a training step as tokens drop, against its FLOPs, both as shares of those without dropping."""
+    workload = build_workload(load(name), batch, setup)
+    length = workload.prob.shape[1]
+    step = TrainingStep(workload, workload.model)
+    masks = {}
+    for dropped in DROPPED:
+        share = (1 - dropped) / downsampling(workload.config)
+        masks[dropped] = fixed_probabilities(batch, length, share, setup.device)
 
-
-def measure_dropping(name: str, batch: int, device: torch.device, bf16: bool, seconds: float) -> list[dict]:
-    """Time of a training step as tokens drop, against its FLOPs, both as shares of those at no dropping."""
-    case = make_case(load(name), batch, device, bf16)
-    step, length = Training(case, case.model), case.prob.shape[1]
-    rows, drops = [], (0.0, 0.2, 0.4, 0.6)
-
-    factor = downsample_factors(case.config.training.downsample_factor)
-    masks = {drop: fixed_probabilities(batch, length, (1 - drop) / factor, device) for drop in drops}
-    runs = {str(drop): under(case, prob, step) for drop, prob in masks.items()}
-    times = medians(runs, device, seconds)
-    for drop in drops:
-        case.prob = masks[drop]
-        flops = sum(forward_flops(architecture(case.config), TokenCounts(*case.kept())).values())
+    steps = {str(dropped): with_mask(workload, prob, step) for dropped, prob in masks.items()}
+    times = medians(steps, setup.device, setup.seconds)
+    all_time = times[str(DROPPED[0])]
+    all_flops = mask_flops(workload, masks[DROPPED[0]])
+    rows = []
+    for dropped, prob in masks.items():
+        time = times[str(dropped)]
+        flops = mask_flops(workload, prob)
         rows.append(
-            {
-                "dropped": drop,
-                "ms": times[str(drop)] * 1e3,
-                "time": times[str(drop)] / times["0.0"],
-                "flops": flops,
-            }
+            {"dropped": dropped, "ms": time * 1e3, "time": time / all_time, "flops": flops / all_flops}
         )
-    return [row | {"flops": row["flops"] / rows[0]["flops"]} for row in rows]
+    return rows
 
 
-def measure_sizes(
-    name: str, sizes: list[tuple[int, int]], device: torch.device, bf16: bool, seconds: float
-) -> list[dict]:
-    """Images per second of a training step on pictures of so many pixels in batches of so many."""
+def measure_sizes(name: str, sizes: list[tuple[int, int]], setup: Setup) -> list[Row]:
+    """Images per second of a training step at each of the sizes: pixels per side, batch."""
     rows = []
     for pixels, batch in sizes:
-        case = make_case(load(name, f"data.image_size={pixels}"), batch, device, bf16)
-        time = medians({"step": Training(case, case.model)}, device, seconds / len(sizes))["step"]
+        workload = build_workload(load(name, f"data.image_size={pixels}"), batch, setup)
+        step = TrainingStep(workload, workload.model)
+        time = medians({"step": step}, setup.device, setup.seconds / len(sizes))["step"]
         rows.append(
             {"model": name, "pixels": pixels, "batch": batch, "ms": time * 1e3, "images/s": batch / time}
         )
     return rows
 
 
-def profile_step(name: str, batch: int, device: torch.device, bf16: bool) -> str:
-    """The operations that take most of one training step."""
-    case = make_case(load(name), batch, device, bf16)
-    step = Training(case, case.model)
-    step()
+def profile_step(name: str, batch: int, setup: Setup) -> str:
+    """A table of the operations that take most of one training step."""
+    workload = build_workload(load(name), batch, setup)
+    step = TrainingStep(workload, workload.model)
+    step()  # warm-up
     with torch.profiler.profile() as profiler:
         step()
-        synchronize(device)
-    return profiler.key_averages().table(
-        sort_by=f"self_{device.type}_time_total", row_limit=15, max_name_column_width=60
-    )
+        synchronize(setup.device)
+    order = f"self_{setup.device.type}_time_total"
+    return profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60)

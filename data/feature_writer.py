@@ -6,6 +6,7 @@ data/features.py describes the folder that is written.
 import math
 import os
 import re
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,7 @@ class StoreOptions:
     kind: str = "moments"  # or "sample"
     flip: bool = True  # moments: mirror images too; sample: draw flips
     dtype: str = "float16"  # or "float32"
-    shard_size: int | None = (
-        None  # images per shard; None: 1024, more where that would make more than 256 shards
-    )
+    shard_size: int | None = None  # images per shard; None: 1024, or more to keep to 256 shards
     seed: int = 0  # of noise and flips; moments draw none at extraction
 
 
@@ -143,11 +142,11 @@ def draw_latents(
     autoencoder: Autoencoder, images: Tensor, indices: list[int], settings: StoreSettings
 ) -> Tensor:
     """One latent of each image or, at random, of its mirror image: (B, 1, C, s, s)."""
-    seed = settings.seed or 0
+    assert settings.seed is not None, "only moments are extracted without a seed"
     flips = torch.empty(len(indices), dtype=torch.bool)
     noise = torch.empty(len(indices), *settings.latent_shape)
     for row, index in enumerate(indices):
-        generator = rng(seed, "features", index)
+        generator = rng(settings.seed, "features", index)
         flips[row] = generator.random() < 0.5
         drawn = generator.standard_normal(settings.latent_shape, dtype=np.float32)
         noise[row] = torch.from_numpy(drawn)
@@ -165,15 +164,14 @@ def draw_latents(
 class FeatureWriter:
     """Writes one store, by any number of processes that share a file system.
 
-    One process calls `prepare`; then each process calls `write` for its share of the missing shards; when no
-    shard is missing, one process calls `finish`. After a kill at any moment, the same calls complete the
-    store.
+    One process calls `prepare`; then each process calls `write` for its share of the missing shards, and one
+    process calls `finish`. After a kill at any moment, the same calls complete the store.
     """
 
     def __init__(self, folder: str | os.PathLike, settings: StoreSettings, source_labels: list[int]):
         """
         Args:
-            folder: of the store; it need not exist.
+            folder: of the store; `prepare` makes it.
             settings: of the store.
             source_labels: class number of every source image.
         """
@@ -261,7 +259,10 @@ class FeatureWriter:
         write_json(self._record_path(shard), record)
 
     def finish(self) -> None:
-        """Write the labels and merge the records of all shards into the manifest."""
+        """Wait for the last shard, write the labels and merge the records of all shards into the manifest."""
+        # Not a barrier of the process group: other processes may be slow for longer than its timeout.
+        while self.missing():
+            time.sleep(0.5)
         records = [read_json(self._record_path(shard)) for shard in range(self.shards)]
         indices: list[int] = []
         skipped: list[list] = []

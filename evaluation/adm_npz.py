@@ -1,6 +1,6 @@
-"""Reading `.npz` files of the ADM evaluation suite: images `arr_0`, labels `arr_1`, statistics, and our own note.
+"""Reading `.npz` files of the ADM evaluation suite: images `arr_0`, labels `arr_1`, statistics, our own note.
 
-Nothing is ever unpickled, and no header is believed: members are read as plain arrays, `arr_0` batch by batch.
+Nothing is ever unpickled and no header is believed. Members are read as plain arrays, `arr_0` batch by batch.
 """
 
 import json
@@ -22,7 +22,8 @@ LARGEST = 2**30  # bytes of labels or statistics; images are read in parts
 META = "dcdit_meta"  # our note in a .npz, as JSON
 META_TYPES = {"extractor": str, "images": int, "image_size": int}
 
-# Kind of features -> names of mean and covariance. Those of Inception are ADM's; the ADM suite ignores the others.
+# Kind of features -> names of mean and covariance.
+# Those of Inception are ADM's; the ADM suite ignores the others.
 StatisticNames = Mapping[str, tuple[str, str]]
 INCEPTION_KEYS: StatisticNames = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 OTHER_KEYS: StatisticNames = {"features": ("feature_mu", "feature_sigma")}
@@ -88,9 +89,8 @@ def read_statistics(path: Path, keys: StatisticNames, count: int | None) -> dict
         mean = read_array(path, mean_key)
         covariance = read_array(path, covariance_key)
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise UserError(
-                f"'{path}': {mean_key} {mean.shape} and {covariance_key} {covariance.shape} do not belong together"
-            )
+            shapes = f"{mean_key} {mean.shape} and {covariance_key} {covariance.shape}"
+            raise UserError(f"'{path}': {shapes} do not belong together")
         statistics[kind] = Gaussian(mean.astype(np.float64), covariance.astype(np.float64), count)
     return statistics
 

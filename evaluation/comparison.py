@@ -82,23 +82,23 @@ def check_source(source: Source, extractor: Extractor) -> None:
     """Check, before any work, that a side can be compared by the features of this extractor.
 
     Raises:
-        UserError: its statistics come from another extractor or have the wrong size, or its images are too few.
+        UserError: statistics of another extractor or of the wrong size, or too few images.
     """
     stored = source.stored(extractor.name)
     made_with = source.meta.get("extractor")
     if made_with and made_with != extractor.name:
         raise UserError(
-            f"'{source.path}': was made with the features {made_with[:24]}, not {extractor.name[:24]}; make it again with the "
-            "same --features"
+            f"'{source.path}': was made with the features {made_with[:24]}, not {extractor.name[:24]}; "
+            "make it again with the same --features"
         )
     if source.images is None and "features" not in stored:
         raise UserError(f"'{source.path}': holds statistics of other features only; give its images")
     if extractor.is_inception:
         check_widths(source, stored)
-    if source.images is not None and len(source.images) <= metrics.NEIGHBOURS:
-        raise UserError(
-            f"'{source.path}': {len(source.images)} images are too few; give at least {metrics.NEIGHBOURS + 1}"
-        )
+    least = metrics.NEIGHBOURS + 1
+    if source.images is not None and len(source.images) < least:
+        count = len(source.images)
+        raise UserError(f"'{source.path}': {count} images are too few; give at least {least}")
 
 
 def check_widths(source: Source, stored: dict[str, Gaussian]) -> None:
@@ -114,9 +114,10 @@ def check_widths(source: Source, stored: dict[str, Gaussian]) -> None:
 def check_sizes(samples: tuple[int, int] | None, reference: tuple[int, int] | None) -> None:
     """UserError unless both sides have images of one (height, width), as far as it is known."""
     if samples and reference and samples != reference:
+        drawn = f"{samples[0]} x {samples[1]}"
+        known = f"{reference[0]} x {reference[1]}"
         raise UserError(
-            f"the samples are {samples[0]} x {samples[1]} pixels and the reference's images {reference[0]} x {reference[1]}; "
-            "compare images of one size"
+            f"the samples are {drawn} pixels and the reference's images {known}; compare images of one size"
         )
 
 
@@ -131,8 +132,8 @@ def measure_source(source: Source, extractor: Extractor, cache: Path, processes:
 def compare(samples: FeatureSet, reference: FeatureSet, extractor: Extractor) -> dict[str, float]:
     """Every metric that the two sides and the extractor allow.
 
-    Keys: `fid`, `sfid`, `inception_score` of Inception, `frechet_distance` of any other extractor; `precision`, `recall`;
-    `class_accuracy` where the samples have labels and the extractor is a classifier.
+    Keys: `fid`, `sfid` and `inception_score` of Inception; `frechet_distance` of any other extractor;
+    `precision` and `recall`; `class_accuracy` where the samples have labels and the extractor classifies.
     """
     values = distances(samples, reference, extractor)
     if samples.chunks is None:
@@ -188,6 +189,6 @@ def rank_warning(name: str, count: int | None, width: int) -> str | None:
     if count is None or count > width:
         return None
     return (
-        f"warning: {name}: {count} images give {width} features a covariance of rank {count - 1} at most; distances are "
-        f"comparable only between sets of this size; give {width + 1} or more"
+        f"warning: {name}: {count} images give {width} features a covariance of rank {count - 1} at most; "
+        f"distances are comparable only between sets of this size; give {width + 1} or more"
     )

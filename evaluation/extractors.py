@@ -1,4 +1,4 @@
-"""Networks that turn images into the features whose distributions are compared: Inception, a TorchScript file, a timm folder."""
+"""Networks that turn images into features: Inception, a TorchScript file, the folder of a timm model."""
 
 import hashlib
 import io
@@ -54,7 +54,8 @@ def load_extractor(features: str, inception_weights: str | None, device: torch.d
         return Inception(inception_weights, device)
     if inception_weights:
         raise UserError(
-            f"--inception-weights '{inception_weights}': has no meaning with --features '{features}'; leave it out"
+            f"--inception-weights '{inception_weights}': has no meaning with --features '{features}'; "
+            "leave it out"
         )
     if (path / "config.json").is_file():
         return TimmModel(path, device)
@@ -66,7 +67,7 @@ def load_extractor(features: str, inception_weights: str | None, device: torch.d
 
 
 class Inception:
-    """The Inception graph of 2015 that defines FID, as converted by torch-fidelity, with TensorFlow's resize."""
+    """The Inception graph of 2015 behind FID, in torch-fidelity's conversion, with TensorFlow's resize."""
 
     is_inception = True
 
@@ -99,8 +100,8 @@ class Inception:
             ValueError,
         ) as error:
             raise UserError(
-                f"--inception-weights '{path}': does not hold the Inception weights ({one_line(error)}); download them from "
-                f"{url}"
+                f"--inception-weights '{path}': does not hold the Inception weights ({one_line(error)}); "
+                f"download them from {url}"
             ) from None
         self.name = f"inception:{hashlib.sha256(data).hexdigest()}"
         self.device = device
@@ -137,8 +138,9 @@ def download(url: str) -> Path:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=expected_hash)
     except (URLError, OSError, RuntimeError) as error:
         raise UserError(
-            f"--inception-weights is not given and {url} cannot be downloaded ({one_line(error)}); download that file on a "
-            f"machine with internet access and give it as --inception-weights, or put it at {path}"
+            f"--inception-weights is not given and {url} cannot be downloaded ({one_line(error)}); "
+            "download that file on a machine with internet access and give it as --inception-weights, "
+            f"or put it at {path}"
         ) from None
     return path
 
@@ -155,8 +157,9 @@ class TorchScriptModel:
                 warnings.simplefilter("ignore", FutureWarning)  # PyTorch recommends other formats by now
                 self.network = torch.jit.load(io.BytesIO(data), map_location=device).eval()
         except (RuntimeError, ValueError, EOFError) as error:
+            reason = one_line(error, 120)
             raise UserError(
-                f"--features '{path}': is not a TorchScript file ({one_line(error, 120)}); torch.jit.save writes one"
+                f"--features '{path}': is not a TorchScript file ({reason}); torch.jit.save writes one"
             ) from None
         self.name = f"torchscript:{hashlib.sha256(data).hexdigest()}"
         self.device = device
@@ -171,7 +174,7 @@ class TorchScriptModel:
 
 
 class TimmModel:
-    """A local folder with config.json and weights as timm saves it, with the preprocessing that its configuration names."""
+    """A local folder with config.json and weights as timm saves it, with the preprocessing named there."""
 
     is_inception = False
 
@@ -215,7 +218,7 @@ class TimmModel:
 
 
 def read_timm_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights file that timm itself would choose, read without unpickling, which some versions of timm do not ensure."""
+    """The weights file that timm itself would choose. Some versions of timm would unpickle it."""
     for name in TIMM_WEIGHTS:
         file = folder / name
         if not file.exists():

@@ -1,7 +1,7 @@
 """Features of images, kept on disk in chunks.
 
-Each chunk is a file. Processes share the work by writing different chunks, and an interrupted run finds those that are done.
-No result depends on the number of processes.
+Each chunk is a file. Processes share the work by writing different chunks, and an interrupted run finds those
+that are done. No result depends on the number of processes.
 """
 
 import zipfile
@@ -40,7 +40,7 @@ class FeatureChunks:
         return self.folder / f"{chunk:05d}.npz"
 
     def missing(self, processes: Processes) -> list[int]:
-        """Chunks that this process has to compute: those without a file, or whose file is empty or ends early."""
+        """Chunks that this process has to compute: their file is missing, empty or ends early."""
         share = range(len(self.ranges))[processes.rank :: processes.world]
         return [chunk for chunk in share if not zipfile.is_zipfile(self.path(chunk))]
 
@@ -85,7 +85,10 @@ class FeatureChunks:
 def extract(
     images: FolderImages | NpzImages, extractor: Extractor, cache: Path, processes: Processes
 ) -> FeatureChunks:
-    """Features of all images, in a folder of `cache` named by the content of images and extractor. Collective."""
+    """Features of all images, in a folder of `cache` named by the content of images and extractor.
+
+    Collective: every process calls it, and returns when all chunks exist.
+    """
     made_of = f"{images.digest()[:32]}-{extractor.name.replace(':', '-')[:48]}"
     chunks = FeatureChunks(cache / f"{FORMAT}-{made_of}", len(images), CHUNK)
     missing = chunks.missing(processes)

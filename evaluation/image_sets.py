@@ -1,4 +1,4 @@
-"""Sets of images as users name them: a folder of image files, an ADM `.npz`, or a file of `evaluate.py --make-reference`."""
+"""Sets of images as users name them: a folder of image files, an ADM `.npz`, or a reference batch."""
 
 import contextlib
 import hashlib
@@ -74,9 +74,9 @@ class FolderImages:
             sizes = list(readers.map(self._header_size, self.paths))
         for path, size in zip(self.paths, sizes):
             if size != sizes[0]:
+                example = f"{self.paths[0].name} is {sizes[0]}, {path.name} is {size}"
                 raise UserError(
-                    f"'{self.folder}': mixes image sizes ({self.paths[0].name} is {sizes[0]}, {path.name} is {size}); "
-                    "--make-reference crops a data set to one size"
+                    f"'{self.folder}': mixes image sizes ({example}); --make-reference crops images to one size"
                 )
         width, height = sizes[0]
         return height, width
@@ -159,7 +159,7 @@ def open_source(path: str | Path) -> Source:
     """Open what SAMPLES or REFERENCE names.
 
     Raises:
-        UserError: a missing path, another kind of file, images of several sizes, or arrays of the wrong shape.
+        UserError: a missing path, another kind of file, several image sizes, or arrays of the wrong shape.
     """
     path = Path(path)
     if path.is_dir():
@@ -173,8 +173,9 @@ def open_source(path: str | Path) -> Source:
     except UserError:
         raise
     except Exception as error:  # there is no end to what parsers raise on damaged files
+        reason = one_line(error, 120)
         raise UserError(
-            f"'{path}': is not a readable .npz of plain arrays ({one_line(error, 120)}); give images or an ADM .npz"
+            f"'{path}': is not a readable .npz of plain arrays ({reason}); give images or an ADM .npz"
         ) from None
     if source.images is None and not source.inception and not source.other:
         raise UserError(f"'{path}': holds neither images (arr_0) nor statistics (mu, sigma)")

@@ -1,5 +1,7 @@
-"""FID, sFID, Inception Score, precision and recall as formulas over features, with the conventions of the ADM evaluation suite
-(Dhariwal and Nichol, arXiv 2105.05233). All arithmetic is float64. Where the features come from does not matter here.
+"""FID, sFID, Inception Score, precision and recall as formulas over features.
+
+The conventions are those of the ADM evaluation suite (Dhariwal and Nichol, arXiv 2105.05233). All arithmetic
+is float64. Where the features come from does not matter here.
 """
 
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ class Gaussian:
 class Moments:
     """Mean and covariance of rows that arrive in parts.
 
-    The parts are merged around their own means (Chan, Golub and LeVeque 1983), so that a large mean costs no digits.
+    Parts are merged around their own means (Chan, Golub and LeVeque 1983): a large mean costs no digits.
     """
 
     def __init__(self, width: int):
@@ -56,11 +58,11 @@ class Moments:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Fréchet distance of two Gaussians: |m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2)).
 
-    FID (Heusel et al. 2017, arXiv 1706.08500, equation 6) is this distance of pooled Inception features; sFID (Nash et al.
-    2021, arXiv 2103.03841) takes a spatial feature map in their place.
+    FID (Heusel et al. 2017, arXiv 1706.08500, equation 6) is this distance of pooled Inception features. sFID
+    (Nash et al. 2021, arXiv 2103.03841) takes a spatial feature map in their place.
 
-    With factors C = F F^T, the last trace is the sum of the singular values of F_a^T F_b. This needs no matrix square root of
-    a product that is not symmetric, and is exact for covariances without full rank.
+    With factors C = F F^T, the last trace is the sum of the singular values of F_a^T F_b. This needs no
+    matrix square root of a product that is not symmetric, and is exact for covariances without full rank.
     """
     root_trace = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
     spread = np.trace(a.covariance) + np.trace(b.covariance) - 2 * root_trace
@@ -77,7 +79,9 @@ def _factor(covariance: np.ndarray) -> np.ndarray:
 
 
 def inception_score(logits: np.ndarray) -> float:
-    """exp(E_x KL(p(y|x) || p(y))), averaged over splits of 5000 images (Salimans et al. 2016, arXiv 1606.03498).
+    """exp(E_x KL(p(y|x) || p(y))), averaged over splits of 5000 images.
+
+    Source: Salimans et al. 2016, arXiv 1606.03498.
 
     Args:
         logits: (N, K) in the order of the samples.
@@ -105,9 +109,9 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, equations 1 and 2).
 
-    The manifold of a set is the union of balls around its members, each of which reaches to the member's k-th nearest
-    neighbour. Precision is the share of the samples on the reference's manifold; recall is the share of the reference on the
-    samples' manifold.
+    The manifold of a set is the union of balls around its members, each of which reaches to the member's k-th
+    nearest neighbour. Precision is the share of the samples on the reference's manifold. Recall is the share
+    of the reference on the samples' manifold.
 
     Args:
         reference: (M, D), M > NEIGHBOURS. samples: (N, D), N > NEIGHBOURS.
@@ -133,7 +137,7 @@ def squared_radii(points: Tensor) -> Tensor:
 
 
 def covered(points: Tensor, centres: Tensor, squared_radii: Tensor) -> float:
-    """Share of the points (N, D) inside or on any of the balls around centres (M, D) with squared radii (M,)."""
+    """Share of the points (N, D) in any of the closed balls with centres (M, D) and squared radii (M,)."""
     inside = []
     for part in points.split(BLOCK):
         within = squared_distances(part, centres) <= squared_radii

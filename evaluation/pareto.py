@@ -1,22 +1,22 @@
-"""The points of quality against cost: every budget of every checkpoint is sampled and compared with a reference.
+"""The points of quality against cost: every budget of every checkpoint, sampled and compared with a reference.
 
 `figures/pareto.py` is the command and draws them.
 """
 
-import argparse
 import csv
 import hashlib
 import io
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
-from config import Config, UserError
-from data.files import write_file
+from config import UserError
+from data.files import write_text
 from data.store_files import sha256_of
 from evaluation.comparison import (
     FeatureSet,
@@ -26,200 +26,261 @@ from evaluation.comparison import (
     measure_source,
     rank_warning,
 )
-from evaluation.extractors import load_extractor
+from evaluation.extractors import Extractor, load_extractor
 from evaluation.image_sets import Source, open_source
 from evaluation.sample_features import SamplePlan, measure_samples
 from processes import group
+from processes.group import Processes
 from processes.lock import FolderLock
 from sampling.budgets import ALL, Budget
-from sampling.generate import SamplingOptions, TrainedModel, draw_labels, load_trained
+from sampling.generate import draw_labels
+from sampling.load import TrainedModel, load_trained
+from sampling.options import SamplingOptions
 
-# Columns that must be equal in all rows of a file, or its points could not be compared.
-SETTINGS = (
-    "seed",
-    "images",
-    "steps",
-    "sampler",
-    "bf16",
-    "image_size",
-    "features",
-    "reference",
-    "reference_images",
-)
+
+@dataclass(frozen=True)
+class ParetoPlan:
+    """Which points to measure, and how."""
+
+    # The points: every checkpoint at every guidance scale and budget
+    checkpoints: list[str]
+    vae: str | None  # default: the autoencoder that each checkpoint names
+    cfg_scales: list[float]
+    budgets: list[float]  # dropped fractions
+    lite_budgets: list[
+        float
+    ]  # dropped fractions of the unconditional branch, besides guidance without Lite-CFG
+
+    # The samples of each point
+    num_samples: int
+    num_sampling_steps: int
+    sampler: str
+    seed: int
+    bf16: bool
+    batch_size: int  # per process
+
+    # What they are compared with, and where the results go
+    reference: str
+    features: str
+    inception_weights: str | None
+    output: Path
 
 
 @dataclass(frozen=True)
 class Point:
-    """One way to sample one checkpoint; `lite` is the unconditional branch's dropped fraction, "" without Lite-CFG."""
+    """One way to sample one model."""
 
-    ckpt: str
+    trained: TrainedModel
     cfg_scale: float
-    budget: float
-    lite: float | str
+    budget: float  # dropped fraction
+    lite: float | None  # dropped fraction of the unconditional branch; None: no Lite-CFG
 
-    def options(self, args: argparse.Namespace) -> SamplingOptions:
+    def __str__(self) -> str:
+        name = f"{self.trained.config.model.name}, scale {self.cfg_scale}, budget {self.budget}"
+        return name if self.lite is None else f"{name}, lite {self.lite}"
+
+    def options(self, plan: ParetoPlan) -> SamplingOptions:
+        """How the point is sampled."""
         return SamplingOptions(
             cfg_scale=self.cfg_scale,
-            num_sampling_steps=args.num_sampling_steps,
-            sampler=args.sampler,
-            seed=args.seed,
-            bf16=args.bf16,
+            num_sampling_steps=plan.num_sampling_steps,
+            sampler=plan.sampler,
+            seed=plan.seed,
+            bf16=plan.bf16,
             budget=Budget.fraction(self.budget) if self.budget else ALL,
-            uncond=Budget.fraction(float(self.lite)) if self.lite != "" else None,
+            uncond=None if self.lite is None else Budget.fraction(self.lite),
         )
 
+    def key(self, settings: dict[str, str]) -> str:
+        """Name of the point in the table and of its folder: equal keys mean equal samples and comparisons."""
+        identity = (
+            self.trained.fingerprint,
+            self.trained.autoencoder.sha256,
+            self.trained.config.diffusion.cfg_channels,
+            settings,
+            self.cfg_scale,
+            self.budget,
+            "" if self.lite is None else self.lite,
+        )
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
 
-def measure(args: argparse.Namespace) -> list[dict[str, str]]:
-    """Measure the points that the table lacks; returns all its rows. Collective."""
-    source = open_source(args.reference)
+    def columns(self) -> dict[str, str]:
+        """The point's own columns of the table."""
+        config = self.trained.config
+        return {
+            "model": self.trained.fingerprint[:12],
+            "name": config.model.name,
+            "step": str(self.trained.step),
+            "static": str(config.is_static),
+            "cfg_scale": str(self.cfg_scale),
+            "budget": str(self.budget),
+            "lite_cfg": "" if self.lite is None else str(self.lite),
+        }
+
+
+class PointTable:
+    """pareto.csv: a row per point, which all have the same settings, or they could not be compared.
+
+    Raises:
+        UserError: the file holds points with other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, str]):
+        self.path = path
+        self.rows: list[dict[str, str]] = []
+        if path.is_file():
+            with open(path, encoding="utf-8", newline="") as stream:
+                self.rows = list(csv.DictReader(stream))
+        for row in self.rows:
+            changes = []
+            for key, value in settings.items():
+                if row.get(key) != value:
+                    changes.append(f"{key} {row.get(key)} instead of {value}")
+            if changes:
+                points = f"holds points with {', '.join(changes)}"
+                raise UserError(f"--output '{path.parent}' {points}; give another folder")
+
+    def has(self, key: str) -> bool:
+        """Whether the point of this key has a row."""
+        return any(row["point"] == key for row in self.rows)
+
+    def write(self) -> None:
+        """Write all rows; metrics that only some points have leave empty cells in the others."""
+        columns: dict[str, None] = {}
+        for row in self.rows:
+            columns |= dict.fromkeys(row)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(columns), restval="")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What every point is compared with."""
+
+    extractor: Extractor
+    reference: FeatureSet
+
+
+def measure(plan: ParetoPlan) -> list[dict[str, str]]:
+    """Measure the points that the table lacks; returns all its rows. Collective.
+
+    Raises:
+        UserError: models, reference or options do not fit together, or the table has points of other settings.
+    """
+    # Load and check everything before the first file is written
+    source = open_source(plan.reference)
     processes = group.start_processes()
-    models = {ckpt: load_trained(ckpt, processes.device, args.vae) for ckpt in args.ckpt}
-    points = [point for ckpt, trained in models.items() for point in points_of(ckpt, trained.config, args)]
-    for point in points:
-        point.options(args).check(models[point.ckpt].config)
-    check_runs(models, source)
-    extractor = load_extractor(args.features, args.inception_weights, processes.device)
-    check_source(source, extractor)
-    settings = settings_of(args, source, models[args.ckpt[0]].config, extractor.name)
-    with FolderLock(args.output, "--output") as lock:
-        group.on_first(lock.acquire)
-        return measure_points(args, points, models, source, extractor, settings, processes)
-
-
-def measure_points(
-    args, points: list[Point], runs: dict[str, TrainedModel], source: Source, extractor, settings, processes
-) -> list[dict[str, str]]:
-    """The rows of the table, with those of the points that it lacked."""
-    table = args.output / "pareto.csv"
-    rows = read_rows(table, settings)
-    reference = measure_source(source, extractor, args.output / "reference", processes)
-    for name, count in (("the samples", args.num_samples), (args.reference, reference.count)):
-        if warning := rank_warning(name, count, reference.width):
-            group.print_once(warning)
-    for point in points:
-        trained = runs[point.ckpt]
-        key = point_key(point, trained, settings)
-        if key not in {row["point"] for row in rows}:
-            folder = (
-                args.output / f"{key}-{args.batch_size}"
-            )  # an interrupted point goes on with batches of the same size
-            found = measure_point(point, trained, args, extractor, reference, folder, processes)
-            rows.append({"point": key, **describe_point(point, trained), **settings, **found})
-            if processes.rank == 0:
-                write_rows(table, rows)
-                shutil.rmtree(folder)
-    return rows
-
-
-def is_static(config: Config) -> bool:
-    """Whether the checkpoint is a static DiT, which keeps every token."""
-    return config.is_static
-
-
-def points_of(ckpt: str, config: Config, args: argparse.Namespace) -> list[Point]:
-    """All points of one checkpoint, cheapest guidance first."""
+    models = {ckpt: load_trained(ckpt, processes.device, plan.vae) for ckpt in plan.checkpoints}
     points = []
-    for scale in args.cfg_scale:
-        budgets = [0.0] if is_static(config) else args.budgets
-        lites = [""] if scale == 1 or is_static(config) else ["", *args.lite_cfg]
-        points += [Point(ckpt, scale, budget, lite) for lite in lites for budget in budgets]
+    for trained in models.values():
+        points += points_of(trained, plan)
+    for point in points:
+        point.options(plan).check(point.trained.config)
+    check_models(models, source)
+    extractor = load_extractor(plan.features, plan.inception_weights, processes.device)
+    check_source(source, extractor)
+    settings = settings_of(plan, source, points[0], extractor)
+
+    with FolderLock(plan.output, "--output") as lock:
+        group.on_first(lock.acquire)
+        table = PointTable(plan.output / "pareto.csv", settings)
+        reference = measure_source(source, extractor, plan.output / "reference", processes)
+        warn_of_few_images(plan, reference)
+        yardstick = Yardstick(extractor, reference)
+        for point in points:
+            key = point.key(settings)
+            if table.has(key):
+                continue
+            # An interrupted point resumes with batches of the same size
+            folder = plan.output / f"{key}-{plan.batch_size}"
+            found = measure_point(point, plan, yardstick, folder, processes)
+            table.rows.append({"point": key, **point.columns(), **settings, **found})
+            if processes.rank == 0:
+                table.write()
+                shutil.rmtree(folder)
+        return table.rows
+
+
+def points_of(trained: TrainedModel, plan: ParetoPlan) -> list[Point]:
+    """All points of one model; a static DiT has no budgets, and scale 1 has no unconditional branch."""
+    static = trained.config.is_static
+    budgets = [0.0] if static else plan.budgets
+    points = []
+    for scale in plan.cfg_scales:
+        lites: list[float | None] = [None]
+        if scale != 1 and not static:
+            lites += plan.lite_budgets
+        for lite in lites:
+            for budget in budgets:
+                points.append(Point(trained, scale, budget, lite))
     return points
 
 
-def check_runs(runs: dict[str, TrainedModel], source: Source) -> None:
+def check_models(models: Mapping[str, TrainedModel], source: Source) -> None:
     """Checkpoints and reference must be of one image size, and the checkpoints of one set of classes."""
-    first, *others = runs.items()
+    (first, first_model), *others = models.items()
+    expected = first_model.config.data
     for ckpt, trained in others:
-        for key in ("image_size", "num_classes"):
-            ours, theirs = getattr(trained.config.data, key), getattr(first[1].config.data, key)
-            if ours != theirs:
+        data = trained.config.data
+        for key, own, wanted in (
+            ("image_size", data.image_size, expected.image_size),
+            ("num_classes", data.num_classes, expected.num_classes),
+        ):
+            if own != wanted:
                 raise UserError(
-                    f"--ckpt '{ckpt}': has data.{key} {ours}, but '{first[0]}' has {theirs}; compare them apart"
+                    f"--ckpt '{ckpt}': has data.{key} {own}, but '{first}' has {wanted}; compare them apart"
                 )
-    check_sizes((first[1].config.data.image_size,) * 2, source.size)
+    check_sizes((expected.image_size, expected.image_size), source.size)
 
 
-def settings_of(args: argparse.Namespace, source: Source, config: Config, extractor: str) -> dict[str, str]:
-    """The columns that all points share."""
-    path = Path(args.reference)
-    values = {
-        "seed": args.seed,
-        "images": args.num_samples,
-        "steps": args.num_sampling_steps,
-        "sampler": args.sampler,
-        "bf16": args.bf16,
-        "image_size": config.data.image_size,
-        "features": extractor.split(":")[0] + ":" + extractor.split(":")[1][:12],
-        "reference": source.images.digest()[:12] if path.is_dir() else sha256_of(path)[:12],
-        "reference_images": source.count(extractor) or "",
+def settings_of(plan: ParetoPlan, source: Source, point: Point, extractor: Extractor) -> dict[str, str]:
+    """The columns that all points share, and in which all rows of a table must be equal."""
+    kind, content = extractor.name.split(":")[:2]
+    if source.path.is_dir() and source.images is not None:
+        reference = source.images.digest()
+    else:
+        reference = sha256_of(source.path)
+    return {
+        "seed": str(plan.seed),
+        "images": str(plan.num_samples),
+        "steps": str(plan.num_sampling_steps),
+        "sampler": plan.sampler,
+        "bf16": str(plan.bf16),
+        "image_size": str(point.trained.config.data.image_size),
+        "features": f"{kind}:{content[:12]}",
+        "reference": reference[:12],
+        "reference_images": str(source.count(extractor.name) or ""),
     }
-    return {key: str(value) for key, value in values.items()}
 
 
-def point_key(point: Point, trained: TrainedModel, settings: dict[str, str]) -> str:
-    """Names a point in the table and its folder: equal keys mean equal samples and an equal comparison."""
-    identity = [
-        trained.fingerprint,
-        trained.autoencoder.sha256,
-        trained.config.diffusion.cfg_channels,
-        settings,
-    ]
-    identity += [point.cfg_scale, point.budget, point.lite]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-
-
-def describe_point(point: Point, trained: TrainedModel) -> dict[str, str]:
-    values = {
-        "model": trained.fingerprint[:12],
-        "name": trained.config.model.name,
-        "step": trained.step,
-        "static": is_static(trained.config),
-        "cfg_scale": point.cfg_scale,
-        "budget": point.budget,
-        "lite_cfg": point.lite,
-    }
-    return {key: str(value) for key, value in values.items()}
+def warn_of_few_images(plan: ParetoPlan, reference: FeatureSet) -> None:
+    """Warn where samples or reference are too few for the covariance of their features."""
+    for name, count in (("the samples", plan.num_samples), (plan.reference, reference.count)):
+        warning = rank_warning(name, count, reference.width)
+        if warning:
+            group.print_once(warning)
 
 
 def measure_point(
-    point, trained: TrainedModel, args, extractor, reference: FeatureSet, folder: Path, processes
+    point: Point, plan: ParetoPlan, yardstick: Yardstick, folder: Path, processes: Processes
 ) -> dict[str, str]:
-    """Sample, compare, and forget the features. The metrics are the first process's."""
-    labels = draw_labels(args.seed, list(range(args.num_samples)), trained.config.data.num_classes)
-    title = (
-        f"{trained.config.model.name}, scale {point.cfg_scale}, budget {point.budget}"
-        + f", lite {point.lite}" * (point.lite != "")
-    )
-    options = point.options(args)
-    plan = SamplePlan(options, labels, args.batch_size, title)
-    chunks = measure_samples(trained, plan, extractor, folder, processes)
+    """Sample and compare. Returns the columns of cost and metrics on the first process, nothing on the others.
+
+    Args:
+        folder: for the features of the samples; an interrupted call finds there what is done.
+    """
+    indices = list(range(plan.num_samples))
+    labels = draw_labels(plan.seed, indices, point.trained.config.data.num_classes)
+    samples = SamplePlan(point.options(plan), labels, plan.batch_size, str(point))
+    chunks = measure_samples(point.trained, samples, yardstick.extractor, folder, processes)
     if processes.world > 1:
         dist.barrier()
     if processes.rank > 0:
         return {}
-    samples = FeatureSet(title, chunks, {}, np.array(labels))
     found = {"tflop_per_image": chunks.mean("tflop"), "kept_share": chunks.mean("kept")}
-    found |= compare(samples, reference, extractor)
+    own = FeatureSet(str(point), chunks, {}, np.array(labels))
+    found |= compare(own, yardstick.reference, yardstick.extractor)
     return {key: f"{value:.8g}" for key, value in found.items()}
-
-
-def read_rows(table: Path, settings: dict[str, str]) -> list[dict[str, str]]:
-    """Rows of an earlier call; UserError where their points could not be compared with these."""
-    if not table.is_file():
-        return []
-    with open(table, encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    for row in rows:
-        if changed := [key for key in SETTINGS if row.get(key) != settings[key]]:
-            was = ", ".join(f"{key} {row.get(key)} instead of {settings[key]}" for key in changed)
-            raise UserError(f"--output '{table.parent}' holds points with {was}; give another folder")
-    return rows
-
-
-def write_rows(table: Path, rows: list[dict[str, str]]) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(table, lambda stream: stream.write(text.getvalue().encode()))

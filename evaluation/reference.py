@@ -1,7 +1,8 @@
 """The reference batch of a data set: images and statistics in one `.npz` of the ADM format.
 
-With Inception features it holds `arr_0`, `mu`, `sigma`, `mu_s` and `sigma_s`, which the ADM suite reads too. The statistics
-cover all images; `arr_0` holds at most 10,000 of them, drawn at random, for precision and recall.
+With Inception features it holds `arr_0`, `mu`, `sigma`, `mu_s` and `sigma_s`, which the ADM suite reads too.
+The statistics cover all images. `arr_0` holds at most 10,000 of them, drawn at random, for precision and
+recall.
 """
 
 import json

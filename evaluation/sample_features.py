@@ -28,8 +28,8 @@ def measure_samples(
 ) -> FeatureChunks:
     """Draw the samples and write what is measured on them to `folder`, one chunk per batch.
 
-    The chunks hold what `measure_batch` returns. Batches that have a file are not sampled again. When all processes have
-    returned, the result is complete; it does not depend on their number.
+    The chunks hold what `measure_batch` returns. Batches that have a file are not sampled again. When all
+    processes have returned, the result is complete; it does not depend on their number.
     """
     chunks = FeatureChunks(folder, len(plan.labels), plan.batch_size)
     missing = chunks.missing(processes)
@@ -44,7 +44,11 @@ def measure_samples(
 
 
 def measure_batch(trained: TrainedModel, batch: SampledBatch, extractor: Extractor) -> dict[str, np.ndarray]:
-    """A row per image: features; `tflop`, the cost of the image; `kept`, the conditional branch's kept share over all steps."""
+    """Arrays with a row per image.
+
+    They are what the extractor gives; `tflop`, the cost of the image; and `kept`, the kept share of the
+    conditional branch over all steps.
+    """
     arrays = as_arrays([run_extractor(extractor, batch.images)])
     counts = torch.stack([step.conditional for step in batch.kept])  # (steps, B)
     arrays["kept"] = counts.double().mean(0).cpu().numpy() / trained.config.tokens

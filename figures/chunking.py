@@ -31,7 +31,8 @@ class Trace:
     """Records some steps of the first samples; pass `record` to sampling.generate.
 
     Args:
-        steps: all steps of the sampler. At most `columns` of them are recorded, evenly spread and including both ends.
+        steps: all steps of the sampler.
+        columns: steps to record at most, evenly spread and including both ends.
         samples: number of samples to record out of the batch.
     """
 
@@ -54,7 +55,7 @@ class Trace:
 
 @rc_context(SMALL)
 def draw_chunking(trace: Trace, autoencoder: Autoencoder, path: Path) -> None:
-    """Three rows for each recorded sample (ROWS), a column per timestep, and the kept share under each column."""
+    """Three rows for each recorded sample (ROWS), a column per timestep, the kept share under each column."""
     columns = len(trace.steps)
     samples = len(trace.steps[0].x_t)
     figure = Figure(figsize=(1.35 * columns + 0.4, 4.5 * samples), dpi=120, layout="constrained")
@@ -110,7 +111,7 @@ def enlarge(cells: np.ndarray, side: int) -> np.ndarray:
 
 
 def dim_dropped(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """The image (H, W, 3) where tokens are kept (S, S), dimmed to a quarter of its contrast towards white elsewhere."""
+    """The image (H, W, 3), dimmed towards white where no token is kept (S, S)."""
     mask = enlarge(keep, len(image))[:, :, None]
     opacity = 0.25 + 0.75 * mask
     white = 255 * 0.75 * (1 - mask)
@@ -118,7 +119,7 @@ def dim_dropped(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 
 def boundary_overlay(image: np.ndarray, prob: np.ndarray) -> np.ndarray:
-    """The boundary probability (S, S) in colour over a grey version of the image (H, W, 3): (H, W, 3) uint8."""
+    """The boundary probability (S, S) in colour over a grey image (H, W, 3): (H, W, 3) uint8."""
     colour = 255 * colormaps["magma"](enlarge(prob, len(image)))[:, :, :3]
     grey = image.mean(2, keepdims=True)
     return (0.5 * grey + 0.5 * colour).astype("uint8")

@@ -2,7 +2,8 @@
 
     python -m figures.cost quickstart/summary.json
 
-writes kept_tokens.png, cost_by_component.png and kept_by_class.png beside it, or beside the folder of sample_ddp.py's samples.
+writes kept_tokens.png, cost_by_component.png and kept_by_class.png beside it, or beside the folder of
+sample_ddp.py's samples.
 """
 
 import json
@@ -83,7 +84,7 @@ def draw_cost(summary: Summary, path: Path) -> None:
 
 @rc_context(SMALL)
 def draw_classes(summary: Summary, path: Path) -> None:
-    """Kept share of the conditional branch for each class, ordered, with the standard deviation over its images."""
+    """Kept share of the conditional branch for each class, with the standard deviation over its images."""
     rows = sorted(summary["kept_by_class"], key=lambda row: row["share"]["mean"])
     if len(rows) > MOST_CLASSES:
         rows = rows[: MOST_CLASSES // 2] + rows[-MOST_CLASSES // 2 :]

@@ -1,15 +1,15 @@
 """Quality against cost: every budget of every checkpoint is sampled, compared with a reference, and drawn.
 
-    python -m figures.pareto --ckpt A.pt --ckpt B.pt --budgets 0,0.2,0.4,0.6 --cfg-scale 1,1.5 --reference R.npz
+    python -m figures.pareto --ckpt A.pt --ckpt B.pt --budgets 0,0.2,0.4 --cfg-scale 1,1.5 --reference R.npz
 
-writes pareto.csv, a row per point, and pareto.png, a panel per guidance scale, into --output. The same command resumes where it
-was, and with more checkpoints, budgets or scales it adds points. A static DiT is one point per scale. Under torchrun the
-processes share the work.
+writes pareto.csv, a row per point, and pareto.png, a panel per guidance scale, into --output. The same command
+resumes, and with more checkpoints, budgets or scales it adds points. A static DiT is one point per scale. Under
+torchrun the processes share the work.
 """
 
 import argparse
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -18,19 +18,23 @@ from matplotlib.figure import Figure
 import cli
 from config import UserError
 from diffusion.samplers import SAMPLERS
-from evaluation.pareto import measure
+from evaluation.comparison import METRIC_NAMES
+from evaluation.pareto import ParetoPlan, measure
 from figures.canvas import SMALL, save_figure
 from processes import group
 
-METRICS = {"fid": "FID", "frechet_distance": "Fréchet distance"}
+# The metrics that are drawn: the first one that the table has
+DRAWN = ("fid", "frechet_distance")
+
+Row = dict[str, str]
 
 
 class Mark(NamedTuple):
-    """One row of the table, as far as the figure needs it."""
+    """One row of the table: what the figure needs."""
 
     cost: float  # TFLOP per image
     metric: float
-    budget: float
+    budget: float  # dropped fraction
 
 
 class Curve(NamedTuple):
@@ -38,28 +42,31 @@ class Curve(NamedTuple):
 
     label: str
     static: bool
-    lite: str
+    lite: str  # dropped fraction of the unconditional branch, empty without Lite-CFG
     marks: list[Mark]
 
     def metric_at(self, cost: float) -> float | None:
         """The metric where the curve crosses a cost, or None beyond its ends."""
         for a, b in zip(self.marks, self.marks[1:]):
             if a.cost <= cost <= b.cost and a.cost < b.cost:
-                return a.metric + (b.metric - a.metric) * (cost - a.cost) / (b.cost - a.cost)
+                slope = (b.metric - a.metric) / (b.cost - a.cost)
+                return a.metric + slope * (cost - a.cost)
         return None
 
     def cost_at(self, metric: float) -> float | None:
         """The lowest cost at which the curve crosses a metric, or None where it never does."""
         for a, b in zip(self.marks, self.marks[1:]):
-            if min(a.metric, b.metric) <= metric <= max(a.metric, b.metric) and a.metric != b.metric:
-                return a.cost + (b.cost - a.cost) * (metric - a.metric) / (b.metric - a.metric)
+            lower, higher = sorted((a.metric, b.metric))
+            if lower <= metric <= higher and lower < higher:
+                slope = (b.cost - a.cost) / (b.metric - a.metric)
+                return a.cost + slope * (metric - a.metric)
         return None
 
 
 class Comparison(NamedTuple):
-    """A curve against a baseline: share of the cost saved at equal metric, and metric gained at equal cost, where known.
+    """A curve against a baseline: share of the cost saved at equal metric, and metric gained at equal cost.
 
-    Negative numbers are losses.
+    None where the curves do not overlap. Negative numbers are losses.
     """
 
     baseline: str
@@ -70,75 +77,96 @@ class Comparison(NamedTuple):
     def __str__(self) -> str:
         parts = []
         if self.saving is not None:
-            parts.append(
-                f"{abs(self.saving):.1%} {'less' if self.saving > 0 else 'more'} TFLOP at equal quality"
-            )
+            direction = "less" if self.saving > 0 else "more"
+            parts.append(f"{abs(self.saving):.1%} {direction} TFLOP at equal quality")
         if self.gain is not None:
-            parts.append(f"{abs(self.gain):.4g} {'lower' if self.gain > 0 else 'higher'} at equal cost")
-        return f"{self.curve} against {self.baseline}: {', '.join(parts) or 'no overlap to interpolate in'}"
+            direction = "lower" if self.gain > 0 else "higher"
+            parts.append(f"{abs(self.gain):.4g} {direction} at equal cost")
+        found = ", ".join(parts) or "no overlap to interpolate in"
+        return f"{self.curve} against {self.baseline}: {found}"
 
 
-def metric_of(rows: list[dict[str, str]]) -> str:
-    return next(name for name in METRICS if rows[0].get(name))
+# ----------------------------------------------------------------------------------------------------- curves
 
 
-def read_curves(rows: list[dict[str, str]], scale: str) -> list[Curve]:
+def metric_of(rows: list[Row]) -> str:
+    """Which metric the table has."""
+    return next(name for name in DRAWN if rows[0].get(name))
+
+
+def read_curves(rows: list[Row], scale: str) -> list[Curve]:
     """The curves of one panel."""
-    metric, groups = metric_of(rows), {}
+    metric = metric_of(rows)
+    curves: dict[tuple[str, ...], Curve] = {}
     for row in rows:
-        if row["cfg_scale"] == scale:
-            mark = Mark(float(row["tflop_per_image"]), float(row[metric]), float(row["budget"]))
-            groups.setdefault(
-                (row["name"], row["step"], row["static"] == "True", row["lite_cfg"], row["model"]), []
-            ).append(mark)
-    curves = []
-    for (name, step, static, lite, _), marks in groups.items():
-        label = f"{name}, {int(step):,} steps" + (f", Lite-CFG {float(lite):.0%}" if lite else "")
-        curves.append(Curve(label, static, lite, sorted(marks)))
-    return curves
+        if row["cfg_scale"] != scale:
+            continue
+        lite = row["lite_cfg"]
+        key = (row["name"], row["step"], row["static"], lite, row["model"])
+        if key not in curves:
+            label = f"{row['name']}, {int(row['step']):,} steps"
+            if lite:
+                label += f", Lite-CFG {float(lite):.0%}"
+            curves[key] = Curve(label, row["static"] == "True", lite, [])
+        mark = Mark(float(row["tflop_per_image"]), float(row[metric]), float(row["budget"]))
+        curves[key].marks.append(mark)
+    for curve in curves.values():
+        curve.marks.sort()
+    return list(curves.values())
 
 
 def compare_curves(curves: list[Curve]) -> list[tuple[Comparison, Curve, Mark]]:
-    """Every curve against the point of every static DiT; without one, the dearest point of every other curve against the first.
+    """Compare every curve with every static DiT; without one, compare every other curve with the first.
 
     Returns:
         the comparison, the curve that was interpolated, and the point of the other side.
     """
+    static = [curve for curve in curves if curve.static]
+    dynamic = [curve for curve in curves if not curve.static]
     found = []
-    for static in (curve for curve in curves if curve.static):
-        mark = static.marks[-1]
-        for curve in (curve for curve in curves if not curve.static):
-            cost, metric = curve.cost_at(mark.metric), curve.metric_at(mark.cost)
-            saving = None if cost is None else 1 - cost / mark.cost
-            gain = None if metric is None else mark.metric - metric
-            found.append((Comparison(static.label, curve.label, saving, gain), curve, mark))
-    if found or not curves:
+    if static and dynamic:
+        # A static DiT is one point: the other curve is interpolated
+        for baseline in static:
+            mark = baseline.marks[-1]
+            for curve in dynamic:
+                cost = curve.cost_at(mark.metric)
+                metric = curve.metric_at(mark.cost)
+                saving = None if cost is None else 1 - cost / mark.cost
+                gain = None if metric is None else mark.metric - metric
+                found.append((Comparison(baseline.label, curve.label, saving, gain), curve, mark))
         return found
-    first, *others = curves
-    for other in others:
-        mark = other.marks[-1]
-        cost, metric = first.cost_at(mark.metric), first.metric_at(mark.cost)
+    for curve in curves[1:]:
+        # The first curve is interpolated at the most expensive point of the other
+        baseline = curves[0]
+        mark = curve.marks[-1]
+        cost = baseline.cost_at(mark.metric)
+        metric = baseline.metric_at(mark.cost)
         saving = None if cost is None else 1 - mark.cost / cost
         gain = None if metric is None else metric - mark.metric
-        found.append((Comparison(first.label, other.label, saving, gain), first, mark))
+        found.append((Comparison(baseline.label, curve.label, saving, gain), baseline, mark))
     return found
 
 
+# ---------------------------------------------------------------------------------------------------- picture
+
+
 @rc_context(SMALL)
-def draw(rows: list[dict[str, str]], path: Path) -> list[Comparison]:
-    """Write the figure; returns what its annotations say."""
+def draw(rows: list[Row], path: Path) -> list[Comparison]:
+    """Write the figure, a panel per guidance scale; returns the comparisons that it shows."""
     scales = sorted({row["cfg_scale"] for row in rows}, key=float)
     figure = Figure(figsize=(5.2 * len(scales), 4), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(scales), squeeze=False)[0]
     comparisons = []
-    for axis, scale in zip(figure.subplots(1, len(scales), squeeze=False)[0], scales):
+    for axis, scale in zip(panels, scales):
         curves = read_curves(rows, scale)
         draw_curves(axis, curves)
         for comparison, curve, mark in compare_curves(curves):
             annotate(axis, comparison, curve, mark)
             comparisons.append(comparison)
-        axis.set_title("without guidance" if float(scale) == 1 else f"guidance scale {float(scale):g}")
+        guidance = f"guidance scale {float(scale):g}"
+        axis.set_title("without guidance" if float(scale) == 1 else guidance)
         axis.set_xlabel("TFLOP per image, all steps and branches")
-        axis.set_ylabel(f"{METRICS[metric_of(rows)]} ({rows[0]['images']} images)")
+        axis.set_ylabel(f"{METRIC_NAMES[metric_of(rows)]} ({rows[0]['images']} images)")
         axis.ticklabel_format(axis="x", scilimits=(-2, 4))
         axis.margins(0.12)
         axis.legend(fontsize=7)
@@ -147,50 +175,53 @@ def draw(rows: list[dict[str, str]], path: Path) -> list[Comparison]:
 
 
 def draw_curves(axis: Axes, curves: list[Curve]) -> None:
-    """A colour per curve, stars for static models, and each budget at its point."""
+    """A colour per curve, stars for static models, dashes for Lite-CFG, and each budget at its point."""
     for k, curve in enumerate(curves):
-        style = (
-            {"marker": "*", "markersize": 12, "linestyle": "none"}
-            if curve.static
-            else {"marker": "o", "markersize": 4}
-        )
+        colour = f"C{k}"
+        style: dict[str, Any] = {"marker": "o", "markersize": 4}
+        if curve.static:
+            style = {"marker": "*", "markersize": 12, "linestyle": "none"}
         if curve.lite:
             style["linestyle"] = "--"
-        axis.plot(
-            [m.cost for m in curve.marks],
-            [m.metric for m in curve.marks],
-            color=f"C{k}",
-            label=curve.label,
-            **style,
-        )
-        for mark in curve.marks if not curve.static else []:
-            label = f"−{mark.budget:.0%}" if mark.budget else "all"
-            axis.annotate(
-                label, mark[:2], xytext=(4, 4), textcoords="offset points", color=f"C{k}", fontsize=7
-            )
+        costs = [mark.cost for mark in curve.marks]
+        metrics = [mark.metric for mark in curve.marks]
+        axis.plot(costs, metrics, color=colour, label=curve.label, **style)
+        if curve.static:
+            continue
+        for mark in curve.marks:
+            text = f"−{mark.budget:.0%}" if mark.budget else "all"
+            point = (mark.cost, mark.metric)
+            axis.annotate(text, point, (4, 4), textcoords="offset points", color=colour, fontsize=7)
 
 
 def annotate(axis: Axes, comparison: Comparison, curve: Curve, mark: Mark) -> None:
-    """Arrows from the point to the interpolated curve: along the cost at equal metric, along the metric at equal cost."""
-    targets = []
-    if comparison.saving is not None:
-        targets.append(((curve.cost_at(mark.metric), mark.metric), f"{comparison.saving:+.0%} TFLOP saved"))
-    if comparison.gain is not None:
-        targets.append(((mark.cost, curve.metric_at(mark.cost)), f"{comparison.gain:+.3g} gained"))
-    for target, text in targets:
-        axis.annotate(
-            "", target, xytext=mark[:2], arrowprops={"arrowstyle": "->", "color": "grey", "linestyle": ":"}
-        )
-        middle = [(a + b) / 2 for a, b in zip(target, mark[:2])]
-        axis.annotate(text, middle, xytext=(2, 2), textcoords="offset points", fontsize=7, color="grey")
+    """Arrows from the point to the interpolated curve, at equal metric and at equal cost."""
+    cost = curve.cost_at(mark.metric)
+    if cost is not None and comparison.saving is not None:
+        draw_arrow(axis, mark, (cost, mark.metric), f"{comparison.saving:+.0%} TFLOP saved")
+    metric = curve.metric_at(mark.cost)
+    if metric is not None and comparison.gain is not None:
+        draw_arrow(axis, mark, (mark.cost, metric), f"{comparison.gain:+.3g} gained")
+
+
+def draw_arrow(axis: Axes, mark: Mark, target: tuple[float, float], text: str) -> None:
+    """A dotted arrow from the mark to the target, and the text beside its middle."""
+    arrow = {"arrowstyle": "->", "color": "grey", "linestyle": ":"}
+    axis.annotate("", target, (mark.cost, mark.metric), arrowprops=arrow)
+    middle = ((target[0] + mark.cost) / 2, (target[1] + mark.metric) / 2)
+    axis.annotate(text, middle, (2, 2), textcoords="offset points", fontsize=7, color="grey")
+
+
+# ---------------------------------------------------------------------------------------------------- command
 
 
 def numbers(text: str) -> list[float]:
     """ "0,0.2" -> [0.0, 0.2], each once and in order."""
     try:
-        return sorted({float(part) for part in text.split(",")})
+        values = {float(part) for part in text.split(",")}
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers such as 0,0.2,0.4") from None
+    return sorted(values)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -235,9 +266,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--output", type=Path, default=Path("results/pareto"), help="folder (default: %(default)s)"
     )
     args = parser.parse_args(argv)
-    for name, least in (("num_samples", 4), ("batch_size", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    cli.check_at_least(args, 4, "num_samples")
+    cli.check_at_least(args, 1, "batch_size")
     if args.lite_cfg and max(args.cfg_scale) <= 1:
         raise UserError(
             "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; add a larger scale"
@@ -246,9 +276,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def plan_of(args: argparse.Namespace) -> ParetoPlan:
+    """The command line as one value."""
+    return ParetoPlan(
+        checkpoints=args.ckpt,
+        vae=args.vae,
+        cfg_scales=args.cfg_scale,
+        budgets=args.budgets,
+        lite_budgets=args.lite_cfg,
+        num_samples=args.num_samples,
+        num_sampling_steps=args.num_sampling_steps,
+        sampler=args.sampler,
+        seed=args.seed,
+        bf16=args.bf16,
+        batch_size=args.batch_size,
+        reference=args.reference,
+        features=args.features,
+        inception_weights=args.inception_weights,
+        output=args.output,
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    rows = measure(args)
+    rows = measure(plan_of(args))
     picture = args.output / "pareto.png"
 
     def report() -> None:

@@ -3,8 +3,7 @@
 Each image's cost follows from its own kept counts, so attention is counted for its own token pairs.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from config import Config
-from data.files import write_file
+from data.files import write_file, write_json
 from models import architecture, flops
 
 BRANCHES = ("conditional", "unconditional")
@@ -34,14 +33,27 @@ class Seconds(NamedTuple):
     decoding: float  # the autoencoder
 
 
+class SamplingRecord(NamedTuple):
+    """What a summary is made from."""
+
+    timesteps: Sequence[int]  # t of each step
+    counts: np.ndarray  # (images, steps, 2) kept tokens, as `stack_kept` makes it
+    labels: Sequence[int]  # of each image
+    seconds: Seconds  # of all images together, added over processes
+
+
 def stack_kept(kept: Sequence[StepCounts]) -> np.ndarray:
-    """One batch's record as an array (B, steps, 2) int32, the branches last; 0 where a branch was not computed."""
-    nothing = torch.zeros_like(kept[0].conditional)
-    rows = [
-        torch.stack([step.conditional, nothing if step.unconditional is None else step.unconditional])
-        for step in kept
-    ]
+    """One batch's kept tokens: (B, steps, 2) int32, the branches last; 0 where a branch was not computed."""
+    rows = []
+    for step in kept:
+        unconditional = step.unconditional
+        if unconditional is None:
+            unconditional = torch.zeros_like(step.conditional)
+        rows.append(torch.stack([step.conditional, unconditional]))
     return torch.stack(rows).permute(2, 0, 1).int().cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------ FLOPs
 
 
 def image_flops(config: Config, counts: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
@@ -53,135 +65,179 @@ def image_flops(config: Config, counts: np.ndarray) -> dict[str, dict[str, np.nd
     Returns:
         branch -> component -> (B,) float64, the sum over steps.
     """
+    network = architecture(config)
     result = {}
-    for branch, own in zip(BRANCHES, np.moveaxis(counts, 2, 0).astype(np.float64)):
+    for k, branch in enumerate(BRANCHES):
+        own = counts[:, :, k].astype(np.float64)
         computed = (own > 0).sum(1)  # (B,) steps
-        if computed.any():
-            mean = flops.TokenCounts(own.sum(1) / computed, (own**2).sum(1) / computed)
-            result[branch] = {
-                name: each * computed
-                for name, each in flops.forward_flops(architecture(config), mean).items()
-            }
+        if not computed.any():
+            continue
+        mean = own.sum(1) / computed
+        mean_square = (own**2).sum(1) / computed
+        per_step = flops.forward_flops(network, flops.TokenCounts(mean, mean_square))
+        result[branch] = {name: cost * computed for name, cost in per_step.items()}
     return result
 
 
 def image_tflop(config: Config, kept: Sequence[StepCounts]) -> np.ndarray:
     """TFLOP of each image of a batch over all steps and branches, the autoencoder aside: (B,)."""
-    parts = image_flops(config, stack_kept(kept))
-    return sum(value for components in parts.values() for value in components.values()) / 1e12
+    parts: list[np.ndarray] = []
+    for components in image_flops(config, stack_kept(kept)).values():
+        parts += components.values()
+    return total(parts) / 1e12
+
+
+def total(values: Iterable[np.ndarray]) -> np.ndarray:
+    """Sum of arrays of one shape."""
+    return np.sum(list(values), axis=0)
+
+
+# ---------------------------------------------------------------------------------------------------- summary
 
 
 def summarise(
-    config: Config,
-    decoder: dict,
-    timesteps: Sequence[int],
-    counts: np.ndarray,
-    labels: Sequence[int],
-    class_names: Sequence[str] | None,
-    seconds: Seconds,
+    config: Config, decoder: Mapping, class_names: Sequence[str] | None, record: SamplingRecord
 ) -> dict:
-    """The account of a sampling run as plain data.
+    """What a sampling run cost, as plain data.
 
     Args:
         decoder: the autoencoder's diffusers configuration.
-        timesteps: t of each step. counts: (images, steps, 2). labels: of each image.
-        seconds: of all images together, added over processes.
     """
-    parts, images, tokens = image_flops(config, counts), len(counts), config.tokens
-    by_branch = {branch: sum(components.values()) for branch, components in parts.items()}
-    components = next(iter(parts.values()))
+    # TFLOP per image by branch, by component, and of the autoencoder
+    branches = image_flops(config, record.counts)
+    by_branch = {}
+    mean_by_branch = {}
+    for branch, components in branches.items():
+        by_branch[branch] = total(components.values()) / 1e12
+        mean_by_branch[branch] = float(by_branch[branch].mean())
+    by_component = {}
+    for name in next(iter(branches.values())):
+        both = total(components[name] for components in branches.values())
+        by_component[name] = float(both.mean()) / 1e12
+    decoding = sum(flops.decoder_flops(decoder, config.latent_size).values()) / 1e12
+
+    images = len(record.counts)
+    seconds = record.seconds
     return {
         "images": images,
-        "steps": len(timesteps),
-        "tokens": tokens,
-        "tflop_per_image": spread(sum(by_branch.values()) / 1e12),
-        "tflop_by_branch": {branch: float(value.mean()) / 1e12 for branch, value in by_branch.items()},
-        "tflop_by_component": {
-            name: float(sum(own[name] for own in parts.values()).mean()) / 1e12 for name in components
+        "steps": len(record.timesteps),
+        "tokens": config.tokens,
+        "tflop_per_image": spread(total(by_branch.values())),
+        "tflop_by_branch": mean_by_branch,
+        "tflop_by_component": by_component,
+        "tflop_decoding": decoding,
+        "seconds_per_image": {
+            "denoising": seconds.denoising / images,
+            "decoding": seconds.decoding / images,
         },
-        "tflop_decoding": sum(flops.decoder_flops(decoder, config.latent_size).values()) / 1e12,
-        "seconds_per_image": {name: value / images for name, value in seconds._asdict().items()},
-        "kept_by_step": [step_row(int(t), counts[:, k]) for k, t in enumerate(timesteps)],
-        "kept_by_class": class_rows(counts, np.asarray(labels), tokens, class_names),
+        "kept_by_step": step_rows(record),
+        "kept_by_class": class_rows(record, config.tokens, class_names),
     }
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
     """Mean, standard deviation over images, and extremes."""
-    return {name: float(getattr(values, name)()) for name in ("mean", "std", "min", "max")}
+    return {
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "min": float(values.min()),
+        "max": float(values.max()),
+    }
 
 
-def step_row(t: int, counts: np.ndarray) -> dict:
-    """Kept tokens of one step, counts (images, 2); None for a branch that was not computed."""
-    return {"t": t, **{name: spread(own) if own.any() else None for name, own in zip(BRANCHES, counts.T)}}
+def step_rows(record: SamplingRecord) -> list[dict]:
+    """Kept tokens at each step, spread over images; None for a branch that was not computed."""
+    rows = []
+    for k, t in enumerate(record.timesteps):
+        row: dict = {"t": int(t)}
+        for branch, own in zip(BRANCHES, record.counts[:, k].T):
+            row[branch] = spread(own) if own.any() else None
+        rows.append(row)
+    return rows
 
 
-def class_rows(
-    counts: np.ndarray, labels: np.ndarray, tokens: int, class_names: Sequence[str] | None
-) -> list[dict]:
-    """Kept share of the conditional branch over all steps, for each class that was sampled: mean and spread over images."""
-    shares = counts[:, :, 0].mean(1) / tokens
-    return [
-        {
-            "label": label,
-            "name": class_names[label] if class_names else str(label),
-            "images": int((labels == label).sum()),
-            "share": spread(shares[labels == label]),
-        }
-        for label in np.unique(labels).tolist()
-    ]
+def class_rows(record: SamplingRecord, tokens: int, class_names: Sequence[str] | None) -> list[dict]:
+    """Kept share of the conditional branch over all steps: mean and spread over the images of each class."""
+    labels = np.asarray(record.labels)
+    shares = record.counts[:, :, 0].mean(1) / tokens
+    rows = []
+    for label in np.unique(labels).tolist():
+        own = shares[labels == label]
+        name = class_names[label] if class_names else str(label)
+        rows.append({"label": label, "name": name, "images": len(own), "share": spread(own)})
+    return rows
 
 
 def report(summary: dict) -> str:
-    """The account in words."""
-    cost, seconds = summary["tflop_per_image"], summary["seconds_per_image"]
+    """The summary for people, a few lines."""
+    seconds = summary["seconds_per_image"]
+    together = sum(seconds.values())
     lines = [
-        f"{summary['images']} images, {sum(seconds.values()):.2f} s each ({seconds['decoding']:.2f} s of it to decode)"
+        f"{summary['images']} images, {together:.2f} s each, of which decoding {seconds['decoding']:.2f} s"
     ]
     for branch in summary["tflop_by_branch"]:
-        rows = [row[branch] for row in summary["kept_by_step"] if row[branch]]
-        mean, least, most = (
-            pick(row[key] for row in rows) / summary["tokens"]
-            for key, pick in (
-                ("mean", lambda values: float(np.mean(list(values)))),
-                ("min", min),
-                ("max", max),
-            )
-        )
-        lines.append(
-            f"{branch} branch: {mean:.1%} of {summary['tokens']} tokens kept (from {least:.1%} to {most:.1%}) "
-            f"in {len(rows)} steps, {summary['tflop_by_branch'][branch]:.4g} TFLOP per image"
-        )
-    parts = ", ".join(
-        f"{name} {value / cost['mean']:.1%}" for name, value in summary["tflop_by_component"].items()
-    )
+        lines.append(report_branch(summary, branch))
+
+    # The whole, its components, and the autoencoder
+    cost = summary["tflop_per_image"]
+    shares = []
+    for name, value in summary["tflop_by_component"].items():
+        shares.append(f"{name} {value / cost['mean']:.1%}")
+    steps = summary["steps"]
     lines.append(
-        f"{cost['mean']:.4g} TFLOP per image over {summary['steps']} steps (std {cost['std']:.2g}): {parts}"
+        f"{cost['mean']:.4g} TFLOP per image over {steps} steps (std {cost['std']:.2g}): {', '.join(shares)}"
     )
-    lines.append(f"{summary['tflop_decoding']:.4g} TFLOP more to decode it")
+    lines.append(f"decoding an image takes {summary['tflop_decoding']:.4g} TFLOP more")
     return "\n".join(lines)
 
 
+def report_branch(summary: dict, branch: str) -> str:
+    """Kept share and cost of one branch."""
+    rows = [row[branch] for row in summary["kept_by_step"] if row[branch]]
+    tokens = summary["tokens"]
+    mean = np.mean([row["mean"] for row in rows]) / tokens
+    least = min(row["min"] for row in rows) / tokens
+    most = max(row["max"] for row in rows) / tokens
+    return (
+        f"{branch} branch: {mean:.1%} of {tokens} tokens kept (from {least:.1%} to {most:.1%}) "
+        f"in {len(rows)} steps, {summary['tflop_by_branch'][branch]:.4g} TFLOP per image"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
 def save_record(kept: Sequence[StepCounts], seconds: Seconds, path: Path) -> None:
-    """One batch's kept tokens and time as a file."""
-    arrays = {"t": [step.t for step in kept], "counts": stack_kept(kept), "seconds": seconds}
-    write_file(path, lambda stream: np.savez_compressed(stream, **arrays), durable=False)
+    """Write one batch's kept tokens and time."""
+    timesteps = np.array([step.t for step in kept])
+    counts = stack_kept(kept)
+    write_file(
+        path,
+        lambda stream: np.savez_compressed(stream, t=timesteps, counts=counts, seconds=np.array(seconds)),
+        durable=False,
+    )
 
 
-def read_records(paths: Sequence[Path], images: int) -> tuple[list[int], np.ndarray, Seconds]:
-    """Timesteps, kept counts (images, steps, 2) and seconds of several batches together, of their first `images` only."""
-    loaded, left = [], images
+def read_records(paths: Sequence[Path], labels: Sequence[int]) -> SamplingRecord:
+    """The files of several batches together, of their first len(labels) images only.
+
+    A last batch that is larger, because an earlier run was asked for more samples, counts in part.
+    """
+    counts = []
+    seconds = np.zeros(2)
+    missing = len(labels)
     for path in paths:
         with np.load(path) as arrays:
-            counts = arrays["counts"][
-                :left
-            ]  # the last batch was larger if more samples were asked for earlier
-            loaded.append((arrays["t"], counts, arrays["seconds"] * len(counts) / len(arrays["counts"])))
-            left -= len(counts)
-    timesteps, counts, seconds = zip(*loaded)
-    return timesteps[0].tolist(), np.concatenate(counts), Seconds(*np.sum(seconds, axis=0).tolist())
+            own = arrays["counts"]
+            timesteps = arrays["t"].tolist()
+            used = own[:missing]
+            seconds += arrays["seconds"] * len(used) / len(own)
+        counts.append(used)
+        missing -= len(used)
+    return SamplingRecord(timesteps, np.concatenate(counts), labels, Seconds(*seconds.tolist()))
 
 
 def save_summary(summary: dict, path: Path) -> None:
+    """Write summary.json and the folder that it goes into."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, lambda stream: stream.write(json.dumps(summary, indent=1).encode()))
+    write_json(path, summary)

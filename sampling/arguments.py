@@ -1,15 +1,19 @@
 """The sampling options, the same on every script that samples."""
 
 import argparse
+from typing import cast
 
 import torch
 
 from config import UserError, load_config
 from diffusion.samplers import SAMPLERS
 from models import compile_parts
+from models.dc_dit import DCDiT
+from models.dit import DiT
 from sampling.budgets import ALL, Budget
 from sampling.cuda_graph import GraphedDenoiser
-from sampling.generate import SamplingOptions, TrainedModel, load_trained
+from sampling.load import TrainedModel, load_trained
+from sampling.options import SamplingOptions
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +33,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float, se
     parser.add_argument(
         "--cfg-scale", type=float, default=cfg_scale, help="guidance scale, 1 is none (default: %(default)s)"
     )
-    parser.add_argument("--num-sampling-steps", type=int, default=250, help="(default: %(default)s)")
+    parser.add_argument(
+        "--num-sampling-steps", type=int, default=250, help="steps of the sampler (default: %(default)s)"
+    )
     parser.add_argument("--sampler", default="ddpm", choices=SAMPLERS, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=seed, help="(default: %(default)s)")
     parser.add_argument(
@@ -39,33 +45,48 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float, se
         metavar=("LO", "HI"),
         help="guide at LO <= t <= HI only (default: always)",
     )
+    # At most one budget, for both branches of guidance or, with --lite-cfg, for the conditional one
     parser.add_argument(
         "--tail-dropping-fraction", type=float, metavar="F", help="budget: share of the kept tokens to drop"
     )
     parser.add_argument(
-        "--token-budget", type=int, metavar="K", help="budget: exactly K tokens per image, the most probable"
+        "--token-budget", type=int, metavar="K", help="budget: keep the K most probable tokens per image"
     )
     parser.add_argument(
-        "--tflops-per-image", type=float, metavar="X", help="budget: drop what is needed to cost X at most"
+        "--tflops-per-image",
+        type=float,
+        metavar="X",
+        help="budget: drop the smallest share that makes an image cost at most X",
     )
     parser.add_argument(
         "--budget-schedule",
         metavar="T:F,...",
-        help="budget: fraction by t, linear between, 1000:0.6,300:0.2,0:0",
+        help="budget: fraction to drop at each t, linear between the points, e.g. 1000:0.6,300:0.2,0:0",
     )
+    # Lite-CFG: at most one budget for the unconditional branch, which without one has all its tokens
     parser.add_argument(
         "--lite-cfg", action="store_true", help="give the unconditional branch a budget of its own"
     )
     parser.add_argument(
-        "--uncond-tail-dropping-fraction", type=float, metavar="F", help="its budget, with --lite-cfg"
+        "--uncond-tail-dropping-fraction",
+        type=float,
+        metavar="F",
+        help="with --lite-cfg: budget of that branch",
     )
-    parser.add_argument("--uncond-token-budget", type=int, metavar="K", help="its budget, with --lite-cfg")
+    parser.add_argument("--uncond-token-budget", type=int, metavar="K", help="the same in tokens")
     parser.add_argument(
-        "--uncond-tflops-per-image", type=float, metavar="X", help="its budget (its share), with --lite-cfg"
+        "--uncond-tflops-per-image",
+        type=float,
+        metavar="X",
+        help="the same for this branch's share of the cost",
     )
-    parser.add_argument("--uncond-budget-schedule", metavar="T:F,...", help="its budget, with --lite-cfg")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-                        help="of network and autoencoder (default: bf16 on CUDA, else fp32)")  # fmt: skip
+    parser.add_argument("--uncond-budget-schedule", metavar="T:F,...", help="the same as a schedule")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="of network and autoencoder (default: auto, which is bf16 on CUDA and fp32 elsewhere)",
+    )
 
 
 def add_cuda_graph_argument(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +112,9 @@ def sampling_options(args: argparse.Namespace, device: torch.device) -> Sampling
     )
     if uncond != ALL and not args.lite_cfg:
         raise UserError(f"{uncond.option(unconditional=True)} {uncond.value}: needs --lite-cfg")
+    bf16 = args.precision == "bf16"
+    if args.precision == "auto":
+        bf16 = device.type == "cuda"
     interval = args.guidance_interval
     return SamplingOptions(
         cfg_scale=args.cfg_scale,
@@ -98,7 +122,7 @@ def sampling_options(args: argparse.Namespace, device: torch.device) -> Sampling
         num_sampling_steps=args.num_sampling_steps,
         sampler=args.sampler,
         seed=args.seed,
-        bf16=args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda"),
+        bf16=bf16,
         budget=budget,
         uncond=uncond if args.lite_cfg else None,
     )
@@ -128,27 +152,36 @@ def one_budget(
 
 
 def load_trained_from(args: argparse.Namespace, device: torch.device) -> TrainedModel:
-    """The model that --ckpt, --config, --set and --vae describe."""
+    """The model that --ckpt, --config, --set and --vae describe, compiled where --compile asks for it."""
     config = load_config(args.config, args.set) if args.config else None
-    ckpt = args.ckpt or (config and config.ckpt)
+    ckpt = args.ckpt
+    if ckpt is None and config is not None:
+        ckpt = config.ckpt
     if not ckpt:
         raise UserError(
             "--ckpt is missing; give a checkpoint of train.py, e.g. results/000-DC-DiT/checkpoints/0400000.pt"
         )
     trained = load_trained(ckpt, device, args.vae, config, args.set)
     if args.compile:
-        compile_parts(trained.model)
+        compile_parts(cast(DCDiT | DiT, trained.model))
     return trained
 
 
-def use_cuda_graph(args: argparse.Namespace, options: SamplingOptions, trained: TrainedModel) -> TrainedModel:
-    """The run as --cuda-graph asks for it; UserError where there can be no graph."""
-    if not args.cuda_graph:
-        return trained
+def read_arguments(args: argparse.Namespace, device: torch.device) -> tuple[SamplingOptions, TrainedModel]:
+    """The checked options and the model of a script with all the options of this file."""
+    options = sampling_options(args, device)
+    trained = load_trained_from(args, device)
+    options.check(trained.config)
+    if args.cuda_graph:
+        trained = with_cuda_graphs(trained, options)
+    return options, trained
+
+
+def with_cuda_graphs(trained: TrainedModel, options: SamplingOptions) -> TrainedModel:
+    """The model with its evaluations as CUDA graphs; UserError where there can be none."""
     if options.budget.token_count is None and not trained.config.is_static:
         raise UserError("--cuda-graph: needs a number of tokens that is known in advance; add --token-budget")
-    if trained.device.type != "cuda":
-        raise UserError(
-            f"--cuda-graph: needs a CUDA device, and the model is on {trained.device.type}; leave it out"
-        )
+    device = trained.device.type
+    if device != "cuda":
+        raise UserError(f"--cuda-graph: needs a CUDA device, and the model is on {device}; leave it out")
     return trained._replace(model=GraphedDenoiser(trained.model))

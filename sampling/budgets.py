@@ -2,7 +2,7 @@
 
 Budget.fraction(0.4)                     drop this share of the tokens that the router keeps, as in the paper
 Budget.tokens(128)                       keep exactly this number of tokens per image, the most probable ones
-Budget.tflops(3.5)                       drop the smallest fraction with which an image costs at most this much
+Budget.tflops(3.5)                       drop the smallest fraction with which an image costs at most this
 Budget.schedule("1000:0.6,300:0.2,0:0")  drop a fraction that is piecewise linear in the timestep
 ALL                                      drop nothing
 """
@@ -27,7 +27,7 @@ OPTIONS = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What one branch of guidance may spend at every timestep; plain data in two fields, made by the functions below."""
+    """What one branch of guidance may spend at every timestep. Plain data; the static methods make it."""
 
     unit: str = "all"
     value: float | str = 0.0
@@ -39,14 +39,15 @@ class Budget:
 
     @staticmethod
     def tokens(count: int) -> "Budget":
-        """Keep exactly this number of tokens per image, the most probable ones: all shapes are known in advance."""
+        """Keep exactly this number of tokens per image, the most probable ones: all shapes are static."""
         return Budget("tokens", count)
 
     @staticmethod
     def tflops(per_image: float) -> "Budget":
-        """Limit the mean cost of an image over all steps; `sampling.generate.replace_cost_limits` makes it a fraction.
+        """Limit the mean cost of an image over all steps.
 
-        As the budget of an image it limits both branches together, as that of the unconditional branch its share.
+        As the budget of an image it limits both branches together, as that of the unconditional branch its
+        share. `sampling.generate.replace_cost_limits` replaces it by a fraction.
         """
         return Budget("tflops", per_image)
 
@@ -72,7 +73,7 @@ class Budget:
         return option.replace("--", "--uncond-") if unconditional else option
 
     def check(self, config: Config, unconditional: bool = False) -> None:
-        """Raise UserError, naming the option, where the budget is out of range or the network has no router."""
+        """Raise UserError, naming the option, for a value out of range or a network without a router."""
         if self.unit == "all":
             return
         option = self.option(unconditional)
@@ -133,7 +134,7 @@ ALL = Budget()
 
 
 def parse_schedule(text: str) -> list[tuple[float, float]]:
-    """Read "1000:0.6,300:0.2,0:0" as points (t, fraction) by rising t; ValueError where it has another form."""
+    """Read "1000:0.6,300:0.2,0:0" as points (t, fraction) by rising t; ValueError for another form."""
     number = r"\s*(\d+\.?\d*|\.\d+)\s*"
     points = []
     for part in text.split(","):
@@ -145,7 +146,7 @@ def parse_schedule(text: str) -> list[tuple[float, float]]:
 
 
 def _check_schedule(text: str, option: str, diffusion_steps: int) -> None:
-    """UserError for another form, for a t outside [0, diffusion_steps] or given twice, and for a fraction outside [0, 1)."""
+    """UserError for another form, a t above the diffusion steps or given twice, and a fraction of 1 or more."""
     try:
         points = parse_schedule(text)
     except ValueError:

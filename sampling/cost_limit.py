@@ -55,7 +55,7 @@ class CostModel:
         return CostPrediction(cost, self._branch_cost(unconditional, uncond or budget, guided))
 
     def _branch_cost(self, undropped: list[Tensor], budget: Budget, timesteps: np.ndarray) -> float:
-        """TFLOP per image of one branch over the given timesteps: what the samples cost, interpolated over t."""
+        """TFLOP per image of one branch over these timesteps: what the samples cost, interpolated over t."""
         seen = torch.tensor([step.t for step in self.undropped])
         counts = torch.stack(undropped, 1).cpu()  # (samples, steps seen)
         kept = budget.kept_tokens(counts, seen.expand_as(counts)).double()

@@ -1,8 +1,10 @@
 """Evaluations of a network whose shapes are known in advance, as CUDA graphs.
 
-A small batch waits for the host, which launches hundreds of kernels per evaluation. Under a token budget, and in a static DiT,
-every evaluation launches the same ones: they are recorded once and then launched together.
+A small batch waits for the host, which launches hundreds of kernels per evaluation. Under a token budget, and
+in a static DiT, every evaluation launches the same ones: they are recorded once and then launched together.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +12,22 @@ from torch import Tensor, nn
 from models.dc_dit import DCDiT
 from models.types import DenoiserOutput, Routing
 
-WARM_UP = 3  # evaluations before the recording: kernels are chosen, and compiled, in the first ones
+# Evaluations before the recording: kernels are chosen, and compiled, in the first ones
+WARM_UP = 3
 
 
 class GraphedDenoiser(nn.Module):
-    """A denoiser for sampling, called like the one that it wraps; without a fixed number of tokens it evaluates as before.
+    """A denoiser for sampling, called like the network that it wraps; there is a graph where tokens are fixed.
 
-    There is one graph per batch size and token budget; they share their memory. The weights must stay where they are.
+    There is one graph per batch size and token budget; they share their memory. The weights must not move.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
         self.recordings: dict[tuple, Recording] = {}
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()
 
     def forward(
         self,
@@ -33,35 +37,45 @@ class GraphedDenoiser(nn.Module):
         drop: Tensor | float | None = None,
         tokens: list[int] | None = None,
     ) -> DenoiserOutput:
-        """As of models.dc_dit.DCDiT, without gradients."""
+        """Arguments and result are those of models.dc_dit.DCDiT; no gradients."""
         if isinstance(self.model, DCDiT) and tokens is None:
             return self.model(x_t, t, labels, drop)
-        kind = (len(x_t), torch.is_autocast_enabled("cuda"), *(tokens or ()))
-        if kind not in self.recordings:
-            self.recordings[kind] = Recording(self.model, (x_t, t, labels), tokens, self.pool, self.stream)
-        return self.recordings[kind].replay(x_t, t, labels)
+        shapes = (len(x_t), torch.is_autocast_enabled("cuda"), *(tokens or ()))
+        if shapes not in self.recordings:
+            inputs = (x_t, t, labels)
+            self.recordings[shapes] = Recording(self.model, inputs, tokens, self.pool, self.stream)
+        return self.recordings[shapes].replay(x_t, t, labels)
 
 
 class Recording:
-    """One CUDA graph: the inputs and outputs it was recorded with are read and written again at every replay."""
+    """One CUDA graph: every replay reads and writes the inputs and outputs it was recorded with."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], tokens: list[int] | None, pool, stream):
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: tuple[Tensor, ...],
+        tokens: list[int] | None,
+        pool: Any,
+        stream: torch.cuda.Stream,
+    ):
         self.inputs = tuple(x.clone() for x in inputs)
         # Without its cache, autocast's copies of the weights belong to the graph and live as long as it does.
         with torch.autocast("cuda", torch.bfloat16, torch.is_autocast_enabled("cuda"), cache_enabled=False):
+            # Warm up on another stream, as recording requires
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
                     model(*self.inputs, tokens=tokens)
             torch.cuda.current_stream().wait_stream(stream)
-            self.graph = torch.cuda.CUDAGraph()
             # "thread_local": other threads may write images meanwhile.
+            self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
                 self.output = model(*self.inputs, tokens=tokens)
 
     def replay(self, *inputs: Tensor) -> DenoiserOutput:
-        for mine, given in zip(self.inputs, inputs):
-            mine.copy_(given)
+        """Evaluate the network on other values; the results are copies, which later replays leave alone."""
+        for recorded, given in zip(self.inputs, inputs):
+            recorded.copy_(given)
         self.graph.replay()
         prediction, routing = self.output
-        return DenoiserOutput(prediction.clone(), Routing(*(x.clone() for x in routing)))
+        return DenoiserOutput(prediction.clone(), Routing(*[x.clone() for x in routing]))

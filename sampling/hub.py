@@ -2,25 +2,29 @@
 
     python -m sampling.hub --ckpt results/B-N4/checkpoints/0400000.pt --output hub/DC-DiT-B-N4
 
-`--push-to-hub USER/NAME` uploads the folder too. The folder is what `--ckpt` and `DCDiTPipeline.from_pretrained` take.
+`--push-to-hub USER/NAME` uploads the folder too. `--ckpt` and `DCDiTPipeline.from_pretrained` read it.
 """
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 
 import cli
 from config import Config, downsample_factors, to_dict, to_yaml
 from data.autoencoder import HUB_NAMES
-from data.files import write_file
+from data.files import write_json, write_text
 from models import architecture, flops
-from sampling.generate import TrainedModel, load_trained
-from weights.checkpoint import WEIGHTS, save_weights
+from sampling.load import TrainedModel, load_trained
+from weights.checkpoint import WEIGHTS, Checkpoint, save_weights
 
-DROPPED = (0.0, 0.2, 0.4, 0.6)  # budgets on the model card
-STEPS = 250  # sampling steps of its costs
+# Budgets and sampling steps whose cost the model card gives
+DROPPED_FRACTIONS = (0.0, 0.2, 0.4, 0.6)
+SAMPLING_STEPS = 250
+
+# A model card lists the names of at most this number of classes
+MOST_NAMES = 20
 
 
 class Pretrained(
@@ -32,58 +36,57 @@ class Pretrained(
         self.trained = trained
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the folder, over what an earlier export left in it."""
+        """Write the folder; what an earlier export left in it is replaced."""
         trained = self.trained
         if (save_directory / WEIGHTS).is_file():
             shutil.rmtree(save_directory / "vae", ignore_errors=True)
-        state = {
+        config = to_dict(trained.config)
+        state: Checkpoint = {
             "step": trained.step,
-            "config": to_dict(trained.config),
+            "config": config,
             "autoencoder": trained.autoencoder.describe(),
             "features": None,
+            "class_names": trained.class_names,
+            "ema": trained.model.state_dict(),
         }
-        save_weights(
-            save_directory / WEIGHTS,
-            {**state, "class_names": trained.class_names, "ema": trained.model.state_dict()},
-        )
-        text = json.dumps(to_dict(trained.config), indent=1)
-        write_file(save_directory / "config.json", lambda stream: stream.write(text.encode()))
-        write_file(
-            save_directory / "README.md",
-            lambda stream: stream.write(str(self.generate_model_card()).encode()),
-        )
-        if trained.autoencoder.name not in HUB_NAMES:  # one that only this machine has
+        save_weights(save_directory / WEIGHTS, state)
+        write_json(save_directory / "config.json", config)
+        write_text(save_directory / "README.md", str(self.generate_model_card()))
+        # Whoever downloads the folder has the published autoencoders, but not one of this machine
+        if trained.autoencoder.name not in HUB_NAMES:
             trained.autoencoder.model.save_pretrained(save_directory / "vae")
 
     @classmethod
     def _from_pretrained(
-        cls, *, model_id: str, device="cpu", vae: str | None = None, **download
+        cls, *, model_id: str, device: str = "cpu", vae: str | None = None, **download: Any
     ) -> "Pretrained":
         """`model_id` is a local folder, or a repository of which everything is downloaded."""
         folder = model_id if Path(model_id).is_dir() else snapshot_download(model_id, **download)
         return cls(load_trained(folder, device, vae))
 
-    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         return ModelCard(model_card(self.trained))
 
 
 def model_card(trained: TrainedModel) -> str:
-    """Markdown: what the model is, what it was trained on, what it costs at which budget, and its configuration."""
-    config, training, data = trained.config, trained.config.training, trained.config.data
-    batch = training.global_batch_size * training.gradient_accumulation_steps
+    """Markdown: the model, its training data, what it costs at each budget, and its configuration."""
+    config = trained.config
+    data = config.data
+    batch = config.training.global_batch_size * config.training.gradient_accumulation_steps
     parameters = sum(p.numel() for p in trained.model.parameters())
-    header = "library_name: dc-dit\npipeline_tag: unconditional-image-generation\ntags: [diffusion, model_hub_mixin]"
-    classes = (
-        f": {', '.join(trained.class_names)}"
-        if trained.class_names and len(trained.class_names) <= 20
-        else ""
-    )
+    autoencoder = Path(trained.autoencoder.name).name
+    classes = ""
+    if trained.class_names and len(trained.class_names) <= MOST_NAMES:
+        classes = f": {', '.join(trained.class_names)}"
     return f"""---
-{header}
+library_name: dc-dit
+pipeline_tag: unconditional-image-generation
+tags: [diffusion, model_hub_mixin]
 ---
 # {config.model.name}
 
-Class-conditional diffusion transformer with {parameters / 1e6:.1f} M parameters, EMA weights after {trained.step:,} steps.
+Class-conditional diffusion transformer with {parameters / 1e6:.1f} M parameters.
+EMA weights after {trained.step:,} steps.
 
 ```python
 from sampling.pipeline import DCDiTPipeline
@@ -93,9 +96,10 @@ images = DCDiTPipeline.from_pretrained("this folder")(class_labels=[0], guidance
 
 ## Training data
 
-{data.image_size} x {data.image_size} pixels, {data.num_classes} classes{classes}. {trained.step:,} steps of {batch} images,
+{data.image_size} x {data.image_size} pixels, {data.num_classes} classes{classes}.
+{trained.step:,} steps of {batch} images,
 as latents of {data.latent_channels} channels and {config.latent_size} x {config.latent_size} cells.
-Autoencoder: `{Path(trained.autoencoder.name).name}`, SHA-256 of its weights `{trained.autoencoder.sha256[:16]}`.
+Autoencoder: `{autoencoder}`, SHA-256 of its weights `{trained.autoencoder.sha256[:16]}`.
 
 ## Budgets and cost
 
@@ -110,25 +114,27 @@ Autoencoder: `{Path(trained.autoencoder.name).name}`, SHA-256 of its weights `{t
 
 def cost_table(config: Config) -> str:
     """Markdown table of the cost at nominal kept shares."""
-    tokens, share = config.tokens, 1.0
-    dropped = (0.0,) if config.is_static else DROPPED
+    network = architecture(config)
+    undropped = float(config.tokens)
+    fractions: tuple[float, ...] = (0.0,)
     if not config.is_static:
-        share = 1 / downsample_factors(config.training.downsample_factor)
+        undropped = config.tokens / downsample_factors(config.training.downsample_factor)
+        fractions = DROPPED_FRACTIONS
     rows = [
-        f"| kept tokens dropped | tokens of {tokens} | GFLOP per forward pass | TFLOP per image, {STEPS} steps |",
+        f"| kept tokens dropped | tokens of {config.tokens} | GFLOP per forward pass "
+        f"| TFLOP per image, {SAMPLING_STEPS} steps |",
         "|---|---|---|---|",
     ]
-    for fraction in dropped:
-        count = tokens * share * (1 - fraction)
-        cost = flops.total_flops(architecture(config), flops.TokenCounts(count, count**2))
-        rows.append(f"| {fraction:.0%} | {count:.0f} | {cost / 1e9:.4g} | {cost * STEPS / 1e12:.4g} |")
-    return "\n".join(
-        [
-            *rows,
-            "",
-            "Without guidance, which doubles the cost, and without the autoencoder; 2 FLOPs per multiply-add.",
-        ]
+    for fraction in fractions:
+        count = undropped * (1 - fraction)
+        cost = flops.total_flops(network, flops.TokenCounts(count, count**2))
+        per_image = cost * SAMPLING_STEPS / 1e12
+        rows.append(f"| {fraction:.0%} | {count:.0f} | {cost / 1e9:.4g} | {per_image:.4g} |")
+    rows.append("")
+    rows.append(
+        "Without guidance, which doubles the cost, and without the autoencoder; 2 FLOPs per multiply-add."
     )
+    return "\n".join(rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -143,7 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     cli.check_output("--output", args.output)
     model = Pretrained(load_trained(args.ckpt, "cpu", args.vae))
     model.save_pretrained(args.output)
-    print(f"{args.output}: {', '.join(sorted(path.name for path in args.output.iterdir()))}")
+    names = sorted(path.name for path in args.output.iterdir())
+    print(f"{args.output}: {', '.join(names)}")
     if args.push_to_hub:
         print(model.push_to_hub(args.push_to_hub))
 

@@ -1,4 +1,7 @@
-"""The sample batch that the ADM evaluation suite reads: `arr_0` images (N, H, W, 3) uint8, `arr_1` labels (N,) int64."""
+"""The file of samples that the ADM evaluation suite reads.
+
+`arr_0` holds images (N, H, W, 3) uint8, `arr_1` labels (N,) int64.
+"""
 
 import zipfile
 from pathlib import Path
@@ -17,12 +20,16 @@ def write_npz(path: Path, pngs: list[Path], labels: list[int]) -> None:
 
 
 def _write(stream: BinaryIO, pngs: list[Path], labels: list[int]) -> None:
-    height, width = np.asarray(Image.open(pngs[0])).shape[:2]
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        # The header, which needs the shape of all images, and then one image after the other
+        with Image.open(pngs[0]) as first:
+            width, height = first.size
+        shape = (len(pngs), height, width, 3)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(pngs), height, width, 3)}
             npy.write_array_header_1_0(file, header)
             for png in pngs:
-                file.write(np.asarray(Image.open(png).convert("RGB")).tobytes())
+                pixels = np.asarray(Image.open(png).convert("RGB"))
+                file.write(pixels.tobytes())
         with archive.open("arr_1.npy", "w", force_zip64=True) as file:
             npy.write_array(file, np.array(labels, dtype=np.int64))

@@ -10,6 +10,7 @@ The scheduler may be replaced, with one that reads epsilon alone where it is not
 """
 
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,17 +22,15 @@ from torch import Tensor
 
 from config import Config, UserError
 from diffusion import schedule
+from diffusion.samplers import Denoise
+from sampling.accounting import StepCounts
 from sampling.budgets import ALL, Budget
-from sampling.generate import (
-    SamplingOptions,
-    StepCounts,
-    TrainedModel,
-    Watched,
-    check_labels,
-    guided_denoiser,
-    load_trained,
-    prepare_arithmetic,
-)
+from sampling.denoising import sampling_steps
+from sampling.generate import check_labels
+from sampling.load import TrainedModel, load_trained
+from sampling.options import SamplingOptions
+
+Generators = torch.Generator | list[torch.Generator]
 
 
 class PipelineOutput(NamedTuple):
@@ -41,12 +40,19 @@ class PipelineOutput(NamedTuple):
     kept: list[StepCounts]  # kept tokens, one record per step
 
 
+class SchedulerStep(NamedTuple):
+    """What every diffusers scheduler tells of one step."""
+
+    t: int
+    x_next: Tensor  # (B, C, S, S) latents after the step
+
+
 class DCDiTPipeline:
     """A trained model with its autoencoder and a scheduler.
 
     Attributes:
         trained: the model, its configuration and its autoencoder.
-        scheduler: any diffusers scheduler for epsilon prediction; DDPM with the model's own variances by default.
+        scheduler: any diffusers scheduler for epsilon prediction; default: DDPM with the model's variances.
     """
 
     def __init__(self, trained: TrainedModel, scheduler: SchedulerMixin | None = None):
@@ -57,7 +63,7 @@ class DCDiTPipeline:
     def from_pretrained(
         cls, source: str | Path, device: torch.device | str = "cpu", vae: str | None = None
     ) -> "DCDiTPipeline":
-        """Load a checkpoint, a weights file or a folder of `save_pretrained`; see `sampling.generate.load_trained`."""
+        """Load a checkpoint, a weights file or a folder of `save_pretrained`, as `load_trained` does."""
         return cls(load_trained(source, device, vae))
 
     @torch.inference_mode()
@@ -67,7 +73,7 @@ class DCDiTPipeline:
         guidance_scale: float = 4.0,
         drop_fraction: float = 0.0,
         num_inference_steps: int = 50,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators | None = None,
     ) -> PipelineOutput:
         """One image per label.
 
@@ -76,10 +82,10 @@ class DCDiTPipeline:
             generator: of the noise, as everywhere in diffusers.
 
         Raises:
-            UserError: a value out of range, an unknown label, an attention kernel that needs bfloat16 (the network runs in
-                float32 here), or a scheduler that does not fit.
+            UserError: a value out of range, an unknown label, an attention kernel that needs bfloat16 (the
+                network runs in float32 here), or a scheduler that does not fit.
         """
-        config, device = self.trained.config, self.trained.device
+        config = self.trained.config
         options = SamplingOptions(
             cfg_scale=guidance_scale,
             num_sampling_steps=num_inference_steps,
@@ -87,29 +93,36 @@ class DCDiTPipeline:
         )
         options.check(config)
         check_labels(class_labels, config)
-        prepare_arithmetic(self.trained, bf16=False)
-        whole = wants_variance(self.scheduler)
-        watched = Watched(self.trained.model, bf16=False)
-        denoise = guided_denoiser(watched, config, torch.tensor(class_labels, device=device), options)
-        shape = (len(class_labels), config.data.latent_channels, config.latent_size, config.latent_size)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        x = (
-            randn_tensor(shape, generator=generator, device=torch.device(device))
-            * self.scheduler.init_noise_sigma
-        )
-        random = (
-            {"generator": generator}
-            if "generator" in inspect.signature(self.scheduler.step).parameters
-            else {}
-        )
+        self.scheduler.set_timesteps(num_inference_steps, device=self.trained.device)
+
+        def sampler(denoise: Denoise) -> Iterator[SchedulerStep]:
+            return self.scheduler_steps(denoise, len(class_labels), generator)
+
         kept = []
+        for step, routing in sampling_steps(self.trained, class_labels, options, sampler):
+            kept.append(routing.counts(step.t))
+        return PipelineOutput(to_pil(self.trained.autoencoder.decode(step.x_next)), kept)
+
+    def scheduler_steps(
+        self, denoise: Denoise, batch: int, generator: Generators | None
+    ) -> Iterator[SchedulerStep]:
+        """The scheduler as a sampler, from noise on."""
+        config = self.trained.config
+        channels = config.data.latent_channels
+        with_variance = wants_variance(self.scheduler)
+        arguments = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            arguments["generator"] = generator
+
+        shape = (batch, channels, config.latent_size, config.latent_size)
+        x = randn_tensor(shape, generator=generator, device=self.trained.device)
+        x = x * self.scheduler.init_noise_sigma
         for t in self.scheduler.timesteps:
-            prediction = denoise(self.scheduler.scale_model_input(x, t), t.expand(len(x)))
-            prediction = prediction if whole else prediction[:, : shape[1]]
-            x = self.scheduler.step(prediction, t, x, **random).prev_sample
-            counts = watched.take().keep.sum(1).split(len(x))
-            kept.append(StepCounts(int(t), counts[0], counts[1] if len(counts) > 1 else None))
-        return PipelineOutput(to_pil(self.trained.autoencoder.decode(x)), kept)
+            prediction = denoise(self.scheduler.scale_model_input(x, t), t.expand(batch))
+            if not with_variance:
+                prediction = prediction[:, :channels]
+            x = self.scheduler.step(prediction, t, x, **arguments).prev_sample
+            yield SchedulerStep(int(t), x)
 
 
 def default_scheduler(config: Config) -> DDPMScheduler:
@@ -125,18 +138,20 @@ def default_scheduler(config: Config) -> DDPMScheduler:
 
 
 def wants_variance(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler takes epsilon together with the variance logits; UserError where it would misread them."""
-    takes_it = (
-        "variance_type" in inspect.signature(type(scheduler).__init__).parameters
-    )  # others just carry the entry along
+    """Whether a scheduler takes epsilon with the variance logits; UserError where it would misread them."""
+    # Schedulers without the argument carry the entry along in their configuration, and ignore it
+    takes_it = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
     if not takes_it or scheduler.config.variance_type not in ("learned", "learned_range"):
         return False
     if not isinstance(scheduler, DDPMScheduler):
+        name = type(scheduler).__name__
         raise UserError(
-            f"scheduler {type(scheduler).__name__}: reads learned variances its own way; make it with variance_type=None"
+            f"scheduler {name}: reads learned variances its own way; make it with variance_type=None"
         )
     return True
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    return [Image.fromarray(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+    """(B, 3, H, W) uint8 -> PIL images."""
+    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in pixels]

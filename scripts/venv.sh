@@ -1,4 +1,5 @@
-# Sourced by the scripts of this folder: makes .venv from requirements.txt if it is not there or out of date, and activates it.
+# Sourced by the scripts of this folder: activates .venv.
+# If .venv is missing or differs from requirements.txt, it is made first.
 PYTHON=${PYTHON:-python3}
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python >= 3.10 is needed" >&2; exit 2; }
 if ! cmp -s requirements.txt .venv/installed.txt; then

@@ -12,9 +12,19 @@ from PIL import Image
 
 from processes import group
 
+# Files whose tests together take less than half a minute: `python -m pytest -m fast`.
+FAST = (
+    "test_attention.py", "test_budgets.py", "test_config.py", "test_conv.py", "test_dc_dit.py",
+    "test_dechunk.py", "test_diffusion.py", "test_dit.py", "test_images.py", "test_imports.py", "test_metrics.py",
+    "test_model_golden.py", "test_packing.py", "test_readme.py", "test_router.py", "test_slurm.py",
+)  # fmt: skip
+
 
 def pytest_collection_modifyitems(items):
-    """The compiler's tests last: they leave threads behind, and other tests fork."""
+    for item in items:
+        if item.path.name in FAST:
+            item.add_marker(pytest.mark.fast)
+    # The compiler's tests come last: they leave threads behind, and other tests fork.
     items.sort(key=lambda item: item.path.name == "test_compile.py")
 
 

@@ -10,6 +10,7 @@ from config import UserError, config_from_dict
 from figures import canvas, cost
 from models import architecture, flops
 from sampling.accounting import (
+    SamplingRecord,
     Seconds,
     StepCounts,
     image_flops,
@@ -24,6 +25,7 @@ from sampling.accounting import (
 
 CONFIG = config_from_dict({"data": {"image_size": 64, "num_classes": 3}})  # 64 tokens
 TIMESTEPS = [900, 500, 100]
+LABELS = [0, 2, 2, 0, 2, 2]
 
 
 def run(images=6) -> list[StepCounts]:
@@ -41,16 +43,8 @@ def one_pass(count: int) -> float:
 
 
 def account(kept: list[StepCounts]) -> dict:
-    labels = [0, 2, 2, 0, 2, 2]
-    return summarise(
-        CONFIG,
-        flops.STABLE_DIFFUSION,
-        TIMESTEPS,
-        stack_kept(kept),
-        labels,
-        ["a", "b", "c"],
-        Seconds(3.0, 0.6),
-    )
+    record = SamplingRecord(TIMESTEPS, stack_kept(kept), LABELS, Seconds(3.0, 0.6))
+    return summarise(CONFIG, flops.STABLE_DIFFUSION, ["a", "b", "c"], record)
 
 
 def test_cost_of_each_image():
@@ -104,12 +98,12 @@ def test_records_of_batches_make_the_whole(tmp_path):
     ]
     for k, part in enumerate(parts):
         save_record(part, Seconds(1.0 + k, 0.5), tmp_path / f"{k}.npz")
-    timesteps, counts, seconds = read_records([tmp_path / "0.npz", tmp_path / "1.npz"], 6)
-    assert (
-        timesteps == TIMESTEPS and np.array_equal(counts, stack_kept(whole)) and seconds == Seconds(3.0, 1.0)
-    )
-    _, counts, seconds = read_records([tmp_path / "0.npz", tmp_path / "1.npz"], 5)  # half of the last batch
-    assert len(counts) == 5 and seconds == Seconds(2.0, 0.75)
+    files = [tmp_path / "0.npz", tmp_path / "1.npz"]
+    record = read_records(files, LABELS)
+    assert record.timesteps == TIMESTEPS and record.labels == LABELS
+    assert np.array_equal(record.counts, stack_kept(whole)) and record.seconds == Seconds(3.0, 1.0)
+    record = read_records(files, LABELS[:5])  # half of the last batch
+    assert len(record.counts) == 5 and record.seconds == Seconds(2.0, 0.75)
 
 
 def test_a_full_disk_is_not_a_wrong_file(tmp_path, monkeypatch):
@@ -132,7 +126,8 @@ def test_pictures(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*cost.PICTURES, "summary.json"])
     counts = np.random.default_rng(0).integers(2, 65, (100, 3, 1))
     counts = np.concatenate([counts, 0 * counts], 2)
-    summary = summarise(CONFIG, flops.STABLE_DIFFUSION, TIMESTEPS, counts, range(100), None, Seconds(1, 1))
+    record = SamplingRecord(TIMESTEPS, counts, range(100), Seconds(1, 1))
+    summary = summarise(CONFIG, flops.STABLE_DIFFUSION, None, record)
     save_summary(summary, tmp_path / "many" / "summary.json")
     cost.main([str(tmp_path / "many" / "summary.json"), "--output", str(tmp_path / "pictures")])
     (

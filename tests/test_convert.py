@@ -1,5 +1,6 @@
 """Foreign weights: equal outputs, configurations that fit, and files that try to run code."""
 
+import dataclasses
 import io
 import json
 import os
@@ -14,7 +15,8 @@ import torch
 from safetensors import safe_open
 
 import config as configuration
-from config import UserError, config_from_dict, load_config, to_dict
+import config_keys
+from config import UserError, config_from_dict, load_config, to_dict, to_yaml
 from models import build_model
 from sampling.generate import SamplingOptions, generate_images, load_trained
 from weights import convert, foreign
@@ -36,18 +38,23 @@ def loaded_model(state: dict) -> torch.nn.Module:
     return model.eval()
 
 
-# ------------------------------------------------------------------------------------------------------------------ DiT
+# -------------------------------------------------------------------------------------------------------- DiT
 
 
 @pytest.fixture(scope="module")
 def diffusers_dit(tmp_path_factory):
-    """A small random DiTTransformer2DModel, with one embedding for all blocks as in every trained one, and its folder."""
+    """A small random DiTTransformer2DModel and its folder; all blocks have one embedding, as in trained ones."""
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=16, out_channels=8, num_layers=3, sample_size=8, num_embeds_ada_norm=10
-    ).eval()  # fmt: skip
+        num_attention_heads=4,
+        attention_head_dim=16,
+        out_channels=8,
+        num_layers=3,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -64,13 +71,13 @@ def dit_inputs():
 
 @pytest.mark.parametrize("folder", ["", "transformer"], ids=["pipeline", "model"])
 def test_diffusers(diffusers_dit, tmp_path, folder):
-    theirs, source = diffusers_dit
-    ours = loaded_model(converted(source / folder, tmp_path / "dit.safetensors"))
+    diffusers_model, source = diffusers_dit
+    model = loaded_model(converted(source / folder, tmp_path / "dit.safetensors"))
     x, t, labels = dit_inputs()
     with torch.no_grad():
-        want = theirs(x, timestep=t, class_labels=labels).sample
-        torch.testing.assert_close(ours(x, t, labels).prediction, want, atol=1e-5, rtol=1e-5)
-    assert want.std() > 0.1
+        expected = diffusers_model(x, timestep=t, class_labels=labels).sample
+        torch.testing.assert_close(model(x, t, labels).prediction, expected, atol=1e-5, rtol=1e-5)
+    assert expected.std() > 0.1
 
 
 def test_diffusers_spaces_its_timesteps_differently(diffusers_dit, tmp_path):
@@ -78,20 +85,30 @@ def test_diffusers_spaces_its_timesteps_differently(diffusers_dit, tmp_path):
     state = converted(diffusers_dit[1], tmp_path / "dit.safetensors")
     assert state["config"]["model"]["timestep_divisor"] == 127
     other = converted(diffusers_dit[1], tmp_path / "dit.safetensors", "--set", "model.timestep_divisor=128")
-    x, t, labels = dit_inputs()
-    difference = (
-        loaded_model(state)(x, t, labels).prediction - loaded_model(other)(x, t, labels).prediction
-    ).abs()
+    inputs = dit_inputs()
+    difference = (loaded_model(state)(*inputs).prediction - loaded_model(other)(*inputs).prediction).abs()
     assert difference[0].max() < 1e-6 and difference[2].max() > 1e-4
 
 
+def test_the_configuration_of_diffusers_weights_can_be_given(diffusers_dit, tmp_path):
+    """It replaces what the shapes and config.json tell."""
+    first = converted(diffusers_dit[1], tmp_path / "dit.safetensors")
+    config = config_from_dict(first["config"], ["model.name=given"])
+    (tmp_path / "given.yaml").write_text(to_yaml(config))
+    state = converted(
+        diffusers_dit[1], tmp_path / "dit.safetensors", "--config", str(tmp_path / "given.yaml")
+    )
+    assert state["config"] == to_dict(config)
+    assert_same_weights(state["ema"], first["ema"])
+
+
 def published_names(state: dict) -> dict:
-    """Our tensors of a DiT under the names of the published checkpoints."""
-    theirs = {"x_embedder.": "x_embedder.proj.", "y_embedder.table.": "y_embedder.embedding_table."}
+    """The tensors of a DiT under the names of the published checkpoints."""
+    published_parts = {"x_embedder.": "x_embedder.proj.", "y_embedder.table.": "y_embedder.embedding_table."}
     renamed = {}
     for name, tensor in state.items():
-        for ours, published in theirs.items():
-            name = name.replace(ours, published)
+        for part, published in published_parts.items():
+            name = name.replace(part, published)
         renamed[name] = tensor[None] if name == "pos_embed" else tensor
     return renamed
 
@@ -102,39 +119,48 @@ def test_official_dit(tmp_path, wrapped):
     config = load_config(ROOT / "configs" / "DiT-S-4.yaml", ["model.hnet.arch_layout=[c2,[D2],c2]"])
     model = build_model(config)
     weights = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
-    theirs = published_names(weights)
-    assert {
-        "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "t_embedder.mlp.2.weight", "blocks.1.attn.qkv.bias",
-        "blocks.0.mlp.fc1.weight", "final_layer.adaLN_modulation.1.bias", "final_layer.linear.weight"
-    } < theirs.keys()  # fmt: skip
-    torch.save({"ema": theirs, "opt": {}} if wrapped else theirs, tmp_path / "DiT.pt")
+    published = published_names(weights)
+    some_names = {
+        "x_embedder.proj.weight",
+        "y_embedder.embedding_table.weight",
+        "t_embedder.mlp.2.weight",
+        "blocks.1.attn.qkv.bias",
+        "blocks.0.mlp.fc1.weight",
+        "final_layer.adaLN_modulation.1.bias",
+        "final_layer.linear.weight",
+    }
+    assert some_names < published.keys()
+    torch.save({"ema": published, "opt": {}} if wrapped else published, tmp_path / "DiT.pt")
     state = converted(tmp_path / "DiT.pt", tmp_path / "DiT.safetensors")
-    assert state["ema"].keys() == weights.keys()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in state["ema"].items())
+    assert_same_weights(state["ema"], weights)
     found = config_from_dict(state["config"])
-    assert (found.latent_size, found.token_side, found.model.hnet.num_heads, found.data.num_classes) == (
-        32,
-        8,
-        [6, 6],
-        1000,
-    )
-    assert (found.model.mlp_ratio, found.training.learn_sigma, found.model.timestep_divisor) == (
-        4.0,
-        True,
-        128,
-    )
+    assert found.latent_size == 32
+    assert found.token_side == 8
+    assert found.model.hnet.num_heads == [6, 6]
+    assert found.model.mlp_ratio == 4.0
+    assert found.model.timestep_divisor == 128
+    assert found.training.learn_sigma is True
+    assert found.data.num_classes == 1000
 
 
-# --------------------------------------------------------------------------------------------------------------- DC-DiT
+def assert_same_weights(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+# ----------------------------------------------------------------------------------------------------- DC-DiT
 
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory) -> Path:
-    """A checkpoint as the official code writes it: its `config.Config` has the name and the fields of ours."""
+    """A checkpoint as the official code writes it, with a pickled `config.Config`."""
+    ema = {}
     with safe_open(GOLDEN, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         about = file.metadata()
-    ema = {key[6:]: value for key, value in tensors.items() if key.startswith("state.")}
+        for key in file.keys():  # noqa: SIM118
+            if key.startswith("state."):
+                ema[key.removeprefix("state.")] = file.get_tensor(key)
     config = config_from_dict(
         {
             "model": {"hnet": json.loads(about["hnet"]), "mlp_ratio": float(about["mlp_ratio"])},
@@ -149,7 +175,13 @@ def official(tmp_path_factory) -> Path:
         "config": config,
     }
     path = tmp_path_factory.mktemp("official") / "0400000.pt"
-    torch.save(state, path)
+    with pytest.MonkeyPatch.context() as patch:
+        # The official classes live in a module `config`
+        for section in vars(config_keys).values():
+            if dataclasses.is_dataclass(section):
+                patch.setattr(section, "__module__", "config")
+                patch.setattr(configuration, section.__name__, section, raising=False)
+        torch.save(state, path)
     return path
 
 
@@ -165,7 +197,7 @@ def test_official_dc_dit(official, tmp_path):
     assert torch.equal(raw["ema"]["norm.weight"], state["ema"]["norm.weight"] + 1)
 
 
-def test_ours_to_safetensors_and_back(tiny_config, tiny_vae, tmp_path):
+def test_to_safetensors_and_back(tiny_config, tiny_vae, tmp_path):
     config = load_config(tiny_config)
     model = build_model(config)
     ema = {name: tensor + 0.1 for name, tensor in model.state_dict().items()}
@@ -176,28 +208,29 @@ def test_ours_to_safetensors_and_back(tiny_config, tiny_vae, tmp_path):
         "features": "f",
         "class_names": ["a", "b", "c"],
     }
-    first = save_checkpoint(
-        tmp_path, {**plain, "model": model.state_dict(), "ema": ema, "optimizer": {}}, keep=0
-    )
-    state = converted(first, tmp_path / "ours.safetensors")
-    assert {key: state[key] for key in plain} == plain
-    convert.main([str(tmp_path / "ours.safetensors"), str(tmp_path / "back.pt")])
+    state = {**plain, "model": model.state_dict(), "ema": ema, "optimizer": {}}
+    first = save_checkpoint(tmp_path, state, keep=0)
+    # There
+    there = converted(first, tmp_path / "ema.safetensors")
+    assert {key: there[key] for key in plain} == plain
+    assert_same_weights(there["ema"], ema)
+    # And back
+    convert.main([str(tmp_path / "ema.safetensors"), str(tmp_path / "back.pt")])
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     assert {key: back[key] for key in plain} == plain
-    for weights in (state["ema"], back["ema"], back["model"]):
-        assert weights.keys() == ema.keys() and all(
-            torch.equal(ema[name], tensor) for name, tensor in weights.items()
-        )
+    assert_same_weights(back["ema"], ema)
+    assert_same_weights(back["model"], ema)
 
-    options = SamplingOptions(num_sampling_steps=2)
-    images = [
-        generate_images(load_trained(path, vae=str(tiny_vae)), [0, 1], options)
-        for path in (first, tmp_path / "ours.safetensors", tmp_path / "back.pt")
-    ]
-    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    def sample(path: Path) -> torch.Tensor:
+        trained = load_trained(path, vae=str(tiny_vae))
+        return generate_images(trained, [0, 1], SamplingOptions(num_sampling_steps=2))
+
+    images = sample(first)
+    assert torch.equal(images, sample(tmp_path / "ema.safetensors"))
+    assert torch.equal(images, sample(tmp_path / "back.pt"))
 
 
-# ------------------------------------------------------------------------------------------------------------- hostile
+# ---------------------------------------------------------------------------------------------------- hostile
 
 
 class Call:
@@ -275,7 +308,7 @@ def test_attributes_of_inert_objects_are_data(tmp_path):
     assert read_untrusted(tmp_path / "odd.pt") == {"__class__": "a", "__init__": 1}
 
 
-# -------------------------------------------------------------------------------------------------------------- mistakes
+# --------------------------------------------------------------------------------------------------- mistakes
 
 
 def refusal(*argv) -> str:
@@ -285,30 +318,51 @@ def refusal(*argv) -> str:
     return str(caught.value)
 
 
-def test_mistakes(official, diffusers_dit, tmp_path):
+@pytest.fixture
+def save(tmp_path):
+    """save(content) -> the path of a torch.save file."""
+
+    def save(content: dict) -> Path:
+        torch.save(content, tmp_path / "saved.pt")
+        return tmp_path / "saved.pt"
+
+    return save
+
+
+def test_mistakes_on_the_command_line(official, tmp_path):
     out = tmp_path / "out.safetensors"
     assert "does not exist; give a checkpoint" in refusal(tmp_path / "nowhere.pt", out)
     assert "must end in .safetensors or .pt" in refusal(official, tmp_path / "out.bin")
     assert "is no diffusers folder with config.json" in refusal(tmp_path, out)
-    assert "has no state dict 'model'; try the other --weights" in refusal(
-        save(tmp_path / "ema.pt", {"ema": {}, "args": "x"}), out, "--weights", "model"
+    message = refusal(official, out, "--set", "model.mlp_ratio=3")
+    assert "tensors do not fit the configuration, first" in message
+    assert not out.exists()
+
+
+def test_files_with_other_content(save, tmp_path):
+    out = tmp_path / "out.safetensors"
+    message = refusal(save({"ema": {}, "args": "x"}), out, "--weights", "model")
+    assert "has no state dict 'model'; try the other --weights" in message
+    message = refusal(save({"a": torch.ones(1)}), out)
+    assert "holds other weights than those of DiT and DC-DiT" in message
+    assert not out.exists()
+
+
+def test_weights_without_a_configuration(save, tmp_path):
+    out = tmp_path / "out.safetensors"
+    stem = {"x_embedder.proj.weight": torch.ones(1), "pos_embed": torch.ones(1, 1, 1)}
+    message = refusal(save({**stem, "hnet.a": torch.ones(1)}), out)
+    assert "comes without its configuration; give it as --config" in message
+    narrow = load_config(
+        overrides=[
+            "model.patch_size=2",
+            "model.hnet.d_model=[32,32]",
+            "model.hnet.num_heads=[2,2]",
+            "data.image_size=32",
+        ]
     )
-    assert "holds other weights than those of DiT and DC-DiT" in refusal(
-        save(tmp_path / "a.pt", {"a": torch.ones(1)}), out
-    )
-    assert "tensors do not fit the configuration, first" in refusal(
-        official, out, "--set", "model.mlp_ratio=3"
-    )
-    names = {f"hnet.{k}": torch.ones(1) for k in range(2)} | {
-        "x_embedder.proj.weight": torch.ones(1),
-        "pos_embed": torch.ones(1, 1, 1),
-    }
-    assert "comes without its configuration; give it as --config" in refusal(
-        save(tmp_path / "bare.pt", names), out
-    )
-    odd = published_names(build_model(load_config(overrides=["model.patch_size=2", "model.hnet.d_model=[32,32]",
-        "model.hnet.num_heads=[2,2]", "data.image_size=32"])).state_dict())  # fmt: skip
-    assert "no published DiT is 32 wide" in refusal(save(tmp_path / "odd.pt", odd), out)
+    message = refusal(save(published_names(build_model(narrow).state_dict())), out)
+    assert "no published DiT is 32 wide" in message
     assert not out.exists()
 
 
@@ -318,11 +372,6 @@ def test_blocks_with_embeddings_of_their_own(diffusers_dit):
     state[name] = state[name] + 1
     with pytest.raises(ValueError, match="differs from that of block 0"):
         foreign.from_diffusers(state, 16)
-
-
-def save(path: Path, content: dict) -> Path:
-    torch.save(content, path)
-    return path
 
 
 def test_the_command(official, tmp_path):

@@ -10,11 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import steps
+from benchmarks.workload import Setup
 from config import config_from_dict
 from models import attention, build_model
 from sampling.cuda_graph import GraphedDenoiser
 
-BATCH, SIDE, BUDGETS = 2, 8, ([20, 20], [30, 9])  # the second as of Lite-CFG
+BATCH, SIDE = 2, 8
+BUDGETS = ([20, 20], [30, 9])  # the second is that of Lite-CFG
 
 
 def small_model(patch: int | None = None) -> torch.nn.Module:
@@ -116,7 +118,8 @@ def test_the_benchmark_of_graphs(tapes, monkeypatch):
     hnet = {"arch_layout": ["c1", ["D1"], "c1"], "d_model": [64, 64], "num_heads": [2, 2]}
     config = config_from_dict({"model": {"hnet": hnet}, "data": {"image_size": 64, "num_classes": 3}})
     monkeypatch.setattr(steps, "load", lambda name: config)
-    row = steps.measure_graph("small", 2, torch.device("cpu"), False, 0.0)
+    setup = Setup(torch.device("cpu"), bf16=False, seconds=0)
+    row = steps.measure_graph("small", 2, setup)
     assert row["tokens"] == 16 and row["difference"] < 1e-6 and len(tapes) == 1
 
 
@@ -141,6 +144,9 @@ class Transfers(TorchDispatchMode):
 def test_an_evaluation_moves_nothing_between_host_and_device(tokens, monkeypatch):
     """On tensors without values, which may claim to be on a GPU; a value that is read raises there."""
     monkeypatch.setattr(attention.Attention, "attend", lambda self, qkv, packing: qkv[:, 0])
+    # Autograd counts devices at the first backward pass of a process, and starts a thread for each, which a later
+    # test could not fork: count before there seems to be a GPU
+    torch.zeros(1, requires_grad=True).sum().backward()
     with FakeTensorMode(), torch.no_grad():
         with torch.device("cuda"):
             model = small_model()

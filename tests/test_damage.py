@@ -29,26 +29,21 @@ def flip_bit(file: Path, position: int) -> None:
         stream.write(bytes([byte ^ 16]))
 
 
-# ---------------------------------------------------------------------------------------------------- damaged checkpoints
+# ---------------------------------------------------------------------------------------- damaged checkpoints
 
 
 def test_no_flipped_bit_is_ever_loaded(tmp_path):
-    state = {
-        "step": 1,
-        "config": {"a": [1, "x"]},
-        "model": {"w": torch.randn(2000)},
-        "ema": {},
-        "autoencoder": None,
-        "class_names": None,
-    }
+    state = kills.EMPTY | {"step": 1, "config": {"a": [1, "x"]}, "model": {"w": torch.randn(2000)}}
     path = save_checkpoint(tmp_path, state, keep=0)
-    whole, random, refused = path.read_bytes(), np.random.default_rng(0), 0
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    refused = 0
     for _ in range(400):
-        place = (
-            random.integers(len(whole)) if random.random() < 0.5 else len(whole) - 1 - random.integers(1500)
-        )
+        # Half of the bits are in the archive's index, at the end
+        in_index = random.random() >= 0.5
+        position = len(whole) - 1 - random.integers(1500) if in_index else random.integers(len(whole))
         path.write_bytes(whole)
-        flip_bit(path, int(place))
+        flip_bit(path, int(position))
         try:
             loaded = load_checkpoint(path)
         except UserError as error:
@@ -79,7 +74,9 @@ def test_resume_falls_back_to_the_checkpoint_before(run, whole_run, tmp_path, ki
         save_checkpoint(tmp_path / "other", state, keep=0)
         shutil.copy(tmp_path / "other" / newest.name, newest)
     codes, printed = run("run")
-    assert codes == [0] and f"warning: --output '{newest}'" in printed and "resuming from step 6" in printed
+    assert codes == [0]
+    assert f"warning: --output '{newest}'" in printed
+    assert "resuming from step 6" in printed
     assert "warning: " in (tmp_path / "run" / "log.txt").read_text()
     kills.assert_same_training(whole_run, tmp_path / "run")
 
@@ -96,10 +93,12 @@ def test_a_checkpoint_older_than_a_key_is_of_the_same_run(whole_run, tiny_config
 def test_pruning_keeps_the_last_readable_checkpoint(tmp_path, monkeypatch):
     state = kills.EMPTY
     save_checkpoint(tmp_path, {**state, "step": 1}, keep=1)
+
+    def write_rubbish(state, stream):
+        stream.write(b"what a broken disk returns")
+
     with monkeypatch.context() as patched:
-        patched.setattr(
-            checkpoint.torch, "save", lambda state, stream: stream.write(b"what a broken disk returns")
-        )
+        patched.setattr(checkpoint.torch, "save", write_rubbish)
         save_checkpoint(tmp_path, {**state, "step": 2}, keep=1)
         save_checkpoint(tmp_path, {**state, "step": 3}, keep=1)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["0000001.pt", "0000002.pt", "0000003.pt"]
@@ -114,7 +113,7 @@ def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path):
     assert os.listdir(tmp_path) == ["0000002.pt"]
 
 
-# ------------------------------------------------------------------------------------------------------ features and images
+# ---------------------------------------------------------------------------------------- features and images
 
 
 def test_verify_finds_a_flipped_bit(tiny_config, tmp_path):
@@ -136,7 +135,7 @@ def test_an_autoencoder_that_has_moved(tiny_config, tiny_vae, tmp_path):
     ):
         sample_grids.load_decoder(config, other, "cpu")
     config.data.vae = "/neither"
-    with pytest.raises(UserError, match="^data.vae: /neither: neither ema, mse"):
+    with pytest.raises(UserError, match="^data.vae: /neither: is neither ema, mse"):
         sample_grids.load_decoder(config, moved, "cpu")
 
 

@@ -16,8 +16,9 @@ import torch
 import demo
 from config import UserError, load_config, to_dict
 from data.features import open_features
+from figures.side_by_side import side_by_side
 from models import build_model
-from sampling.generate import load_trained
+from sampling.load import load_trained
 from weights.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -44,11 +45,13 @@ def save_random(config, folder: Path) -> Path:
 
 def test_pictures_and_costs(tiny_config, tmp_path):
     """Of the function behind the page, without a page: half of the tokens against all of them."""
-    update = demo.compare(load_trained(save_random(load_config(tiny_config), tmp_path)), 3, "ddim")
-    image, boundaries, full, cost, full_cost = update(1, 0, 2.0, 0.5)
-    assert image.shape == boundaries.shape == full.shape == (288, 288, 3)
-    assert not np.array_equal(image, full) and float(cost.split()[0]) < float(full_cost.split()[0])
-    assert np.array_equal(update(1, 0, 2.0, 0.0)[0], full)
+    trained = load_trained(save_random(load_config(tiny_config), tmp_path))
+    draw_pair = side_by_side(trained, 3, "ddim")
+    pair = draw_pair(1, 0, 2.0, 0.5)
+    assert pair.image.shape == pair.boundaries.shape == pair.full_image.shape == (288, 288, 3)
+    assert not np.array_equal(pair.image, pair.full_image)
+    assert float(pair.cost.split()[0]) < float(pair.full_cost.split()[0])
+    assert np.array_equal(draw_pair(1, 0, 2.0, 0.0).image, pair.full_image)
 
 
 def test_a_static_model_is_refused(tiny_config, tmp_path, monkeypatch):

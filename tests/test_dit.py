@@ -127,10 +127,9 @@ def test_configuration():
     config = load_config(CONFIGS / "DCDiT-B-N4.yaml", ["model.patch_size=2"])
     assert config.training.ratio_loss_weight == 0 and not config.training.multi_budget_training
     assert config_from_dict(to_dict(config)) == config and config.tokens == 256
-    for patch in (3, 0, 64):
-        with pytest.raises(
-            UserError, match=f"model.patch_size: {patch} does not divide the latent's side of 32"
-        ):
+    indivisible = "does not divide the latent's side of 32"
+    for patch, problem in ((3, indivisible), (64, indivisible), (0, "must be greater than 0")):
+        with pytest.raises(UserError, match=f"model.patch_size: {patch} {problem}"):
             load_config(CONFIGS / "DCDiT-B-N4.yaml", [f"model.patch_size={patch}"])
     with pytest.raises(ValueError, match="no router"):
         tiny_model()(*inputs(), 0.5)
@@ -150,7 +149,7 @@ def test_one_word_trains_and_samples_the_baseline(trained):
     shown = []
     options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=3)
     (batch,) = generate(
-        run, [0, 1], [0, 1], options, observe=lambda step, routing: shown.append(routing.keep)
+        run, [0, 1], [0, 1], options, on_step=lambda step, routing: shown.append(routing.keep)
     )
     assert batch.images.shape == (2, 3, 32, 32) and shown[0].shape == (2, 16) and shown[0].all()
     assert all(step.conditional.tolist() == step.unconditional.tolist() == [16, 16] for step in batch.kept)

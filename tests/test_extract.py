@@ -1,4 +1,4 @@
-"""extract_features.py as users run it: in one process, under torchrun, killed, with bad images, with wrong commands."""
+"""extract_features.py as users run it: one process or torchrun, killed, bad images, wrong commands."""
 
 import os
 import shutil
@@ -21,20 +21,15 @@ ROOT = Path(__file__).parent.parent
 
 
 def arguments(images: Path, vae: Path, store: Path, /, **changes) -> list[str]:
-    options = {
-        "data-path": images,
-        "features-path": store,
-        "vae": vae,
-        "image-size": 16,
-        "shard-size": 2,
-        "num-workers": 0,
-    }
-    options |= {"global-batch-size": 24} | {name.replace("_", "-"): value for name, value in changes.items()}
-    return [
-        part
-        for name, value in options.items()
-        for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
-    ]
+    """The command line of a small extraction; a value of True gives an option without a value."""
+    options = {"data_path": images, "features_path": store, "vae": vae}
+    options |= {"image_size": 16, "shard_size": 2, "num_workers": 0, "global_batch_size": 24}
+    words = []
+    for name, value in (options | changes).items():
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(str(value))
+    return words
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -46,13 +41,12 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def launch(command: list[str], processes: int | None = None) -> subprocess.CompletedProcess:
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    )
+    """Run Python with these arguments, under torchrun if a number of processes is given."""
+    python = [sys.executable]
+    if processes:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, *torchrun, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    return subprocess.run([*python, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -67,23 +61,24 @@ def test_store_holds_the_moments_of_diffusers(tiny_images, tiny_vae, whole):
     from diffusers import AutoencoderKL
 
     store, images = open_features(whole, 16), ImageFolder(tiny_images, 16)
-    assert len(store) == 10 and store.labels.tolist() == images.labels and store.latent_shape == (4, 4, 4)
+    assert len(store) == 10
+    assert store.labels.tolist() == images.labels
+    assert store.latent_shape == (4, 4, 4)
+    # Posteriors of the images and of their mirror images, by diffusers itself
     model = AutoencoderKL.from_pretrained(tiny_vae).eval()
-    pixels = (
-        torch.from_numpy(np.stack([images[index][0] for index in range(10)])).permute(0, 3, 1, 2) / 127.5 - 1
-    )
+    crops = np.stack([images[index][0] for index in range(10)])
+    pixels = torch.from_numpy(crops).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         posteriors = [model.encode(view).latent_dist for view in (pixels, pixels.flip(3))]
+
     for index in range(10):
         generator = rng(0, "latent", index)
         posterior = posteriors[int(generator.integers(2))]
         noise = generator.standard_normal((4, 4, 4), dtype=np.float32)
-        expected = (
-            posterior.mean[index].numpy() + posterior.std[index].numpy() * noise
-        ) * model.config.scaling_factor
-        assert np.allclose(
-            store.latent(index, rng(0, "latent", index)), expected, atol=2e-3, rtol=2e-3
-        )  # stored as float16
+        raw = posterior.mean[index].numpy() + posterior.std[index].numpy() * noise
+        expected = raw * model.config.scaling_factor
+        latent = store.latent(index, rng(0, "latent", index))
+        assert np.allclose(latent, expected, atol=2e-3, rtol=2e-3)  # stored as float16
 
 
 def test_autoencoder_inverts_its_scale(tiny_vae):
@@ -92,15 +87,12 @@ def test_autoencoder_inverts_its_scale(tiny_vae):
     with torch.no_grad():
         pixels = autoencoder.model.decode(latents / autoencoder.model.config.scaling_factor).sample
     images = autoencoder.decode(latents)
-    assert (autoencoder.stride, autoencoder.channels, images.shape, images.dtype) == (
-        4,
-        4,
-        (2, 3, 20, 20),
-        torch.uint8,
-    )
-    assert (
-        (pixels * 127.5 + 127.5).clamp(0, 255) - images.float()
-    ).abs().max() < 0.502  # rounding, half a level
+    assert autoencoder.stride == 4
+    assert autoencoder.channels == 4
+    assert images.shape == (2, 3, 20, 20)
+    assert images.dtype == torch.uint8
+    levels = (pixels * 127.5 + 127.5).clamp(0, 255)
+    assert (levels - images.float()).abs().max() < 0.502  # rounding, half a level
     assert Autoencoder.load(autoencoder.describe()["name"], "cpu").describe() == autoencoder.describe()
 
 
@@ -142,9 +134,8 @@ extract_features.main(sys.argv[1:])
 def test_three_processes_complete_what_a_killed_one_began(tiny_images, tiny_vae, whole, tmp_path):
     options = arguments(tiny_images, tiny_vae, tmp_path / "three")
     assert launch(["-c", KILLED, *options]).returncode == -9
-    assert "shard-00001.json" in content(tmp_path / "three") and "manifest.json" not in content(
-        tmp_path / "three"
-    )
+    assert "shard-00001.json" in content(tmp_path / "three")
+    assert "manifest.json" not in content(tmp_path / "three")
     result = launch(["extract_features.py", *options], processes=3)
     assert result.returncode == 0, result.stderr
     assert content(tmp_path / "three") == content(whole)
@@ -167,7 +158,8 @@ def test_unreadable_images_are_listed_and_counted(tiny_images, tiny_vae, tmp_pat
     assert "--max-bad 0" in caught.value.code
     assert "unreadable: 'b/4.png'" in capsys.readouterr().err
     store = open_features(tmp_path / "store", 16)
-    assert len(store) == 9 and len(store.manifest["unreadable"]) == 2
+    assert len(store) == 9
+    assert len(store.manifest["unreadable"]) == 2
     extract_features.main([*options, "--max-bad", "2"])
     assert capsys.readouterr().err.count("unreadable: ") == 2
 
@@ -176,17 +168,16 @@ def test_frozen_samples(tiny_images, tiny_vae, tmp_path):
     extract_features.main(arguments(tiny_images, tiny_vae, tmp_path, store="sample"))
     store = open_features(tmp_path, 16)
     latent = store.latent(3, None)
-    assert (
-        len(store) == 10
-        and latent.shape == (4, 4, 4)
-        and latent.dtype == np.float32
-        and store.labels.max() == 2
-    )
+    assert len(store) == 10
+    assert latent.shape == (4, 4, 4)
+    assert latent.dtype == np.float32
+    assert store.labels.max() == 2
 
 
 def test_dry_run_writes_nothing(tiny_images, tiny_vae, tmp_path, capsys):
     extract_features.main(arguments(tiny_images, tiny_vae, tmp_path / "store", dry_run=True))
-    assert "10 x (2, 8, 4, 4) float16" in capsys.readouterr().out and not (tmp_path / "store").exists()
+    assert "10 x (2, 8, 4, 4) float16" in capsys.readouterr().out
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize(
@@ -196,7 +187,7 @@ def test_dry_run_writes_nothing(tiny_images, tiny_vae, tmp_path, capsys):
         ({"image_size": 0}, "--image-size 0"),
         ({"data_path": "nowhere"}, "--data-path nowhere"),
         ({"vae": "nothing"}, "--vae nothing"),
-        ({"features_path": "README.md/x"}, "--features-path"),
+        ({"features_path": "{file}/x"}, "--features-path"),
         ({"features_path": "data"}, "--features-path data: holds"),
         ({"global_batch_size": 0}, "--global-batch-size 0"),
         ({"store": "official"}, "--store: training reads the official layout, but it is not written"),
@@ -207,13 +198,13 @@ def test_mistakes_are_one_line_and_status_2(
 ):
     monkeypatch.chdir(ROOT)
     (tmp_path / "file").write_text("x")
-    changes = {
-        name: str(value).replace("README.md", str(tmp_path / "file")) for name, value in changes.items()
-    }
+    changes = {name: str(value).format(file=tmp_path / "file") for name, value in changes.items()}
+    argv = arguments(tiny_images, tiny_vae, tmp_path / "store", **changes)
     with pytest.raises(SystemExit) as caught:
-        cli.run(
-            lambda: extract_features.main(arguments(tiny_images, tiny_vae, tmp_path / "store", **changes))
-        )
+        cli.run(lambda: extract_features.main(argv))
     lines = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and part in lines[0]
+    assert caught.value.code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert part in lines[0]
     assert not (tmp_path / "store").exists()

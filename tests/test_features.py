@@ -1,4 +1,4 @@
-"""Feature stores: content, kills at every write, damage, and the official layout. A stand-in encodes, so that all is fast."""
+"""Feature stores: content, kills at every write, damage, the official layout. A stand-in encodes quickly."""
 
 import json
 import os
@@ -30,14 +30,8 @@ class StandIn:
         return 2, image_size // 4, image_size // 4
 
     def describe(self):
-        return {
-            "name": self.name,
-            "stride": 4,
-            "channels": 2,
-            "shift": [0.0] * 2,
-            "scale": [1.0] * 2,
-            "sha256": "0",
-        }
+        described = {"name": self.name, "stride": 4, "channels": 2, "sha256": "0"}
+        return described | {"shift": [0.0] * 2, "scale": [1.0] * 2}
 
     def encode(self, images):
         mean = images[:, :2, ::4, ::4].float() / 256
@@ -83,12 +77,12 @@ def test_moments_are_those_of_the_image_and_its_mirror_image(tiny_images, tmp_pa
     fill(make_writer(tmp_path, tiny_images), tiny_images)
     store = open_features(tmp_path, SIZE)
     images = ImageFolder(tiny_images, SIZE)
-    assert len(store) == 10 and store.latent_shape == (2, 2, 2) and store.class_names == ["a", "b", "c"]
-    assert (
-        store.labels.tolist() == images.labels
-        and store.labels.dtype == np.int64
-        and store.autoencoder == StandIn().describe()
-    )
+    assert len(store) == 10
+    assert store.latent_shape == (2, 2, 2)
+    assert store.class_names == ["a", "b", "c"]
+    assert store.labels.tolist() == images.labels
+    assert store.labels.dtype == np.int64
+    assert store.autoencoder == StandIn().describe()
     seen = set()
     for draw in range(8):
         latent = store.latent(7, rng(0, "latent", draw))
@@ -97,7 +91,8 @@ def test_moments_are_those_of_the_image_and_its_mirror_image(tiny_images, tmp_pa
         image = pixels_of(tiny_images, [7])
         mean = StandIn().encode(image.flip(3) if view else image)[0][0].numpy()
         noise = generator.standard_normal((2, 2, 2), dtype=np.float32)
-        assert latent.dtype == np.float32 and np.array_equal(latent, mean + np.float32(0.25) * noise)
+        assert latent.dtype == np.float32
+        assert np.array_equal(latent, mean + np.float32(0.25) * noise)
         seen.add(view)
     assert seen == {0, 1}
 
@@ -105,21 +100,29 @@ def test_moments_are_those_of_the_image_and_its_mirror_image(tiny_images, tmp_pa
 def test_without_flips_there_is_one_view(tiny_images, tmp_path):
     fill(make_writer(tmp_path, tiny_images, flip=False, dtype="float16"), tiny_images)
     shard = np.load(tmp_path / "shard-00001.npy", mmap_mode="r")
-    assert shard.shape == (4, 1, 4, 2, 2) and shard.dtype == np.float16
+    assert shard.shape == (4, 1, 4, 2, 2)
+    assert shard.dtype == np.float16
 
 
 def test_samples_are_frozen_functions_of_seed_and_index(tiny_images, tmp_path):
     for name, seed, shard_size in (("a", 3, 4), ("b", 3, 100), ("c", 4, 4)):
         writer = make_writer(tmp_path / name, tiny_images, kind="sample", seed=seed, shard_size=shard_size)
         fill(writer, tiny_images)
-    a, b, c = (open_features(tmp_path / name, SIZE) for name in "abc")
-    latents = [[store.latent(index, None) for index in range(10)] for store in (a, b, c)]
-    assert np.array_equal(latents[0], latents[1]) and not np.array_equal(latents[0], latents[2])
-    noise = np.stack(latents[0]) - StandIn().encode(pixels_of(tiny_images, range(10)))[0].numpy()
-    mirrored = np.stack(latents[0]) - StandIn().encode(pixels_of(tiny_images, range(10)).flip(3))[0].numpy()
-    flips = [rng(3, "features", index).random() < 0.5 for index in range(10)]
-    assert 0 < sum(flips) < 10
-    assert np.abs(np.where(np.array(flips)[:, None, None, None], mirrored, noise)).max() < 0.25 * 4.5
+    latents = {}
+    for name in "abc":
+        store = open_features(tmp_path / name, SIZE)
+        latents[name] = np.stack([store.latent(index, None) for index in range(10)])
+    assert np.array_equal(latents["a"], latents["b"])
+    assert not np.array_equal(latents["a"], latents["c"])
+
+    # Each latent is near the mean of the image or of its mirror image, as the stream of random numbers says
+    images = pixels_of(tiny_images, range(10))
+    noise = latents["a"] - StandIn().encode(images)[0].numpy()
+    mirrored_noise = latents["a"] - StandIn().encode(images.flip(3))[0].numpy()
+    flips = np.array([rng(3, "features", index).random() < 0.5 for index in range(10)])
+    assert 0 < flips.sum() < 10
+    noise[flips] = mirrored_noise[flips]
+    assert np.abs(noise).max() < 0.25 * 4.5
 
 
 def test_after_a_kill_at_any_write_the_same_steps_complete_the_store(tiny_images, tmp_path, monkeypatch):
@@ -138,14 +141,16 @@ def test_after_a_kill_at_any_write_the_same_steps_complete_the_store(tiny_images
 
         return call
 
-    attempts, survived = 0, False
+    # Kill at the first write, then at the second, ... until an extraction survives
+    attempts = 0
+    survived = False
     while not survived:
         attempts += 1
         folder = tmp_path / f"killed-{attempts}"
         with monkeypatch.context() as patch:
             countdown = [attempts]
-            for name in ("replace", "fsync"):
-                patch.setattr(os, name, killed_at(countdown, getattr(os, name)))
+            patch.setattr(os, "replace", killed_at(countdown, os.replace))
+            patch.setattr(os, "fsync", killed_at(countdown, os.fsync))
             patch.setattr(Path, "unlink", killed_at(countdown, Path.unlink))
             patch.setattr(Path, "mkdir", killed_at(countdown, Path.mkdir))
             try:
@@ -153,6 +158,8 @@ def test_after_a_kill_at_any_write_the_same_steps_complete_the_store(tiny_images
                 survived = True
             except Killed:
                 pass
+
+        # The same steps complete the store
         fill(make_writer(folder, tiny_images), tiny_images, bad=(5,))
         assert content(folder) == wanted
     assert attempts > 25
@@ -175,14 +182,12 @@ def test_unreadable_images_are_left_out_and_listed(tiny_images, tmp_path):
     store, labels = open_features(tmp_path, SIZE), ImageFolder(tiny_images, SIZE).labels
     assert store.labels.tolist() == [labels[index] for index in (1, 2, 3, 8, 9)]
     assert [entry[0] for entry in store.manifest["unreadable"]] == [0, 4, 5, 6, 7]
-    noise = rng(0, "latent")
-    view = int(noise.integers(2))
+    generator = rng(0, "latent")
+    view = int(generator.integers(2))
     image = pixels_of(tiny_images, [8])
     mean = StandIn().encode(image.flip(3) if view else image)[0][0].numpy()
-    assert np.array_equal(
-        store.latent(3, rng(0, "latent")),
-        mean + np.float32(0.25) * noise.standard_normal((2, 2, 2), np.float32),
-    )
+    noise = generator.standard_normal((2, 2, 2), np.float32)
+    assert np.array_equal(store.latent(3, rng(0, "latent")), mean + np.float32(0.25) * noise)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +202,7 @@ def test_another_setting_in_the_same_folder_is_named(tiny_images, tmp_path, chan
         make_writer(tmp_path, tiny_images, **change).prepare()
 
 
-def test_foreign_files_are_never_written_among(tiny_images, tmp_path):
+def test_a_folder_with_foreign_files_is_refused(tiny_images, tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds thesis.tex"):
         make_writer(tmp_path, tiny_images).prepare()
@@ -211,10 +216,10 @@ def test_store_survives_pickling_and_opens_few_maps(tiny_images, tmp_path, monke
     latents = [store.latent(index, rng(0, "latent", index)) for index in range(10)]
     assert len(store._maps) == 3
     copy = pickle.loads(pickle.dumps(store))
-    assert not copy._maps and copy.fingerprint() == store.fingerprint()
-    assert all(
-        np.array_equal(copy.latent(index, rng(0, "latent", index)), latents[index]) for index in range(10)
-    )
+    assert not copy._maps
+    assert copy.fingerprint() == store.fingerprint()
+    for index in range(10):
+        assert np.array_equal(copy.latent(index, rng(0, "latent", index)), latents[index])
     with pytest.raises(IndexError):
         store.latent(10, rng(0, "latent"))
 
@@ -238,13 +243,11 @@ def make_official(folder: Path, names: list[int], label_names: list[int] | None 
 def test_official_layout_is_paired_by_name_in_numeric_order(tmp_path):
     make_official(tmp_path, [10, 9, 100, 2])
     store = open_features(tmp_path, SIZE)
-    assert [store.latent(index, None).max() for index in range(4)] == [
-        2,
-        9,
-        10,
-        100,
-    ] and store.labels.tolist() == [2, 4, 0, 0]
-    assert store.autoencoder is None and store.class_names == ["0", "1", "2", "3", "4"]
+    largest = [store.latent(index, None).max() for index in range(4)]
+    assert largest == [2, 9, 10, 100]
+    assert store.labels.tolist() == [2, 4, 0, 0]
+    assert store.autoencoder is None
+    assert store.class_names == ["0", "1", "2", "3", "4"]
     assert pickle.loads(pickle.dumps(store)).fingerprint() == store.fingerprint()
 
 
@@ -296,7 +299,7 @@ def test_hostile_manifests_are_refused(tiny_images, tmp_path, change):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "{}", '{"format": 1}', "\0"])
-def test_manifests_that_are_none_are_refused(tmp_path, text):
+def test_files_that_are_not_manifests_are_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="manifest.json"):
         open_features(tmp_path, SIZE)
@@ -334,4 +337,5 @@ def test_verify_finds_a_flipped_bit(tiny_images, tmp_path):
     assert damaged_files(tmp_path) == []
     shutil.rmtree(tmp_path)
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1

@@ -15,15 +15,9 @@ from diffusion.samplers import SAMPLERS
 from models import build_model
 from sampling import hub
 from sampling.budgets import Budget
-from sampling.generate import (
-    SamplingOptions,
-    Watched,
-    check_autoencoder,
-    fingerprint,
-    generate_images,
-    guided_denoiser,
-    load_trained,
-)
+from sampling.denoising import sampling_steps
+from sampling.generate import SamplingOptions, generate_images
+from sampling.load import check_autoencoder, fingerprint, load_trained
 from sampling.pipeline import DCDiTPipeline
 from weights.checkpoint import save_checkpoint
 
@@ -123,14 +117,18 @@ def test_the_pipeline_samples_what_our_sampler_does(checkpoint, scale, drop, ste
     output = DCDiTPipeline(run)(labels, scale, drop, steps, torch.Generator().manual_seed(3))
 
     generator = torch.Generator().manual_seed(3)
-    draw = lambda: torch.randn(3, 4, 8, 8, generator=generator)  # noqa: E731
-    watched = Watched(run.model, bf16=False)
     options = SamplingOptions(cfg_scale=scale, num_sampling_steps=steps, budget=Budget.fraction(drop))
-    denoise = guided_denoiser(watched, run.config, torch.tensor(labels), options)
+
+    def draw():
+        return torch.randn(3, 4, 8, 8, generator=generator)
+
+    def sampler(denoise):
+        return SAMPLERS["ddpm"](create_diffusion(sampling_steps=steps), denoise, draw(), draw)
+
     kept = []
     with torch.inference_mode():
-        for step in SAMPLERS["ddpm"](create_diffusion(sampling_steps=steps), denoise, draw(), draw):
-            kept.append((step.t, watched.take().keep.sum(1).tolist()))
+        for step, routing in sampling_steps(run, labels, options, sampler):
+            kept.append(routing.counts(step.t))
         images = run.autoencoder.decode(step.x_next).permute(0, 2, 3, 1).numpy()
 
     ours = np.stack([np.asarray(image) for image in output.images])
@@ -138,11 +136,10 @@ def test_the_pipeline_samples_what_our_sampler_does(checkpoint, scale, drop, ste
     assert (
         np.abs(ours.astype(int) - images.astype(int)).max() <= 1
     )  # a level, where rounding falls the other way
-    record = [
-        (row.t, row.conditional.tolist() + (row.unconditional.tolist() if scale > 1 else []))
-        for row in output.kept
-    ]
-    assert record == kept
+    for own, want in zip(output.kept, kept, strict=True):
+        assert own.t == want.t and torch.equal(own.conditional, want.conditional)
+        assert (own.unconditional is None) == (scale == 1)
+        assert scale == 1 or torch.equal(own.unconditional, want.unconditional)
 
 
 def test_other_schedulers(checkpoint):

@@ -359,7 +359,7 @@ def test_a_sample_is_a_function_of_seed_and_number(trained):
 
     def images(index, batch_size, options=options):
         batches = list(generate(run, index, [labels[i] for i in index], options, batch_size))
-        assert [i for batch in batches for i in batch.index] == index
+        assert [i for batch in batches for i in batch.indices] == index
         return torch.cat([batch.images for batch in batches]).float()
 
     whole = images([0, 1, 2, 3, 4], 5)
@@ -372,7 +372,7 @@ def test_a_sample_is_a_function_of_seed_and_number(trained):
 
     shown = []
     (batch,) = generate(
-        run, [0, 1], labels[:2], options, observe=lambda step, routing: shown.append((step, routing))
+        run, [0, 1], labels[:2], options, on_step=lambda step, routing: shown.append((step, routing))
     )
     assert [step.t for step, _ in shown] == [999, 500, 0] == [kept.t for kept in batch.kept]
     for (_, routing), kept in zip(shown, batch.kept):

@@ -12,24 +12,25 @@ from toy import shapes
 def test_image_is_a_function_of_seed_and_index():
     image, mask, label = shapes.render(5, image_size=32, seed=3)
     again, mask_again, label_again = shapes.render(5, image_size=32, seed=3)
-    assert np.array_equal(image, again) and np.array_equal(mask, mask_again) and label == label_again
-    assert (
-        image.shape == (32, 32, 3)
-        and image.dtype == np.uint8
-        and mask.shape == (32, 32)
-        and mask.dtype == bool
-    )
+    assert np.array_equal(image, again)
+    assert np.array_equal(mask, mask_again)
+    assert label == label_again
+    assert image.shape == (32, 32, 3)
+    assert image.dtype == np.uint8
+    assert mask.shape == (32, 32)
+    assert mask.dtype == bool
     assert not np.array_equal(image, shapes.render(5, image_size=32, seed=4)[0])
     assert not np.array_equal(image, shapes.render(13, image_size=32, seed=3)[0])  # the same class
 
 
 def test_every_class_occurs_and_names_are_in_folder_order():
     assert [shapes.render(index, 16)[2] for index in range(16)] == 2 * list(range(8))
-    assert len(shapes.CLASS_NAMES) == 8 and list(shapes.CLASS_NAMES) == sorted(shapes.CLASS_NAMES)
+    assert len(shapes.CLASS_NAMES) == 8
+    assert list(shapes.CLASS_NAMES) == sorted(shapes.CLASS_NAMES)
 
 
 def grow(mask: np.ndarray, pixels: int) -> np.ndarray:
-    """The mask and everything at most so many pixels away, along either axis."""
+    """The mask and everything at most this number of pixels away, along either axis."""
     for axis in (0, 1):
         mask = np.any([np.roll(mask, shift, axis) for shift in range(-pixels, pixels + 1)], axis=0)
     return mask
@@ -76,4 +77,4 @@ def test_writing_continues_and_leaves_no_partial_file(tmp_path, monkeypatch):
 
 def test_bad_numbers_name_the_option(tmp_path):
     with pytest.raises(UserError, match="--num-images 0"):
-        shapes.write_images(tmp_path, 0)
+        shapes.main(["--output", str(tmp_path), "--num-images", "0"])

@@ -1,6 +1,7 @@
 """The parts of a training step: batches, schedules, the ratio loss, checkpoints, and what is logged."""
 
 import json
+import multiprocessing
 import os
 from types import SimpleNamespace
 
@@ -8,23 +9,32 @@ import numpy as np
 import pytest
 import torch
 
-from config import TrainingConfig, UserError, config_from_dict, load_config, to_dict
+from config import OneProcessError, TrainingConfig, UserError, config_from_dict, load_config, to_dict
 from models.types import Routing
 from training import schedules
-from training.batches import Order, Samples, collate, make_loader
-from training.losses import ratio_loss
+from training.batches import Order, Samples, collate, make_loader, read_batches
+from training.losses import RatioTarget, ratio_loss, total_loss
 from training.tracking import Averages, RunLog, kept_fractions
 from weights import checkpoint
 from weights.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
-# -------------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------------------- batches
 
 
-def global_batches(world: int, first=0, last=12, images=23, seed=0) -> list[list[tuple[int, int]]]:
-    """The parts of all processes, put together again."""
-    parts = [list(Order(images, 6, seed, range(first, last), rank, world)) for rank in range(world)]
-    assert all(len(part) == 6 // world for order in parts for part in order)
-    return [sum(step, []) for step in zip(*parts)]
+IMAGES = 23  # an epoch has 3 whole batches of 6
+GLOBAL_BATCH = 6
+
+
+def make_order(micro_steps: range, rank=0, world=1, seed=0) -> Order:
+    return Order(IMAGES, GLOBAL_BATCH, seed, micro_steps, rank, world)
+
+
+def global_batches(world: int, first=0, seed=0) -> list[list[tuple[int, int]]]:
+    """The batches of micro-steps `first` to 11, put together from the parts of all processes."""
+    orders = [list(make_order(range(first, 12), rank, world, seed)) for rank in range(world)]
+    for order in orders:
+        assert {len(part) for part in order} == {GLOBAL_BATCH // world}
+    return [sum(parts, []) for parts in zip(*orders)]
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
@@ -33,18 +43,22 @@ def test_global_batches_do_not_depend_on_the_processes(world):
 
 
 def test_epochs_are_permutations():
-    batches = global_batches(1)  # 3 whole batches of 6 in an epoch of 23 images
+    batches = global_batches(1)
     assert [batch[0][0] for batch in batches] == list(range(12))
-    epochs = [[image for batch in batches[k : k + 3] for _, image in batch] for k in range(0, 12, 3)]
-    assert all(len(set(epoch)) == 18 and set(epoch) <= set(range(23)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4  # each in another order
+    epochs = []
+    for start in range(0, 12, 3):
+        epoch = [image for batch in batches[start : start + 3] for _, image in batch]
+        assert len(set(epoch)) == 18
+        assert set(epoch) <= set(range(IMAGES))
+        epochs.append(tuple(epoch))
+    assert len(set(epochs)) == 4  # each in another order
     assert global_batches(1, seed=1) != batches
 
 
 @pytest.mark.parametrize("first", [1, 3, 7])
 def test_order_starts_anywhere(first):
     assert global_batches(1, first=first) == global_batches(1)[first:]
-    assert len(Order(23, 6, 0, range(first, 12), 0, 1)) == 12 - first
+    assert len(make_order(range(first, 12))) == 12 - first
 
 
 class FakeStore:
@@ -53,10 +67,8 @@ class FakeStore:
     labels = np.arange(100) % 7
 
     def latent(self, index, generator):
-        return (
-            np.full((4, 2, 2), index, dtype=np.float32)
-            + generator.standard_normal((4, 2, 2), dtype=np.float32) / 100
-        )
+        noise = generator.standard_normal((4, 2, 2), dtype=np.float32)
+        return np.full((4, 2, 2), index, dtype=np.float32) + noise / 100
 
 
 def make_samples(seed=0, dropout=0.5):
@@ -64,39 +76,61 @@ def make_samples(seed=0, dropout=0.5):
 
 
 def test_a_sample_is_a_function_of_its_key():
-    one, other = make_samples(), make_samples()
+    one = make_samples()
+    other = make_samples()
     other[3, 5], other[9, 9]  # what was drawn before does not matter
     for a, b in zip(one[2, 50], other[2, 50]):
         assert np.array_equal(a, b)
-    for key in ((3, 50), (2, 51)):
-        assert not np.array_equal(one[2, 50][1], one[key][1])
-    assert not np.array_equal(one[2, 50][1], make_samples(seed=1)[2, 50][1])
+    noise = one[2, 50].noise
+    assert not np.array_equal(noise, one[3, 50].noise)
+    assert not np.array_equal(noise, one[2, 51].noise)
+    assert not np.array_equal(noise, make_samples(seed=1)[2, 50].noise)
 
 
 def test_samples_have_the_right_distribution():
-    samples = [make_samples(dropout=0.25)[step, image] for step in range(10) for image in range(100)]
-    batch = collate(samples)
-    assert (
-        batch.x0.shape == batch.noise.shape == (1000, 4, 2, 2)
-        and batch.x0.dtype == batch.noise.dtype == torch.float32
-    )
+    samples = make_samples(dropout=0.25)
+    batch = collate([samples[step, image] for step in range(10) for image in range(100)])
+    assert batch.x0.shape == batch.noise.shape == (1000, 4, 2, 2)
+    assert batch.x0.dtype == batch.noise.dtype == torch.float32
     assert batch.t.dtype == batch.labels.dtype == torch.int64
     assert (batch.x0.mean((1, 2, 3)) - batch.images).abs().max() < 0.1
-    assert batch.noise.mean().abs() < 0.03 and abs(batch.noise.std() - 1) < 0.03
-    assert 0 <= batch.t.min() < 20 and 980 < batch.t.max() < 1000 and abs(batch.t.float().mean() - 499.5) < 30
+    assert batch.noise.mean().abs() < 0.03
+    assert abs(batch.noise.std() - 1) < 0.03
+    assert 0 <= batch.t.min() < 20
+    assert 980 < batch.t.max() < 1000
+    assert abs(batch.t.float().mean() - 499.5) < 30
     dropped = batch.labels == 7
     assert abs(dropped.float().mean() - 0.25) < 0.05
     assert torch.equal(batch.labels[~dropped], batch.images[~dropped] % 7)
-    assert not (collate([make_samples(dropout=0)[0, k] for k in range(100)]).labels == 7).any()
+
+
+def test_without_dropout_no_label_is_dropped():
+    samples = make_samples(dropout=0)
+    batch = collate([samples[0, image] for image in range(100)])
+    assert torch.equal(batch.labels, batch.images % 7)
 
 
 def test_loader_gives_a_batch_per_micro_step():
-    order = Order(23, 6, 0, range(2, 6), 1, 2)
-    batches = list(make_loader(order, make_samples(), workers=0, pin_memory=False))
+    order = make_order(range(2, 6), rank=1, world=2)
+    batches = list(read_batches(make_loader(order, make_samples(), workers=0, pin_memory=False)))
     assert [batch.images.tolist() for batch in batches] == [[image for _, image in keys] for keys in order]
 
 
-# ------------------------------------------------------------------------------------------------------------ schedules
+class DamagedStore(FakeStore):
+    def latent(self, index, generator):
+        raise UserError("shard-00003.npy: is damaged; extract it again")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_one_line_and_ends_the_loader(workers):
+    samples = Samples(DamagedStore(), 0, diffusion_steps=1000, dropout=0.5, null_label=7)
+    batches = read_batches(make_loader(make_order(range(4)), samples, workers, pin_memory=False))
+    with pytest.raises(OneProcessError, match="^shard-00003.npy: is damaged; extract it again$"):
+        next(batches)
+    assert multiprocessing.active_children() == []
+
+
+# -------------------------------------------------------------------------------------------------- schedules
 
 
 @pytest.mark.parametrize(
@@ -119,9 +153,8 @@ def test_a_continuous_budget_draw():
     draws = [schedules.drop_fraction(step, config.training) for step in range(2000)]
     assert draws[:3] == [schedules.drop_fraction(step, config.training) for step in range(3)]
     assert 0.2 <= min(draws) < 0.21 and 0.59 < max(draws) < 0.6
-    assert np.mean(draws) == pytest.approx(0.4, abs=0.01) and np.std(draws) == pytest.approx(
-        0.4 / 12**0.5, abs=0.01
-    )
+    assert np.mean(draws) == pytest.approx(0.4, abs=0.01)
+    assert np.std(draws) == pytest.approx(0.4 / 12**0.5, abs=0.01)
     config.training.seed = 1
     assert schedules.drop_fraction(0, config.training) != draws[0]
 
@@ -141,17 +174,10 @@ def test_downsample_factor():
     training = TrainingConfig(downsample_factor=[16.0])
     assert schedules.downsample_factor(0, training) == 16
     training.downsample_factor_start = 4.0
-    assert (
-        schedules.downsample_factor(0, training) == 16
-    )  # without warm-up steps there is nothing to start from
+    assert schedules.downsample_factor(0, training) == 16  # there are no warm-up steps
     training.downsample_factor_warmup_steps = 100
-    assert [schedules.downsample_factor(step, training) for step in (0, 25, 50, 100, 1000)] == [
-        4,
-        7,
-        10,
-        16,
-        16,
-    ]
+    factors = [schedules.downsample_factor(step, training) for step in (0, 25, 50, 100, 1000)]
+    assert factors == [4, 7, 10, 16, 16]
 
 
 def test_learning_rate():
@@ -163,9 +189,8 @@ def test_learning_rate():
 
 
 def test_total_steps():
-    config = load_config(
-        None, ["training.global_batch_size=4", "training.ratio_batch_size=4", "training.epochs=3"]
-    )
+    changes = ["training.global_batch_size=4", "training.ratio_batch_size=4", "training.epochs=3"]
+    config = load_config(None, changes)
     assert schedules.total_steps(config, 10) == 6
     config.training.gradient_accumulation_steps = 4
     assert schedules.total_steps(config, 10) == 1
@@ -173,14 +198,14 @@ def test_total_steps():
     assert schedules.total_steps(config, 10) == 77
 
 
-# ----------------------------------------------------------------------------------------------------------- ratio loss
+# ------------------------------------------------------------------------------------------------------- loss
 
 
 def make_routing(kept, prob):
-    """Rows of 12 tokens with the given numbers kept, and constant probabilities per row."""
-    natural = torch.arange(12)[None] < torch.tensor(kept)[:, None]
+    """Rows of 12 tokens with the given numbers of boundaries, and constant probabilities per row."""
+    boundary = torch.arange(12)[None] < torch.tensor(kept)[:, None]
     prob = torch.tensor(prob)[:, None].expand(-1, 12).clone().requires_grad_()
-    return Routing(prob, natural, torch.zeros_like(natural))  # what is kept after dropping must not matter
+    return Routing(prob, boundary, torch.zeros_like(boundary))  # what is kept after dropping must not matter
 
 
 @pytest.mark.parametrize("n", [2.0, 4.0, 12.0])
@@ -210,26 +235,39 @@ def test_ratio_loss_averages_over_groups():
 def test_ratio_loss_trains_the_probability_only():
     prob = torch.full((2, 6), 0.4, requires_grad=True)
     ratio_loss(Routing(prob, prob > 0.3, prob > 2), 4.0).backward()
-    assert prob.grad.isfinite().all() and (prob.grad > 0).all()  # all kept: every probability goes down
+    assert prob.grad.isfinite().all()
+    assert (prob.grad > 0).all()  # all kept: every probability goes down
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
+def test_the_total_loss_is_made_of_its_parts():
+    terms = {"mse": torch.tensor([1.0, 3.0]), "vb": torch.tensor([0.5, 0.5])}
+    routing = make_routing([3, 6], [0.1, 0.4])
+    losses = total_loss(terms, routing, RatioTarget(weight=0.5, downsample_factor=4.0))
+    assert list(losses) == ["loss", "mse", "vb", "diffusion_loss", "ratio_loss"]
+    assert losses["diffusion_loss"].tolist() == [1.5, 3.5]
+    assert torch.equal(losses["ratio_loss"], ratio_loss(routing, 4.0))
+    assert losses["loss"].item() == pytest.approx(2.5 + 0.5 * losses["ratio_loss"].item())
 
 
-EMPTY = {
-    "config": {},
-    "model": {},
-    "ema": {},
-    "autoencoder": None,
-    "class_names": None,
-}  # what a checkpoint needs to be one
+def test_without_weight_there_is_no_ratio_loss():
+    losses = total_loss(
+        {"mse": torch.tensor([1.0, 3.0])}, make_routing([3, 6], [0.1, 0.4]), RatioTarget(0.0, 4.0)
+    )
+    assert list(losses) == ["loss", "mse", "diffusion_loss"]
+    assert losses["loss"].item() == 2.0
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+# What a checkpoint needs, without its step
+EMPTY = {"config": {}, "model": {}, "ema": {}, "autoencoder": None, "class_names": None}
 
 
 def test_checkpoints_are_numbered_pruned_and_plain(tmp_path):
     for step in (5, 10, 999, 12345678):
-        path = save_checkpoint(
-            tmp_path, {**EMPTY, "step": step, "model": {"w": torch.full((2,), step)}}, keep=2
-        )
+        state = {**EMPTY, "step": step, "model": {"w": torch.full((2,), step)}}
+        path = save_checkpoint(tmp_path, state, keep=2)
     assert path.name == "12345678.pt"
     assert [path.name for path in list_checkpoints(tmp_path)] == ["0000999.pt", "12345678.pt"]
     assert sorted(os.listdir(tmp_path)) == ["0000999.pt", "12345678.pt"]
@@ -274,11 +312,8 @@ class Malicious:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_loading_executes_nothing(tmp_path, zipped):
-    torch.save(
-        {"format": 1, "x": Malicious(tmp_path / "executed")},
-        tmp_path / "a.pt",
-        _use_new_zipfile_serialization=zipped,
-    )
+    content = {"format": 1, "x": Malicious(tmp_path / "executed")}
+    torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match="is not a readable checkpoint of this repository"):
         load_checkpoint(tmp_path / "a.pt")
     assert not (tmp_path / "executed").exists()
@@ -308,7 +343,7 @@ def test_unreadable_checkpoints(tmp_path):
         assert message.startswith(f"--option '{tmp_path / name}'") and "\n" not in message, name
 
 
-# ---------------------------------------------------------------------------------------------------------------- logs
+# ------------------------------------------------------------------------------------------------------- logs
 
 
 def one_process(**changes) -> SimpleNamespace:
@@ -342,12 +377,12 @@ def test_averages_over_processes():
     for part in values:
         other = Averages(one_process())
         other.add("x", part)
-        rows.append(torch.stack(other.rows["x"]))
-    pair = Averages(
-        one_process(
-            num_processes=2, gather=lambda x: torch.stack([row.sum(0, keepdim=True) for row in rows]).to(x)
-        )
-    )
+        rows.append(torch.stack(other.rows["x"]))  # (1, 5)
+
+    def gather(own):
+        return torch.stack(rows).to(own)  # (world, names, 5)
+
+    pair = Averages(one_process(num_processes=2, gather=gather))
     pair.add("x", values[0])
     assert pair.reduce()["x"] == pytest.approx(single.reduce()["x"], rel=1e-6)
 
@@ -375,13 +410,11 @@ def test_averages_continue_after_a_resume(world):
 
 
 def test_kept_fractions():
-    natural = torch.tensor([[True, True, False, True], [True, False, False, True]])
+    boundary = torch.tensor([[True, True, False, True], [True, False, False, True]])
     keep = torch.tensor([[True, False, False, True], [True, False, False, True]])
-    fractions = kept_fractions(Routing(natural.float(), natural, keep))
-    assert fractions["kept_natural"].tolist() == [0.75, 0.5] and fractions["kept_effective"].tolist() == [
-        0.5,
-        0.5,
-    ]
+    fractions = kept_fractions(Routing(boundary.float(), boundary, keep))
+    assert fractions["kept_natural"].tolist() == [0.75, 0.5]
+    assert fractions["kept_effective"].tolist() == [0.5, 0.5]
 
 
 def test_metrics(tmp_path):
@@ -389,9 +422,8 @@ def test_metrics(tmp_path):
     log = RunLog(tmp_path, accelerator, step=0)
     log.metrics(5, {"loss": 1.5, "steps_per_sec": 3.0})
     log.line("hello")
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
-        {"step": 5, "loss": 1.5}
-    ]
+    (row,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(row) == {"step": 5, "loss": 1.5}
     assert accelerator.logged == [(5, {"train/loss": 1.5, "train/steps_per_sec": 3.0})]
     assert (tmp_path / "log.txt").read_text().endswith("] hello\n")
     quiet = tmp_path / "other process"

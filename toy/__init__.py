@@ -1,1 +1,1 @@
-"""The small world that ships with the repository: data set, autoencoder, classifier and a check of the routing."""
+"""The small world of the quickstart: drawn images, autoencoder, classifier and routing statistics."""

@@ -1,9 +1,10 @@
-"""Trains a small AutoencoderKL (stride 4, 4 latent channels) on an image folder and saves it in diffusers format.
+"""Train a small AutoencoderKL (stride 4, 4 latent channels) on an image folder; saved in diffusers format.
 
     python -m toy.autoencoder --images DIR --output DIR --image-size 64 --steps 1000 --batch-size 8 --seed 0
 
-It serves small images on small machines, in a minute or so. What it leaves loads with `AutoencoderKL.from_pretrained`, and its
-configuration holds the mean and standard deviation of each latent channel.
+It serves small images on small machines and trains in about a minute. The saved folder loads with
+`AutoencoderKL.from_pretrained`, and its configuration holds the mean and standard deviation of each latent
+channel.
 """
 
 import argparse
@@ -20,25 +21,37 @@ from tqdm import tqdm
 
 import cli
 from config import UserError
-from data.images import ImageFolder, UnreadableImage
+from data.images import ImageFolder
+from data.loading import read_all
 from data.streams import rng
 from processes import group
 
-STRIDE = 4  # pixels per latent cell and axis: two of the three blocks halve the size
-CHANNELS = (16, 16, 32)  # per block; few at full resolution, where they cost most
-GROUPS = 8  # of each group normalization; with one channel per group, every channel would lose its level
+# ---------------------------------------------------------------------------------------------- architecture
+
+# Channels per block; few at full resolution, where they cost most.
+CHANNELS = (16, 16, 32)
+# Pixels per latent cell and side: two of the three blocks halve the size.
+STRIDE = 4
+LATENT_CHANNELS = 4
+# Groups of each group normalization; with one channel per group, every channel would lose its level.
+GROUPS = 8
+# Standard deviation of a latent channel. At 1, the errors of a small network at high noise would exceed the
+# variation of the mean colour.
+LATENT_SCALE = 3.5
+
+# -------------------------------------------------------------------------------------------------- training
+
 PEAK_LEARNING_RATE = 4e-3
-KL_WEIGHT = (
-    5e-5  # posterior noise of a few per cent of a channel's spread: a decoder that forgives small errors
-)
-CROP_SHARE = (
-    0.75  # the first steps see crops of half the size, which cost a quarter; the last ones whole images
-)
-LATENT_SCALE = 3.5  # std of a latent channel; at 1 a small network errs by more than the mean colour varies at high noise
-STATISTICS_IMAGES = (
-    512  # training images, evenly spread, behind the axes, means and deviations of the latents
-)
-HELD_OUT = 16  # one image in so many measures the reconstruction and trains nothing
+# Gives the posterior a noise of a few per cent of a channel's spread: the decoder then forgives small errors.
+KL_WEIGHT = 5e-5
+# This share of the steps sees crops of half the size, which cost a quarter; the last steps see whole images.
+CROP_SHARE = 0.75
+# One image in 16 measures the reconstruction and trains nothing.
+HELD_OUT = 16
+# Training images, evenly spread, that determine the axes, means and deviations of the latents.
+STATISTICS_IMAGES = 512
+# Images that are encoded at once outside of training.
+CHUNK = 64
 
 
 def build_autoencoder(seed: int) -> AutoencoderKL:
@@ -52,25 +65,9 @@ def build_autoencoder(seed: int) -> AutoencoderKL:
             layers_per_block=1,
             norm_num_groups=GROUPS,
             mid_block_add_attention=False,
-            latent_channels=4,
+            latent_channels=LATENT_CHANNELS,
             scaling_factor=LATENT_SCALE,
         )
-
-
-def load_images(folder: str, image_size: int) -> Tensor:
-    """All readable images of the folder, (N, 3, H, W) uint8."""
-    images = []
-    source = ImageFolder(folder, image_size)
-    for index in tqdm(range(len(source)), desc="reading", unit="img"):
-        try:
-            images.append(torch.from_numpy(source[index][0]))
-        except UnreadableImage as error:
-            tqdm.write(f"skipped {error}")
-    if len(images) < HELD_OUT:
-        raise UserError(
-            f"--images {folder}: {len(images)} readable images are too few; give at least {HELD_OUT}"
-        )
-    return torch.stack(images).permute(0, 3, 1, 2).contiguous()
 
 
 def to_signed(pixels: Tensor) -> Tensor:
@@ -79,41 +76,51 @@ def to_signed(pixels: Tensor) -> Tensor:
 
 
 def draw_batch(images: Tensor, batch_size: int, size: int, seed: int, step: int) -> Tensor:
-    """Random crops of `size` pixels, mirrored or not: (B, 3, size, size) float32 in [-1, 1]."""
+    """Random crops of `size` pixels, half of them mirrored: (B, 3, size, size) float32 in [-1, 1]."""
     draw = rng(seed, "autoencoder batch", step)
-    last = images.shape[-1] - size
+    positions = images.shape[-1] - size + 1
     batch = []
     for index in draw.integers(len(images), size=batch_size):
-        top, left, mirrored = draw.integers(last + 1), draw.integers(last + 1), draw.random() < 0.5
+        top = draw.integers(positions)
+        left = draw.integers(positions)
         crop = images[index, :, top : top + size, left : left + size]
-        batch.append(crop.flip(-1) if mirrored else crop)
+        if draw.random() < 0.5:
+            crop = crop.flip(-1)
+        batch.append(crop)
     return to_signed(torch.stack(batch))
+
+
+def draw_noise(batch_size: int, size: int, seed: int, step: int) -> Tensor:
+    """Noise of the posterior for crops of `size` pixels, (B, 4, size / 4, size / 4)."""
+    draw = rng(seed, "autoencoder noise", step)
+    side = size // STRIDE
+    noise = draw.standard_normal((batch_size, LATENT_CHANNELS, side, side), dtype=np.float32)
+    return torch.from_numpy(noise)
 
 
 def autoencoder_loss(model: AutoencoderKL, x: Tensor, noise: Tensor) -> Tensor:
     """Reconstruction error of a drawn latent (L1 + L2) plus the KL divergence per latent number."""
     posterior = model.encode(x).latent_dist
-    y = model.decode(posterior.mean + posterior.std * noise).sample
+    reconstruction = model.decode(posterior.mean + posterior.std * noise).sample
     kl = posterior.kl().mean() / noise[0].numel()
-    return F.l1_loss(y, x) + F.mse_loss(y, x) + KL_WEIGHT * kl
+    return F.l1_loss(reconstruction, x) + F.mse_loss(reconstruction, x) + KL_WEIGHT * kl
 
 
 def train(model: AutoencoderKL, images: Tensor, steps: int, batch_size: int, seed: int) -> None:
-    """AdamW with one warm-up and decay of the learning rate, on crops first and on whole images at the end."""
-    device, image_size = model.device, images.shape[-1]
+    """AdamW with one warm-up and decay of the learning rate; crops first, whole images at the end."""
     optimizer = torch.optim.AdamW(
         model.parameters(), PEAK_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, steps + 1, pct_start=0.1)
+    image_size = images.shape[-1]
     crop_size = max(image_size // (2 * STRIDE), 1) * STRIDE
     progress = tqdm(range(steps), desc="autoencoder", unit="step")
     for step in progress:
         size = crop_size if step < CROP_SHARE * steps else image_size
-        x = draw_batch(images, batch_size, size, seed, step).to(device)
-        noise = rng(seed, "autoencoder noise", step).standard_normal(
-            (batch_size, 4, *(size // STRIDE,) * 2), dtype=np.float32
-        )
-        loss = autoencoder_loss(model, x, torch.from_numpy(noise).to(device))
+        x = draw_batch(images, batch_size, size, seed, step).to(model.device)
+        noise = draw_noise(batch_size, size, seed, step).to(model.device)
+
+        loss = autoencoder_loss(model, x, noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -125,109 +132,132 @@ def train(model: AutoencoderKL, images: Tensor, steps: int, batch_size: int, see
 
 @torch.no_grad()
 def posterior_means(model: AutoencoderKL, images: Tensor) -> Tensor:
-    """Raw latents (N, 4, H / STRIDE, W / STRIDE) of uint8 images."""
-    return torch.cat(
-        [model.encode(to_signed(part).to(model.device)).latent_dist.mean for part in images.split(64)]
-    )
+    """Raw latents (N, 4, H / 4, W / 4) of uint8 images."""
+    means = []
+    for chunk in images.split(CHUNK):
+        x = to_signed(chunk).to(model.device)
+        means.append(model.encode(x).latent_dist.mean)
+    return torch.cat(means)
 
 
 @torch.no_grad()
 def decorrelate_latents(model: AutoencoderKL, images: Tensor) -> None:
-    """Turn the latent channels to their principal axes, by the 1 x 1 convolutions before and after the latent.
+    """Turn the latent channels to their principal axes, with the convolutions before and after the latent.
 
-    Reconstructions stay the same. Without it an error along an axis of little variance, small beside the spread of every
-    channel, would show in the picture. The posterior's log variance is averaged with the squared weights of the rotation.
+    Reconstructions stay the same. Without the turn, an error along an axis of little variance, although small
+    beside the spread of every channel, would show in the picture.
     """
+    # Principal axes of the latents, (4, 4), one per column
     z = posterior_means(model, images)
-    axes = torch.linalg.eigh(torch.cov(z.transpose(0, 1).flatten(1)).cpu()).eigenvectors.to(
-        z
-    )  # (4, 4), one axis per column
-    into, out_of = model.quant_conv, model.post_quant_conv
-    turn = torch.block_diag(axes.T, axes.T.square())  # of the moments: mean and log variance
-    into.weight.copy_(torch.einsum("ij,jkhw->ikhw", turn, into.weight))
-    into.bias.copy_(turn @ into.bias)
-    out_of.weight.copy_(torch.einsum("ijhw,jk->ikhw", out_of.weight, axes))
+    covariance = torch.cov(z.transpose(0, 1).flatten(1))
+    axes = torch.linalg.eigh(covariance.cpu()).eigenvectors.to(z)
+
+    # The encoder's last layer gives mean and log variance. The turned log variance is an average, weighted
+    # with the squared entries of the rotation.
+    turn = torch.block_diag(axes.T, axes.T.square())
+    last = model.quant_conv
+    last.weight.copy_(torch.einsum("ij,jkhw->ikhw", turn, last.weight))
+    last.bias.copy_(turn @ last.bias)
+
+    # The decoder's first layer turns back
+    first = model.post_quant_conv
+    first.weight.copy_(torch.einsum("ijhw,jk->ikhw", first.weight, axes))
+
+
+def store_latent_statistics(model: AutoencoderKL, images: Tensor) -> None:
+    """Put mean and standard deviation of the latent channels into the configuration, for loaders."""
+    z = posterior_means(model, images)
+    mean = z.mean(dim=(0, 2, 3))
+    std = z.std(dim=(0, 2, 3))
+    model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
 
 
 @torch.no_grad()
 def reconstruction_psnr(model: AutoencoderKL, images: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of the decoded posterior means, over all pixels of uint8 images."""
-    squares = 0.0
-    for part in images.split(64):
-        x = to_signed(part).to(model.device)
-        y = model.decode(model.encode(x).latent_dist.mean).sample.clamp(-1, 1)
-        squares += (y - x).square().mean().item() * len(part)
-    return 10 * float(np.log10(4 * len(images) / squares))  # values span [-1, 1], peak to peak 2
-
-
-def store_latent_statistics(model: AutoencoderKL, images: Tensor) -> None:
-    """Put each latent channel's mean and standard deviation into the configuration, with which loaders whiten the latents."""
-    z = posterior_means(model, images)
-    mean, std = z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3))
-    model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    sum_of_squares = 0.0
+    for chunk in images.split(CHUNK):
+        x = to_signed(chunk).to(model.device)
+        latents = model.encode(x).latent_dist.mean
+        reconstruction = model.decode(latents).sample.clamp(-1, 1)
+        sum_of_squares += (reconstruction - x).square().mean().item() * len(chunk)
+    mean_square = sum_of_squares / len(images)
+    peak_to_peak = 2.0
+    return 10 * float(np.log10(peak_to_peak**2 / mean_square))
 
 
 def save(model: AutoencoderKL, output: Path) -> None:
-    """Write the model beside its place first: a folder with the final name is complete."""
+    """Write the model under another name first: a folder with the final name is complete."""
     unfinished = output.with_name(output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     if output.is_dir():
-        output.rmdir()  # an empty one; what is not empty was refused at the start
+        # `is_complete` has refused a folder that is not empty.
+        output.rmdir()
     unfinished.replace(output)
 
 
 def is_complete(output: Path) -> bool:
-    """True where a finished model lies, False where there is nothing; UserError for anything else."""
+    """Whether the folder holds a finished model. Raises UserError if it holds anything else."""
     if (output / "config.json").is_file() and (output / "diffusion_pytorch_model.safetensors").is_file():
         return True
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output}: exists and is no autoencoder; give another folder or remove it")
+        raise UserError(
+            f"--output {output}: exists and is not an autoencoder; give another folder or remove it"
+        )
     return False
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser("Train a small AutoencoderKL and save it in diffusers format.")
-    parser.add_argument("--images", required=True, help="folder with one subfolder of images per class")
-    parser.add_argument(
-        "--output", required=True, help="folder for the model; a complete one is left as it is"
-    )
-    parser.add_argument("--image-size", type=int, default=64, help="height and width in pixels")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--images", required=True, help="folder with one sub-folder of images per class")
+    add("--output", type=Path, required=True, help="folder for the model; a complete one is left as it is")
+    add("--image-size", type=int, default=64, help="pixels per side (default: %(default)s)")
+    add("--steps", type=int, default=1000, help="(default: %(default)s)")
+    add("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if args.image_size < STRIDE or args.image_size % STRIDE:
-        raise UserError(
-            f"--image-size {args.image_size}: must be a positive multiple of the autoencoder's stride {STRIDE}"
-        )
-    for option in ("steps", "batch_size"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)}: must be at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must not be negative")
+        raise UserError(f"--image-size {args.image_size}: must be a positive multiple of the stride {STRIDE}")
+    cli.check_at_least(args, 1, "steps", "batch_size")
+    cli.check_at_least(args, 0, "seed")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    output = Path(args.output)
-    if is_complete(output):
-        print(f"{output}: holds a finished autoencoder")
+    if is_complete(args.output):
+        print(f"{args.output}: holds a finished autoencoder")
         return
     start = time.perf_counter()
-    images = load_images(args.images, args.image_size)
-    held_out = torch.arange(len(images)) % HELD_OUT == 0
+
+    # Images for training, and some that only measure
+    images, _ = read_all(ImageFolder(args.images, args.image_size))
+    if len(images) < HELD_OUT:
+        raise UserError(
+            f"--images {args.images}: {len(images)} readable images are too few; give at least {HELD_OUT}"
+        )
+    is_held_out = torch.arange(len(images)) % HELD_OUT == 0
+    training_images = images[~is_held_out]
+    held_out_images = images[is_held_out]
+
+    # Train
     model = build_autoencoder(args.seed).to(group.default_device())
-    train(model, images[~held_out], args.steps, args.batch_size, args.seed)
+    train(model, training_images, args.steps, args.batch_size, args.seed)
     model.eval()
-    sample = images[~held_out][:: max(len(images) // STATISTICS_IMAGES, 1)]
-    decorrelate_latents(model, sample)
-    store_latent_statistics(model, sample)
-    save(model, output)
-    psnr, seconds = reconstruction_psnr(model, images[held_out]), time.perf_counter() - start
+
+    # Make the latents white
+    every = max(len(images) // STATISTICS_IMAGES, 1)
+    decorrelate_latents(model, training_images[::every])
+    store_latent_statistics(model, training_images[::every])
+
+    save(model, args.output)
+    psnr = reconstruction_psnr(model, held_out_images)
+    seconds = time.perf_counter() - start
     print(
-        f"{output}: reconstruction PSNR {psnr:.1f} dB on {int(held_out.sum())} held-out images, {seconds:.0f} s"
+        f"{args.output}: reconstruction PSNR {psnr:.1f} dB on {len(held_out_images)} held-out images, "
+        f"{seconds:.0f} s"
     )
 
 

@@ -1,9 +1,9 @@
-"""A small classifier of an image folder as feature extractor, for data sets where Inception means little.
+"""Train a small classifier on an image folder: a feature extractor for data on which Inception means little.
 
     python -m toy.classifier --images quickstart/images --output quickstart/classifier.pt --image-size 48
 
-trains in a minute on a CPU and writes a TorchScript file for `evaluate.py --features`: its features are channel means of every
-stage, and its logits give the class accuracy of conditional samples.
+It trains in a minute on a CPU and writes a TorchScript file for `evaluate.py --features`. Its features are
+the channel means of every stage; its logits give the class accuracy of conditional samples.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import time
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,68 +20,67 @@ from tqdm import tqdm
 import cli
 from config import UserError
 from data.files import write_file
-from data.images import ImageFolder, UnreadableImage
+from data.images import ImageFolder
+from data.loading import read_all
 from data.streams import rng
 
-WIDTHS = (16, 32, 64)  # channels per stage; their sum is the number of features
-HELD_OUT = 8  # one image in this many measures the accuracy
+# Channels per stage; their sum is the number of features.
+WIDTHS = (16, 32, 64)
+# One image in 8 measures the accuracy and trains nothing.
+HELD_OUT = 8
 BATCH = 64
 LEARNING_RATE = 3e-3
 
 
 class Classifier(nn.Module):
-    """Convolutions of stride 2 and their channel means; takes images (B, 3, H, W) uint8 of any size from 16 pixels."""
+    """Convolutions of stride 2 and their channel means; images (B, 3, H, W) uint8 have 16 pixels or more."""
 
     def __init__(self, classes: int):
         super().__init__()
-        widths = (3, *WIDTHS)
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.SiLU(), nn.Conv2d(b, b, 3, 1, 1), nn.SiLU()
-            )
-            for a, b in zip(widths, widths[1:])
-        )
-        self.head = nn.Linear(WIDTHS[-1], classes)
+        self.stages = nn.ModuleList()
+        previous = 3
+        for width in WIDTHS:
+            self.stages.append(build_stage(previous, width))
+            previous = width
+        self.head = nn.Linear(previous, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, 112) and logits (B, classes)."""
-        x, means = images.float() / 127.5 - 1, []
+        x = images.float() / 127.5 - 1
+        means = []
         for stage in self.stages:
             x = stage(x)
             means.append(x.mean((2, 3)))
         return torch.cat(means, 1), self.head(means[-1])
 
 
-def load_images(folder: str, image_size: int) -> tuple[Tensor, Tensor, int]:
-    """Images (N, 3, H, W) uint8, labels (N,) and the number of classes of an image folder."""
-    source, images, labels = ImageFolder(folder, image_size), [], []
-    for index in tqdm(range(len(source)), desc="reading", unit="img"):
-        try:
-            pixels, label = source[index]
-        except UnreadableImage as error:
-            tqdm.write(f"skipped {error}")
-            continue
-        images.append(pixels)
-        labels.append(label)
-    if len(images) < 2 * HELD_OUT or len(source.class_names) < 2:
-        raise UserError(f"--images {folder}: give at least {2 * HELD_OUT} images of two classes")
-    return (
-        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
-        torch.tensor(labels),
-        len(source.class_names),
+def build_stage(channels: int, width: int) -> nn.Sequential:
+    """Halves the resolution: (B, channels, H, W) -> (B, width, H / 2, W / 2)."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, 2, 1),
+        nn.BatchNorm2d(width),
+        nn.SiLU(),
+        nn.Conv2d(width, width, 3, 1, 1),
+        nn.SiLU(),
     )
 
 
 def train(model: Classifier, images: Tensor, labels: Tensor, steps: int, seed: int) -> None:
-    """Adam on mirrored batches with a learning rate that falls to zero."""
+    """Adam with a learning rate that falls to zero, on batches of which half is mirrored."""
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     model.train()
     for step in tqdm(range(steps), desc="classifier", unit="step"):
+        # Draw a batch
         draw = rng(seed, "classifier batch", step)
-        index, mirrored = draw.integers(len(images), size=BATCH), torch.from_numpy(draw.random(BATCH) < 0.5)
-        batch = torch.where(mirrored[:, None, None, None], images[index].flip(-1), images[index])
-        loss = F.cross_entropy(model(batch)[1], labels[index])
+        index = torch.from_numpy(draw.integers(len(images), size=BATCH))
+        is_mirrored = torch.from_numpy(draw.random(BATCH) < 0.5)
+        batch = images[index]
+        batch = torch.where(is_mirrored[:, None, None, None], batch.flip(-1), batch)
+
+        # Update
+        _, logits = model(batch)
+        loss = F.cross_entropy(logits, labels[index])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -90,49 +88,68 @@ def train(model: Classifier, images: Tensor, labels: Tensor, steps: int, seed: i
     model.eval()
 
 
+@torch.inference_mode()
+def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
+    """Share of the images whose most probable class is right."""
+    right = 0
+    for chunk, chunk_labels in zip(images.split(BATCH), labels.split(BATCH)):
+        _, logits = model(chunk)
+        right += (logits.argmax(1) == chunk_labels).sum().item()
+    return right / len(images)
+
+
 def save(model: Classifier, image_size: int, path: Path) -> None:
     """Write TorchScript."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    example = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
+    buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch prefers other formats by now
-        scripted = torch.jit.trace(model, torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8))
-        buffer = io.BytesIO()
-        torch.jit.save(scripted, buffer)
+        # PyTorch prefers other formats by now.
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.save(torch.jit.trace(model, example), buffer)
     write_file(path, lambda stream: stream.write(buffer.getvalue()))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--images", required=True, help="folder with one sub-folder of images per class")
-    parser.add_argument("--output", type=Path, required=True, help="TorchScript file")
-    parser.add_argument("--image-size", type=int, default=48, help="pixels (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=300, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    add = parser.add_argument
+    add("--images", required=True, help="folder with one sub-folder of images per class")
+    add("--output", type=Path, required=True, help="TorchScript file")
+    add("--image-size", type=int, default=48, help="pixels per side (default: %(default)s)")
+    add("--steps", type=int, default=300, help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    for name, least in (("image_size", 16), ("steps", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    cli.check_at_least(args, 16, "image_size")
+    cli.check_at_least(args, 1, "steps")
+    cli.check_at_least(args, 0, "seed")
     cli.check_output_file("--output", args.output)
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    started = time.perf_counter()
-    images, labels, classes = load_images(args.images, args.image_size)
-    held_out = torch.from_numpy(
-        rng(args.seed, "classifier held out").permutation(len(images)) % HELD_OUT == 0
-    )
+    start = time.perf_counter()
+
+    # Images for training, and some that only measure
+    source = ImageFolder(args.images, args.image_size)
+    images, labels = read_all(source)
+    classes = len(source.class_names)
+    if len(images) < 2 * HELD_OUT or classes < 2:
+        raise UserError(f"--images {args.images}: give at least {2 * HELD_OUT} images of two classes")
+    order = rng(args.seed, "classifier held out").permutation(len(images))
+    is_held_out = torch.from_numpy(order % HELD_OUT == 0)
+
+    # Train and measure
     torch.manual_seed(args.seed)
     model = Classifier(classes)
-    train(model, images[~held_out], labels[~held_out], args.steps, args.seed)
-    with torch.inference_mode():
-        guessed = torch.cat([model(part)[1].argmax(1) for part in images[held_out].split(BATCH)])
-    accuracy = (guessed == labels[held_out]).double().mean().item()
+    train(model, images[~is_held_out], labels[~is_held_out], args.steps, args.seed)
+    share_right = accuracy(model, images[is_held_out], labels[is_held_out])
+
     save(model, args.image_size, args.output)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     print(
-        f"{args.output}: {accuracy:.1%} of {len(guessed)} held-out images right, {sum(WIDTHS)} features, {seconds:.0f} s"
+        f"{args.output}: {share_right:.1%} of {int(is_held_out.sum())} held-out images right, "
+        f"{sum(WIDTHS)} features, {seconds:.0f} s"
     )
 
 

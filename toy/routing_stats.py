@@ -5,53 +5,75 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from config import Config
 from data.streams import rng
 from diffusion import create_diffusion
 from sampling.generate import TrainedModel
 
+# Timesteps at which the routing is measured, evenly spread over the process.
+TIMESTEPS = 10
+
 
 class RoutingStats(NamedTuple):
-    """Kept share of the network's own decision, before any tail dropping."""
+    """Shares of tokens that the router itself keeps, before any tail dropping."""
 
     on_objects: float  # over cells that an object covers by at least half, all timesteps
-    on_background: float
+    on_background: float  # over the other cells, all timesteps
     clean: float  # over all cells at t < 300
-    noisy: float  # at t > 700
+    noisy: float  # over all cells at t > 700
     overall: float
 
 
-@torch.inference_mode()
 def measure_routing(
     trained: TrainedModel, images: Tensor, masks: Tensor, labels: list[int], seed: int = 0
 ) -> RoutingStats:
-    """Noise held-out images to timesteps 50, 150, ..., 950 and look at what the router keeps.
+    """Noise held-out images to timesteps 50, 150, ..., 950 (of 1000) and count what the router keeps.
 
     Args:
-        images: (B, 3, H, W) uint8. masks: (B, H, W) bool, true on the object. labels: B.
+        trained: a DC-DiT with its autoencoder.
+        images: (B, 3, H, W) uint8.
+        masks: (B, H, W) bool, true on the object.
+        labels: B class numbers.
+        seed: of the noise.
     """
-    config, device = trained.config, trained.device
-    diffusion = create_diffusion(config.diffusion.noise_schedule, config.diffusion.diffusion_steps)
-    x0, _ = trained.autoencoder.encode(images.to(device))
-    labels = torch.tensor(labels, device=device)
-    pixels = config.data.image_size // config.token_side  # per token and side
-    cells = torch.nn.functional.avg_pool2d(masks.float()[:, None], pixels).flatten(1) >= 0.5  # (B, L)
-    timesteps = [round((k + 0.5) / 10 * config.diffusion.diffusion_steps) for k in range(10)]
-    kept = []
-    for t in timesteps:
-        noise = torch.from_numpy(rng(seed, "routing", t).standard_normal(x0.shape, dtype=np.float32)).to(
-            device
-        )
-        steps = torch.full_like(labels, t)
-        kept.append(
-            trained.model(diffusion.add_noise(x0, steps, noise), steps, labels).routing.boundary.cpu()
-        )
-    share = torch.stack(kept).float()  # (timesteps, B, L)
-    steps = torch.tensor(timesteps) * 1000 / config.diffusion.diffusion_steps
+    diffusion_steps = trained.config.diffusion.diffusion_steps
+    timesteps = [round((k + 0.5) / TIMESTEPS * diffusion_steps) for k in range(TIMESTEPS)]
+    kept = kept_tokens(trained, images, labels, timesteps, seed)
+    on_object = cells_on_object(masks, trained.config)
+    t_of_1000 = torch.tensor(timesteps) * 1000 / diffusion_steps
     return RoutingStats(
-        on_objects=share[:, cells].mean().item(),
-        on_background=share[:, ~cells].mean().item(),
-        clean=share[steps < 300].mean().item(),
-        noisy=share[steps > 700].mean().item(),
-        overall=share.mean().item(),
+        on_objects=kept[:, on_object].mean().item(),
+        on_background=kept[:, ~on_object].mean().item(),
+        clean=kept[t_of_1000 < 300].mean().item(),
+        noisy=kept[t_of_1000 > 700].mean().item(),
+        overall=kept.mean().item(),
     )
+
+
+@torch.inference_mode()
+def kept_tokens(
+    trained: TrainedModel, images: Tensor, labels: list[int], timesteps: list[int], seed: int
+) -> Tensor:
+    """What the router keeps of every image at every timestep: (timesteps, B, L) float, 0 or 1."""
+    config = trained.config.diffusion
+    diffusion = create_diffusion(config.noise_schedule, config.diffusion_steps)
+    x0, _ = trained.autoencoder.encode(images.to(trained.device))
+    classes = torch.tensor(labels, device=trained.device)
+    kept = []
+    for timestep in timesteps:
+        draw = rng(seed, "routing", timestep)
+        noise = torch.from_numpy(draw.standard_normal(x0.shape, dtype=np.float32)).to(trained.device)
+        t = torch.full_like(classes, timestep)
+        x_t = diffusion.add_noise(x0, t, noise)
+        routing = trained.model(x_t, t, classes).routing
+        kept.append(routing.boundary.cpu())
+    return torch.stack(kept).float()
+
+
+def cells_on_object(masks: Tensor, config: Config) -> Tensor:
+    """Token cells that an object covers by at least half: (B, H, W) bool -> (B, L) bool."""
+    pixels_per_token = config.data.image_size // config.token_side
+    coverage = F.avg_pool2d(masks.float()[:, None], pixels_per_token)
+    return coverage.flatten(1) >= 0.5

@@ -9,7 +9,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
-# Steps after which the host reads a GPU's flag: the device has long passed it by then, so reading does not wait
+# Steps after which the host reads a GPU's flag: by then the device has passed it, so reading does not wait
 LAG = 2
 
 

@@ -25,7 +25,7 @@ class Start(NamedTuple):
 
     state: Checkpoint | None  # without "optimizer" it is only the first weights; None: fresh from the seed
     origins: Origins  # where the first weights come from, for `training.init_from`
-    warnings: list[str]  # one for each checkpoint that was passed over
+    warnings: list[str]  # one for each newer checkpoint that cannot be used
 
 
 def find_start(config: Config, folder: Path | None, store: Features) -> Start:

@@ -295,7 +295,7 @@ class Trainer:
             self.log.evaluation(self.step, metrics)
 
     def finish_interrupted_step(self) -> None:
-        """Sample and evaluate at the first step, if the run was ended right after its checkpoint. Collective."""
+        """Sample and evaluate at the first step if the run ended right after its checkpoint. Collective."""
         is_resumed = (self.folder / "checkpoints" / f"{self.step:07d}.pt").exists()
         has_grid = grid_path(self.folder, self.step).exists()
         has_metrics = self.log.has_evaluation(self.step)
@@ -380,9 +380,9 @@ class Trainer:
         checkpoints = list_checkpoints(self.folder / "checkpoints")
         last_good = checkpoints[-1] if checkpoints else "none"
         self.log.line(
-            f"error: {self.guard.in_a_row} steps in a row up to {step + 1} had a non-finite loss or gradient; "
-            f"the last good checkpoint is {last_good}: look at the images named above, or resume from it under "
-            "another --output with training.resume_from_ckpt and a lower training.learning_rate"
+            f"error: {self.guard.in_a_row} steps in a row up to {step + 1} had a non-finite loss or "
+            f"gradient; the last good checkpoint is {last_good}: look at the images named above, or resume "
+            "from it under another --output with training.resume_from_ckpt and a lower training.learning_rate"
         )
 
     # -------------------------------------------------------------------------------------------- checkpoints

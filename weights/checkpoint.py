@@ -107,6 +107,7 @@ def remove_old(folder: Path, keep: int) -> None:
 def save_weights(path: Path, state: Checkpoint) -> None:
     """Write the EMA weights of a checkpoint to a `.safetensors` file."""
     weights = {name: tensor.contiguous() for name, tensor in state["ema"].items()}
+    # Everything but the weights goes into the metadata, as JSON
     about = {"format": FORMAT, **plain_data(state), "crc32": checksum(weights)}
     content = safetensors.torch.save(weights, {"format": "pt", "checkpoint": json.dumps(about)})
     write_file(path, lambda stream: stream.write(content))
@@ -181,6 +182,7 @@ def load_weights(path: Path, option: str) -> Checkpoint:
         raise UserError(
             f"{option} '{path}' has no configuration in its metadata; make it with python -m weights.convert"
         )
+    # Files of other writers may lack a checksum
     if about.pop("crc32", None) not in (None, checksum(weights)):
         raise UserError(f"{option} '{path}' is damaged: its weights differ from their checksum; give another")
     content = {**about, "ema": weights}

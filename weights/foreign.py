@@ -109,6 +109,7 @@ def dit_config(state: dict[str, Tensor], heads: int | None = None) -> dict:
     heads = heads or DIT_HEADS.get(width)
     if heads is None:
         raise ValueError(f"no published DiT is {width} wide, so its attention heads are unknown")
+    # Read the sizes off the tensors
     blocks = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     hidden = len(state["blocks.0.mlp.fc1.weight"])
     out_channels = len(state["final_layer.linear.weight"]) // patch**2

@@ -49,12 +49,14 @@ def initial_state(config: Config) -> tuple[Checkpoint, Origins]:
         UserError: the file cannot be read, or the configured model cannot be made from its model.
     """
     path = str(config.training.init_from)
+    # Build both networks, the new one from the seed
     loaded = load_checkpoint(path, "training.init_from")
     source_config = config_from_dict(loaded["config"])
     torch.manual_seed(config.training.seed)
     model = build_model(config)
     source = build_model(source_config)
     source.load_state_dict(loaded["ema"])
+    # Fill the new one
     if isinstance(source, DiT) and isinstance(model, DCDiT):
         check_shared(config, source_config)
         start = config.model.upcycle
@@ -96,14 +98,14 @@ def copy_all(source: nn.Module, model: nn.Module, path: str) -> Origins:
 # -------------------------------------------------------------------------------------------------- upcycling
 
 
-class Target:
+class UpcycledWeights:
     """The tensors of a DC-DiT, by name, and where the values of each come from."""
 
     def __init__(self, model: DCDiT):
         self.tensors = model.state_dict()
         self.origins: Origins = dict.fromkeys(self.tensors, "new")
 
-    def set(self, name: str, value: Tensor | float, origin: str) -> None:
+    def write(self, name: str, value: Tensor | float, origin: str) -> None:
         """Write a value into a tensor of the model."""
         tensor = self.tensors[name]
         tensor.copy_(torch.as_tensor(value).expand_as(tensor))
@@ -123,11 +125,11 @@ def upcycle(source: DiT, model: DCDiT, scaffold: str, router: str, downsample_fa
         The origin of each tensor of the DC-DiT.
     """
     dit = source.state_dict()
-    target = Target(model)
+    target = UpcycledWeights(model)
     # Copy what both networks have
     for name, tensor in dit.items():
         if name.startswith(("blocks.", "t_embedder.", "y_embedder.")):
-            target.set(name, tensor, "copied")
+            target.write(name, tensor, "copied")
     # Start what is new
     resample_positions(dit, target, at_first_cell=scaffold == "dit")
     if scaffold == "dit":
@@ -138,21 +140,21 @@ def upcycle(source: DiT, model: DCDiT, scaffold: str, router: str, downsample_fa
     return target.origins
 
 
-def resample_positions(dit: dict[str, Tensor], target: Target, at_first_cell: bool) -> None:
+def resample_positions(dit: dict[str, Tensor], target: UpcycledWeights, at_first_cell: bool) -> None:
     """Give each latent cell a position on the grid of the DiT's patches.
 
     Args:
-        at_first_cell: a patch has its position at its first cell, otherwise at its centre. Larger patches than
-            2 have it at their centre always, because `embed_in_3x3` shrinks them.
+        at_first_cell: a patch has its position at its first cell, otherwise at its centre. Patches larger
+            than 2 always have it at their centre, because `embed_in_3x3` shrinks them.
     """
     patch = dit["x_embedder.weight"].shape[-1]
     cells, width = target.tensors["pos_embed"].shape
     offset = 0.0 if at_first_cell and patch <= 2 else (1 - patch) / 2
     positions = sincos_positions(width, int(cells**0.5), 1 / patch, offset)
-    target.set("pos_embed", positions, f"resampled: {patch} cells per step of the DiT's grid")
+    target.write("pos_embed", positions, f"resampled: {patch} cells per step of the DiT's grid")
 
 
-def start_stem(dit: dict[str, Tensor], target: Target) -> None:
+def start_stem(dit: dict[str, Tensor], target: UpcycledWeights) -> None:
     """Make the encoder's output at a cell the DiT's embedding of the patch that starts there, up to length.
 
     The convolution blocks start as the identity, and the last one widens by an exact factorisation. RMSNorm
@@ -169,15 +171,13 @@ def start_stem(dit: dict[str, Tensor], target: Target) -> None:
     if narrow < len(kernel):
         stem, widen = factorise(kernel, narrow)
         stem_bias = torch.zeros(narrow)
-        skip = last_block("encoder", target) + "skip_proj."
-        target.set(skip + "weight", widen, "resampled: widens the stem")
-        target.set(skip + "bias", bias, "resampled: widens the stem")
-    target.set("x_embedder.weight", stem, "resampled: patch kernel in a 3 x 3 one")
-    target.set("x_embedder.bias", stem_bias, "resampled: patch kernel in a 3 x 3 one")
+        write_widening_skip(target, widen, bias)
+    target.write("x_embedder.weight", stem, "resampled: patch kernel in a 3 x 3 one")
+    target.write("x_embedder.bias", stem_bias, "resampled: patch kernel in a 3 x 3 one")
 
     # Set the length that RMSNorm gives to every embedding
     length = (kernel.square().sum((1, 2, 3)) + bias.square()).mean().sqrt()
-    target.set("encoder.norm.weight", length, "new: length of the DiT's embedding of noise")
+    target.write("encoder.norm.weight", length, "new: length of the DiT's embedding of noise")
 
 
 def embed_in_3x3(kernel: Tensor) -> Tensor:
@@ -193,6 +193,7 @@ def embed_in_3x3(kernel: Tensor) -> Tensor:
 
 def factorise(kernel: Tensor, narrow: int) -> tuple[Tensor, Tensor]:
     """Split a kernel (D, C, 3, 3) into two in sequence: (narrow, C, 3, 3), then (D, narrow, 1, 1)."""
+    # Keep the largest singular values, and give each factor their square roots
     u, s, v = torch.linalg.svd(kernel.flatten(1), full_matrices=False)
     rank = min(narrow, len(s))
     first = kernel.new_zeros(narrow, *kernel.shape[1:])
@@ -202,7 +203,7 @@ def factorise(kernel: Tensor, narrow: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def start_head(dit: dict[str, Tensor], target: Target) -> None:
+def start_head(dit: dict[str, Tensor], target: UpcycledWeights) -> None:
     """Make the first output the DiT's, averaged over each patch, if decoder and transformer are equally wide.
 
     A convolution cannot know its place in the patch, so differences within a patch are left to the residual
@@ -212,34 +213,37 @@ def start_head(dit: dict[str, Tensor], target: Target) -> None:
     if target.tensors["final_layer.linear.weight"].shape[1] != width:
         return
     start_as_skips("decoder", target)
+    # The linear layer predicts all cells of a patch, one after another
     for kind in ("weight", "bias"):
         linear = dit[f"final_layer.linear.{kind}"].unflatten(0, (patch * patch, -1)).mean(0)
-        target.set(f"final_layer.linear.{kind}", linear, "resampled: mean over the patch")
+        target.write(f"final_layer.linear.{kind}", linear, "resampled: mean over the patch")
         modulation = f"final_layer.adaLN_modulation.1.{kind}"
-        target.set(modulation, dit[modulation], "copied")
+        target.write(modulation, dit[modulation], "copied")
 
 
-def start_as_skips(stack: str, target: Target) -> None:
+def start_as_skips(stack: str, target: UpcycledWeights) -> None:
     """Let the blocks of a convolution stack start as their skip connections."""
     for name in target.tensors:
         if name.startswith(f"{stack}.blocks.") and ".conv2." in name:
-            target.set(name, 0.0, "new: zero")
+            target.write(name, 0.0, "new: zero")
 
 
-def last_block(stack: str, target: Target) -> str:
-    """Beginning of the names in the last block of a convolution stack."""
-    blocks = [name for name in target.tensors if name.startswith(f"{stack}.blocks.")]
-    last = max(int(name.split(".")[2]) for name in blocks)
-    return f"{stack}.blocks.{last}."
+def write_widening_skip(target: UpcycledWeights, weight: Tensor, bias: Tensor) -> None:
+    """Write the skip projection of the encoder's last block, the only one that changes the width."""
+    for name in target.tensors:
+        if name.startswith("encoder.blocks.") and ".skip_proj." in name:
+            value = weight if name.endswith(".weight") else bias
+            target.write(name, value, "resampled: widens the stem")
 
 
-def balance_router(target: Target, downsample_factor: float) -> None:
+def balance_router(target: UpcycledWeights, downsample_factor: float) -> None:
     """Choose the router's last bias so that about 1 token in N scores above one half, on any input.
 
     The last layer takes silu(GroupNorm(.)), about silu of standard normals, so mean and deviation of the
     score follow from the layer's weights.
     """
+    # The score exceeds one half where the last layer's output exceeds 0
     weight = target.tensors["router.residual_scorer.3.weight"]
     quantile = NormalDist().inv_cdf(1 - 1 / downsample_factor)
     bias = -(SILU_MEAN * weight.sum() + quantile * SILU_STD * weight.norm())
-    target.set("router.residual_scorer.3.bias", bias, "new: keeps 1 in N at the start")
+    target.write("router.residual_scorer.3.bias", bias, "new: keeps 1 in N at the start")

@@ -1,0 +1,144 @@
+"""What is measured: a model whose weights leave no term at zero, a batch, and a fixed keep mask."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from config import Config, downsample_factors, load_config
+from models import build_model, reference
+from models.dc_dit import DCDiT
+from models.dit import DiT
+from models.flops import TokenCounts
+from models.ops.precision import allow_tf32
+from models.router import force_ends
+from models.types import DenoiserOutput, Routing
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where, in which precision and for how long to measure."""
+
+    device: torch.device
+    bf16: bool  # bfloat16 autocast
+    seconds: float  # measured time per row of a table, without warm-up
+
+
+@dataclass
+class Workload:
+    """A model and a batch."""
+
+    config: Config
+    model: DCDiT | DiT
+    x: Tensor  # (B, C, S, S) latents
+    t: Tensor  # (B,)
+    labels: Tensor  # (B,)
+    noise: Tensor  # (B, C, S, S)
+    prob: Tensor  # (B, L): the boundary probability that the router's output is replaced by
+    bf16: bool
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments of a forward pass."""
+        return self.x, self.t, self.labels
+
+    @property
+    def dc_dit(self) -> DCDiT:
+        """The model, which must be a DC-DiT."""
+        return cast(DCDiT, self.model)
+
+    @property
+    def sigma(self) -> float:
+        """Standard deviation of the dechunk smoothing, in latent cells."""
+        return self.config.model.hnet.dechunk_kernel_sigma
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The precision of the network."""
+        return torch.autocast(self.prob.device.type, torch.bfloat16, enabled=self.bf16)
+
+    @contextlib.contextmanager
+    def masked(self, prob: Tensor) -> Iterator[None]:
+        """Within a `with` block, keep the tokens with a probability above one half in `prob`."""
+        before = self.prob
+        self.prob = prob
+        try:
+            yield
+        finally:
+            self.prob = before
+
+    def textbook_forward(self, x: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
+        """What the model computes, in the textbook version, on the same weights and the same mask."""
+        return reference.forward(
+            self.dc_dit, self.sigma, x, t, labels, replace_routing=self.replace_probability
+        )
+
+    def replace_probability(self, routing: Routing) -> Routing:
+        """The router's output with fixed values and its own gradient: every implementation gets one mask."""
+        zero = routing.prob - routing.prob.detach()
+        prob = self.prob + zero
+        boundary = prob > 0.5
+        return Routing(prob, boundary, boundary)
+
+
+def load(name: str, *overrides: str) -> Config:
+    """A configuration of `configs/` by its name."""
+    return load_config(CONFIGS / f"{name}.yaml", overrides)
+
+
+def downsampling(config: Config) -> float:
+    """N of the configuration: about one token in N is kept."""
+    return downsample_factors(config.training.downsample_factor)
+
+
+def build_workload(config: Config, batch: int, setup: Setup) -> Workload:
+    """A model on the device with a random batch, of whose tokens about one in N is kept.
+
+    TF32 is switched, for the whole process and the textbook version too, to what the configuration has in
+    training: off.
+    """
+    allow_tf32(config.model.hnet.fp32_router_dechunk == "tf32")
+
+    # On the device, because filling the weights of a large model on the host takes longer than measuring it
+    device = setup.device
+    torch.manual_seed(0)
+    with device:
+        model = build_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+
+    # The batch
+    shape = (batch, config.data.latent_channels, config.latent_size, config.latent_size)
+    x = torch.randn(shape, device=device)
+    noise = torch.randn(shape, device=device)
+    t = torch.randint(config.diffusion.diffusion_steps, (batch,), device=device)
+    labels = torch.randint(config.data.num_classes, (batch,), device=device)
+
+    # The mask
+    prob = fixed_probabilities(batch, config.latent_size**2, 1 / downsampling(config), device)
+    workload = Workload(config, model, x, t, labels, noise, prob, setup.bf16)
+    if isinstance(model, DCDiT):
+        model.router.register_forward_hook(
+            lambda module, inputs, routing: workload.replace_probability(routing)
+        )
+    return workload
+
+
+def fixed_probabilities(batch: int, length: int, share: float, device: torch.device) -> Tensor:
+    """(B, L): above one half for about `share` of the tokens, at random places and in different numbers."""
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.rand(batch, length, generator=generator) < share
+    half = torch.rand(batch, length, generator=generator).clamp(0.002, 0.998) / 2
+    return force_ends(torch.where(kept, half + 0.5, half)).to(device)
+
+
+def token_counts(prob: Tensor) -> TokenCounts:
+    """Mean and mean square of the tokens per image that a mask (B, L) keeps."""
+    counts = (prob > 0.5).sum(1).double()
+    return TokenCounts(counts.mean().item(), counts.square().mean().item())

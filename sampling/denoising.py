@@ -1,0 +1,170 @@
+"""From noise to latents: the one loop that runs a sampler on the guided network."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import Config, UserError
+from data.streams import rng
+from diffusion import GaussianDiffusion, create_diffusion
+from diffusion.guidance import ConditionedDenoise, Conditioning, condition, guide
+from diffusion.samplers import SAMPLERS, Denoise, Step
+from models.attention import kernel_problem
+from models.ops.precision import allow_tf32
+from models.types import Routing
+from sampling.accounting import StepCounts
+from sampling.budgets import Budget
+from sampling.load import TrainedModel
+from sampling.options import SamplingOptions
+
+# Is shown every step, and the routing of the conditional branch in it
+OnStep = Callable[[Step, Routing], None]
+
+S = TypeVar("S")
+
+
+class BranchRouting(NamedTuple):
+    """What the router decided in one step."""
+
+    conditional: Routing
+    unconditional: Routing | None  # None where that branch was not computed
+
+    def counts(self, t: int) -> StepCounts:
+        """Kept tokens of each sample."""
+        conditional = self.conditional.keep.sum(1)
+        if self.unconditional is None:
+            return StepCounts(t, conditional, None)
+        return StepCounts(t, conditional, self.unconditional.keep.sum(1))
+
+
+def sample_latents(
+    trained: TrainedModel,
+    indices: list[int],
+    labels: list[int],
+    options: SamplingOptions,
+    on_step: OnStep | None = None,
+) -> tuple[Tensor, list[StepCounts]]:
+    """The reverse process for one batch: scaled latents (B, C, S, S) and the kept tokens of every step."""
+    config = trained.config
+    diffusion = sampling_process(config, options)
+    shape = (config.data.latent_channels, config.latent_size, config.latent_size)
+    noise = sample_noise(options.seed, indices, shape, trained.device)
+
+    def sampler(denoise: Denoise) -> Iterator[Step]:
+        return SAMPLERS[options.sampler](diffusion, denoise, noise(), noise)
+
+    kept = []
+    for step, routing in sampling_steps(trained, labels, options, sampler):
+        kept.append(routing.counts(step.t))
+        if on_step is not None:
+            on_step(step, routing.conditional)
+    return step.x_next, kept
+
+
+def sampling_steps(
+    trained: TrainedModel,
+    labels: list[int],
+    options: SamplingOptions,
+    sampler: Callable[[Denoise], Iterator[S]],
+) -> Iterator[tuple[S, BranchRouting]]:
+    """Run a sampler on the guided network; yields what the sampler yields, with the routing of that step.
+
+    Args:
+        sampler: takes the guided network, a function of noised latents and timesteps; yields once per call.
+    """
+    prepare_arithmetic(trained, options.bf16)
+    routings: list[Routing] = []  # of the current step: one call of the network for both branches, or two
+
+    def network(x: Tensor, t: Tensor, **conditioning: Tensor | list[int]) -> Tensor:
+        autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if options.bf16:
+            autocast = torch.autocast(x.device.type, torch.bfloat16)
+        with autocast:
+            prediction, routing = trained.model(x, t, **conditioning)
+        routings.append(routing)
+        return prediction.float()  # guidance takes differences, which bfloat16 would round away
+
+    on_device = torch.tensor(labels, device=trained.device)
+    for step in sampler(guided_denoiser(network, trained.config, on_device, options)):
+        yield step, split_branches(routings, len(labels))
+        routings.clear()
+
+
+def split_branches(routings: list[Routing], batch: int) -> BranchRouting:
+    """Routing of the two branches, which ran as one batch (conditional rows first) or one after the other."""
+    first, *others = routings
+    conditional = Routing(*[rows[:batch] for rows in first])
+    if others:
+        return BranchRouting(conditional, others[0])
+    if len(first.keep) == batch:
+        return BranchRouting(conditional, None)
+    return BranchRouting(conditional, Routing(*[rows[batch:] for rows in first]))
+
+
+def guided_denoiser(
+    network: ConditionedDenoise, config: Config, labels: Tensor, options: SamplingOptions
+) -> Denoise:
+    """Bind labels and budgets: one branch at scale 1, two branches above."""
+    budget = options.budget
+    uncond = budget if options.uncond is None else options.uncond
+    # If one branch drops a fraction, both are given one, so that they run as one batch; if none does, the router
+    # has no tokens to sort
+    tell_fraction = budget.drops or uncond.drops
+    conditional = branch_conditioning(labels, budget, tell_fraction)
+    if options.cfg_scale == 1:
+        return condition(network, conditional)
+    null = torch.full_like(labels, config.data.num_classes)
+    unconditional = branch_conditioning(null, uncond, tell_fraction)
+    channels = config.diffusion.cfg_channels
+    if isinstance(channels, str):  # "all"
+        channels = config.data.latent_channels
+    return guide(network, conditional, unconditional, options.cfg_scale, channels, options.guidance_interval)
+
+
+def branch_conditioning(labels: Tensor, budget: Budget, tell_fraction: bool) -> Conditioning:
+    """What one branch of the network is given beside x and t."""
+    conditioning: Conditioning = {"labels": labels}
+    if budget.token_count is not None:
+        conditioning["tokens"] = [budget.token_count] * len(labels)
+    elif tell_fraction:
+        conditioning["drop"] = budget.drop_fraction
+    return conditioning
+
+
+def prepare_arithmetic(trained: TrainedModel, bf16: bool) -> None:
+    """Set TF32 for this process as the configuration says; UserError for an attention kernel that cannot run."""
+    config = trained.config
+    problem = kernel_problem(config.model.attention, trained.device, bf16, config.head_size)
+    if problem:
+        raise UserError(f"model.attention: {problem}")
+    allow_tf32(config.model.hnet.fp32_router_dechunk == "tf32")
+
+
+def sampling_process(config: Config, options: SamplingOptions) -> GaussianDiffusion:
+    """The model's diffusion process, respaced to the steps of the sampler."""
+    return create_diffusion(
+        config.diffusion.noise_schedule,
+        config.diffusion.diffusion_steps,
+        config.training.learn_sigma,
+        options.num_sampling_steps,
+    )
+
+
+def sample_noise(
+    seed: int, indices: list[int], shape: tuple[int, ...], device: torch.device
+) -> Callable[[], Tensor]:
+    """A function that returns the next standard normal draw (B, *shape), each sample from its own stream."""
+    streams = [rng(seed, "sample", i) for i in indices]
+
+    def draw() -> Tensor:
+        draws = [stream.standard_normal(shape, dtype=np.float32) for stream in streams]
+        noise = torch.from_numpy(np.stack(draws))
+        if device.type != "cuda":
+            return noise.to(device)
+        return noise.pin_memory().to(device, non_blocking=True)  # a copy that waits for nothing
+
+    return draw

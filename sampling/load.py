@@ -1,0 +1,137 @@
+"""Loading a trained model, and the checks that everything given with it belongs together."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from config import Config, UserError, config_from_dict, differences, flatten, one_line, role_of, to_dict
+from data.autoencoder import HUB_NAMES, Autoencoder
+from models import build_model
+from processes import group
+from weights.checkpoint import load_checkpoint
+
+
+class TrainedModel(NamedTuple):
+    """A trained model with all that sampling needs."""
+
+    model: torch.nn.Module  # the EMA weights, in evaluation mode
+    config: Config
+    autoencoder: Autoencoder
+    class_names: list[str] | None
+    step: int  # optimizer steps it was trained for
+    fingerprint: str  # of the weights and of what the configuration makes of them
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_trained(
+    ckpt: str | Path,
+    device: torch.device | str = "cpu",
+    vae: str | None = None,
+    config: Config | None = None,
+    overrides: Sequence[str] = (),
+) -> TrainedModel:
+    """Load a checkpoint for sampling.
+
+    Args:
+        ckpt: a file that training wrote, a weights file, or a folder with one and, maybe, its autoencoder.
+        vae: "ema", "mse" or a local folder; default: the autoencoder in the folder, or that the checkpoint names.
+        config: default: the checkpoint's own. It must agree with that in what shapes the network or the process.
+        overrides: `section.key=value` for the checkpoint's own configuration.
+
+    Raises:
+        UserError: unreadable checkpoint, contradicting configuration, or another autoencoder than in training.
+    """
+    state = load_checkpoint(ckpt)
+    config = config or config_from_dict(state["config"], overrides)
+    check_agreement(config, config_from_dict(state["config"]))
+
+    # The network with its EMA weights
+    model = build_model(config)
+    try:
+        model.load_state_dict(state["ema"])
+    except (RuntimeError, TypeError) as error:
+        reason = f"its weights are not those of its configuration ({one_line(error)})"
+        raise UserError(f"--ckpt '{ckpt}': {reason}; give another") from None
+    identity = fingerprint(model.state_dict(), config)
+
+    # The autoencoder: the one asked for, else the checkpoint's
+    known = state["autoencoder"]
+    if vae is None and Path(ckpt, "vae").is_dir():
+        vae = str(Path(ckpt, "vae"))
+    if vae is None:
+        vae = known["name"] if known else config.data.vae
+    autoencoder = Autoencoder.load(vae, device)
+    check_autoencoder(autoencoder, known, config)
+
+    model = model.to(device).eval()
+    return TrainedModel(model, config, autoencoder, state["class_names"], state["step"], identity)
+
+
+def shapes_samples(key: str) -> bool:
+    """Whether a key, written `section.key`, decides what network and which process the weights become."""
+    return role_of(key) in ("network", "process")
+
+
+def fingerprint(state_dict: dict[str, Tensor], config: Config) -> str:
+    """SHA-256 of names and values, and of the keys that decide what they compute."""
+    values = flatten(to_dict(config))
+    shaping = {key: values[key] for key in sorted(values) if shapes_samples(key)}
+    digest = hashlib.sha256(json.dumps(shaping).encode())
+    for name, tensor in state_dict.items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_agreement(given: Config, own: Config) -> None:
+    """Refuse a configuration that would make another network or process of the checkpoint's weights."""
+    changed = differences(to_dict(given), to_dict(own))
+    contradictions = [key for key in changed if shapes_samples(key)]
+    if contradictions:
+        keys = ", ".join(contradictions)
+        raise UserError(f"--config differs from the checkpoint's configuration in {keys}; leave it out")
+
+
+def check_autoencoder(autoencoder: Autoencoder, known: dict | None, config: Config) -> None:
+    """Check that the autoencoder fits the network and made its features.
+
+    The two published ones, ema and mse, share their encoder: one in place of the other is only a warning.
+
+    Args:
+        known: the autoencoder of the checkpoint, as `Autoencoder.describe` gives it; None if it is not known.
+
+    Raises:
+        UserError: another shape of latents, another scaling, or other weights.
+    """
+    given = autoencoder.describe()
+    name = given["name"]
+    data = config.data
+    if (given["stride"], given["channels"]) != (data.latent_stride, data.latent_channels):
+        found = f"stride {given['stride']} and {given['channels']} channels"
+        wanted = f"{data.latent_stride} and {data.latent_channels}"
+        raise UserError(
+            f"--vae '{name}' has {found}, but the model's are {wanted}; give the autoencoder of the features"
+        )
+    if known is None:
+        return
+    trained_with = known["name"]
+    if (given["shift"], given["scale"]) != (known["shift"], known["scale"]):
+        raise UserError(
+            f"--vae '{name}' scales latents differently from '{trained_with}', which the model was trained on"
+        )
+    if given["sha256"] == known["sha256"]:
+        return
+    if {name, trained_with} != set(HUB_NAMES):
+        when = "when the model's features were made"
+        raise UserError(f"--vae '{name}' has other weights than '{trained_with}' had {when}; give that one")
+    group.print_once(
+        f"warning: --vae {name} decodes the latents of a model that was trained on {trained_with}"
+    )
