@@ -86,8 +86,8 @@ class Config:
     @property
     def encoder_width(self) -> int:
         """Width E of the convolutions: D over the reduction factor of the scaffold."""
-        factors = self.model.hnet.enc_dec_dim_factor
-        return self.d_model // (factors[0] if factors and factors[0] else 1)
+        factors = self.model.hnet.enc_dec_dim_factor or [None, None]
+        return self.d_model // (factors[0] or 1)
 
 
 ROLES: dict[str, Role] = {leaf.name: leaf.field.metadata["role"] for leaf in leaves(Config)}

@@ -161,9 +161,9 @@ def attempt(
         processes.append(process)
     # Wait
     end = time.monotonic() + DEADLINE
-    for process in processes:
-        process.join(max(end - time.monotonic(), 0.1))
-        if any(other.exitcode not in (0, None) for other in processes):
+    while any(process.is_alive() for process in processes) and time.monotonic() < end:
+        time.sleep(0.02)
+        if any(process.exitcode for process in processes):
             end = min(end, time.monotonic() + grace)
     # End those that hang
     hanging = [process for process in processes if process.exitcode is None]
@@ -327,7 +327,7 @@ def extraction_campaign(
 
 def sampling_campaign(folder: Path, ckpt: Path, kills: int, worlds: list[int], seed: int) -> Campaign:
     argv = ["--ckpt", ckpt, "--num-sampling-steps", 4, "--num-fid-samples", 24, "--per-proc-batch-size", 3]
-    campaign = Campaign(folder, sample_ddp.main, argv, "--output-dir", (sample_ddp, "sample_missing"), seed)
+    campaign = Campaign(folder, sample_ddp.main, argv, "--output-dir", (sample_ddp, "sample_batches"), seed)
     campaign.whole(1)
     while campaign.kills < kills:
         name = campaign.next_name()
