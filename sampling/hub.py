@@ -17,7 +17,7 @@ from data.autoencoder import HUB_NAMES
 from data.files import write_json, write_text
 from models import architecture, flops
 from sampling.load import TrainedModel, load_trained
-from weights.checkpoint import WEIGHTS, save_weights
+from weights.checkpoint import WEIGHTS, Checkpoint, save_weights
 
 # Budgets and sampling steps whose cost the model card gives
 DROPPED_FRACTIONS = (0.0, 0.2, 0.4, 0.6)
@@ -41,7 +41,7 @@ class Pretrained(
         if (save_directory / WEIGHTS).is_file():
             shutil.rmtree(save_directory / "vae", ignore_errors=True)
         config = to_dict(trained.config)
-        state = {
+        state: Checkpoint = {
             "step": trained.step,
             "config": config,
             "autoencoder": trained.autoencoder.describe(),
