@@ -103,7 +103,4 @@ class SampleFolder:
         """Whether a batch has its record and all images; a power cut may leave empty files."""
         files = [self.record(start)]
         files += [self.png(i) for i in self.batch(start)]
-        for file in files:
-            if not file.exists() or file.stat().st_size == 0:
-                return False
-        return True
+        return all(file.exists() and file.stat().st_size > 0 for file in files)
