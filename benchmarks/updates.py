@@ -14,7 +14,7 @@ from benchmarks.step_functions import EMA_DECAY
 from benchmarks.workload import Setup, load
 from config import to_dict
 from models import build_model
-from weights.checkpoint import save_checkpoint
+from weights.checkpoint import Checkpoint, save_checkpoint
 
 
 def measure_updates(name: str, setup: Setup) -> list[Row]:
@@ -41,7 +41,7 @@ def measure_updates(name: str, setup: Setup) -> list[Row]:
     times = medians(functions, setup.device, setup.seconds)
 
     # A checkpoint
-    state = {
+    state: Checkpoint = {
         "step": 1,
         "config": to_dict(config),
         "model": model.state_dict(),
