@@ -88,8 +88,11 @@ def image_tflop(config: Config, kept: Sequence[StepCounts]) -> np.ndarray:
 
 
 def total(values: Iterable[np.ndarray]) -> np.ndarray:
-    """Sum of arrays of one shape."""
-    return np.sum(list(values), axis=0)
+    """Sum of arrays of one shape, in their order."""
+    result, *others = values
+    for value in others:
+        result = result + value
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------- summary
@@ -103,13 +106,13 @@ def summarise(
     Args:
         decoder: the autoencoder's diffusers configuration.
     """
-    # TFLOP per image by branch, by component, and of the autoencoder
+    # By branch, by component, and of the autoencoder
     branches = image_flops(config, record.counts)
-    by_branch = {}
+    by_branch = {}  # FLOPs of each image
     mean_by_branch = {}
     for branch, components in branches.items():
-        by_branch[branch] = total(components.values()) / 1e12
-        mean_by_branch[branch] = float(by_branch[branch].mean())
+        by_branch[branch] = total(components.values())
+        mean_by_branch[branch] = float(by_branch[branch].mean()) / 1e12
     by_component = {}
     for name in next(iter(branches.values())):
         both = total(components[name] for components in branches.values())
@@ -122,7 +125,7 @@ def summarise(
         "images": images,
         "steps": len(record.timesteps),
         "tokens": config.tokens,
-        "tflop_per_image": spread(total(by_branch.values())),
+        "tflop_per_image": spread(total(by_branch.values()) / 1e12),
         "tflop_by_branch": mean_by_branch,
         "tflop_by_component": by_component,
         "tflop_decoding": decoding,

@@ -63,24 +63,28 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float, se
         metavar="T:F,...",
         help="budget: fraction to drop at each t, linear between the points, e.g. 1000:0.6,300:0.2,0:0",
     )
-    # Lite-CFG: at most one budget for the unconditional branch, which without one has all its tokens
+    # Lite-CFG: at most one budget for the unconditional branch, which without one keeps what the router keeps
     parser.add_argument(
-        "--lite-cfg", action="store_true", help="give the unconditional branch a budget of its own"
+        "--lite-cfg", action="store_true", help="give the unconditional branch of guidance its own budget"
     )
     parser.add_argument(
         "--uncond-tail-dropping-fraction",
         type=float,
         metavar="F",
-        help="with --lite-cfg: budget of that branch",
+        help="with --lite-cfg: share to drop there",
     )
-    parser.add_argument("--uncond-token-budget", type=int, metavar="K", help="the same in tokens")
+    parser.add_argument(
+        "--uncond-token-budget", type=int, metavar="K", help="with --lite-cfg: tokens to keep there"
+    )
     parser.add_argument(
         "--uncond-tflops-per-image",
         type=float,
         metavar="X",
-        help="the same for this branch's share of the cost",
+        help="with --lite-cfg: limit for its share of the cost",
     )
-    parser.add_argument("--uncond-budget-schedule", metavar="T:F,...", help="the same as a schedule")
+    parser.add_argument(
+        "--uncond-budget-schedule", metavar="T:F,...", help="with --lite-cfg: share to drop there at each t"
+    )
     parser.add_argument(
         "--precision",
         choices=("auto", "bf16", "fp32"),
