@@ -84,6 +84,7 @@ class FolderImages:
     def _labels(self) -> np.ndarray | None:
         folders = [entry.name for entry in os.scandir(self.folder) if entry.is_dir()]
         classes = sorted(name for name in folders if not name.startswith("."))
+        # The first folder on the way to each image
         tops = [path.relative_to(self.folder).parts[0] for path in self.paths]
         if not set(tops) <= set(classes):
             return None

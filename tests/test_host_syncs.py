@@ -1,7 +1,7 @@
 """Nothing in a training step makes the host wait for the device but the one reading of how many tokens were kept.
 
-On the CPU nothing ever waits, so these tests count what would wait on a GPU: readings of a tensor's values into Python, and
-operations whose result has a size that depends on values. Smoothing and attention run as they do there.
+On the CPU nothing ever waits, so these tests count what would wait on a GPU: readings of a tensor's values into
+Python, and operations whose result has a size that depends on values. Smoothing and attention run as they do there.
 """
 
 from pathlib import Path
