@@ -66,7 +66,7 @@ class Autoencoder:
             remedy = "give a folder that AutoencoderKL.save_pretrained wrote"
         else:
             raise UserError(
-                f"--vae {name_or_path}: neither ema, mse nor the folder of a diffusers AutoencoderKL "
+                f"--vae {name_or_path}: is neither ema, mse nor the folder of a diffusers AutoencoderKL "
                 "(with config.json)"
             )
 
