@@ -134,6 +134,10 @@ class TrainingConfig:
     lr_warmup_steps: NonNegativeInt = training(0, "optimizer steps in which the learning rate rises")
     weight_decay: NonNegativeFloat = training(0.0, "weight decay of AdamW")
     ema_decay: Fraction = training(0.9999, "share of the old EMA that a step keeps")
+    ema_warmup: bool = training(
+        False,
+        "at step s the EMA keeps at most (1 + s) / (10 + s), so that short runs forget their first weights",
+    )
     max_grad_norm: PositiveFloat = training(1.0, "longer gradients are scaled down to this norm")
     gradient_accumulation_steps: PositiveInt = training(1, "batches per optimizer step")
     gradient_checkpointing: bool = training(False, "recompute blocks in the backward pass to save memory")

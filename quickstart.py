@@ -21,6 +21,7 @@ import sample
 import train
 from data.files import write_text
 from processes import group
+from processes.threads import leave_busy_cores
 from sampling.generate import load_trained
 from toy import autoencoder, shapes
 from toy.routing_stats import RoutingStats, measure_routing
@@ -71,6 +72,7 @@ def run_workflow(out: Path) -> str:
 def timed(part: str, seconds: dict[str, float]) -> Iterator[None]:
     """Print the name of a part and record how long it takes."""
     print(f"\n=== {part}", flush=True)
+    leave_busy_cores()
     start = time.perf_counter()
     yield
     seconds[part] = time.perf_counter() - start

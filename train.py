@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 import cli
-from config import Config, UserError, load_config, to_yaml, validate_processes
+from config import Config, UserError, load_config, to_yaml
 from data.autoencoder import Autoencoder
 from data.files import write_text
 from evaluation.in_training import Evaluation
@@ -70,14 +70,14 @@ def main(argv: list[str] | None = None) -> None:
     # Refuse what cannot work, before anything is written
     launch.check_trackers(config)
     cli.check_output("--output", args.resume or args.output or config.logging.results_dir)
-    validate_processes(config, launch.announced_processes())
+    given = args.resume or args.output
+    folder = Path(given) if given else None
+    resume.check_processes(config, folder, launch.announced_processes())
     checks.check_parameter_names(config)
     sample_grids.check_grids(config)
 
     # Open the data and choose the checkpoint. Every process does so alone, and finds the same mistakes
     store = checks.open_fitting_features(config)
-    given = args.resume or args.output
-    folder = Path(given) if given else None
     files = resume.starting_files(folder)
     start = resume.find_start(config, folder, store)
 
@@ -100,9 +100,13 @@ def main(argv: list[str] | None = None) -> None:
         # Train
         trainer = Trainer(config, accelerator, store, folder, start.state, hooks)
         log_start(trainer, start)
+        was_finished = trainer.step == trainer.last_step
         is_finished = trainer.train()
         accelerator.end_training()
-        end = "finished" if is_finished else f"stopped by {signal.Signals(trainer.stop.number).name}"
+        if is_finished:
+            end = "already finished" if was_finished else "finished"
+        else:
+            end = f"stopped by {signal.Signals(trainer.stop.number).name}"
         trainer.log.line(f"{end} at step {trainer.step} of {trainer.last_step}: {folder}")
     if not is_finished:
         sys.exit(128 + trainer.stop.number)  # the status that shells give to a process ended by the signal

@@ -132,6 +132,11 @@ class FeatureStore:
         noise = generator.standard_normal(mean.shape, dtype=np.float32)
         return mean + std * noise
 
+    def location(self, index: int) -> str:
+        """Where the latent of an image is stored, for messages."""
+        shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        return f"{self.manifest['shards'][shard]['file']}, row {index - self._first[shard]}"
+
     def fingerprint(self) -> str:
         """Hash of the content: equal stores train equally."""
         content = [self.manifest[key] for key in ("kind", "image_size", "labels_sha256")]

@@ -67,6 +67,10 @@ class OfficialStore:
             )
         return latent[0].astype(np.float32)
 
+    def location(self, index: int) -> str:
+        """Where the latent of an image is stored, for messages."""
+        return str(self._path(index))
+
     def fingerprint(self) -> str:
         """Hash of file names, labels and image size. Reading all latents would take too long."""
         names = repr((self._numbers, self.image_size))

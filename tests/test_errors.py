@@ -35,6 +35,11 @@ def place(tiny_config, tmp_path_factory) -> Path:
     )
     (folder / "run" / "config.yaml").write_text(tiny_config.read_text())
 
+    bad = {
+        name: value * torch.nan if name == "x_embedder.bias" else value for name, value in state.items()
+    }
+    save_checkpoint(folder / "nan", common | {"config": to_dict(config), "model": bad, "ema": bad}, keep=0)
+
     config.training.class_dropout_prob = 0.0
     state = build_model(config).state_dict()
     save_checkpoint(
@@ -100,7 +105,19 @@ TRAIN = [
     ("--config {config} --output {place}/a_file/run", "'{place}/a_file' is not a folder"),
     ("--config {config} --set logging.results_dir={place}/a_file", "'{place}/a_file' is not a folder"),
     ("--config {config} --output {place}/run --set training.seed=1",
-     "was started with a different training.seed; choose another folder"),
+     "was started with a different training.seed; start a new run from it with --config CONFIG "
+     "--output NEW --set training.resume_from_ckpt={ckpt}"),
+    ("--config {config} --output {place}/run --set training.lr_scales.router=0.5",
+     "--set training.init_from={ckpt}"),
+    ("--config {config} --output {place}/run --set model.mlp_ratio=2",
+     "was started with a different model.mlp_ratio; choose another folder"),
+    ("--config {config} --set training.resume_from_ckpt={ckpt} --set training.max_steps=1",
+     "training.resume_from_ckpt: '{ckpt}' is of step 1, but the run ends at step 1; set training.max_steps "
+     "above 1, or start at step 0 from its weights with training.init_from"),
+    ("--config {config} --set training.resume_from_ckpt={place}/nan/0000001.pt",
+     "nan/0000001.pt' holds numbers that are not finite in x_embedder.bias; give another checkpoint"),
+    ("--config {config} --set training.init_from={place}/nan/0000001.pt",
+     "nan/0000001.pt' holds numbers that are not finite in x_embedder.bias; give another checkpoint"),
     ("--config {config} --output {place}/broken",
      "0000002.pt' is not a readable checkpoint of this repository"),
     ("--config {config} --set training.resume_from_ckpt=nowhere.pt",

@@ -18,7 +18,7 @@ import sample_ddp
 import train
 from config import UserError
 from data.features import FeatureStore
-from processes import lock, watch
+from processes import lock, threads, watch
 from processes.lock import FolderLock
 from training.batches import Samples
 from training.trainer import Trainer
@@ -259,6 +259,26 @@ def is_alive(process: int) -> bool:
     """Nobody may have waited for it yet, so that its number is still taken."""
     status = Path(f"/proc/{process}/stat")
     return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+# ---------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize(
+    "used, expected", [([2.0, 5.0, 1.0, 3.0], 4), ([100.0, 4.0, 1.0, 2.0], 3), ([97.0, 98.0, 97.0, 99.0], 1)]
+)
+def test_busy_cores_are_left_to_others(monkeypatch, used, expected):
+    chosen = []
+    monkeypatch.setattr(threads, "MOST", 4)
+    monkeypatch.setattr(threads.psutil, "cpu_percent", lambda interval, percpu: used)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    # A choice of the user stays
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    threads.leave_busy_cores()
+    assert chosen == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    threads.leave_busy_cores()
+    assert chosen == [expected]
 
 
 # ------------------------------------------------------------------------------------------------------- FSDP

@@ -24,7 +24,9 @@ import sample_ddp
 import train
 from config import load_config
 from data import files
+from processes import stop
 from training import sample_grids
+from training.batches import Samples
 from training.guard import FiniteGuard, nan_gradients_if_not_finite
 from training.trainer import Trainer
 from weights import checkpoint
@@ -142,6 +144,74 @@ def test_a_second_signal_quits(run, tmp_path):
     assert codes == [-signal.SIGTERM] and list_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
+# ---------------------------------------------------------------------------------------- loaders that fail
+
+
+def fail_in_loader(fail, signal_after: float | None = None):
+    """Arrange that a loader process fails at the third step's second batch, and perhaps a signal after that."""
+    draw = Samples.draw
+
+    def failing(samples, micro_step, image):
+        if micro_step == 5:
+            fail()
+        return draw(samples, micro_step, image)
+
+    Samples.draw = failing
+    stop.GRACE = 0.5
+    if signal_after is not None:
+        kills.threading.Timer(signal_after, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+
+def hang() -> None:
+    time.sleep(600)
+
+
+def run_out_of_memory() -> None:
+    """As the kernel ends a process when memory is short."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "plan, changes, code, line",
+    [
+        (
+            partial(fail_in_loader, hang),
+            ["training.rank_timeout=2"],
+            1,
+            "error: the loader has given no batch for 2 s",
+        ),
+        (partial(fail_in_loader, hang, 2.5), [], 143, "warning: the loader has given no batch for"),
+        (
+            partial(fail_in_loader, run_out_of_memory),
+            [],
+            1,
+            "error: a loader process has died (killed by SIGKILL)",
+        ),
+    ],
+    ids=["hangs", "hangs and is stopped", "killed"],
+)
+def test_a_loader_that_fails_ends_the_run_with_a_checkpoint(
+    run, whole_run, tmp_path, plan, changes, code, line
+):
+    started = time.monotonic()
+    codes, printed = run("run", "data.num_workers=2", *changes, plans=[plan])
+    assert codes == [code] and time.monotonic() - started < 20, printed
+    assert line in printed and "Traceback" not in printed
+    # A process that is killed takes batches with it that it has read ahead
+    (saved,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert saved.name in ("0000001.pt", "0000002.pt")
+    # The half of a step that was done leaves no trace
+    assert run("run")[0] == [0]
+    saved.unlink()
+    kills.assert_same_training(whole_run, tmp_path / "run")
+
+
+def test_a_killed_loader_ends_two_processes(run):
+    plans = [None, partial(fail_in_loader, run_out_of_memory)]
+    codes, printed = run("run", "data.num_workers=1", "training.rank_timeout=20", plans=plans, grace=20)
+    assert codes == [1, 1] and printed.count("error: a loader process has died") == 1, printed
+
+
 # ------------------------------------------------------------------------------------------------- full disks
 
 
@@ -200,6 +270,73 @@ def test_a_full_disk_under_the_log(run, small_disk):
     assert codes == [1] and "No space left on device" in printed and "Traceback" not in printed
     (small_disk / "filler").unlink()
     assert run("disk/run", "logging.ckpt_every=100")[0] == [0]
+
+
+# ------------------------------------------------------------------------------------------- runs of no steps
+
+
+def test_a_finished_run_may_be_started_again_and_is_never_shortened(run, tmp_path):
+    codes, printed = run("run")
+    assert codes == [0] and printed.splitlines()[-1].startswith("finished at step 8 of 8")
+    codes, printed = run("run")
+    assert codes == [0] and printed.splitlines()[-1].startswith("already finished at step 8 of 8")
+    codes, printed = run("run", "training.max_steps=7")
+    assert codes == [2]
+    assert "has a checkpoint of step 8, but the run ends at step 7; set training.max_steps above 8" in printed
+    # Ten images make one step of two batches of four in an epoch
+    newest = tmp_path / "run" / "checkpoints" / "0000008.pt"
+    epochs = "training.max_steps=null", "training.epochs=8"
+    codes, printed = run("new", f"training.resume_from_ckpt={newest}", *epochs)
+    assert codes == [2] and not (tmp_path / "new").exists()
+    assert f"'{newest}' is of step 8, but the run ends at step 8; raise training.epochs (8)" in printed
+    # Both remedies work
+    codes, _ = run("new", f"training.resume_from_ckpt={newest}", *epochs, "training.epochs=9")
+    assert codes == [0]
+    assert run("weights", f"training.init_from={newest}", *epochs)[0] == [0]
+
+
+def remedy(printed: str) -> str:
+    """The override that an error line names."""
+    line = [line for line in printed.splitlines() if line.startswith("error: ")][0]
+    return line.split("--output NEW --set ")[1]
+
+
+@pytest.mark.parametrize("change", ["training.learning_rate=5e-4", "training.lr_scales={router: 0.5}"])
+def test_a_new_value_starts_a_new_run_from_the_checkpoint(run, tmp_path, change):
+    assert run("run", "training.max_steps=3")[0] == [0]
+    codes, printed = run("run", change)
+    assert codes == [2]
+    codes, printed = run("new", change, remedy(printed))
+    assert codes == [0], printed
+
+
+def test_batch_sizes_for_more_processes_start_a_new_run(run, tmp_path):
+    whole_batch = "training.ratio_batch_size=4"
+    assert run("run", whole_batch, "training.max_steps=3")[0] == [0]
+    codes, printed = run("run", whole_batch, plans=[None, None])
+    assert codes == [2, 2] and "try 2 in a new run; a resumed run keeps its batch sizes" in printed
+    assert f"so resume '{tmp_path / 'run'}' on 1 process, or" in printed
+    codes, printed = run("new", "training.ratio_batch_size=2", remedy(printed), plans=[None, None])
+    assert codes == [0, 0] and "resuming from step 3" in printed
+    assert run("run", whole_batch)[0] == [0]
+
+
+# -------------------------------------------------------------------------------------------------------- EMA
+
+
+def test_an_ema_that_holds_the_first_weights_is_told(run, whole_run, tmp_path):
+    """The tiny run ends with 0.9^8 = 43 % of them. With the warmup it does not, and resumes exactly."""
+    line = "steps the EMA, which samples are drawn from, holds 43% of the initial weights; use training.ema_warmup"
+    assert line in (whole_run / "log.txt").read_text()
+    warmup = "training.ema_warmup=true"
+    codes, printed = run("warm", warmup)
+    assert codes == [0] and "initial weights" not in printed
+    for steps in (5, 8):
+        assert run("parts", warmup, f"training.max_steps={steps}")[0] == [0]
+    one, other = (
+        load_checkpoint(tmp_path / name / "checkpoints" / "0000008.pt") for name in ("warm", "parts")
+    )
+    kills.assert_equal(other["ema"], one["ema"], "ema")
 
 
 # --------------------------------------------------------------------------------------------------- trackers
@@ -286,6 +423,9 @@ def test_bad_steps_are_skipped_counted_and_named(run, poisoned, tmp_path):
     assert codes == [0]
     lines = [line.split("images ")[1] for line in printed.splitlines() if "update skipped" in line]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    culprits = [line.split("; not finite in the features: ") for line in lines]
+    assert all(culprit == "7 (shard-00000.npy, row 7)" for _, culprit in culprits)
+    lines = [line for line, _ in culprits]
     assert lines and all("7" in line.split(", ") and len(line.split(", ")) == 4 for line in lines)
     assert rows[-1]["skipped_steps"] == len(lines) < 8
     assert sum(row["loss"] is None for row in rows) == len(lines)  # NaN is no JSON
@@ -319,3 +459,10 @@ def test_too_many_bad_steps_end_the_run(run, poisoned, tmp_path):
         f"error: 4 steps in a row up to 7 had a non-finite loss or gradient; the last good checkpoint is {last}"
         in printed
     )
+    assert "the features named above are to blame" in printed
+
+
+def test_steps_that_fail_on_good_images_blame_the_weights(run):
+    codes, printed = run("run", "training.learning_rate=1e38", "training.max_skipped_steps=2")
+    assert codes == [1] and "; all their latents are finite" in printed
+    assert "the latents are finite, so the weights are to blame: " in printed

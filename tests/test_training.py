@@ -188,6 +188,16 @@ def test_learning_rate():
     assert rates == pytest.approx([0.1 * min(1, (k + 1) / 10) for k in range(12)])
 
 
+def test_ema_warmup():
+    """By default the decay is constant, as in the official code."""
+    constant = TrainingConfig(ema_decay=0.99)
+    assert [schedules.ema_decay(step, constant) for step in (0, 10**6)] == [0.99, 0.99]
+    assert schedules.initial_share(70, constant) == pytest.approx(0.99**70)
+    rising = TrainingConfig(ema_decay=0.99, ema_warmup=True)
+    assert [schedules.ema_decay(step, rising) for step in (0, 8, 890, 10**6)] == [0.1, 0.5, 0.99, 0.99]
+    assert schedules.initial_share(10, rising) < 1e-4
+
+
 def test_total_steps():
     changes = ["training.global_batch_size=4", "training.ratio_batch_size=4", "training.epochs=3"]
     config = load_config(None, changes)

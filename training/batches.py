@@ -6,8 +6,10 @@ processes see the same batches, and no state of a random generator is ever store
 """
 
 import functools
+import multiprocessing
 import signal
 from collections.abc import Generator, Iterator
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from config import OneProcessError, UserError
 from data.features import Features
 from data.streams import rng
+
+
+class NoBatch(Exception):
+    """The loader cannot give another batch; the message says why. What was trained is intact."""
 
 
 class Sample(NamedTuple):
@@ -121,6 +127,11 @@ class Samples(Dataset):
         label = self.null_label if is_dropped else int(self.store.labels[image])
         return Sample(x0, noise, t, label, image)
 
+    def is_finite(self, micro_step: int, image: int) -> bool:
+        """Whether the latent of a sample can be read and is finite."""
+        sample = self[micro_step, image]
+        return isinstance(sample, Sample) and bool(np.isfinite(sample.x0).all())
+
 
 def collate(samples: list[Sample | UserError]) -> Batch | UserError:
     """Join samples into a batch, or return the first error among them."""
@@ -162,9 +173,35 @@ def read_batches(loader: DataLoader) -> Generator[Batch, None, None]:
 
     Raises:
         OneProcessError: an image cannot be read, which only the process that needs it can tell.
+        NoBatch: a loader process has died.
     """
-    # Leaving the loop, also by an error, ends the loader's processes
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise OneProcessError(str(batch))
-        yield batch
+    others = set(multiprocessing.active_children())
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    workers = set(multiprocessing.active_children()) - others
+    # PyTorch's handler raises an error wherever this process is when a loader process dies, even in the middle
+    # of a checkpoint. Without it, the wait for the next batch notices within seconds.
+    signal.signal(signal.SIGCHLD, handler)
+    try:
+        while (batch := next_or_error(iterator, workers)) is not None:
+            if isinstance(batch, UserError):
+                raise OneProcessError(str(batch))
+            yield batch
+    finally:
+        # They ignore other signals, and one that hangs would never end
+        for worker in workers:
+            worker.kill()
+
+
+def next_or_error(iterator: Iterator, workers: set[BaseProcess]) -> Batch | UserError | None:
+    """The next batch of a loader, None after the last. Raises NoBatch if one of its processes is dead."""
+    try:
+        return next(iterator, None)
+    except RuntimeError:
+        codes = [worker.exitcode for worker in workers if worker.exitcode]
+        if not codes:
+            raise
+        end = f"killed by {signal.Signals(-codes[0]).name}" if codes[0] < 0 else f"status {codes[0]}"
+        raise NoBatch(
+            f"a loader process has died ({end}), perhaps for lack of memory; make data.num_workers smaller"
+        ) from None

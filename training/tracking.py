@@ -48,6 +48,14 @@ class Averages:
         row = torch.stack([values.sum(), values.square().sum(), values.min(), values.max(), count])
         self.rows.setdefault(name, []).append(row)
 
+    def sizes(self) -> dict[str, int]:
+        """Number of rows by name."""
+        return {name: len(rows) for name, rows in self.rows.items()}
+
+    def cut(self, sizes: dict[str, int]) -> None:
+        """Remove the rows that were added since `sizes` was called."""
+        self.rows = {name: self.rows[name][:size] for name, size in sizes.items()}
+
     def reduce(self) -> dict[str, dict[str, float]]:
         """Statistics over all samples of all processes, then start anew. Collective.
 

@@ -1,11 +1,13 @@
 """The training loop. Start reading at `Trainer.run_steps`, `Trainer.optimizer_step` and `Trainer.loss`."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -19,10 +21,10 @@ from data.features import Features
 from diffusion import create_diffusion
 from models import build_model, compile_parts
 from processes.sharding import forward, full_tensor, gather_full_state, is_sharded
-from processes.stop import StopRequest
+from processes.stop import EndlessWait, StopRequest
 from processes.watch import ProcessWatch
 from training import launch, schedules
-from training.batches import Batch, Order, Samples, make_loader, read_batches
+from training.batches import Batch, NoBatch, Order, Samples, make_loader, read_batches
 from training.guard import FiniteGuard, nan_gradients_if_not_finite
 from training.losses import RatioTarget, total_loss
 from training.optimizer import load_optimizer, make_optimizer, set_learning_rate
@@ -37,6 +39,8 @@ from training.tracking import (
 )
 from weights.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 
+# A larger share of the first weights in the EMA shows in its samples
+MAX_INITIAL_SHARE = 0.1
 # Values in the line that every log step prints
 SUMMARY = (
     "loss",
@@ -106,6 +110,8 @@ class Trainer:
             self.guard.load_state_dict(state["skipped"])
         # What surrounds the steps
         self.order = self.make_order()
+        self.samples = self.make_samples()
+        self.last_unexplained = -1  # the last skipped step whose latents were all finite
         self.log = RunLog(folder, accelerator, self.step)
         self.stop = StopRequest(accelerator)
         self.watch = ProcessWatch(accelerator.process_index, accelerator.num_processes, training.rank_timeout)
@@ -143,18 +149,25 @@ class Trainer:
         """Train to the last step. Returns False if a signal ended it early, after a last checkpoint."""
         try:
             self.run_steps()
+            self.watch.close()
         except RuntimeError:
             self.watch.explain()
             raise
-        self.watch.close()
         self.stop.restore()
+        if self.step >= self.last_step:
+            self.warn_of_late_ema("holds")
         return self.step >= self.last_step
 
     def run_steps(self) -> None:
-        """Steps, each followed by what is due: log line, checkpoint, samples, evaluation."""
+        """Steps, each followed by what is due: log line, checkpoint, samples, evaluation.
+
+        If the loader fails, the program exits with one line and status 1. One process writes a checkpoint
+        first; several cannot, because the others wait for the step.
+        """
         logging = self.config.logging
         evaluation = self.config.evaluation
         saved_step = self.step
+        failure = None
         self.start_clock()
         self.finish_interrupted_step()
         # Leaving the block ends the loader processes, whatever has happened
@@ -164,7 +177,16 @@ class Trainer:
             self.profiler() as profiler,
         ):
             while self.step < self.last_step and not self.stop.requested():
-                self.optimizer_step(batches)
+                complete_rows = self.averages.sizes()
+                try:
+                    self.optimizer_step(batches)
+                except NoBatch as error:
+                    if self.accelerator.num_processes > 1:
+                        self.exit_without_batch(error)
+                    # Forget the part of the step that was done
+                    self.averages.cut(complete_rows)
+                    failure = error
+                    break
                 bar.update()
                 if profiler is not None:
                     profiler.step()
@@ -180,6 +202,10 @@ class Trainer:
         # Keep what was learned since the last checkpoint
         if saved_step != self.step:
             self.save()
+        if failure is not None:
+            if not self.stop.requested():
+                self.exit_without_batch(failure)
+            self.log.line(f"warning: {failure}")
 
     def is_due(self, every: int) -> bool:
         """Whether an action with this interval follows the current step. An interval of 0 means never."""
@@ -194,9 +220,7 @@ class Trainer:
         for micro_step in range(accumulation):
             is_last = micro_step == accumulation - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                self.watch.at(self.step, "reading images")
-                batch = next(batches)
-                self.watch.at(self.step, "training")
+                batch = self.next_batch(batches)
                 loss = nan_gradients_if_not_finite(self.loss(batch))
                 self.accelerator.backward(loss / accumulation)
         # Hide the gradients of frozen parameters from the norm and from the optimizer
@@ -209,9 +233,27 @@ class Trainer:
         self.averages.add("grad_norm", norm.expand(local_batch))
         self.guard.update(self.optimizer, norm, self.step)
         self.optimizer.zero_grad()
+        self.ema.decay = schedules.ema_decay(self.step, training)
         self.ema.update(self.accelerator.unwrap_model(self.model))
         self.step += 1
         self.watch.at(self.step, None)
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """The next micro-batch. Raises NoBatch if the loader fails, or gives none for too long."""
+        self.watch.at(self.step, "reading images")
+        patience = self.config.training.rank_timeout
+        start = time.monotonic()
+        try:
+            with self.stop.limit_wait(patience):
+                batch = next(batches)
+        except EndlessWait:
+            seconds = time.monotonic() - start
+            raise NoBatch(
+                f"the loader has given no batch for {seconds:.0f} s; look at the disk of data.feature_path and at "
+                "/dev/shm, or set data.num_workers=0"
+            ) from None
+        self.watch.at(self.step, "training")
+        return batch
 
     def loss(self, batch: Batch) -> Tensor:
         """Forward pass and loss of one micro-batch. All terms go to the averages."""
@@ -258,18 +300,21 @@ class Trainer:
             world=self.accelerator.num_processes,
         )
 
-    def batches(self) -> Generator[Batch, None, None]:
-        """Micro-batches from the current step to the last."""
+    def make_samples(self) -> Samples:
+        """The training samples of every micro-step."""
         config = self.config
-        samples = Samples(
+        return Samples(
             self.store,
             config.training.seed,
             config.diffusion.diffusion_steps,
             config.training.class_dropout_prob,
             null_label=config.data.num_classes,
         )
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """Micro-batches from the current step to the last."""
         pin_memory = self.accelerator.device.type == "cuda"
-        return read_batches(make_loader(self.order, samples, config.data.num_workers, pin_memory))
+        return read_batches(make_loader(self.order, self.samples, self.config.data.num_workers, pin_memory))
 
     def progress_bar(self) -> tqdm:
         hidden = not self.accelerator.is_main_process
@@ -363,27 +408,68 @@ class Trainer:
         size = f"{parameters:,} parameters, {len(self.store):,} images, {self.last_step:,} steps"
         precision = self.accelerator.mixed_precision
         self.log.line(f"{self.config.model.name}: {size}, {start}, {processes}, {precision}")
+        if self.step < self.last_step:
+            self.warn_of_late_ema("will hold")
+
+    def warn_of_late_ema(self, holds: str) -> None:
+        """Log a warning if the run is too short for its EMA to forget the first weights."""
+        share = schedules.initial_share(self.last_step, self.config.training)
+        if share <= MAX_INITIAL_SHARE:
+            return
+        # This decay leaves e^-5 = 0.7 %
+        decay = max(1 - 5 / self.last_step, 0)
+        self.log.line(
+            f"warning: after {self.last_step} steps the EMA, which samples are drawn from, {holds} {share:.0%} of "
+            f"the initial weights; use training.ema_warmup=true or training.ema_decay={decay:.4g} in a new run, "
+            "or sample with --weights model"
+        )
 
     def report_skipped(self, step: int) -> None:
-        """Log a step whose update was skipped, with its images."""
+        """Log a step whose update was skipped, with its images, and which of their latents are not finite."""
+        if not self.accelerator.is_main_process:
+            return
         accumulation = self.config.training.gradient_accumulation_steps
         images: list[str] = []
+        bad: list[str] = []
         for micro_step in range(step * accumulation, (step + 1) * accumulation):
-            images += map(str, self.order.global_batch_of(micro_step))
+            for image in self.order.global_batch_of(micro_step).tolist():
+                images.append(str(image))
+                if not self.samples.is_finite(micro_step, image):
+                    bad.append(f"{image} ({self.store.location(image)})")
+        if not bad:
+            self.last_unexplained = step
+        cause = f"; not finite in the features: {', '.join(bad)}" if bad else "; all their latents are finite"
         self.log.line(
             f"step {step + 1:7d}: loss or gradient is not finite, update skipped "
-            f"({self.guard.total} so far); images {', '.join(images)}"
+            f"({self.guard.total} so far); images {', '.join(images)}{cause}"
         )
 
     def report_stop(self, step: int) -> None:
         """Log why the run ends after too many skipped steps."""
         checkpoints = list_checkpoints(self.folder / "checkpoints")
         last_good = checkpoints[-1] if checkpoints else "none"
+        # A step whose latents were all finite leaves the weights
+        if self.last_unexplained <= step - self.guard.in_a_row:
+            remedy = "the features named above are to blame: extract them again"
+        elif checkpoints:
+            remedy = (
+                "the latents are finite, so the weights are to blame: resume from it under another --output "
+                "with training.resume_from_ckpt and a lower training.learning_rate"
+            )
+        else:
+            remedy = (
+                "the latents are finite, so the weights are to blame: start again with a lower "
+                "training.learning_rate or more training.lr_warmup_steps"
+            )
         self.log.line(
             f"error: {self.guard.in_a_row} steps in a row up to {step + 1} had a non-finite loss or "
-            f"gradient; the last good checkpoint is {last_good}: look at the images named above, or resume "
-            "from it under another --output with training.resume_from_ckpt and a lower training.learning_rate"
+            f"gradient; the last good checkpoint is {last_good}; {remedy}"
         )
+
+    def exit_without_batch(self, error: NoBatch) -> NoReturn:
+        """End this process with one line. After a signal, its status is that of the signal."""
+        print(f"\nerror: {error}; run the same command again to resume", file=sys.stderr, flush=True)
+        sys.exit(128 + self.stop.received if self.stop.received else 1)
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
