@@ -113,7 +113,7 @@ def sample_missing(
     folder: SampleFolder,
     starts: list[int],
 ) -> None:
-    """Sample this process's share of the missing batches. A batch has the same samples for any number of processes."""
+    """Sample this process's missing batches. A batch has the same samples for any number of processes."""
     not_first = dist.is_initialized() and dist.get_rank() > 0
     with ThreadPoolExecutor(WRITERS) as writers, tqdm(starts, unit="batch", disable=not_first) as bar:
         writing: list[Future] = []
