@@ -5,7 +5,7 @@ permutation around every convolution, a double argsort for the budget, padded ch
 one row per token, padded attention with a mask, a dense (B, M, M) Gaussian and a dense (B, L, M) search. M is
 the number of kept tokens of the sample that keeps most; the other letters are those of models/types.py.
 
-    prediction = reference.forward(model, sigma=1.0, x_t=x_t, t=t, labels=labels).prediction
+    prediction = reference.forward(model, x_t, t, labels).prediction
 
 Sources: DC-DiT (arXiv 2603.06351, section 3), DiT (arXiv 2212.09748, section 3.2), H-Net (arXiv 2507.07955), whose
 equations 4 to 10 DC-DiT carries over from sequences to the plane.
@@ -30,7 +30,6 @@ from models.types import DenoiserOutput, Packing, Routing
 
 def forward(
     model: DCDiT,
-    sigma: float,
     x_t: Tensor,
     t: Tensor,
     labels: Tensor,
@@ -40,7 +39,6 @@ def forward(
     """What `model(x_t, t, labels, drop)` computes.
 
     Args:
-        sigma: standard deviation of the model's dechunk smoothing, in latent cells.
         replace_routing: exchanges the router's decision for another one, which benchmarks hold constant.
     """
     c = model.t_embedder(t) + model.y_embedder(labels)  # (B, D)
@@ -65,7 +63,9 @@ def forward(
 
     # Dechunk, decoder and head
     with torch.autocast(x_t.device.type, enabled=False):
-        h = dechunk(u.float(), routing, chunks, sigma) + residual  # (B, L, D), H-Net, equation 3
+        h = (
+            dechunk(u.float(), routing, chunks, model.dechunk.smoothing.sigma) + residual
+        )  # (B, L, D), H-Net, equation 3
     h = conv_stack(model.decoder, h, c)  # (B, L, E)
     shift, scale = model.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=2)
     prediction = model.final_layer.linear(modulate(h, shift, scale))  # (B, L, 2C)

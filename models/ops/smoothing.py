@@ -34,6 +34,7 @@ class SpatialSmoothing(nn.Module):
 
     def __init__(self, side: int, sigma: float):
         super().__init__()
+        self.sigma = sigma  # in latent cells
         place = torch.arange(side, dtype=torch.float64)
         distance = place[:, None] - place
         kernel = torch.exp(-(distance**2) / (2 * sigma**2))
