@@ -1,4 +1,4 @@
-"""The readable twin of every stage, on the weights of a DCDiT; the oracle of tests and benchmarks.
+"""The readable twin of a DCDiT, stage by stage, on its weights; the oracle of tests and benchmarks.
 
 It computes what the paper describes in the way that comes to mind first: token-contiguous tensors with a
 permutation around every convolution, a double argsort for the budget, padded chunks, modulators expanded to
@@ -8,7 +8,7 @@ the number of kept tokens of the sample that keeps most; the other letters are t
     prediction = reference.forward(model, x_t, t, labels).prediction
 
 Sources: DC-DiT (arXiv 2603.06351, section 3), DiT (arXiv 2212.09748, section 3.2), H-Net (arXiv 2507.07955), whose
-equations 4 to 10 DC-DiT carries over from sequences to the plane.
+equations 2 to 9 DC-DiT carries over from sequences to the plane.
 """
 
 import functools
@@ -39,11 +39,11 @@ def forward(
     """What `model(x_t, t, labels, drop)` computes.
 
     Args:
-        replace_routing: exchanges the router's decision for another one, which benchmarks hold constant.
+        replace_routing: exchanges the router's decision; benchmarks use it to fix the kept tokens.
     """
     c = model.t_embedder(t) + model.y_embedder(labels)  # (B, D)
 
-    # Encoder and router; the scaffold is in float32 under autocast too
+    # Encoder; then router and residual projection, which are in float32 under autocast too
     x = to_tokens(model.x_embedder(x_t))  # (B, L, E)
     features = conv_stack(model.encoder, x, c)  # (B, L, D)
     with torch.autocast(x_t.device.type, enabled=False):
@@ -251,7 +251,7 @@ def dechunk(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float) -> T
 def smooth(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float) -> Tensor:
     """v_i = p_i u_i + (1 - p_i) sum_j w_ij u_j: (T, D) -> (B, M, D) (the role of H-Net, equation 5).
 
-    w_ij is exp(-|x_i - x_j|^2 / 2 sigma^2) p_j, normalised over the kept tokens j of the sample.
+    w_ij is exp(-|x_i - x_j|^2 / (2 sigma^2)) p_j, normalised over the kept tokens j of the sample.
     """
     u = unpack(tokens, chunks)
     prob = routing.prob.gather(1, chunks.index).clamp(1e-4, 1 - 1e-4)  # (B, M)
