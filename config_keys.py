@@ -181,7 +181,7 @@ class TrainingConfig:
     )
     max_skipped_steps: PositiveInt = free(10, "number of non-finite steps in a row that ends training")
     rank_timeout: PositiveFloat = free(
-        600.0, "seconds after which a process that is dead or hangs ends the others"
+        600.0, "seconds after which a process that is dead, or a loader that hangs, ends the run"
     )
 
 

@@ -35,9 +35,7 @@ def place(tiny_config, tmp_path_factory) -> Path:
     )
     (folder / "run" / "config.yaml").write_text(tiny_config.read_text())
 
-    bad = {
-        name: value * torch.nan if name == "x_embedder.bias" else value for name, value in state.items()
-    }
+    bad = {name: value * torch.nan if name == "x_embedder.bias" else value for name, value in state.items()}
     save_checkpoint(folder / "nan", common | {"config": to_dict(config), "model": bad, "ema": bad}, keep=0)
 
     config.training.class_dropout_prob = 0.0

@@ -180,7 +180,7 @@ def run_out_of_memory() -> None:
             1,
             "error: the loader has given no batch for 2 s",
         ),
-        (partial(fail_in_loader, hang, 2.5), [], 143, "warning: the loader has given no batch for"),
+        (partial(fail_in_loader, hang, 2.5), [], 143, "error: the loader has given no batch for"),
         (
             partial(fail_in_loader, run_out_of_memory),
             [],

@@ -17,6 +17,7 @@ from training.losses import RatioTarget, ratio_loss, total_loss
 from training.tracking import Averages, RunLog, kept_fractions
 from weights import checkpoint
 from weights.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from weights.ema import ema_decay, initial_share
 
 # ---------------------------------------------------------------------------------------------------- batches
 
@@ -191,11 +192,11 @@ def test_learning_rate():
 def test_ema_warmup():
     """By default the decay is constant, as in the official code."""
     constant = TrainingConfig(ema_decay=0.99)
-    assert [schedules.ema_decay(step, constant) for step in (0, 10**6)] == [0.99, 0.99]
-    assert schedules.initial_share(70, constant) == pytest.approx(0.99**70)
+    assert [ema_decay(step, constant) for step in (0, 10**6)] == [0.99, 0.99]
+    assert initial_share(70, constant) == pytest.approx(0.99**70)
     rising = TrainingConfig(ema_decay=0.99, ema_warmup=True)
-    assert [schedules.ema_decay(step, rising) for step in (0, 8, 890, 10**6)] == [0.1, 0.5, 0.99, 0.99]
-    assert schedules.initial_share(10, rising) < 1e-4
+    assert [ema_decay(step, rising) for step in (0, 8, 890, 10**6)] == [0.1, 0.5, 0.99, 0.99]
+    assert initial_share(10, rising) < 1e-4
 
 
 def test_total_steps():

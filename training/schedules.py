@@ -1,7 +1,5 @@
 """What changes over a run, each as a function of the number of optimizer steps done."""
 
-import math
-
 import torch
 
 from config import Config, FractionRange, TrainingConfig, downsample_factors
@@ -20,18 +18,6 @@ def total_steps(config: Config, images: int) -> int:
 def learning_rate(step: int, training: TrainingConfig) -> float:
     """Linear warm-up over `lr_warmup_steps`, then constant."""
     return training.learning_rate * min(1.0, (step + 1) / (training.lr_warmup_steps + 1))
-
-
-def ema_decay(step: int, training: TrainingConfig) -> float:
-    """Share of the old EMA that this step keeps; smaller in the first steps with `ema_warmup`."""
-    if training.ema_warmup:
-        return min(training.ema_decay, (1 + step) / (10 + step))
-    return training.ema_decay
-
-
-def initial_share(steps: int, training: TrainingConfig) -> float:
-    """Share of the first weights in the EMA after this number of steps."""
-    return math.prod(ema_decay(step, training) for step in range(steps))
 
 
 def downsample_factor(step: int, training: TrainingConfig) -> float:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -38,9 +37,8 @@ from training.tracking import (
     training_tflop,
 )
 from weights.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
+from weights.ema import MAX_INITIAL_SHARE, ema_decay, initial_share
 
-# A larger share of the first weights in the EMA shows in its samples
-MAX_INITIAL_SHARE = 0.1
 # Values in the line that every log step prints
 SUMMARY = (
     "loss",
@@ -161,8 +159,8 @@ class Trainer:
     def run_steps(self) -> None:
         """Steps, each followed by what is due: log line, checkpoint, samples, evaluation.
 
-        If the loader fails, the program exits with one line and status 1. One process writes a checkpoint
-        first; several cannot, because the others wait for the step.
+        If the loader fails, the program exits with one line, after a last checkpoint if no other process waits
+        for this step.
         """
         logging = self.config.logging
         evaluation = self.config.evaluation
@@ -181,8 +179,6 @@ class Trainer:
                 try:
                     self.optimizer_step(batches)
                 except NoBatch as error:
-                    if self.accelerator.num_processes > 1:
-                        self.exit_without_batch(error)
                     # Forget the part of the step that was done
                     self.averages.cut(complete_rows)
                     failure = error
@@ -200,12 +196,12 @@ class Trainer:
                 if self.is_due(evaluation.every):
                     self.run_evaluation()
         # Keep what was learned since the last checkpoint
-        if saved_step != self.step:
+        can_save = failure is None or self.accelerator.num_processes == 1
+        if saved_step != self.step and can_save:
             self.save()
         if failure is not None:
-            if not self.stop.requested():
-                self.exit_without_batch(failure)
-            self.log.line(f"warning: {failure}")
+            print(f"\nerror: {failure}; run the same command again to resume", file=sys.stderr, flush=True)
+            sys.exit(128 + self.stop.received if self.stop.received else 1)
 
     def is_due(self, every: int) -> bool:
         """Whether an action with this interval follows the current step. An interval of 0 means never."""
@@ -233,7 +229,7 @@ class Trainer:
         self.averages.add("grad_norm", norm.expand(local_batch))
         self.guard.update(self.optimizer, norm, self.step)
         self.optimizer.zero_grad()
-        self.ema.decay = schedules.ema_decay(self.step, training)
+        self.ema.decay = ema_decay(self.step, training)
         self.ema.update(self.accelerator.unwrap_model(self.model))
         self.step += 1
         self.watch.at(self.step, None)
@@ -413,7 +409,7 @@ class Trainer:
 
     def warn_of_late_ema(self, holds: str) -> None:
         """Log a warning if the run is too short for its EMA to forget the first weights."""
-        share = schedules.initial_share(self.last_step, self.config.training)
+        share = initial_share(self.last_step, self.config.training)
         if share <= MAX_INITIAL_SHARE:
             return
         # This decay leaves e^-5 = 0.7 %
@@ -465,11 +461,6 @@ class Trainer:
             f"error: {self.guard.in_a_row} steps in a row up to {step + 1} had a non-finite loss or "
             f"gradient; the last good checkpoint is {last_good}; {remedy}"
         )
-
-    def exit_without_batch(self, error: NoBatch) -> NoReturn:
-        """End this process with one line. After a signal, its status is that of the signal."""
-        print(f"\nerror: {error}; run the same command again to resume", file=sys.stderr, flush=True)
-        sys.exit(128 + self.stop.received if self.stop.received else 1)
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
