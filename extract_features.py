@@ -34,6 +34,8 @@ from processes.watch import ProcessWatch
 
 # The official launch has 8 processes. Whatever their number, an eighth of the batch is encoded at once.
 OFFICIAL_PROCESSES = 8
+# Options of the official script, which does not use them either.
+UNUSED_OPTIONS = ("--results-dir", "--model", "--num-classes", "--epochs", "--log-every", "--ckpt-every")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -60,6 +62,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--shard-size", type=int, help="images per shard (default: 1024, more above 262,144 images)")
     add("--max-bad", type=int, default=0, help="unreadable images beyond which the exit status is 1")
     add("--dry-run", action="store_true", help="check everything, print what would be done, and stop")
+    for option in UNUSED_OPTIONS:
+        add(option, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     cli.check_at_least(args, 1, "image_size", "global_batch_size")
     cli.check_at_least(args, 0, "num_workers", "global_seed", "max_bad")
@@ -67,6 +71,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         cli.check_at_least(args, 1, "shard_size")
     cli.check_output("--features-path", args.features_path)
     return args
+
+
+def unused_options(args: argparse.Namespace) -> list[str]:
+    """The options given that have no effect."""
+    given = vars(args)
+    return [option for option in UNUSED_OPTIONS if given[option[2:].replace("-", "_")] is not None]
 
 
 def store_kind(text: str) -> str:
@@ -142,6 +152,10 @@ def main(argv: list[str] | None = None) -> None:
     processes = group.start_processes()
     is_first = processes.rank == 0
     batch_size = max(1, args.global_batch_size // OFFICIAL_PROCESSES)
+
+    unused = unused_options(args)
+    if unused:
+        group.print_once(f"{', '.join(unused)}: extraction does not use this; it has no effect")
 
     # What to store
     images = ImageFolder(args.data_path, args.image_size)
