@@ -23,10 +23,11 @@ from tqdm import tqdm
 import cli
 from config import UserError
 from data.autoencoder import Autoencoder
-from data.feature_writer import FeatureWriter, StoreOptions, StoreSettings, encode_images
+from data.feature_writer import FeatureWriter, StoreOptions, StoreSettings, encode_images, stored_shard_size
 from data.folders import class_table
 from data.images import ImageFolder, SkippedImage
 from data.loading import ImageBatch, read_shards
+from data.source_files import FileState
 from data.store_files import DTYPES, STORE_KINDS, read_json
 from processes import group
 from processes.lock import FolderLock
@@ -103,7 +104,14 @@ def prepare(writer: FeatureWriter, lock: FolderLock, processes: group.Processes)
         # Taking the lock makes the folder: first check that nothing stands against it
         writer.check()
         lock.acquire()
-        return writer.prepare()
+        changes = writer.find_changes()
+        missing = writer.prepare(changes)
+        if changes:
+            print(f"{writer.folder}: {changes}")
+        if missing:
+            to_encode = sum(len(writer.sources(shard)) for shard in missing)
+            print(f"{writer.folder}: {to_encode:,} of {writer.settings.source_count:,} images to encode")
+        return missing
 
     missing = group.on_first(prepare_folder)
     return None if missing is None else missing[processes.rank :: processes.world]
@@ -125,15 +133,16 @@ def extract(
             missing = len(writer.sources(shard))
             features = [np.empty((0, *settings.item_shape), settings.dtype)]
             skipped: list[SkippedImage] = []
+            states: list[FileState] = []
             while missing > 0:
                 batch = next(waiting)
                 if batch.indices:
                     features.append(encode_images(autoencoder, batch.images, batch.indices, settings))
                 skipped += batch.skipped
-                count = len(batch.indices) + len(batch.skipped)
-                missing -= count
-                bar.update(count)
-            writer.write(shard, np.concatenate(features), skipped)
+                states += batch.states
+                missing -= len(batch.states)
+                bar.update(len(batch.states))
+            writer.write(shard, np.concatenate(features), skipped, states)
 
 
 def report(writer: FeatureWriter, max_bad: int) -> None:
@@ -160,9 +169,10 @@ def main(argv: list[str] | None = None) -> None:
     # What to store
     images = ImageFolder(args.data_path, args.image_size)
     autoencoder = Autoencoder.load(args.vae, processes.device)
-    options = StoreOptions(args.store, not args.no_flip, args.dtype, args.shard_size, args.global_seed)
+    shard_size = args.shard_size or stored_shard_size(args.features_path)
+    options = StoreOptions(args.store, not args.no_flip, args.dtype, shard_size, args.global_seed)
     settings = StoreSettings.plan(options, images, autoencoder)
-    writer = FeatureWriter(args.features_path, settings, images.labels)
+    writer = FeatureWriter(args.features_path, settings, images.listing)
     for note in images.notes:
         group.print_once(note)
     group.print_once(f"classes: {class_table(images.class_names)}")
@@ -170,6 +180,9 @@ def main(argv: list[str] | None = None) -> None:
     group.print_once(f"{processes.world} processes, each encodes {batch_size} images at once with {args.vae}")
     if args.dry_run:
         writer.check()
+        changes = writer.find_changes()
+        if changes:
+            group.print_once(f"{writer.folder}: {changes}")
         return
 
     # Encode this process's share of the missing shards; the first process completes the store

@@ -4,6 +4,7 @@ A store is a folder:
 
     manifest.json          written last and atomically: the store is complete as soon as it is there
     labels.npy             (n,) int64
+    sources.npz            names, sizes, times and checksums of the image files (data/source_files.py)
     shard-00000.npy ...    (count, views, channels, s, s) each
 
 While an extraction is unfinished, the folder has no manifest; it holds settings.json (what is extracted) and
@@ -175,6 +176,8 @@ def damaged_files(folder: Path) -> list[str]:
     manifest = read_manifest(folder / "manifest.json")
     checksums = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
     checksums["labels.npy"] = manifest["labels_sha256"]
+    if "sources_sha256" in manifest:  # not in older stores
+        checksums["sources.npz"] = manifest["sources_sha256"]
     lines = []
     for name, expected in checksums.items():
         if not (folder / name).is_file():

@@ -44,12 +44,14 @@ class Listing:
     """Images and classes of a data set.
 
     Attributes:
+        root: the folder.
         class_names: sorted; the label is the position in this list.
         paths: file names relative to the folder with forward slashes, in the order of their index.
         labels: one class number per path.
         notes: lines that a user should read, such as what is not read and why.
     """
 
+    root: Path
     class_names: list[str]
     paths: list[str]
     labels: list[int]
@@ -111,7 +113,7 @@ def list_dataset(root: Path, option: str) -> Listing:
             f"warning: {option} {root}: files that Pillow does not read are left out: "
             f"{count_types(other_types)}"
         )
-    return Listing(class_names, paths, labels, notes)
+    return Listing(root, class_names, paths, labels, notes)
 
 
 # ------------------------------------------------------------------------------------------- files and folders

@@ -50,6 +50,7 @@ class ImageFolder:
     """Images of a folder by index.
 
     Attributes:
+        listing: all of the following.
         class_names: names of the class folders, sorted; the label is the position in this list.
         paths: file names relative to `root` with forward slashes, in the order of the index.
         labels: one class number per path.
@@ -65,6 +66,7 @@ class ImageFolder:
         self.root = Path(root)
         self.image_size = image_size
         listing = list_dataset(self.root, option)
+        self.listing = listing
         self.class_names = listing.class_names
         self.paths = listing.paths
         self.labels = listing.labels
