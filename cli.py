@@ -3,7 +3,9 @@
 import argparse
 import errno
 import io
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from config import OneProcessError, UserError
+from config import OneProcessError, UserError, one_line
 
 # Faults of the disk, which are not faults of the program.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -32,7 +34,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`. A UserError becomes one line on stderr and status 2; a full disk, one line and status 1.
+    """Call `main`. A UserError becomes one line on stderr and status 2; a full disk or a lost loader process,
+    one line and status 1.
 
     The first process of each machine prints errors that all processes have. A process that has a
     OneProcessError prints it itself.
@@ -53,6 +56,16 @@ def run(main: Callable[[], None]) -> None:
         file = f"'{error.filename}': " if error.filename else ""
         remedy = "complete files stay: make room and run the same command again"
         sys.exit(f"error: {file}{error.strerror}; {remedy}")
+    except RuntimeError as error:
+        # A loader process died or stood still, which PyTorch raises wherever the program happens to be
+        if not str(error).startswith("DataLoader"):
+            raise
+        # The others ignore SIGTERM, and the interpreter would wait for them
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for process in multiprocessing.active_children():
+            process.kill()
+        remedy = "run the same command again, maybe with fewer loader processes (num_workers)"
+        sys.exit(f"error: {one_line(error, 300)}; {remedy}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.images import ImageFolder, SkippedImage, UnreadableImage
 from data.source_files import FileState, read_state
+from data.workers import make_loader, read
 
 
 class ImageBatch(NamedTuple):
@@ -86,13 +87,10 @@ def read_shards(
             batches.append(list(shard[start : start + batch_size]))
     dataset = DecodedImages(images)
     most_workers = min(os.cpu_count() or 1, len(batches) - 1)
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=max(0, min(num_workers, most_workers)),
-        collate_fn=dataset.collate,
-        pin_memory=pin_memory,
-    )
+    workers = max(0, min(num_workers, most_workers))
+    option = "--num-workers"
+    loader = make_loader(dataset, batches, dataset.collate, workers, pin_memory, option)
+    return read(loader, option)
 
 
 def read_all(images: ImageFolder) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ processes see the same batches, and no state of a random generator is ever store
 """
 
 import functools
-import signal
 from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
@@ -18,6 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from config import OneProcessError, UserError
 from data.features import Features
 from data.streams import rng
+from data.workers import make_loader as make_worker_loader
+from data.workers import read
+
+WORKERS_OPTION = "data.num_workers"
 
 
 class Sample(NamedTuple):
@@ -139,22 +142,9 @@ def collate(samples: list[Sample | UserError]) -> Batch | UserError:
     )
 
 
-def ignore_signals(worker: int) -> None:
-    """Keep a loader process alive through SIGTERM and SIGINT: the training process ends it when it stops."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def make_loader(order: Order, samples: Samples, workers: int, pin_memory: bool) -> DataLoader:
     """A loader that gives a Batch or a UserError per micro-step."""
-    return DataLoader(
-        samples,
-        batch_sampler=order,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
-    )
+    return make_worker_loader(samples, order, collate, workers, pin_memory, WORKERS_OPTION)
 
 
 def read_batches(loader: DataLoader) -> Generator[Batch, None, None]:
@@ -164,7 +154,7 @@ def read_batches(loader: DataLoader) -> Generator[Batch, None, None]:
         OneProcessError: an image cannot be read, which only the process that needs it can tell.
     """
     # Leaving the loop, also by an error, ends the loader's processes
-    for batch in loader:
+    for batch in read(loader, WORKERS_OPTION):
         if isinstance(batch, UserError):
             raise OneProcessError(str(batch))
         yield batch
