@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -36,6 +37,9 @@ def run(main: Callable[[], None]) -> None:
     The first process of each machine prints errors that all processes have. A process that has a
     OneProcessError prints it itself.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # File names may have characters that the terminal lacks, as on stderr
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

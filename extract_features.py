@@ -23,9 +23,11 @@ from tqdm import tqdm
 import cli
 from config import UserError
 from data.autoencoder import Autoencoder
-from data.feature_writer import FeatureWriter, StoreOptions, StoreSettings, encode_images
+from data.feature_writer import FeatureWriter, StoreOptions, StoreSettings, encode_images, stored_shard_size
+from data.folders import class_table
 from data.images import ImageFolder, SkippedImage
 from data.loading import ImageBatch, read_shards
+from data.source_files import FileState
 from data.store_files import DTYPES, STORE_KINDS, read_json
 from processes import group
 from processes.lock import FolderLock
@@ -33,12 +35,18 @@ from processes.watch import ProcessWatch
 
 # The official launch has 8 processes. Whatever their number, an eighth of the batch is encoded at once.
 OFFICIAL_PROCESSES = 8
+# Options of the official script, which does not use them either.
+UNUSED_OPTIONS = ("--results-dir", "--model", "--num-classes", "--epochs", "--log-every", "--ckpt-every")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--data-path", required=True, help="folder with one sub-folder of images per class")
+    add(
+        "--data-path",
+        required=True,
+        help="folder with one sub-folder of images per class, or one class of images",
+    )
     add("--features-path", default="features", help="folder of the store (default: %(default)s)")
     add(
         "--image-size", type=int, default=256, help="side of the centre crop in pixels (default: %(default)s)"
@@ -55,6 +63,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--shard-size", type=int, help="images per shard (default: 1024, more above 262,144 images)")
     add("--max-bad", type=int, default=0, help="unreadable images beyond which the exit status is 1")
     add("--dry-run", action="store_true", help="check everything, print what would be done, and stop")
+    for option in UNUSED_OPTIONS:
+        add(option, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     cli.check_at_least(args, 1, "image_size", "global_batch_size")
     cli.check_at_least(args, 0, "num_workers", "global_seed", "max_bad")
@@ -62,6 +72,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         cli.check_at_least(args, 1, "shard_size")
     cli.check_output("--features-path", args.features_path)
     return args
+
+
+def unused_options(args: argparse.Namespace) -> list[str]:
+    """The options given that have no effect."""
+    given = vars(args)
+    return [option for option in UNUSED_OPTIONS if given[option[2:].replace("-", "_")] is not None]
 
 
 def store_kind(text: str) -> str:
@@ -88,7 +104,14 @@ def prepare(writer: FeatureWriter, lock: FolderLock, processes: group.Processes)
         # Taking the lock makes the folder: first check that nothing stands against it
         writer.check()
         lock.acquire()
-        return writer.prepare()
+        changes = writer.find_changes()
+        missing = writer.prepare(changes)
+        if changes:
+            print(f"{writer.folder}: {changes}")
+        if missing:
+            to_encode = sum(len(writer.sources(shard)) for shard in missing)
+            print(f"{writer.folder}: {to_encode:,} of {writer.settings.source_count:,} images to encode")
+        return missing
 
     missing = group.on_first(prepare_folder)
     return None if missing is None else missing[processes.rank :: processes.world]
@@ -110,15 +133,16 @@ def extract(
             missing = len(writer.sources(shard))
             features = [np.empty((0, *settings.item_shape), settings.dtype)]
             skipped: list[SkippedImage] = []
+            states: list[FileState] = []
             while missing > 0:
                 batch = next(waiting)
                 if batch.indices:
                     features.append(encode_images(autoencoder, batch.images, batch.indices, settings))
                 skipped += batch.skipped
-                count = len(batch.indices) + len(batch.skipped)
-                missing -= count
-                bar.update(count)
-            writer.write(shard, np.concatenate(features), skipped)
+                states += batch.states
+                missing -= len(batch.states)
+                bar.update(len(batch.states))
+            writer.write(shard, np.concatenate(features), skipped, states)
 
 
 def report(writer: FeatureWriter, max_bad: int) -> None:
@@ -138,16 +162,27 @@ def main(argv: list[str] | None = None) -> None:
     is_first = processes.rank == 0
     batch_size = max(1, args.global_batch_size // OFFICIAL_PROCESSES)
 
+    unused = unused_options(args)
+    if unused:
+        group.print_once(f"{', '.join(unused)}: extraction does not use this; it has no effect")
+
     # What to store
     images = ImageFolder(args.data_path, args.image_size)
     autoencoder = Autoencoder.load(args.vae, processes.device)
-    options = StoreOptions(args.store, not args.no_flip, args.dtype, args.shard_size, args.global_seed)
+    shard_size = args.shard_size or stored_shard_size(args.features_path)
+    options = StoreOptions(args.store, not args.no_flip, args.dtype, shard_size, args.global_seed)
     settings = StoreSettings.plan(options, images, autoencoder)
-    writer = FeatureWriter(args.features_path, settings, images.labels)
+    writer = FeatureWriter(args.features_path, settings, images.listing)
+    for note in images.notes:
+        group.print_once(note)
+    group.print_once(f"classes: {class_table(images.class_names)}")
     group.print_once(f"{args.data_path} to {args.features_path}: {settings}")
     group.print_once(f"{processes.world} processes, each encodes {batch_size} images at once with {args.vae}")
     if args.dry_run:
         writer.check()
+        changes = writer.find_changes()
+        if changes:
+            group.print_once(f"{writer.folder}: {changes}")
         return
 
     # Encode this process's share of the missing shards; the first process completes the store

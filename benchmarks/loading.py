@@ -12,6 +12,7 @@ from benchmarks.meters import medians
 from benchmarks.report import Row
 from data.feature_writer import FeatureWriter, StoreSettings
 from data.features import Features, open_features
+from data.folders import Listing
 
 KINDS = ("moments", "sample", "official")
 LATENT_SHAPE = (4, 32, 32)
@@ -64,10 +65,11 @@ def make_store(folder: Path, kind: str, images: int) -> Features:
         autoencoder={},
         class_names=["one"],
     )
-    writer = FeatureWriter(folder, settings, [0] * images)
+    names = [f"{index}.png" for index in range(images)]
+    writer = FeatureWriter(folder, settings, Listing(folder, ["one"], names, [0] * images, []))
     for shard in writer.prepare() or []:
         shape = (len(writer.sources(shard)), *settings.item_shape)
-        writer.write(shard, generator.standard_normal(shape, dtype=np.float32), [])
+        writer.write(shard, generator.standard_normal(shape, dtype=np.float32), [], [])
     writer.finish()
     return open_features(folder, 256)
 

@@ -3,10 +3,12 @@
 data/features.py describes the folder that is written.
 """
 
+import itertools
 import math
 import os
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,25 @@ from config import UserError
 from data.autoencoder import Autoencoder
 from data.features import MAX_OPEN_SHARDS
 from data.files import write_file, write_json
+from data.folders import Listing
 from data.images import ImageFolder, SkippedImage
+from data.source_files import (
+    FileState,
+    SourceChanges,
+    SourceFiles,
+    compare_sources,
+    find_unchanged,
+    glance,
+    read_sources,
+    write_sources,
+)
 from data.store_files import FORMAT, item_shape, read_json, sha256_of
 from data.streams import rng
 
 # The files of a store, and what a kill leaves of them.
-STORE_FILE = re.compile(r"(shard-\d+|labels|manifest|settings)\.(npy|json)(\.tmp)?")
+STORE_FILE = re.compile(r"(shard-\d+|labels|manifest|settings|sources)\.(npy|npz|json)(\.tmp)?")
+# Settings that differ after images were added or removed.
+SOURCE_SETTINGS = ("source_count", "source_hash", "class_names")
 # What a kill can leave before the folder says what it holds.
 UNFINISHED_SETTINGS = "settings.json.tmp"
 
@@ -168,19 +183,20 @@ class FeatureWriter:
     process calls `finish`. After a kill at any moment, the same calls complete the store.
     """
 
-    def __init__(self, folder: str | os.PathLike, settings: StoreSettings, source_labels: list[int]):
+    def __init__(self, folder: str | os.PathLike, settings: StoreSettings, source: Listing):
         """
         Args:
             folder: of the store; `prepare` makes it.
             settings: of the store.
-            source_labels: class number of every source image.
+            source: the images.
         """
         self.folder = Path(folder)
         self.settings = settings
-        self.source_labels = source_labels
+        self.source = source
         self.manifest_path = self.folder / "manifest.json"
         self.settings_path = self.folder / "settings.json"
         self.labels_path = self.folder / "labels.npy"
+        self.sources_path = self.folder / "sources.npz"
         self.shards = math.ceil(settings.source_count / settings.shard_size)
 
     def sources(self, shard: int) -> range:
@@ -200,7 +216,9 @@ class FeatureWriter:
         is_store = False
         for path in (self.manifest_path, self.settings_path):
             if path.exists():
-                self._compare(read_json(path))
+                # The images of a complete store may have changed: see `find_changes`
+                can_change = path == self.manifest_path and self.sources_path.exists()
+                self._compare(read_json(path), ignore=SOURCE_SETTINGS if can_change else ())
                 is_store = True
                 break
         for name in sorted(os.listdir(self.folder)):
@@ -211,38 +229,66 @@ class FeatureWriter:
                     "choose an empty folder"
                 )
 
-    def prepare(self) -> list[int] | None:
+    def find_changes(self) -> SourceChanges | None:
+        """What has happened to the images of a complete store. None if there is none or it lists no files.
+
+        Raises:
+            UserError: most of the images are gone or replaced.
+        """
+        if not self.manifest_path.exists():
+            return None
+        stored = read_sources(self.sources_path)
+        if stored is None:
+            self._compare(read_json(self.manifest_path))
+            return None
+        changes = compare_sources(self.source.root, self.source.paths, stored)
+        lost = [*changes.gone, *changes.changed]
+        if 2 * len(lost) > len(stored.names):
+            raise UserError(
+                f"--features-path {self.folder}: holds features of other images than --data-path "
+                f"{self.source.root}: {len(lost):,} of its {len(stored.names):,} images are gone or replaced, "
+                f"such as {lost[0]!r}; choose another folder, or remove this one to encode all images"
+            )
+        return changes
+
+    def prepare(self, changes: SourceChanges | None = None) -> list[int] | None:
         """Make the folder ready. Returns the shards to write, or None if the store is complete.
 
-        If files of a complete store are missing or cut off, the store becomes an unfinished one that lacks
-        their shards.
+        A complete store becomes an unfinished one that lacks some shards if files are missing or cut off, or
+        if images have been added, replaced or removed since.
+
+        Args:
+            changes: the result of `find_changes`; None: the images are those of the store.
         """
         self.check()
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.manifest_path.exists():
-            records = self._records_of_manifest()
-            intact = [self._is_intact(shard, record) for shard, record in enumerate(records)]
-            if all(intact) and self.labels_path.exists():
+            manifest = read_json(self.manifest_path)
+            kept = self._intact_records(manifest, changes)
+            if len(kept) == self.shards and self._is_complete(manifest):
                 self._remove_records()
                 return None
-            self._reopen(records)
+            self._reopen(kept)
         elif not self.settings_path.exists():
             write_json(self.settings_path, self.settings.to_json())
 
-        # A shard whose file is damaged is written again
+        # A shard whose file is damaged, or whose images have changed, is written again
         for shard in range(self.shards):
             path = self._record_path(shard)
-            if path.exists() and not self._is_intact(shard, read_json(path)):
+            if path.exists() and not self._is_current(shard, read_json(path)):
                 path.unlink()
         return self.missing()
 
-    def write(self, shard: int, features: np.ndarray, skipped: list[SkippedImage]) -> None:
+    def write(
+        self, shard: int, features: np.ndarray, skipped: list[SkippedImage], states: list[FileState]
+    ) -> None:
         """Store one shard.
 
         Args:
             shard: its number.
             features: (count, views, C or 2C, s, s) of the decoded images, in source order.
             skipped: every other image of the shard.
+            states: of the shard's files, skipped ones included.
         """
         file = self._shard_path(shard)
         write_file(file, lambda stream: np.save(stream, features))
@@ -252,6 +298,7 @@ class FeatureWriter:
             "stop": sources.stop,
             "count": len(features),
             "unreadable": skipped,
+            "states": states,
             "file": file.name,
             "bytes": file.stat().st_size,
             "sha256": sha256_of(file),
@@ -266,17 +313,21 @@ class FeatureWriter:
         records = [read_json(self._record_path(shard)) for shard in range(self.shards)]
         indices: list[int] = []
         skipped: list[list] = []
-        for record in records:
+        states: list[FileState] = []
+        for shard, record in enumerate(records):
             indices += stored_images(record)
             skipped += record.pop("unreadable")
+            states += record.pop("states", None) or self._glance_at(shard)
 
-        labels = np.array([self.source_labels[index] for index in indices], dtype=np.int64)
+        labels = np.array([self.source.labels[index] for index in indices], dtype=np.int64)
         write_file(self.labels_path, lambda stream: np.save(stream, labels))
+        write_sources(self.sources_path, SourceFiles(self.source.paths, states))
         manifest = self.settings.to_json() | {
             "count": len(indices),
             "shards": records,
             "unreadable": skipped,
             "labels_sha256": sha256_of(self.labels_path),
+            "sources_sha256": sha256_of(self.sources_path),
         }
         write_json(self.manifest_path, manifest)
         self._remove_records()
@@ -287,25 +338,59 @@ class FeatureWriter:
     def _record_path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05d}.json"
 
-    def _compare(self, stored: dict[str, Any]) -> None:
+    def _glance_at(self, shard: int) -> list[FileState]:
+        """The states of a shard's files, for records of older stores, which have none."""
+        return [glance(self.source.root / self.source.paths[index]) for index in self.sources(shard)]
+
+    def _compare(self, stored: dict[str, Any], ignore: Sequence[str] = ()) -> None:
         """Raise UserError naming the first setting in which an existing store differs."""
         for key, wanted in self.settings.to_json().items():
             found = stored.get(key)
             # The same weights may have been loaded from another place.
             if key == "autoencoder" and isinstance(found, dict):
                 found = found | {"name": wanted["name"]}
-            if found != wanted:
+            if found == wanted or key in ignore:
+                continue
+            difference = f"{key} {shorten(found)}, not {shorten(wanted)}"
+            if key in SOURCE_SETTINGS:
                 raise UserError(
-                    f"--features-path {self.folder}: holds features with {key} {shorten(found)}, "
-                    f"not {shorten(wanted)}; "
-                    "choose another folder or the settings of that store"
+                    f"--features-path {self.folder}: holds features of other images ({difference}); "
+                    "choose another folder, or remove this one to encode all images"
                 )
+            raise UserError(
+                f"--features-path {self.folder}: holds features with {difference}; "
+                "choose another folder or the settings of that store"
+            )
 
-    def _records_of_manifest(self) -> list[dict[str, Any]]:
-        """One record per shard, as before `finish` merged them; empty where the manifest lacks a shard."""
-        manifest = read_json(self.manifest_path)
+    def _is_complete(self, manifest: dict[str, Any]) -> bool:
+        """Whether a manifest and the files beside the shards are those of the present images."""
+        lacks_sources = "sources_sha256" in manifest and not self.sources_path.exists()
+        if lacks_sources or not self.labels_path.exists():
+            return False
+        wanted = self.settings.to_json()
+        return all(manifest.get(key) == wanted[key] for key in SOURCE_SETTINGS)
+
+    def _intact_records(
+        self, manifest: dict[str, Any], changes: SourceChanges | None
+    ) -> dict[int, dict[str, Any]]:
+        """By shard, the records as before `finish` merged them: of whole files, whose images are unchanged."""
+        records = self._records_of_manifest(manifest)
+        kept = {}
+        for shard, record in enumerate(records[: self.shards]):
+            if not self._is_intact(shard, record):
+                continue
+            images = slice(record["first"], record["stop"])
+            if changes is not None:
+                if not all(changes.in_place[images]):
+                    continue
+                record["states"] = changes.states[images]
+            kept[shard] = record
+        return kept
+
+    def _records_of_manifest(self, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+        """One record per shard of the manifest, with its unreadable images."""
         try:
-            records = [dict(shard, unreadable=[]) for shard in manifest["shards"]][: self.shards]
+            records = [dict(shard, unreadable=[]) for shard in manifest["shards"]]
             for entry in manifest["unreadable"]:
                 shard = entry[0] // self.settings.shard_size
                 records[shard]["unreadable"].append(entry)
@@ -313,8 +398,7 @@ class FeatureWriter:
             raise UserError(
                 f"{self.manifest_path}: is not the manifest of a feature store; choose an empty folder"
             ) from None
-        lacking = self.shards - len(records)
-        return records + [{}] * lacking
+        return records
 
     def _is_intact(self, shard: int, record: dict[str, Any]) -> bool:
         """Whether the file of a record exists in full length. `damaged_files` compares checksums."""
@@ -325,19 +409,45 @@ class FeatureWriter:
         except (OSError, KeyError, TypeError, IndexError):
             return False
 
-    def _reopen(self, records: list[dict[str, Any]]) -> None:
-        """Turn a complete store into an unfinished one."""
+    def _is_current(self, shard: int, record: dict[str, Any]) -> bool:
+        """Whether a record's file is intact and its images, if their states are known, are unchanged."""
+        if not self._is_intact(shard, record):
+            return False
+        states = [FileState(*state) for state in record.get("states", [])]
+        sources = self.sources(shard)
+        names = self.source.paths[sources.start : sources.stop]
+        return all(find_unchanged(self.source.root, names[: len(states)], states))
+
+    def _reopen(self, records: dict[int, dict[str, Any]]) -> None:
+        """Turn a complete store into an unfinished one with these records."""
         write_json(self.settings_path, self.settings.to_json())
-        for shard, record in enumerate(records):
-            write_json(self._record_path(shard), record)
+        for shard in range(self.shards):
+            if shard in records:
+                write_json(self._record_path(shard), records[shard])
+            else:
+                self._record_path(shard).unlink(missing_ok=True)
         self.manifest_path.unlink()
 
     def _remove_records(self) -> None:
-        """Remove what only an unfinished store holds."""
+        """Remove what only an unfinished store holds, and shards of images that are gone."""
         for shard in range(self.shards):
             self._record_path(shard).unlink(missing_ok=True)
+        for shard in itertools.count(self.shards):
+            if not self._shard_path(shard).exists():
+                break
+            self._shard_path(shard).unlink()
         # Last, because `check` accepts records only beside the settings or the manifest.
         self.settings_path.unlink(missing_ok=True)
+
+
+def stored_shard_size(folder: str | os.PathLike) -> int | None:
+    """Images per shard of the store in a folder, complete or not; None if there is none."""
+    for name in ("manifest.json", "settings.json"):
+        path = Path(folder) / name
+        if path.is_file():
+            size = read_json(path).get("shard_size")
+            return size if type(size) is int and size > 0 else None
+    return None
 
 
 def stored_images(record: dict[str, Any]) -> list[int]:

@@ -4,6 +4,7 @@ A store is a folder:
 
     manifest.json          written last and atomically: the store is complete as soon as it is there
     labels.npy             (n,) int64
+    sources.npz            names, sizes, times and checksums of the image files (data/source_files.py)
     shard-00000.npy ...    (count, views, channels, s, s) each
 
 While an extraction is unfinished, the folder has no manifest; it holds settings.json (what is extracted) and
@@ -23,6 +24,7 @@ data/feature_writer.py writes stores. `open_features` also opens the official la
 (data/official_layout.py). `python -m data.features --verify PATH` compares a store with its checksums.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -35,6 +37,7 @@ import numpy as np
 import cli
 from config import UserError, one_line
 from data.official_layout import OfficialStore
+from data.source_files import read_sources
 from data.store_files import item_shape, read_labels, read_manifest, sha256_of
 
 # Every open memory map holds a file handle, and 1024 is a common limit per process.
@@ -120,10 +123,7 @@ class FeatureStore:
 
     def latent(self, index: int, generator: np.random.Generator) -> np.ndarray:
         """Latent (C, s, s) float32 of one image. From moments, view and noise are drawn with `generator`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} of {len(self)} latents")
-        shard = int(np.searchsorted(self._first, index, side="right")) - 1
-        views = self._map(shard)[index - self._first[shard]]
+        views = self._views(index)
         if self.kind == "sample":
             return views[0].astype(np.float32)
 
@@ -132,16 +132,43 @@ class FeatureStore:
         noise = generator.standard_normal(mean.shape, dtype=np.float32)
         return mean + std * noise
 
-    def location(self, index: int) -> str:
-        """Where the latent of an image is stored, for messages."""
-        shard = int(np.searchsorted(self._first, index, side="right")) - 1
-        return f"{self.manifest['shards'][shard]['file']}, row {index - self._first[shard]}"
+    def is_finite(self, index: int) -> bool:
+        """Whether all stored numbers of one image are finite."""
+        return bool(np.isfinite(self._views(index)).all())
+
+    def shard_file(self, index: int) -> str:
+        """Name of the file that holds an image."""
+        return self.manifest["shards"][self._shard_of(index)]["file"]
+
+    def describe(self, index: int) -> str:
+        """An image for messages: its number in the store and the name of its file, if the store lists files."""
+        return f"image {index} ({self._file_names[index]!r})" if self._file_names else f"image {index}"
+
+    @functools.cached_property
+    def _file_names(self) -> list[str]:
+        """Names of the image files by number in the store; empty for older stores."""
+        sources = read_sources(self.folder / "sources.npz")
+        if sources is None:
+            return []
+        skipped = {entry[0] for entry in self.manifest["unreadable"]}
+        names = [name for index, name in enumerate(sources.names) if index not in skipped]
+        return names if len(names) == len(self) else []
 
     def fingerprint(self) -> str:
         """Hash of the content: equal stores train equally."""
         content = [self.manifest[key] for key in ("kind", "image_size", "labels_sha256")]
         content += [shard["sha256"] for shard in self.manifest["shards"]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def _shard_of(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} latents")
+        return int(np.searchsorted(self._first, index, side="right")) - 1
+
+    def _views(self, index: int) -> np.ndarray:
+        """What is stored of an image, (views, C or 2C, s, s)."""
+        shard = self._shard_of(index)
+        return self._map(shard)[index - self._first[shard]]
 
     def _map(self, shard: int) -> np.ndarray:
         """The memory map of a shard, (count, views, C or 2C, s, s)."""
@@ -180,6 +207,8 @@ def damaged_files(folder: Path) -> list[str]:
     manifest = read_manifest(folder / "manifest.json")
     checksums = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
     checksums["labels.npy"] = manifest["labels_sha256"]
+    if "sources_sha256" in manifest:  # not in older stores
+        checksums["sources.npz"] = manifest["sources_sha256"]
     lines = []
     for name, expected in checksums.items():
         if not (folder / name).is_file():
@@ -189,14 +218,29 @@ def damaged_files(folder: Path) -> list[str]:
     return lines
 
 
+def non_finite_images(folder: Path) -> list[str]:
+    """One line per image of a store, whose files are whole, with a NaN or an infinity in its features."""
+    image_size = read_manifest(folder / "manifest.json")["image_size"]
+    store = FeatureStore(folder, image_size)
+    lines = []
+    for index in range(len(store)):
+        if not store.is_finite(index):
+            lines.append(f"{store.shard_file(index)}: {store.describe(index)} is not finite")
+    return lines
+
+
 def main() -> None:
-    parser = cli.Parser("Compare a feature store with its checksums.")
+    parser = cli.Parser(
+        "Compare a feature store with its checksums, and look for numbers that are not finite."
+    )
     verify_help = "a feature store (the official layout has no checksums)"
     parser.add_argument("--verify", required=True, metavar="PATH", help=verify_help)
     folder = Path(parser.parse_args().verify)
     lines = damaged_files(folder)
     if not lines:
-        print(f"{folder}: every checksum is right")
+        lines = non_finite_images(folder)
+    if not lines:
+        print(f"{folder}: every checksum is right, and all numbers are finite")
         return
     print("\n".join(lines))
     sys.exit(f"{folder}: delete the files named above and run the same extract_features.py command again")

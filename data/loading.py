@@ -7,10 +7,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.images import ImageFolder, SkippedImage, UnreadableImage
+from data.source_files import FileState, read_state
+from data.workers import make_loader, read
 
 
 class ImageBatch(NamedTuple):
@@ -19,33 +21,44 @@ class ImageBatch(NamedTuple):
     indices: list[int]  # of the decoded images
     images: Tensor  # (len(indices), 3, H, W) uint8
     skipped: list[SkippedImage]
+    states: list[FileState]  # of all files, skipped ones included
+
+
+class Decoded(NamedTuple):
+    """An image file: its pixels, or why there are none."""
+
+    source_index: int
+    content: np.ndarray | SkippedImage  # (H, W, 3) uint8
+    state: FileState
 
 
 class DecodedImages(Dataset):
-    """The images of a folder by index: (index, pixels), or SkippedImage if a file cannot be decoded."""
+    """The images of a folder by index."""
 
     def __init__(self, images: ImageFolder):
         self.images = images
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray] | SkippedImage:
+    def __getitem__(self, index: int) -> Decoded:
+        # First the state: a file that changes in between is then noticed by the next extraction
+        state = read_state(self.images.root / self.images.paths[index])
         try:
             pixels, _ = self.images[index]
         except UnreadableImage as error:
-            return SkippedImage(index, error.path, error.reason)
-        return index, pixels
+            return Decoded(index, SkippedImage(index, error.path, error.reason), state)
+        return Decoded(index, pixels, state)
 
-    def collate(self, items: list[tuple[int, np.ndarray] | SkippedImage]) -> ImageBatch:
+    def collate(self, items: list[Decoded]) -> ImageBatch:
         indices: list[int] = []
         decoded: list[np.ndarray] = []
         skipped: list[SkippedImage] = []
         for item in items:
-            if isinstance(item, SkippedImage):
-                skipped.append(item)
+            if isinstance(item.content, SkippedImage):
+                skipped.append(item.content)
             else:
-                indices.append(item[0])
-                decoded.append(item[1])
-        size = self.images.image_size
-        return ImageBatch(indices, stack_images(decoded, size), skipped)
+                indices.append(item.source_index)
+                decoded.append(item.content)
+        images = stack_images(decoded, self.images.image_size)
+        return ImageBatch(indices, images, skipped, [item.state for item in items])
 
 
 def stack_images(images: list[np.ndarray], image_size: int) -> Tensor:
@@ -74,13 +87,10 @@ def read_shards(
             batches.append(list(shard[start : start + batch_size]))
     dataset = DecodedImages(images)
     most_workers = min(os.cpu_count() or 1, len(batches) - 1)
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=max(0, min(num_workers, most_workers)),
-        collate_fn=dataset.collate,
-        pin_memory=pin_memory,
-    )
+    workers = max(0, min(num_workers, most_workers))
+    option = "--num-workers"
+    loader = make_loader(dataset, batches, dataset.collate, workers, pin_memory, option)
+    return read(loader, option)
 
 
 def read_all(images: ImageFolder) -> tuple[Tensor, Tensor]:

@@ -37,8 +37,9 @@ class OfficialStore:
         self._numbers = paired_numbers(self._features, self._labels)
         first = load_array(self._path(0))
         self.latent_shape = first.shape[1:]
-        # Raises UserError if the first file is not a latent at all.
+        # Raises UserError if the first file is not a latent, or has no label, at all.
         self.latent(0)
+        read_label(self._labels / f"{self._numbers[0]}.npy")
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -47,8 +48,7 @@ class OfficialStore:
     def labels(self) -> np.ndarray:
         labels = np.empty(len(self), dtype=np.int64)
         for index, number in enumerate(self._numbers):
-            array = load_array(self._labels / f"{number}.npy")
-            labels[index] = int(array.reshape(1)[0])
+            labels[index] = read_label(self._labels / f"{number}.npy")
         return labels
 
     @functools.cached_property
@@ -67,9 +67,13 @@ class OfficialStore:
             )
         return latent[0].astype(np.float32)
 
-    def location(self, index: int) -> str:
-        """Where the latent of an image is stored, for messages."""
-        return str(self._path(index))
+    def is_finite(self, index: int) -> bool:
+        """Whether all numbers of one image are finite."""
+        return bool(np.isfinite(self.latent(index)).all())
+
+    def describe(self, index: int) -> str:
+        """An image for messages: its number in the store and its file."""
+        return f"image {index} ({self._path(index).name})"
 
     def fingerprint(self) -> str:
         """Hash of file names, labels and image size. Reading all latents would take too long."""
@@ -78,6 +82,21 @@ class OfficialStore:
 
     def _path(self, index: int) -> Path:
         return self._features / f"{self._numbers[index]}.npy"
+
+
+def read_label(file: Path) -> int:
+    """The class number in a file. Raises UserError for anything else, such as a one-hot vector."""
+    array = load_array(file)
+    found = f"{array.dtype} {array.shape}"
+    if array.size == 1 and array.dtype.kind in "iuf":
+        label = array.item()
+        if label >= 0 and label == int(label):
+            return int(label)
+        found = str(label)
+    raise UserError(
+        f"data.feature_path: {file} holds {found}, not the number of a class, which is 0 or above; "
+        "write one whole number per file"
+    )
 
 
 def paired_numbers(features: Path, labels: Path) -> list[int]:

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from config import UserError, one_line
-from data.images import UnreadableImage, center_crop, list_images, read_rgb
+from data.folders import list_class_folders, list_images, readable_formats
+from data.images import UnreadableImage, center_crop, read_rgb
 from data.store_files import sha256_of
 from evaluation.adm_npz import (
     INCEPTION_KEYS,
@@ -82,8 +83,7 @@ class FolderImages:
         return height, width
 
     def _labels(self) -> np.ndarray | None:
-        folders = [entry.name for entry in os.scandir(self.folder) if entry.is_dir()]
-        classes = sorted(name for name in folders if not name.startswith("."))
+        classes = list_class_folders(self.folder)
         # The first folder on the way to each image
         tops = [path.relative_to(self.folder).parts[0] for path in self.paths]
         if not set(tops) <= set(classes):
@@ -97,7 +97,7 @@ class FolderImages:
 
     def _header_size(self, path: Path) -> tuple[int, int]:
         """(width, height), without decoding the image."""
-        with self._naming(path), Image.open(path) as image:
+        with self._naming(path), Image.open(path, formats=readable_formats()) as image:
             return image.size
 
     def _hash_one(self, path: Path) -> bytes:

@@ -174,6 +174,16 @@ def test_frozen_samples(tiny_images, tiny_vae, tmp_path):
     assert store.labels.max() == 2
 
 
+def test_options_of_the_official_script_have_no_effect(tiny_images, tiny_vae, tmp_path, capsys):
+    official = {"model": "DC-DiT-B", "num_classes": 1000, "epochs": 1400, "results_dir": "results"}
+    argv = arguments(tiny_images, tiny_vae, tmp_path / "store", dry_run=True, **official)
+    extract_features.main([*argv, "--log-every", "100", "--ckpt-every", "50000"])
+    printed = capsys.readouterr().out
+    named = "--results-dir, --model, --num-classes, --epochs, --log-every, --ckpt-every"
+    assert f"{named}: extraction does not use this" in printed
+    assert "10 x (2, 8, 4, 4) float16, 0.00 GB, 3 classes" in printed
+
+
 def test_dry_run_writes_nothing(tiny_images, tiny_vae, tmp_path, capsys):
     extract_features.main(arguments(tiny_images, tiny_vae, tmp_path / "store", dry_run=True))
     assert "10 x (2, 8, 4, 4) float16" in capsys.readouterr().out

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from config import UserError
 from data.feature_writer import FeatureWriter, StoreOptions, StoreSettings, encode_images
 from data.features import damaged_files, open_features
 from data.images import ImageFolder, SkippedImage
+from data.source_files import read_state
 from data.streams import rng
 
 SIZE = 8
@@ -41,7 +43,7 @@ class StandIn:
 def make_writer(folder: Path, tiny_images: Path, **changes) -> FeatureWriter:
     images = ImageFolder(tiny_images, SIZE)
     options = StoreOptions(**{"dtype": "float32", "shard_size": 4, "seed": 3} | changes)
-    return FeatureWriter(folder, StoreSettings.plan(options, images, StandIn()), images.labels)
+    return FeatureWriter(folder, StoreSettings.plan(options, images, StandIn()), images.listing)
 
 
 def pixels_of(tiny_images: Path, indices) -> torch.Tensor:
@@ -51,8 +53,16 @@ def pixels_of(tiny_images: Path, indices) -> torch.Tensor:
 
 def fill(writer: FeatureWriter, tiny_images: Path, bad: tuple[int, ...] = ()) -> None:
     """What the script does, in one process."""
-    shards = writer.prepare()
-    for shard in shards or []:
+    shards = writer.prepare(writer.find_changes())
+    if shards is not None:
+        write_shards(writer, shards, tiny_images, bad)
+        writer.finish()
+
+
+def write_shards(
+    writer: FeatureWriter, shards: list[int], tiny_images: Path, bad: tuple[int, ...] = ()
+) -> None:
+    for shard in shards:
         good = [index for index in writer.sources(shard) if index not in bad]
         skipped = [
             SkippedImage(index, f"{index}.png", "why") for index in writer.sources(shard) if index in bad
@@ -60,9 +70,8 @@ def fill(writer: FeatureWriter, tiny_images: Path, bad: tuple[int, ...] = ()) ->
         features = np.empty((0, *writer.settings.item_shape), writer.settings.dtype)
         if good:
             features = encode_images(StandIn(), pixels_of(tiny_images, good), good, writer.settings)
-        writer.write(shard, features, skipped)
-    if shards is not None:
-        writer.finish()
+        states = [read_state(tiny_images / writer.source.paths[index]) for index in writer.sources(shard)]
+        writer.write(shard, features, skipped, states)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -175,6 +184,134 @@ def test_a_complete_store_is_repaired(tiny_images, tmp_path, damage):
         open_features(tmp_path, SIZE)
     fill(make_writer(tmp_path, tiny_images), tiny_images, bad=(1, 9))
     assert content(tmp_path) == wanted
+
+
+# ---------------------------------------------------------------------------- images that change after extraction
+
+
+@pytest.fixture
+def own_images(tiny_images, tmp_path) -> Path:
+    """A copy of the tiny images, with their times: a/0 a/3 a/6 a/9, b/1 b/4 b/7, c/2 c/5 c/8."""
+    return shutil.copytree(tiny_images, tmp_path / "images")
+
+
+def replace_image(file: Path) -> None:
+    """Other pixels under the same name."""
+    pixels = np.random.default_rng(file.stat().st_ino).integers(0, 256, (30, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+
+
+def shard_times(folder: Path) -> list[int]:
+    return [path.stat().st_mtime_ns for path in sorted(folder.glob("shard-*.npy"))]
+
+
+def check_same_as_new(store: Path, images: Path, tmp_path: Path) -> None:
+    """A store that followed changes holds what a new extraction gives."""
+    new = tmp_path / f"new-{store.name}"
+    fill(make_writer(new, images), images)
+    assert content(store) == content(new)
+
+
+def test_a_replaced_image_is_encoded_again_with_its_shard(own_images, tmp_path):
+    store = tmp_path / "store"
+    fill(make_writer(store, own_images), own_images)
+    before = shard_times(store)
+    replace_image(own_images / "b" / "4.png")  # number 5, in the second of three shards
+    changes = make_writer(store, own_images).find_changes()
+    assert str(changes).startswith("0 new, 1 replaced and 0 missing images")
+    assert "'b/4.png'" in str(changes)
+    assert make_writer(store, own_images).prepare(changes) == [1]
+    fill(make_writer(store, own_images), own_images)
+    check_same_as_new(store, own_images, tmp_path)
+    after = shard_times(store)
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert after[1] != before[1]
+
+
+def test_a_copy_of_the_images_is_recognised_by_content(own_images, tmp_path):
+    store = tmp_path / "store"
+    fill(make_writer(store, own_images), own_images)
+    wanted = content(store)
+    for file in own_images.rglob("*.png"):
+        os.utime(file, ns=(1, 1))
+    writer = make_writer(store, own_images)
+    assert writer.prepare(writer.find_changes()) is None
+    assert content(store) == wanted
+
+
+def test_added_and_removed_images(own_images, tmp_path):
+    store = tmp_path / "store"
+    fill(make_writer(store, own_images), own_images)
+    # At the end: what comes before stays
+    shutil.copy(own_images / "a" / "0.png", own_images / "c" / "99.png")
+    (own_images / "d").mkdir()
+    for name in ("1", "2", "3"):
+        shutil.copy(own_images / "a" / "0.png", own_images / "d" / f"{name}.png")
+    writer = make_writer(store, own_images)
+    assert writer.prepare(writer.find_changes()) == [2, 3]
+    fill(make_writer(store, own_images), own_images)
+    check_same_as_new(store, own_images, tmp_path)
+    assert open_features(store, SIZE).class_names == ["a", "b", "c", "d"]
+
+    # A new first class shifts all labels, and one image all positions
+    shutil.copytree(own_images / "d", own_images / "Z")
+    shutil.rmtree(own_images / "d")
+    fill(make_writer(store, own_images), own_images)
+    shutil.rmtree(tmp_path / "new-store")
+    check_same_as_new(store, own_images, tmp_path)
+
+    # Fewer shards than before
+    shutil.rmtree(own_images / "Z")
+    (own_images / "c" / "99.png").unlink()
+    fill(make_writer(store, own_images), own_images)
+    shutil.rmtree(tmp_path / "new-store")
+    check_same_as_new(store, own_images, tmp_path)
+
+
+@pytest.mark.parametrize("change", ["replaced", "other names"])
+def test_a_store_of_other_images_is_not_overwritten(own_images, tmp_path, change):
+    store = tmp_path / "store"
+    fill(make_writer(store, own_images), own_images)
+    wanted = content(store)
+    for file in own_images.rglob("*.png"):
+        if change == "replaced":
+            replace_image(file)
+        else:
+            file.rename(file.with_name(f"x{file.name}"))
+    with pytest.raises(UserError, match="10 of its 10 images are gone or replaced, such as 'a/0.png'"):
+        fill(make_writer(store, own_images), own_images)
+    assert content(store) == wanted
+
+
+def test_an_image_replaced_before_the_extraction_was_finished(own_images, tmp_path):
+    store = tmp_path / "store"
+    writer = make_writer(store, own_images)
+    writer.prepare()
+    write_shards(writer, [0, 1], own_images)
+    replace_image(own_images / "a" / "3.png")
+    assert make_writer(store, own_images).prepare() == [0, 2]
+    fill(make_writer(store, own_images), own_images)
+    check_same_as_new(store, own_images, tmp_path)
+
+
+def test_a_store_without_a_list_of_its_files(own_images, tmp_path):
+    """Older stores open; their images are compared by name only. A lost list is written again."""
+    store = tmp_path / "store"
+    fill(make_writer(store, own_images), own_images)
+    (store / "sources.npz").unlink()
+    assert damaged_files(store) == ["sources.npz: missing"]
+    fill(make_writer(store, own_images), own_images)
+    assert damaged_files(store) == []
+    manifest = json.loads((store / "manifest.json").read_text())
+    del manifest["sources_sha256"]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    (store / "sources.npz").unlink()
+    assert len(open_features(store, SIZE)) == 10
+    writer = make_writer(store, own_images)
+    assert writer.prepare(writer.find_changes()) is None
+    (own_images / "c" / "8.png").unlink()
+    with pytest.raises(UserError, match="holds features of other images .source_count 10, not 9"):
+        fill(make_writer(store, own_images), own_images)
 
 
 def test_unreadable_images_are_left_out_and_listed(tiny_images, tmp_path):

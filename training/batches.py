@@ -5,11 +5,9 @@ timesteps, noise and label dropout follow from the seed and its number, so a res
 processes see the same batches, and no state of a random generator is ever stored.
 """
 
+import contextlib
 import functools
-import multiprocessing
-import signal
 from collections.abc import Generator, Iterator
-from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from config import OneProcessError, UserError
 from data.features import Features
 from data.streams import rng
+from data.workers import make_loader as make_worker_loader
+from data.workers import read
 
-
-class NoBatch(Exception):
-    """The loader cannot give another batch; the message says why. What was trained is intact."""
+WORKERS_OPTION = "data.num_workers"
 
 
 class Sample(NamedTuple):
@@ -127,11 +125,6 @@ class Samples(Dataset):
         label = self.null_label if is_dropped else int(self.store.labels[image])
         return Sample(x0, noise, t, label, image)
 
-    def is_finite(self, micro_step: int, image: int) -> bool:
-        """Whether the latent of a sample can be read and is finite."""
-        sample = self[micro_step, image]
-        return isinstance(sample, Sample) and bool(np.isfinite(sample.x0).all())
-
 
 def collate(samples: list[Sample | UserError]) -> Batch | UserError:
     """Join samples into a batch, or return the first error among them."""
@@ -150,58 +143,21 @@ def collate(samples: list[Sample | UserError]) -> Batch | UserError:
     )
 
 
-def ignore_signals(worker: int) -> None:
-    """Keep a loader process alive through SIGTERM and SIGINT: the training process ends it when it stops."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def make_loader(order: Order, samples: Samples, workers: int, pin_memory: bool) -> DataLoader:
     """A loader that gives a Batch or a UserError per micro-step."""
-    return DataLoader(
-        samples,
-        batch_sampler=order,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
-    )
+    return make_worker_loader(samples, order, collate, workers, pin_memory, WORKERS_OPTION)
 
 
-def read_batches(loader: DataLoader) -> Generator[Batch, None, None]:
-    """The batches of a loader.
+def read_batches(loader: DataLoader, patience: float | None = None) -> Generator[Batch, None, None]:
+    """The batches of a loader, each of which may take `patience` seconds.
 
     Raises:
         OneProcessError: an image cannot be read, which only the process that needs it can tell.
-        NoBatch: a loader process has died.
+        NoBatch: a loader process has died, or none gives a batch.
     """
-    others = set(multiprocessing.active_children())
-    handler = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
-    workers = set(multiprocessing.active_children()) - others
-    # PyTorch's handler raises an error wherever this process is when a loader process dies, even in the middle
-    # of a checkpoint. Without it, the wait for the next batch notices within seconds.
-    signal.signal(signal.SIGCHLD, handler)
-    try:
-        while (batch := next_or_error(iterator, workers)) is not None:
+    # Leaving this block, also by an error, ends the loader's processes
+    with contextlib.closing(read(loader, WORKERS_OPTION, patience)) as batches:
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise OneProcessError(str(batch))
             yield batch
-    finally:
-        # They ignore other signals, and one that hangs would never end
-        for worker in workers:
-            worker.kill()
-
-
-def next_or_error(iterator: Iterator, workers: set[BaseProcess]) -> Batch | UserError | None:
-    """The next batch of a loader, None after the last. Raises NoBatch if one of its processes is dead."""
-    try:
-        return next(iterator, None)
-    except RuntimeError:
-        codes = [worker.exitcode for worker in workers if worker.exitcode]
-        if not codes:
-            raise
-        end = f"killed by {signal.Signals(-codes[0]).name}" if codes[0] < 0 else f"status {codes[0]}"
-        raise NoBatch(
-            f"a loader process has died ({end}), perhaps for lack of memory; make data.num_workers smaller"
-        ) from None

@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from config import Config, to_dict, validate_processes
 from data.features import Features
+from data.workers import NoBatch
 from diffusion import create_diffusion
 from models import build_model, compile_parts
 from processes.sharding import forward, full_tensor, gather_full_state, is_sharded
 from processes.stop import EndlessWait, StopRequest
 from processes.watch import ProcessWatch
 from training import launch, schedules
-from training.batches import Batch, NoBatch, Order, Samples, make_loader, read_batches
+from training.batches import Batch, Order, Samples, make_loader, read_batches
 from training.guard import FiniteGuard, nan_gradients_if_not_finite
 from training.losses import RatioTarget, total_loss
 from training.optimizer import load_optimizer, make_optimizer, set_learning_rate
@@ -108,7 +109,6 @@ class Trainer:
             self.guard.load_state_dict(state["skipped"])
         # What surrounds the steps
         self.order = self.make_order()
-        self.samples = self.make_samples()
         self.last_unexplained = -1  # the last skipped step whose latents were all finite
         self.log = RunLog(folder, accelerator, self.step)
         self.stop = StopRequest(accelerator)
@@ -200,7 +200,7 @@ class Trainer:
         if saved_step != self.step and can_save:
             self.save()
         if failure is not None:
-            print(f"\nerror: {failure}; run the same command again to resume", file=sys.stderr, flush=True)
+            print(f"\n{failure}", file=sys.stderr, flush=True)
             sys.exit(128 + self.stop.received if self.stop.received else 1)
 
     def is_due(self, every: int) -> bool:
@@ -245,8 +245,8 @@ class Trainer:
         except EndlessWait:
             seconds = time.monotonic() - start
             raise NoBatch(
-                f"the loader has given no batch for {seconds:.0f} s; look at the disk of data.feature_path and at "
-                "/dev/shm, or set data.num_workers=0"
+                f"error: data.feature_path: '{self.config.data.feature_path}' has given no batch for "
+                f"{seconds:.0f} s; run the same command again to resume"
             ) from None
         self.watch.at(self.step, "training")
         return batch
@@ -296,21 +296,20 @@ class Trainer:
             world=self.accelerator.num_processes,
         )
 
-    def make_samples(self) -> Samples:
-        """The training samples of every micro-step."""
+    def batches(self) -> Generator[Batch, None, None]:
+        """Micro-batches from the current step to the last."""
         config = self.config
-        return Samples(
+        samples = Samples(
             self.store,
             config.training.seed,
             config.diffusion.diffusion_steps,
             config.training.class_dropout_prob,
             null_label=config.data.num_classes,
         )
-
-    def batches(self) -> Generator[Batch, None, None]:
-        """Micro-batches from the current step to the last."""
         pin_memory = self.accelerator.device.type == "cuda"
-        return read_batches(make_loader(self.order, self.samples, self.config.data.num_workers, pin_memory))
+        workers = self.config.data.num_workers
+        loader = make_loader(self.order, samples, workers, pin_memory)
+        return read_batches(loader, self.config.training.rank_timeout)
 
     def progress_bar(self) -> tqdm:
         hidden = not self.accelerator.is_main_process
@@ -430,8 +429,8 @@ class Trainer:
         for micro_step in range(step * accumulation, (step + 1) * accumulation):
             for image in self.order.global_batch_of(micro_step).tolist():
                 images.append(str(image))
-                if not self.samples.is_finite(micro_step, image):
-                    bad.append(f"{image} ({self.store.location(image)})")
+                if not self.store.is_finite(image):
+                    bad.append(self.store.describe(image))
         if not bad:
             self.last_unexplained = step
         cause = f"; not finite in the features: {', '.join(bad)}" if bad else "; all their latents are finite"

@@ -1,0 +1,121 @@
+"""Loader processes: shared memory that is too small, deaths and standstills end in bounded time."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from data import workers
+
+ROOT = Path(__file__).parent.parent
+
+
+class Numbers(NamedTuple):
+    values: torch.Tensor
+    empty: torch.Tensor
+    name: str
+
+
+class Source(Dataset):
+    """Item i is a tensor of i; `fault` is called with i first."""
+
+    def __init__(self, fault=lambda index: None):
+        self.fault = fault
+
+    def __getitem__(self, index):
+        self.fault(index)
+        return torch.full((3, 5), float(index))
+
+
+def collate(items):
+    # Strides that are not the usual ones
+    return Numbers(torch.stack(items).permute(0, 2, 1), torch.empty(0, 3), f"from {items[0][0, 0]:.0f}")
+
+
+def read_all(source: Source, count: int) -> list[Numbers]:
+    batches = [[0, 1], [2], [3, 4, 5], [6]]
+    loader = workers.make_loader(source, batches, collate, count, False, "--num-workers")
+    return list(workers.read(loader, "--num-workers"))
+
+
+def check_equal(found: list[Numbers], expected: list[Numbers]) -> None:
+    assert [batch.name for batch in found] == [batch.name for batch in expected]
+    for batch, other in zip(found, expected):
+        assert torch.equal(batch.values, other.values)
+        assert batch.values.stride() == other.values.stride()
+        assert batch.empty.shape == other.empty.shape
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_batches_that_do_not_fit_into_shared_memory_take_another_way(monkeypatch, capsys):
+    expected = read_all(Source(), 0)
+    check_equal(read_all(Source(), 2), expected)
+    assert capsys.readouterr().out == ""
+
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    check_equal(read_all(Source(), 2), expected)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: --num-workers 2: shared memory (/dev/shm, ")
+    assert "too little for the batches" in line
+
+
+def test_as_many_processes_as_shared_memory_has_room_for(monkeypatch, capsys):
+    found = SimpleNamespace(f_bavail=16, f_frsize=4096, f_blocks=16)
+    monkeypatch.setattr(os, "statvfs", lambda path: found)
+    assert workers.most_workers() == 2
+    found.f_bavail = 4
+    check_equal(read_all(Source(), 2), read_all(Source(), 0))
+    assert "warning: --num-workers 2: shared memory" in capsys.readouterr().out
+    found.f_blocks = 0  # no limit
+    assert workers.most_workers() > 1000
+
+
+def in_a_process(code: str, *prefix: str) -> subprocess.CompletedProcess:
+    """Run a program that may use this file, in bounded time."""
+    program = f"import os, signal, time, cli, test_workers\nfrom data import workers\n{code}"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [*prefix, sys.executable, "-c", program]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+FAULTS = {
+    "os.kill(os.getpid(), signal.SIGKILL)": "a loader process has died (killed by SIGKILL)",
+    "time.sleep(1000)": "no batch for 1 s",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_lost_loader_process_ends_the_program(fault):
+    code = f"""
+workers.PATIENCE = 1.0
+source = test_workers.Source(lambda index: index == 3 and {fault})
+cli.run(lambda: test_workers.read_all(source, 2))
+"""
+    result = in_a_process(code)
+    assert result.returncode == 1
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"error: --num-workers 2: {FAULTS[fault]}")
+    assert "run the same command again" in line
+    assert "Traceback" not in result.stderr
+
+
+def test_64_kilobytes_of_shared_memory():
+    """A real one, where this user may mount it."""
+    mount = "mount -t tmpfs -o size=64k tmpfs /dev/shm"
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "sh", "-c", mount]).returncode:
+        pytest.skip("needs the right to mount")
+    prefix = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"]
+    result = in_a_process("print(len(test_workers.read_all(test_workers.Source(), 2)))", *prefix)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "4"
+    assert "warning: --num-workers 2: shared memory (/dev/shm" in result.stdout
