@@ -31,7 +31,7 @@ PAGE = 4096
 
 
 class NoBatch(SystemExit):
-    """The loader cannot give another batch. Where nobody catches it, the program ends with its line and status 1."""
+    """The loader cannot give another batch. Where nobody catches this, the program ends with one line, status 1."""
 
 
 @dataclass(frozen=True)
