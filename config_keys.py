@@ -145,7 +145,7 @@ class TrainingConfig:
         0.1, "share of labels that training replaces by the null label; 0: no null label, no guidance"
     )
     learn_sigma: bool = network(True, "predict the variance of the reverse process, too")
-    ratio_loss_weight: float = training(0.03, "weight of the ratio loss")
+    ratio_loss_weight: NonNegativeFloat = training(0.03, "weight of the ratio loss")
     ratio_batch_size: PositiveInt | None = training(
         16, "samples over which the ratio loss averages its shares; null: the local batch"
     )

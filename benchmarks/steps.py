@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.meters import largest_difference, medians, peak_bytes, synchronize
 from benchmarks.report import Row
-from benchmarks.step_functions import TrainingStep, in_turn, sampling_step, with_mask
+from benchmarks.step_functions import StepFunction, TrainingStep, in_turn, sampling_step, with_mask
 from benchmarks.workload import (
     Setup,
     Workload,
@@ -47,40 +47,23 @@ def measure_step(name: str, batch: int, setup: Setup, peak: float, compiled: boo
     if compiled:
         compile_model(workload.model)
     masks = masks_around(workload)
-
-    # Training
     ours = TrainingStep(workload, workload.model)
     plain = TrainingStep(workload, workload.textbook_forward, is_textbook=True)
-    training = medians(
-        {
-            "ours": in_turn([with_mask(workload, mask, ours) for mask in masks]),
-            "plain": in_turn([with_mask(workload, mask, plain) for mask in masks]),
-        },
-        setup.device,
-        setup.seconds / 2,
-    )
+
+    # Time
+    training = training_times(ours, plain, masks, setup)
+    sampling = sampling_times(workload, masks, setup)
     flops = batch * statistics.mean(mask_flops(workload, mask) for mask in masks)
 
-    # Sampling
-    model = workload.model
-    textbook = workload.textbook_forward
-    sampling = medians(
-        {
-            "ours": in_turn([sampling_step(workload, model, mask) for mask in masks]),
-            "plain": in_turn([sampling_step(workload, textbook, mask) for mask in masks]),
-            "lite": in_turn([sampling_step(workload, model, mask, lite=True) for mask in masks]),
-        },
-        setup.device,
-        setup.seconds / 2,
-    )
-
-    # Memory, and a static DiT of the same size
+    # Memory
     memory = {
         "saved plain MB": plain.saved_bytes() / 1e6,
         "saved ours MB": ours.saved_bytes() / 1e6,
         "peak plain MB": peak_bytes(plain, setup.device) / 1e6,
         "peak ours MB": peak_bytes(ours, setup.device) / 1e6,
     }
+
+    # A static DiT of the same size
     static_config = static_twin(workload.config)
     static_time = measure_static(static_config, batch, setup, compiled)
     static_flops = batch * total_flops(architecture(static_config), TokenCounts(0, 0))
@@ -99,6 +82,28 @@ def measure_step(name: str, batch: int, setup: Setup, peak: float, compiled: boo
         "sample ratio": sampling["plain"] / sampling["ours"],
         "Lite-CFG ratio": sampling["ours"] / sampling["lite"],
     }
+
+
+def training_times(
+    ours: TrainingStep, plain: TrainingStep, masks: list[torch.Tensor], setup: Setup
+) -> dict[str, float]:
+    """Seconds of a training step on these masks in turn, in both versions."""
+    steps: dict[str, StepFunction] = {}
+    for name, step in (("ours", ours), ("plain", plain)):
+        steps[name] = in_turn([with_mask(step.workload, mask, step) for mask in masks])
+    return medians(steps, setup.device, setup.seconds / 2)
+
+
+def sampling_times(workload: Workload, masks: list[torch.Tensor], setup: Setup) -> dict[str, float]:
+    """Seconds of a guided sampling step on these masks in turn: in both versions, and with Lite-CFG."""
+    model = workload.model
+    textbook = workload.textbook_forward
+    steps = {
+        "ours": in_turn([sampling_step(workload, model, mask) for mask in masks]),
+        "plain": in_turn([sampling_step(workload, textbook, mask) for mask in masks]),
+        "lite": in_turn([sampling_step(workload, model, mask, lite=True) for mask in masks]),
+    }
+    return medians(steps, setup.device, setup.seconds / 2)
 
 
 def masks_around(workload: Workload) -> list[torch.Tensor]:
@@ -179,6 +184,7 @@ def measure_dropping(name: str, batch: int, setup: Setup) -> list[Row]:
         share = (1 - dropped) / downsampling(workload.config)
         masks[dropped] = fixed_probabilities(batch, length, share, setup.device)
 
+    # Both as shares of the first row
     steps = {str(dropped): with_mask(workload, prob, step) for dropped, prob in masks.items()}
     times = medians(steps, setup.device, setup.seconds)
     all_time = times[str(DROPPED[0])]

@@ -48,8 +48,11 @@ def open_array(archive: zipfile.ZipFile, name: str) -> OpenArray:
     is_version_1 = npy.read_magic(stream) == (1, 0)
     read_header = npy.read_array_header_1_0 if is_version_1 else npy.read_array_header_2_0
     shape, fortran_order, dtype = read_header(stream)
+
+    # An object array would have to be unpickled
     if dtype.hasobject:
         raise ValueError(f"{name} holds objects")
+    # A header may claim terabytes
     claimed = math.prod(shape) * dtype.itemsize
     present = archive.getinfo(f"{name}.npy").file_size - stream.tell()
     if min(shape, default=0) < 0 or claimed != present:

@@ -84,6 +84,7 @@ def check_source(source: Source, extractor: Extractor) -> None:
     Raises:
         UserError: statistics of another extractor or of the wrong size, or too few images.
     """
+    # Statistics of the right features
     stored = source.stored(extractor.name)
     made_with = source.meta.get("extractor")
     if made_with and made_with != extractor.name:
@@ -95,6 +96,8 @@ def check_source(source: Source, extractor: Extractor) -> None:
         raise UserError(f"'{source.path}': holds statistics of other features only; give its images")
     if extractor.is_inception:
         check_widths(source, stored)
+
+    # Enough images for precision and recall
     least = metrics.NEIGHBOURS + 1
     if source.images is not None and len(source.images) < least:
         count = len(source.images)
@@ -136,6 +139,7 @@ def compare(samples: FeatureSet, reference: FeatureSet, extractor: Extractor) ->
     `precision` and `recall`; `class_accuracy` where the samples have labels and the extractor classifies.
     """
     values = distances(samples, reference, extractor)
+    # The others need features image by image
     if samples.chunks is None:
         return values
     if samples.chunks.has("logits"):

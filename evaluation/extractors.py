@@ -133,6 +133,7 @@ def download(url: str) -> Path:
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    # What follows the last hyphen is the start of the hash
     expected_hash = path.stem.rsplit("-", 1)[-1]
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=expected_hash)
@@ -207,10 +208,13 @@ class TimmModel:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> ExtractorOutput:
+        # Preprocess
         pixels = images.float() / 255
         pixels = F.interpolate(
             pixels, self.size, mode=self.interpolation, antialias=True, align_corners=False
         )
+
+        # Features before the classifier, and what it makes of them
         maps = self.network.forward_features((pixels - self.mean) / self.std)
         features = self.network.forward_head(maps, pre_logits=True).flatten(1)
         logits = self.network.forward_head(maps) if self.network.num_classes else None

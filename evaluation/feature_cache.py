@@ -89,6 +89,7 @@ def extract(
 
     Collective: every process calls it, and returns when all chunks exist.
     """
+    # Equal content has an equal folder
     made_of = f"{images.digest()[:32]}-{extractor.name.replace(':', '-')[:48]}"
     chunks = FeatureChunks(cache / f"{FORMAT}-{made_of}", len(images), CHUNK)
     missing = chunks.missing(processes)
@@ -100,6 +101,7 @@ def extract(
                 outputs.append(run_extractor(extractor, batch))
                 bar.update(len(batch))
             chunks.write(chunk, as_arrays(outputs))
+    # Other processes may still be writing theirs
     if processes.world > 1:
         dist.barrier()
     return chunks

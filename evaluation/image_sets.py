@@ -84,6 +84,7 @@ class FolderImages:
 
     def _labels(self) -> np.ndarray | None:
         classes = list_class_folders(self.folder)
+        # The first folder on the way to each image
         tops = [path.relative_to(self.folder).parts[0] for path in self.paths]
         if not set(tops) <= set(classes):
             return None

@@ -26,6 +26,7 @@ BATCH = 256  # images in memory at a time
 
 def write_reference(path: Path, images: FolderImages, chunks: FeatureChunks, extractor: Extractor) -> int:
     """Write the file and return the number of images in `arr_0`."""
+    # The images to keep
     shuffled = rng(0, "reference").permutation(len(images))
     chosen = np.sort(shuffled[:PR_REFERENCE_IMAGES])
     arrays = {}
@@ -39,6 +40,7 @@ def write_reference(path: Path, images: FolderImages, chunks: FeatureChunks, ext
         arrays[mean_name] = gaussian.mean
         arrays[covariance_name] = gaussian.covariance
 
+    # A note on how the file was made
     meta = {"extractor": extractor.name, "images": len(images), "image_size": images.size[0]}
     arrays[META] = np.array(json.dumps(meta))
     write_file(path, lambda stream: _write(stream, images, chosen, arrays))

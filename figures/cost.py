@@ -85,6 +85,7 @@ def draw_cost(summary: Summary, path: Path) -> None:
 @rc_context(SMALL)
 def draw_classes(summary: Summary, path: Path) -> None:
     """Kept share of the conditional branch for each class, with the standard deviation over its images."""
+    # Only both ends of a long list
     rows = sorted(summary["kept_by_class"], key=lambda row: row["share"]["mean"])
     if len(rows) > MOST_CLASSES:
         rows = rows[: MOST_CLASSES // 2] + rows[-MOST_CLASSES // 2 :]

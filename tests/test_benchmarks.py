@@ -1,4 +1,4 @@
-"""The benchmarks' textbook versions are oracles: every stage and the whole model agree with them, on less memory."""
+"""The textbook versions are oracles: every stage and the whole model agree with them, on less memory."""
 
 import json
 import weakref
@@ -67,7 +67,7 @@ def test_memory_counters_on_known_sizes():
 
 
 def test_counting_memory_frees_the_graph():
-    """exp keeps its own result for the backward pass, so a hook that kept that tensor would hold the graph for ever."""
+    """exp keeps its own result for the backward pass: a hook that kept it would hold the graph for ever."""
     x = torch.randn(10, requires_grad=True)
     results = []
 

@@ -1,4 +1,4 @@
-"""torch.compile of blocks, encoder and decoder: whole graphs, no compilation after the second batch, the same numbers."""
+"""torch.compile of blocks, encoder and decoder: whole graphs, two compilations, the same numbers."""
 
 import copy
 import shutil

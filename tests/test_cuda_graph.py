@@ -1,4 +1,4 @@
-"""Sampling under a token budget can be recorded and replayed: no value passes through the host, no shape depends on one."""
+"""Sampling under a token budget can be recorded and replayed: the host reads no value, no shape depends on one."""
 
 import contextlib
 from types import SimpleNamespace
@@ -43,7 +43,7 @@ def inputs(seed: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
 
 
 class Tape(TorchDispatchMode):
-    """A CUDA graph's stand-in: records operations with the tensors they read and wrote, and does them again on these."""
+    """A CUDA graph's stand-in: records operations with their tensors, and does them again on the same tensors."""
 
     def __init__(self):
         super().__init__()

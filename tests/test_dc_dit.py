@@ -18,9 +18,10 @@ WIDTH, SIDE, CLASSES = 64, 6, 5
 
 
 def tiny_config(**changes):
-    """Two conv blocks, two D blocks and one d block on 6 x 6 latents; widths keep more than one channel per norm group."""
+    """Two conv blocks, two D blocks and one d block on 6 x 6 latents, with several channels per norm group."""
     hnet = {
-        "arch_layout": ["c2", ["D1d1D1"], "c2"], "d_model": [WIDTH] * 2, "num_heads": [4, 4], "enc_dec_dim_factor": None
+        "arch_layout": ["c2", ["D1d1D1"], "c2"], "d_model": [WIDTH] * 2, "num_heads": [4, 4],
+        "enc_dec_dim_factor": None,
     }  # fmt: skip
     raw = {
         "model": {"hnet": hnet},
@@ -62,8 +63,8 @@ def test_test_model_is_not_trivial():
 def static_dit(model, x_t, t, labels):
     """The same weights as a dense transformer on all tokens; returns the prediction.
 
-    With every token kept, packing, positions and plug-back are identities: what is left is encoder, blocks, smoothing over
-    all tokens, residual and decoder.
+    With every token kept, packing, positions and plug-back are identities: what is left is encoder, blocks,
+    smoothing over all tokens, residual and decoder.
     """
     c = model.t_embedder(t) + model.y_embedder(labels)
     features = model.encoder(model.x_embedder(x_t), c)
@@ -174,7 +175,7 @@ def test_every_input_matters():
         assert (model(*changed).prediction - reference).abs().amax((1, 2, 3)).min() > 1e-4
 
 
-# ---------------------------------------------------------------------------------------------------------------- start
+# --------------------------------------------------------------------------------------------- initialisation
 
 
 def zero_tensors(model) -> set[str]:
@@ -290,18 +291,18 @@ def test_training_and_evaluation_mode_are_the_same_function():
     assert torch.equal(model.train()(*inputs()).prediction, first)
 
 
-@pytest.mark.parametrize("fp32_scaffold", ["true", "false"])
+@pytest.mark.parametrize("fp32_chunking", ["true", "false"])
 @pytest.mark.parametrize("grid", [False, True])
-def test_bfloat16_autocast(fp32_scaffold, grid, request):
+def test_bfloat16_autocast(fp32_chunking, grid, request):
     if grid:
         request.getfixturevalue("smooth_on_grid")
-    model = tiny_model(model__hnet__fp32_router_dechunk=fp32_scaffold)
+    model = tiny_model(model__hnet__fp32_router_dechunk=fp32_chunking)
     plain = model(*inputs())
     seen = []
     model.residual_proj.register_forward_hook(lambda module, x, output: seen.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         out = model(*inputs())
-    assert seen == [torch.float32 if fp32_scaffold == "true" else torch.bfloat16]
+    assert seen == [torch.float32 if fp32_chunking == "true" else torch.bfloat16]
     assert out.routing.prob.dtype == seen[0] and out.routing.prob.isfinite().all()
     # Some tokens near one half are decided differently, so single cells may differ: compare the bulk.
     difference = (out.prediction.float() - plain.prediction).norm() / plain.prediction.norm()

@@ -1,4 +1,4 @@
-"""Dechunk: smoothing against the dense formula, plug-back against a search, and where the router's gradient comes from."""
+"""Dechunk: smoothing against the dense formula, plug-back against a search, and the router's gradient."""
 
 import functools
 
@@ -168,7 +168,7 @@ def test_nearest_token_counts_over_the_batch():
 
 
 def test_straight_through_gradient_reaches_the_natural_decision():
-    """+ d loss / d factor where the network keeps, - elsewhere: also for tokens that the budget dropped. None at the ends."""
+    """+ d loss / d factor at boundary tokens, also where the budget dropped them; - elsewhere; none at the ends."""
     routing = random_routing(drop=0.6)
     assert (routing.boundary & ~routing.keep).any()
     score = torch.logit(routing.prob.clamp(0.01, 0.99)).requires_grad_()
@@ -201,7 +201,7 @@ def test_straight_through_gradient_is_the_plugged_token():
 
 
 def test_clamped_probabilities_have_no_gradient_as_weights():
-    """The forced tokens mix with 0.9999, and their p is outside the clamp: only the straight-through path reaches it."""
+    """The forced tokens mix with 0.9999. Only the straight-through path reaches their p, which is clamped."""
     routing = random_routing(batch=1)
     packing = plan_packing(routing.keep)
     tokens = torch.randn(sum(packing.lengths), 4)

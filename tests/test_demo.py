@@ -1,4 +1,4 @@
-"""The demo: what it shows, and the page in a headless browser (skipped where gradio, selenium or chromium is missing)."""
+"""The demo: what it shows, and the page in a headless browser (skipped without gradio, selenium or chromium)."""
 
 import os
 import shutil
@@ -130,7 +130,8 @@ def browser():
 LOOK = """
 const found = {};
 for (const key of ["image", "boundaries", "full_image"]) found[key] = document.querySelector(`#${key} img`)?.src;
-for (const key of ["cost", "full_cost"]) found[key] = document.querySelector(`#${key} textarea, #${key} input`)?.value;
+for (const key of ["cost", "full_cost"])
+  found[key] = document.querySelector(`#${key} textarea, #${key} input`)?.value;
 return found;
 """
 FETCH = """

@@ -18,7 +18,8 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 # Published: millions of parameters (positions included) and GMACs per forward pass at 256 px.
 PUBLISHED = {
-    "S-2": (33, 6.06), "S-4": (33, 1.41), "B-2": (130, 23.01), "B-4": (130, 5.56), "L-2": (458, 80.71), "L-4": (458, 19.70),
+    "S-2": (33, 6.06), "S-4": (33, 1.41), "B-2": (130, 23.01), "B-4": (130, 5.56),
+    "L-2": (458, 80.71), "L-4": (458, 19.70),
     "XL-2": (675, 118.64), "XL-4": (675, 29.05),
 }  # fmt: skip
 

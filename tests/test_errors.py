@@ -166,7 +166,7 @@ SAMPLING = [
     ("--ckpt {ckpt} --sampler euler", "argument --sampler: invalid choice: 'euler'"),
     ("--ckpt {ckpt} --seed -1", "--seed -1: must be 0 or greater"),
     ("--ckpt {ckpt} --seed 9223372036854775808", "and below 2**63"),
-    ("--ckpt {ckpt} --vae {place}/nowhere", "--vae {place}/nowhere: is neither ema, mse nor"),
+    ("--ckpt {ckpt} --vae {place}/nowhere", "neither ema, mse nor the folder of a diffusers"),
     ("--ckpt {ckpt} --set model.hnet.num_heads=[4,4]",
      "differs from the checkpoint's configuration in model.hnet.num_heads"),
     ("--ckpt {ckpt} --config {config} --set model.hnet.dechunk_kernel_sigma=2",

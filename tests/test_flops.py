@@ -14,8 +14,8 @@ from models.flops import STABLE_DIFFUSION, TokenCounts, decoder_flops, forward_f
 ATTEND = torch.ops.dc_dit.attend  # the counter does not know it
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-# GFLOP per image at 256 of 1024 tokens, recorded from the official code. Its DiT blocks include attention; its router figure
-# is whole for B only; it left out the residual projection.
+# GFLOP per image at 256 of 1024 tokens, recorded from the official code. Its DiT blocks include attention;
+# its router figure is whole for B only; it left out the residual projection.
 TABLE = {
     "S": (0.00757, 1.26473, None, 12.11498, 1.26473, 0.00172),
     "B": (0.01573, 5.05892, 1.66134, 46.01571, 5.05892, 0.00374),
@@ -33,7 +33,8 @@ def test_recorded_table(size):
     for column, recorded in zip(COLUMNS, TABLE[size]):
         if recorded is not None:
             assert ours[column] / 1e9 == pytest.approx(recorded, abs=6e-6), column
-    # Two products with (S, S) kernels cost what the dense one does at 256 tokens, and one channel more for the weights.
+    # Two products with (S, S) kernels cost what the dense one does at 256 tokens, and one channel more for
+    # the weights.
     assert ours["dechunk"] == pytest.approx(2 * 256**2 * (config.d_model + 1))
     if size == "B":
         assert ours["residual_proj"] / 1e9 == pytest.approx(1.208, abs=1e-3)
@@ -63,7 +64,7 @@ def tiny(factor="null", learn_sigma=True):
 
 @pytest.mark.parametrize("factor, learn_sigma", [("null", True), (2, True), (2, False)])
 def test_against_the_counter(factor, learn_sigma, smooth_on_grid, flop_counter):
-    """Attention is compared without its softmax (3 per head and pair), and the dechunk in its form with grid products."""
+    """Attention without its softmax (3 per head and pair), and the dechunk with grid products."""
     config = tiny(factor, learn_sigma)
     model = build_model(config)
     with torch.no_grad():
@@ -180,7 +181,8 @@ def test_the_table_needs_no_weights(capsys):
 
 def test_peaks_by_the_drivers_name():
     peaks = {
-        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA L40S": 362e12,
+        "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA L40S": 362e12,
         "NVIDIA GeForce RTX 4090": 165e12, "Tesla V100-SXM2-16GB": None, "NVIDIA A1000": None,
     }  # fmt: skip
     assert {name: peak_flops(name) for name in peaks} == peaks

@@ -1,7 +1,7 @@
 """Nothing in a training step makes the host wait for the device but the one reading of how many tokens were kept.
 
-On the CPU nothing ever waits, so these tests count what would wait on a GPU: readings of a tensor's values into Python, and
-operations whose result has a size that depends on values. Smoothing and attention run as they do there.
+On the CPU nothing ever waits, so these tests count what would wait on a GPU: readings of a tensor's values into
+Python, and operations whose result has a size that depends on values. Smoothing and attention run as they do there.
 """
 
 from pathlib import Path
@@ -85,7 +85,8 @@ def make_trainer(tiny_config, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-DROPPING = (  # a range: an entry of a list is drawn with a generator of the host, which would count as a reading
+# A range: an entry of a list is drawn with a generator of the host, which would count as a reading
+DROPPING = (
     "training.multi_budget_training=true", "training.multi_budget_start_step=2",
     "training.multi_budget_drop_fractions={min: 0.2, max: 0.4}",
 )  # fmt: skip

@@ -15,7 +15,8 @@ from weights.foreign import from_official, official_name
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [
-    "one_stage", "one_stage_tail_dropping", "one_stage_per_sample_dropping", "no_dim_factor", "coarse_target_multi_block"
+    "one_stage", "one_stage_tail_dropping", "one_stage_per_sample_dropping", "no_dim_factor",
+    "coarse_target_multi_block",
 ]  # fmt: skip
 
 

@@ -44,19 +44,18 @@ def on_one_thread_of_the_cpu():
 
 @pytest.fixture(scope="module")
 def place(tiny_config, tmp_path_factory) -> Path:
-    """a.pt and b.pt of the tiny configuration, large.pt of larger images, static.pt of a static DiT, and reference.npz."""
+    """Models a.pt and b.pt, large.pt of larger images, static.pt, a static DiT, and reference.npz."""
     folder = tmp_path_factory.mktemp("pareto")
-    kinds = {"a": [], "b": [], "large": ["data.image_size=64"], "static": ["model.patch_size=2"]}
-    for step, (name, overrides) in enumerate(kinds.items(), 1):
+    overrides_of = {"a": [], "b": [], "large": ["data.image_size=64"], "static": ["model.patch_size=2"]}
+    for step, (name, overrides) in enumerate(overrides_of.items(), 1):
         config = load_config(tiny_config, [f"model.name={name}", *overrides])
         torch.manual_seed(step)
         model = build_model(config)
         for tensor in model.parameters():
             tensor.data += 0.05 * torch.randn_like(tensor)  # zero initialisation would make all models equal
         if name != "static":
-            model.router.residual_scorer[-1].bias.data.fill_(
-                20.0
-            )  # keeps all 64 tokens, so that budgets have what to drop
+            # Keeps all 64 tokens, so that every budget drops some
+            model.router.residual_scorer[-1].bias.data.fill_(20.0)
         weights = model.state_dict()
         store = open_features(config.data.feature_path, 32)
         state = {"step": step, "config": to_dict(config), "model": weights, "ema": weights, "optimizer": {}}
@@ -90,7 +89,7 @@ def read(output: Path) -> list[dict[str, str]]:
 
 
 def test_table_of_points(place, tiny_extractor, tmp_path, monkeypatch, capsys):
-    """Every budget, scale and Lite-CFG of both checkpoints; the same call again samples nothing; more budgets add rows."""
+    """Every budget, scale and Lite-CFG of both models. The same call samples nothing; more budgets add rows."""
     models = ["--ckpt", place / "a.pt", "--ckpt", place / "b.pt", "--cfg-scale", "1,2", "--lite-cfg", "0.75"]
     argv = arguments(place, tmp_path, tiny_extractor, *models, "--budgets", "0,0.5")
     pareto.main(argv)
@@ -237,7 +236,7 @@ def test_what_cannot_be_compared_is_refused(place, tiny_extractor, tmp_path):
     assert "reference_images 20 instead of 21" in message
 
 
-# ---------------------------------------------------------------------------------------------------------------- figure
+# ----------------------------------------------------------------------------------------------------- figure
 
 
 def test_curves_are_interpolated():
@@ -253,17 +252,20 @@ def test_curves_are_interpolated():
 
 
 def test_without_a_static_model_the_first_curve_is_the_baseline():
-    rows = [
-        {"name": "m", "step": "5", "static": "False", "model": "x", "cfg_scale": "2.0", "budget": str(budget), "lite_cfg": lite,
-         "fid": str(fid), "tflop_per_image": str(cost)}
-        for lite, points in (("", [(0.0, 8, 10), (0.5, 6, 14)]), ("0.9", [(0.0, 7, 11), (0.5, 5, 15)]))
-        for budget, cost, fid in points
-    ]  # fmt: skip
+    shared = {"name": "m", "step": "5", "static": "False", "model": "x", "cfg_scale": "2.0"}
+    rows = []
+    for lite, budget, cost, fid in (
+        ("", 0.0, 8, 10),
+        ("", 0.5, 6, 14),
+        ("0.9", 0.0, 7, 11),
+        ("0.9", 0.5, 5, 15),
+    ):
+        own = {"budget": str(budget), "lite_cfg": lite, "fid": str(fid), "tflop_per_image": str(cost)}
+        rows.append({**shared, **own})
     full, lite = read_curves(rows, "2.0")
     assert full.marks == [Mark(6, 14, 0.5), Mark(8, 10, 0)] and "Lite-CFG 90%" in lite.label
-    ((comparison, curve, mark),) = compare_curves(
-        [full, lite]
-    )  # full guidance: 12 at cost 7, and 11 at cost 7.5
+    # Full guidance: 12 at cost 7, and 11 at cost 7.5
+    ((comparison, curve, mark),) = compare_curves([full, lite])
     assert curve is full and mark == Mark(7, 11, 0)
     assert comparison.saving == pytest.approx(1 - 7 / 7.5) and comparison.gain == pytest.approx(1)
     ((comparison, _, _),) = compare_curves([full, lite._replace(marks=[Mark(7, 13, 0)])])
@@ -272,7 +274,7 @@ def test_without_a_static_model_the_first_curve_is_the_baseline():
     assert read_curves(rows, "1.0") == []
 
 
-# -------------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 
 def test_evaluation_during_training(tiny_config, tiny_extractor, place, tmp_path):
@@ -363,7 +365,7 @@ def test_mistakes_in_the_section_are_found_before_training(tiny_config, tiny_ext
     assert not (tmp_path / "run").exists()
 
 
-# -------------------------------------------------------------------------------------------------------- grid of budgets
+# -------------------------------------------------------------------------------------------- grid of budgets
 
 
 def test_elastic_grid(place, tmp_path, capsys):
@@ -390,11 +392,11 @@ def test_elastic_grid(place, tmp_path, capsys):
         elastic_grid.main([*argv, "--output", str(tmp_path)])
 
 
-# ------------------------------------------------------------------------------------------------------------ classifier
+# ------------------------------------------------------------------------------------------------- classifier
 
 
 def test_classifier_of_the_embedded_data_set(tmp_path, capsys):
-    """A minute's work at full size; here enough to tell eight classes apart, and the features depend on more than the class."""
+    """Enough steps to tell eight classes apart; the features depend on more than the class."""
     shapes.write_images(tmp_path / "images", 160, 24)
     argv = [
         "--images",

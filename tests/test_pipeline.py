@@ -110,7 +110,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 
 def test_what_a_run_leaves_behind(trained, tiny_config, tiny_vae):
@@ -208,7 +208,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_bitwise(in_one_process
 
 
 def test_a_run_in_pieces_is_the_same_run(in_one_process, trained, tiny_config):
-    """First with fewer steps, then the finished run again, then on with --resume, which knows its own configuration."""
+    """First with fewer steps, then the finished run again, then the rest with --resume, which needs no --config."""
     pieces = tiny_config.parent / "pieces"
     lines = [line for line in in_one_process.stdout.splitlines() if line.endswith(str(pieces))]
     assert lines == ["finished at step 4 of 4: " + str(pieces)] * 2 + [
@@ -275,7 +275,8 @@ Accelerator.end_training = lambda self: None  # it ends the process group, which
 def all_runs():
     for output in ("two", "copied"):
         train.main(["--config", config, "--output", f"{folder}/{output}"])
-    endless = ["--set", "training.max_steps=1000000", "--set", "logging.ckpt_every=1000000", "--set", "logging.log_every=5"]
+    endless = ["--set", "training.max_steps=1000000", "--set", "logging.ckpt_every=1000000"]
+    endless += ["--set", "logging.log_every=5"]
     train.main(["--config", config, "--output", f"{folder}/endless", *endless])
 
 cli.run(all_runs)
@@ -283,7 +284,7 @@ cli.run(all_runs)
 
 
 def test_two_processes(in_one_process, trained, tiny_config, tmp_path):
-    """torchrun with gloo: the losses of one process, also from a checkpoint of one process, and a stop on SIGTERM."""
+    """torchrun with gloo: the losses of one process, also from its checkpoint, and a stop on SIGTERM."""
     folder, script = tiny_config.parent, tmp_path / "on_two_processes.py"
     script.write_text(ON_TWO_PROCESSES)
     with open(tmp_path / "output", "w") as output:
@@ -314,7 +315,7 @@ def test_two_processes(in_one_process, trained, tiny_config, tmp_path):
     assert f"stopped by SIGTERM at step {int(checkpoints[0].stem)} of 1000000" in last
 
 
-# ------------------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------------------- sampling
 
 
 LITE = ["--lite-cfg", "--uncond-tail-dropping-fraction", "0.5"]
@@ -345,14 +346,14 @@ def test_sample_writes_its_pictures(trained, tmp_path, capsys, extra):
 
 
 def test_sample_without_pictures_of_the_chunking(trained, tmp_path, tiny_config):
-    """--config may say what the checkpoint says already; without guidance there is one branch, and one step is enough."""
+    """--config may repeat what the checkpoint knows. Without guidance there is one branch; one step is enough."""
     options = ["--cfg-scale", "1", "--num-sampling-steps", "1", "--no-visualize", "--output", str(tmp_path)]
     sample.main(["--config", str(tiny_config), "--ckpt", str(newest(trained)), *options])
     assert sorted(os.listdir(tmp_path)) == ["sample.png", "summary.json"]
 
 
 def test_a_sample_is_a_function_of_seed_and_number(trained):
-    """Not of the batch it is in; budgets are compared on the same noise; the routing that is shown is the conditional one."""
+    """It does not depend on its batch; budgets share the noise; `on_step` sees the conditional branch."""
     run = load_trained(newest(trained))
     options = SamplingOptions(num_sampling_steps=3, cfg_scale=2.0, seed=5)
     labels = draw_labels(5, list(range(5)), 3)
