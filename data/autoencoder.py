@@ -7,6 +7,8 @@ autocast, as in the official extraction.
 
 import hashlib
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from config import UserError, one_line
 
+# Files of weights; the variant is None in the usual case.
+WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[\w-]+))?\.(safetensors|bin)")
 HUB_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 
 # Annotations cannot name the class: importing diffusers takes seconds.
@@ -147,7 +151,19 @@ def read_model(source: str) -> AutoencoderKL:
         config = AutoencoderKL.load_config(source)
     if config.get("_class_name") != "AutoencoderKL":
         raise ValueError("its config.json does not describe an AutoencoderKL")
-    return AutoencoderKL.from_pretrained(source, torch_dtype=torch.float32, local_files_only=local_only)
+    return AutoencoderKL.from_pretrained(
+        source, torch_dtype=torch.float32, local_files_only=local_only, variant=find_variant(source)
+    )
+
+
+def find_variant(source: str) -> str | None:
+    """ "fp16" for a folder that holds weights of the name diffusion_pytorch_model.fp16.safetensors only."""
+    variants = set()
+    for file in Path(source).glob("diffusion_pytorch_model*"):
+        found = WEIGHTS_FILE.fullmatch(file.name)
+        if found:
+            variants.add(found["variant"])
+    return None if None in variants or not variants else min(variants)
 
 
 def shift_and_scale(config: Any, channels: int) -> tuple[list[float], list[float]]:

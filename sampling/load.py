@@ -53,6 +53,8 @@ def load_trained(
     config = config or config_from_dict(state["config"], overrides)
     check_agreement(config, config_from_dict(state["config"]))
 
+    warn_of_unguided_channels(config)
+
     # The network with its EMA weights
     model = build_model(config)
     try:
@@ -73,6 +75,17 @@ def load_trained(
 
     model = model.to(device).eval()
     return TrainedModel(model, config, autoencoder, state["class_names"], state["step"], identity)
+
+
+def warn_of_unguided_channels(config: Config) -> None:
+    """Say that guidance changes some channels only: the first 3 are the usual choice for 4 channels."""
+    guided = config.diffusion.cfg_channels
+    channels = config.data.latent_channels
+    if isinstance(guided, int) and guided < channels and channels > 4:
+        group.print_once(
+            f"warning: diffusion.cfg_channels {guided}: guidance changes {guided} of the {channels} latent "
+            "channels; --set diffusion.cfg_channels=all guides all of them"
+        )
 
 
 def shapes_samples(key: str) -> bool:
