@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 PATIENCE = 600.0  # seconds without a batch after which `read` raises NoBatch
 POLL = 5.0  # seconds between two looks whether the loader processes live
+DYING = 0.5  # seconds
 SHARED_MEMORY = "/dev/shm"
 # Semaphores of a loader process and of all together; each takes a page of shared memory.
 WORKER_SEMAPHORES = 3
@@ -116,7 +117,10 @@ def next_batch(iterator: Iterator, workers: set[BaseProcess], option: str, patie
     while not problem:
         try:
             return next(iterator, None)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
+            # A batch of a dying process may be lost on its way, just before the process is seen to be dead
+            if not isinstance(error, RuntimeError):
+                time.sleep(DYING)
             codes = [worker.exitcode for worker in workers if worker.exitcode]
             is_timeout = str(error).startswith("DataLoader timed out")
             if codes:
