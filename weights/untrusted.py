@@ -1,8 +1,8 @@
 """Reads `torch.save` files of strangers without executing anything in them.
 
 torch's weights-only unpickler builds tensors and containers and nothing else. The official DC-DiT checkpoints
-also hold a pickled configuration, an object of classes in a module `config`. Each of these becomes an `Inert`
-object. Any other class or function in the file is refused before unpickling starts.
+also hold a pickled configuration, an object of classes in a module `config`, and those of DiT its options. Each
+of these becomes an `Inert` object. Any other class or function in the file is refused before unpickling starts.
 """
 
 import pickle
@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from config import one_line
+from schema import one_line, printable
 
 CONFIG_MODULE = "config."  # the module of the official code whose classes may occur
+NAMESPACE = "argparse.Namespace"  # the options of train.py, which the code of DiT and SiT stores
 
 
 class Inert:
-    """Stands for a pickled object of the official configuration: it has the fields, and no behaviour."""
+    """Stands for a pickled object of an official configuration: it has the fields, and no behaviour."""
 
     def __setstate__(self, fields: object) -> None:
         self.fields = fields
@@ -36,14 +37,17 @@ def read_untrusted(path: Path) -> object:
     """
     # Refuse unknown classes before anything is unpickled
     names = unknown_names(path)
-    refused = sorted(name for name in names if not name.startswith(CONFIG_MODULE))
+    refused = sorted(name for name in names if not name.startswith(CONFIG_MODULE) and name != NAMESPACE)
     if refused:
-        listed = ", ".join(refused[:3])
-        raise Refused(f"it holds {listed}, which is neither tensor, container nor configuration")
+        listed = printable(", ".join(refused[:3]))
+        raise Refused(
+            f"it holds {listed}, which is neither tensor, container nor configuration; "
+            "load it where it was made, and save its state dict alone"
+        )
 
     # Unpickle with an inert class in place of each configuration class
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in names]):
+        with torch.serialization.safe_globals([(Inert, name) for name in {*names, NAMESPACE}]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
