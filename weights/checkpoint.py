@@ -24,6 +24,7 @@ from torch import Tensor
 from config import Config, UserError, one_line, printable
 from data.files import write_file
 from models import build_model
+from weights.untrusted import is_archive
 from weights.unwrap import conversion_hint, is_state_dict, precision_problem
 
 FORMAT = 1
@@ -154,20 +155,23 @@ def load_checkpoint(path: str | Path, option: str = "--ckpt") -> Checkpoint:
 
     # Compare all checksums before anything is unpickled
     problem = find_damage(path)
+    is_damaged = problem is not None and is_archive(path)
     if problem is None:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # a foreign file can make the unpickler raise anything
             problem = one_line(error)
     if problem is not None:
-        refuse_unconverted(path, option)
+        if not is_damaged:
+            refuse_unconverted(path, option)
         raise UserError(
             f"{option} '{path}' is not a readable checkpoint of this repository ({problem}); give another"
         )
 
     # Check what was read
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        refuse_unconverted(path, option)
+        if not isinstance(content, dict) or "format" not in content:
+            refuse_unconverted(path, option)
         raise UserError(
             f"{option} '{path}' is not a checkpoint of this repository (format {FORMAT}); give another"
         )
@@ -206,7 +210,8 @@ def load_weights(path: Path, option: str) -> Checkpoint:
             f"{option} '{path}' is not a readable weights file ({one_line(error)}); give another"
         ) from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        refuse_unconverted(path, option)
+        if about is None:
+            refuse_unconverted(path, option)
         raise UserError(f"{option} '{path}' is not a weights file of this repository; give another")
     # Files of other writers may lack a checksum
     if about.pop("crc32", None) not in (None, checksum(weights)):

@@ -11,7 +11,6 @@ The samplers (`--ckpt`) and `training.init_from` read the result.
 
 import argparse
 import json
-import zipfile
 from pathlib import Path
 
 import torch
@@ -35,7 +34,7 @@ from weights.checkpoint import (
     tensor_shapes,
 )
 from weights.foreign import DIFFUSERS_DIVISOR, dit_config, from_diffusers, from_official
-from weights.untrusted import Refused, read_untrusted
+from weights.untrusted import Refused, is_archive, read_untrusted
 from weights.unwrap import (
     DIFFUSERS_KIND,
     Foreign,
@@ -126,7 +125,7 @@ def is_own(source: Path) -> bool:
         return (source / WEIGHTS).is_file()
     if source.suffix == ".safetensors":
         return has_metadata(source)
-    if not zipfile.is_zipfile(source):
+    if not is_archive(source):
         return False
     # Only plain data and tensors are read, and tensors stay on the disk
     content = read_torch_file(source)
@@ -135,7 +134,7 @@ def is_own(source: Path) -> bool:
 
 def read_torch_file(source: Path) -> object:
     """The content of a torch.save file of unknown origin, or a UserError."""
-    problem = find_damage(source) if zipfile.is_zipfile(source) else None
+    problem = find_damage(source) if is_archive(source) else None
     if problem:
         raise UserError(f"source '{source}' is damaged ({problem}); give another copy")
     try:

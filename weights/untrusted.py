@@ -48,7 +48,7 @@ def read_untrusted(path: Path) -> object:
     # Unpickle with an inert class in place of each configuration class
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in {*names, NAMESPACE}]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
     except OSError:
         raise
     except Exception as error:  # a mutilated pickle can make the unpickler raise anything
@@ -59,9 +59,17 @@ def read_untrusted(path: Path) -> object:
         raise Refused("something in it contains itself") from None
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file is a zip archive, as torch.save writes them since PyTorch 1.6."""
+    try:
+        return zipfile.is_zipfile(path)
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
 def unknown_names(path: Path) -> list[str]:
     """Dotted names of the classes and functions in a file that torch does not know to be harmless."""
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return []  # torch's older format, in which the unpickler refuses every such name
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
