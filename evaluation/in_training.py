@@ -75,6 +75,7 @@ class Evaluation:
         except FloatingPointError as error:
             print(f"warning: no evaluation at step {step}: {error}")
         if self.any_process(features is None) or features is None:
+            shutil.rmtree(folder, ignore_errors=True)
             return {}
         # The first process compares
         metrics: dict[str, float] = {}

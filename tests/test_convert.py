@@ -301,6 +301,26 @@ def test_a_dc_dit_with_our_names(tiny_config, save, tmp_path):
     assert_same_weights(converted(source, out, "--config", str(tiny_config))["ema"], weights)
 
 
+def test_fine_tuning_a_converted_dit_on_other_classes(save, tiny_config, tmp_path):
+    """The two commands of docs/weights.md, small: published names, 8 classes, trained on the 3 of the features."""
+    converted(save(small_dit()), tmp_path / "dit.safetensors")
+    changes = [
+        "model.patch_size=4",
+        "model.hnet.arch_layout=[c2,[D1],c2]",
+        "model.hnet.d_model=[384,384]",
+        "model.hnet.num_heads=[6,6]",
+        f"training.init_from={tmp_path / 'dit.safetensors'}",
+        "training.max_steps=1",
+    ]
+    words = [word for change in changes for word in ("--set", change)]
+    train.main(["--config", str(tiny_config), "--output", str(tmp_path / "run"), *words])
+    report = (tmp_path / "run" / "init_report.txt").read_text().splitlines()
+    assert sum(line.endswith(" copied") for line in report) == len(report) - 1
+    assert any("new labels ((9, 384) there, (4, 384) here; null label copied)" in line for line in report)
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "0000001.pt")
+    assert state["model"]["y_embedder.table.weight"].shape == (4, 384)
+
+
 QUANTISED = {
     "fp8": lambda tensor: tensor.to(torch.float8_e4m3fn),
     "int8": lambda tensor: tensor.to(torch.int8),
