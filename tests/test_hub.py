@@ -192,8 +192,8 @@ def test_schedulers_that_do_not_fit(checkpoint, name):
 @pytest.mark.parametrize("change", [{"prediction_type": "v_prediction"}, {"use_flow_sigmas": True}])
 def test_schedulers_for_another_prediction(checkpoint, change):
     pipe = DCDiTPipeline.from_pretrained(checkpoint)
-    settings = {**pipe.scheduler.config, "variance_type": None, **change}
-    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(settings)
+    kind = diffusers.DPMSolverMultistepScheduler
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, variance_type=None, **change)
     with pytest.raises(UserError, match="reads a prediction of another kind"):
         pipe([0])
 
