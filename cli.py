@@ -32,7 +32,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`. A UserError becomes one line on stderr and status 2; a full disk, one line and status 1.
+    """Call `main`. A UserError becomes one line on stderr and status 2.
+
+    A full disk, and samples that are not finite, are one line and status 1.
 
     The first process of each machine prints errors that all processes have. A process that has a
     OneProcessError prints it itself.
@@ -47,6 +49,8 @@ def run(main: Callable[[], None]) -> None:
         if is_first or isinstance(error, OneProcessError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

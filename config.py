@@ -27,7 +27,7 @@ from config_keys import (
     free,
 )
 from plain_data import differences, flatten, merge, parse_override, read_yaml
-from schema import OneProcessError, UserError, build, leaves, one_line, require
+from schema import OneProcessError, UserError, build, leaves, one_line, printable, require
 
 # Passed on to the packages above.
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "differences",
     "flatten",
     "one_line",
+    "printable",
 ]
 
 

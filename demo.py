@@ -17,6 +17,7 @@ from diffusion.samplers import SAMPLERS
 from figures.side_by_side import PIXELS, side_by_side
 from models import describe
 from processes import group
+from sampling.accounting import class_name
 from sampling.arguments import add_run_arguments, load_trained_from
 from sampling.load import TrainedModel
 from sampling.options import SamplingOptions
@@ -61,8 +62,8 @@ def build_page(gradio: ModuleType, trained: TrainedModel, steps: int, sampler: s
             return gradio.skip()
         return draw_pair(label, int(seed), guidance, dropped)
 
-    names = trained.class_names or [str(label) for label in range(config.data.num_classes)]
-    classes = [(name, label) for label, name in enumerate(names)]
+    labels = range(config.data.num_classes)
+    classes = [(class_name(trained.class_names, label), label) for label in labels]
     guided = config.training.class_dropout_prob > 0
     scale = 2 if guided else 1
     budget = "share of the kept tokens to drop"

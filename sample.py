@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> None:
 
         (batch,) = generate(trained, indices, labels, options, len(labels), on_step)
 
-    # Account for the cost, and draw
-    summary = summarise_run(trained, options, batch.record())
+    # Keep the images, account for the cost, and draw
     save_grid(batch.images, args.output / "sample.png", columns=4)
+    summary = summarise_run(trained, options, batch.record())
     save_summary(summary, args.output / "summary.json")
     if not args.no_visualize:
         draw_chunking(trace, trained.autoencoder, args.output / "chunking_viz.png")

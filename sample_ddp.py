@@ -85,13 +85,19 @@ def main(argv: list[str] | None = None) -> None:
         if processes.rank > 0:
             return
 
-        # Account for the cost, and collect the images
+        # Collect the images, and account for the cost
+        write_npz(folder.npz, [folder.png(i) for i in indices], labels)
         record = read_records([folder.record(start) for start in folder.starts], labels)
         summary = summarise_run(trained, options, record)
         save_summary(summary, folder.summary)
-        write_npz(folder.npz, [folder.png(i) for i in indices], labels)
         print(report(summary))
         print(f"{len(indices)} images in {args.output_dir} and {folder.npz}")
+        others = folder.count_other_images()
+        if others:
+            print(
+                f"note: {args.output_dir} holds {others} more images of an earlier, larger --num-fid-samples; "
+                f"{folder.npz.name} and {folder.summary.name} are about the first {len(indices)} only"
+            )
 
 
 def settings_of(args: argparse.Namespace, options: SamplingOptions, trained: TrainedModel) -> dict:

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -32,7 +33,14 @@ class OneProcessError(UserError):
 
 def one_line(error: BaseException, limit: int = 160) -> str:
     """Kind and text of an error as one line of at most `limit` characters, to be quoted in a UserError."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
+    return printable(f"{type(error).__name__}: {error}", limit)
+
+
+def printable(text: str, limit: int = 160) -> str:
+    """Foreign text as one line: terminal escapes are removed, and whatever cannot be printed becomes a space."""
+    text = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", text)
+    characters = [character if character.isprintable() else " " for character in text]
+    return " ".join("".join(characters).split())[:limit]
 
 
 def require(condition: object, message: str) -> None:

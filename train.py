@@ -25,6 +25,7 @@ from processes.lock import FolderLock
 from training import checks, launch, resume, sample_grids
 from training.tracking import start_trackers
 from training.trainer import Hooks, Trainer
+from weights.checkpoint import refuse_unconverted
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -47,6 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             f"--resume '{args.resume}' and --output '{args.output}' both name the run's folder; give one"
         )
     if args.resume and not (Path(args.resume) / "config.yaml").is_file():
+        refuse_unconverted(args.resume, "--resume")
         raise UserError(
             f"--resume '{args.resume}' is not the folder of a run (it has no config.yaml); "
             "start one with --config"

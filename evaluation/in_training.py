@@ -68,8 +68,15 @@ class Evaluation:
         # Every process samples its share and writes the features to the folder
         trained = TrainedModel(model, self.config, self.autoencoder, None, step, fingerprint="")
         plan = SamplePlan(self.options, self.labels, self.config.evaluation.batch_size, title)
-        features = measure_samples(trained, plan, self.extractor, folder, self.processes)
-        self.wait()
+        # Samples that overflow are no reason to end a run
+        features = None
+        try:
+            features = measure_samples(trained, plan, self.extractor, folder, self.processes)
+        except FloatingPointError as error:
+            print(f"warning: no evaluation at step {step}: {error}")
+        if self.any_process(features is None) or features is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            return {}
         # The first process compares
         metrics: dict[str, float] = {}
         if is_first:
@@ -80,6 +87,13 @@ class Evaluation:
             shutil.rmtree(folder)
         self.wait()
         return metrics
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether the flag is set on any process. Collective."""
+        flags = [flag] * self.processes.world
+        if self.processes.world > 1:
+            dist.all_gather_object(flags, flag)
+        return any(flags)
 
     def wait(self) -> None:
         """Wait for the other processes."""

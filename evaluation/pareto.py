@@ -45,6 +45,7 @@ class ParetoPlan:
     # The points: every checkpoint at every guidance scale and budget
     checkpoints: list[str]
     vae: str | None  # default: the autoencoder that each checkpoint names
+    weights: str  # "ema" or "model"
     cfg_scales: list[float]
     budgets: list[float]  # dropped fractions
     lite_budgets: list[
@@ -173,7 +174,9 @@ def measure(plan: ParetoPlan) -> list[dict[str, str]]:
     # Load and check everything before the first file is written
     source = open_source(plan.reference)
     processes = group.start_processes()
-    models = {ckpt: load_trained(ckpt, processes.device, plan.vae) for ckpt in plan.checkpoints}
+    models = {}
+    for ckpt in plan.checkpoints:
+        models[ckpt] = load_trained(ckpt, processes.device, plan.vae, weights=plan.weights)
     points = []
     for trained in models.values():
         points += points_of(trained, plan)

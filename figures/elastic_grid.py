@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -20,10 +21,11 @@ from figures.canvas import SMALL, save_figure
 from models import describe
 from models.types import Routing
 from processes import group
-from sampling.accounting import image_tflop
+from sampling.accounting import class_name, image_tflop
 from sampling.arguments import add_sampling_arguments, load_trained_from, sampling_options
 from sampling.budgets import ALL, Budget
 from sampling.generate import SampledBatch, check_labels, generate
+from sampling.pictures import save_grid
 
 
 @rc_context(SMALL)
@@ -96,6 +98,10 @@ def main(argv: list[str] | None = None) -> None:
         for column in columns:
             batches += generate(trained, indices, labels, column, len(labels), on_step)
 
+    # Keep the images as a plain grid, which the figure then replaces
+    pictures = torch.stack([batch.images for batch in batches], dim=1)  # (rows, columns, 3, H, W)
+    save_grid(pictures.flatten(0, 1), args.output, columns=len(columns))
+
     # Name columns and rows, and draw
     titles = []
     for fraction, batch in zip(args.fractions, batches):
@@ -104,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{fraction:.0%} dropped: {tflop:.4g} TFLOP per image")
     names = [f"class {label}" for label in labels]
     if trained.class_names:
-        names = [trained.class_names[label] for label in labels]
+        names = [class_name(trained.class_names, label) for label in labels]
     draw_grid(batches, titles, names, args.output)
     print(f"written to {args.output.resolve()}")
 

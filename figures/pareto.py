@@ -22,6 +22,7 @@ from evaluation.comparison import METRIC_NAMES
 from evaluation.pareto import ParetoPlan, measure
 from figures.canvas import SMALL, save_figure
 from processes import group
+from sampling.arguments import add_weights_argument
 
 # The metrics that are drawn: the first one that the table has
 DRAWN = ("fid", "frechet_distance")
@@ -254,6 +255,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)"
     )
+    add_weights_argument(parser)
     parser.add_argument(
         "--features",
         default="inception",
@@ -281,6 +283,7 @@ def plan_of(args: argparse.Namespace) -> ParetoPlan:
     return ParetoPlan(
         checkpoints=args.ckpt,
         vae=args.vae,
+        weights=args.weights,
         cfg_scales=args.cfg_scale,
         budgets=args.budgets,
         lite_budgets=args.lite_cfg,

@@ -166,9 +166,16 @@ def class_rows(record: SamplingRecord, tokens: int, class_names: Sequence[str] |
     rows = []
     for label in np.unique(labels).tolist():
         own = shares[labels == label]
-        name = class_names[label] if class_names else str(label)
+        name = class_name(class_names, label)
         rows.append({"label": label, "name": name, "images": len(own), "share": spread(own)})
     return rows
+
+
+def class_name(class_names: Sequence[str] | None, label: int) -> str:
+    """The name of a class, or its number: a model may know more classes than its features have names for."""
+    if class_names and label < len(class_names):
+        return class_names[label]
+    return str(label)
 
 
 def report(summary: dict) -> str:

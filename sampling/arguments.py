@@ -22,8 +22,19 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)"
     )
+    add_weights_argument(parser)
     parser.add_argument(
         "--compile", action="store_true", help="compile transformer blocks, encoder and decoder first"
+    )
+
+
+def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    """Which of the weights in a checkpoint."""
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="the moving average of the weights, or the trained weights (default: %(default)s)",
     )
 
 
@@ -165,7 +176,7 @@ def load_trained_from(args: argparse.Namespace, device: torch.device) -> Trained
         raise UserError(
             "--ckpt is missing; give a checkpoint of train.py, e.g. results/000-DC-DiT/checkpoints/0400000.pt"
         )
-    trained = load_trained(ckpt, device, args.vae, config, args.set)
+    trained = load_trained(ckpt, device, args.vae, config, args.set, args.weights)
     if args.compile:
         compile_parts(cast(DCDiT | DiT, trained.model))
     return trained

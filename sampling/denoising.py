@@ -1,8 +1,8 @@
 """From noise to latents: the one loop that runs a sampler on the guided network."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,18 @@ from sampling.options import SamplingOptions
 # Is shown every step, and the routing of the conditional branch in it
 OnStep = Callable[[Step, Routing], None]
 
-S = TypeVar("S")
+
+class AnyStep(Protocol):
+    """What every sampler yields: `t`, and the latents after the step, x_next (B, C, S, S)."""
+
+    @property
+    def t(self) -> int: ...
+
+    @property
+    def x_next(self) -> Tensor: ...
+
+
+S = TypeVar("S", bound=AnyStep)
 
 
 class BranchRouting(NamedTuple):
@@ -58,7 +69,7 @@ def sample_latents(
         return SAMPLERS[options.sampler](diffusion, denoise, noise(), noise)
 
     kept = []
-    for step, routing in sampling_steps(trained, labels, options, sampler):
+    for step, routing in sampling_steps(trained, labels, options, sampler, indices):
         kept.append(routing.counts(step.t))
         if on_step is not None:
             on_step(step, routing.conditional)
@@ -70,11 +81,16 @@ def sampling_steps(
     labels: list[int],
     options: SamplingOptions,
     sampler: Callable[[Denoise], Iterator[S]],
+    indices: Sequence[int] | None = None,
 ) -> Iterator[tuple[S, BranchRouting]]:
     """Run a sampler on the guided network; yields what the sampler yields, with the routing of that step.
 
     Args:
         sampler: takes the guided network, a function of noised latents and timesteps; yields once per call.
+        indices: which samples these are, for the message of an error; default: 0, 1, ...
+
+    Raises:
+        FloatingPointError: after the last step, if the latents of a sample are not finite.
     """
     prepare_arithmetic(trained, options.bf16)
     routings: list[Routing] = []  # of the current step: one call of the network for both branches, or two
@@ -89,9 +105,31 @@ def sampling_steps(
         return prediction.float()  # guidance takes differences, which bfloat16 would round away
 
     on_device = torch.tensor(labels, device=trained.device)
+    timesteps = []
+    finite = []  # a value per sample, of each step; they are read after the last step, so that no step waits
     for step in sampler(guided_denoiser(network, trained.config, on_device, options)):
+        timesteps.append(step.t)
+        finite.append(step.x_next.isfinite().flatten(1).all(1))
         yield step, split_branches(routings, len(labels))
         routings.clear()
+    check_finite_samples(torch.stack(finite), timesteps, indices or range(len(labels)))
+
+
+def check_finite_samples(finite: Tensor, timesteps: Sequence[int], indices: Sequence[int]) -> None:
+    """Raise a FloatingPointError that names the first sample with non-finite latents, and since which step.
+
+    Args:
+        finite: (steps, B) bool.
+    """
+    if finite.all():
+        return
+    steps, samples = (~finite).nonzero(as_tuple=True)
+    step = int(steps[0])
+    sample = indices[int(samples[0])]
+    raise FloatingPointError(
+        f"sample {sample} is not finite from step {step + 1} of {len(timesteps)} (t = {timesteps[step]}) on; "
+        "lower the guidance scale, or look for infinite or very large weights"
+    )
 
 
 def split_branches(routings: list[Routing], batch: int) -> BranchRouting:

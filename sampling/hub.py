@@ -16,6 +16,7 @@ from config import Config, downsample_factors, to_dict, to_yaml
 from data.autoencoder import HUB_NAMES
 from data.files import write_json, write_text
 from models import architecture, flops
+from sampling.arguments import add_weights_argument
 from sampling.load import TrainedModel, load_trained
 from weights.checkpoint import WEIGHTS, Checkpoint, save_weights
 
@@ -47,6 +48,7 @@ class Pretrained(
             "autoencoder": trained.autoencoder.describe(),
             "features": None,
             "class_names": trained.class_names,
+            "weights": None if trained.weights == "ema" else trained.weights,
             "ema": trained.model.state_dict(),
         }
         save_weights(save_directory / WEIGHTS, state)
@@ -74,6 +76,7 @@ def model_card(trained: TrainedModel) -> str:
     data = config.data
     batch = config.training.global_batch_size * config.training.gradient_accumulation_steps
     parameters = sum(p.numel() for p in trained.model.parameters())
+    weights = "EMA" if trained.weights == "ema" else "Trained"
     autoencoder = Path(trained.autoencoder.name).name
     classes = ""
     if trained.class_names and len(trained.class_names) <= MOST_NAMES:
@@ -86,7 +89,7 @@ tags: [diffusion, model_hub_mixin]
 # {config.model.name}
 
 Class-conditional diffusion transformer with {parameters / 1e6:.1f} M parameters.
-EMA weights after {trained.step:,} steps.
+{weights} weights after {trained.step:,} steps.
 
 ```python
 from sampling.pipeline import DCDiTPipeline
@@ -145,9 +148,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload it to this repository as well")
+    add_weights_argument(parser)
     args = parser.parse_args(argv)
     cli.check_output("--output", args.output)
-    model = Pretrained(load_trained(args.ckpt, "cpu", args.vae))
+    model = Pretrained(load_trained(args.ckpt, "cpu", args.vae, weights=args.weights))
     model.save_pretrained(args.output)
     names = sorted(path.name for path in args.output.iterdir())
     print(f"{args.output}: {', '.join(names)}")

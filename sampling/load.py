@@ -9,22 +9,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from config import Config, UserError, config_from_dict, differences, flatten, one_line, role_of, to_dict
+from config import Config, UserError, config_from_dict, differences, flatten, role_of, to_dict
 from data.autoencoder import HUB_NAMES, Autoencoder
 from models import build_model
 from processes import group
-from weights.checkpoint import load_checkpoint
+from weights.checkpoint import (
+    Checkpoint,
+    chosen_weights,
+    initial_share,
+    load_checkpoint,
+    non_finite_tensor,
+    shape_difference,
+    tensor_shapes,
+)
+
+# A larger share of initial weights in the EMA is worth a warning
+LARGEST_INITIAL_SHARE = 0.1
 
 
 class TrainedModel(NamedTuple):
     """A trained model with all that sampling needs."""
 
-    model: torch.nn.Module  # the EMA weights, in evaluation mode
+    model: (
+        torch.nn.Module
+    )  # with the EMA weights, or those of training if they were asked for; for evaluation
     config: Config
     autoencoder: Autoencoder
     class_names: list[str] | None
     step: int  # optimizer steps it was trained for
     fingerprint: str  # of the weights and of what the configuration makes of them
+    weights: str = "ema"  # which they are, "ema" or "model"
 
     @property
     def device(self) -> torch.device:
@@ -37,6 +51,7 @@ def load_trained(
     vae: str | None = None,
     config: Config | None = None,
     overrides: Sequence[str] = (),
+    weights: str = "ema",
 ) -> TrainedModel:
     """Load a checkpoint for sampling.
 
@@ -45,9 +60,11 @@ def load_trained(
         vae: "ema", "mse" or a local folder; default: the autoencoder in the folder, or that the checkpoint names.
         config: default: the checkpoint's own. It must agree with that in what shapes the network or the process.
         overrides: `section.key=value` for the checkpoint's own configuration.
+        weights: "ema", or "model" for the trained weights, which only a checkpoint of a run has.
 
     Raises:
-        UserError: unreadable checkpoint, contradicting configuration, or another autoencoder than in training.
+        UserError: unreadable checkpoint, non-finite weights, contradicting configuration, or another autoencoder
+            than in training.
     """
     state = load_checkpoint(ckpt)
     config = config or config_from_dict(state["config"], overrides)
@@ -55,13 +72,8 @@ def load_trained(
 
     warn_of_unguided_channels(config)
 
-    # The network with its EMA weights
-    model = build_model(config)
-    try:
-        model.load_state_dict(state["ema"])
-    except (RuntimeError, TypeError) as error:
-        reason = f"its weights are not those of its configuration ({one_line(error)})"
-        raise UserError(f"--ckpt '{ckpt}': {reason}; give another") from None
+    # The network with its weights
+    model = load_network(state, config, weights, str(ckpt))
     identity = fingerprint(model.state_dict(), config)
 
     # The autoencoder: the one asked for, else the checkpoint's
@@ -74,7 +86,40 @@ def load_trained(
     check_autoencoder(autoencoder, known, config)
 
     model = model.to(device).eval()
-    return TrainedModel(model, config, autoencoder, state["class_names"], state["step"], identity)
+    weights = state.get("weights") or weights
+    return TrainedModel(model, config, autoencoder, state["class_names"], state["step"], identity, weights)
+
+
+def load_network(state: Checkpoint, config: Config, weights: str, ckpt: str) -> torch.nn.Module:
+    """The configured network with the "ema" or "model" weights; UserError if they do not fit or are not finite."""
+    values = chosen_weights(state, weights, f"--ckpt '{ckpt}'")
+    model = build_model(config)
+    difference = shape_difference(tensor_shapes(model.state_dict()), tensor_shapes(values))
+    if difference:
+        raise UserError(
+            f"--ckpt '{ckpt}': its weights are not those of its configuration ({difference}); give another"
+        )
+    bad = non_finite_tensor(values)
+    if bad:
+        raise UserError(
+            f"--ckpt '{ckpt}' has non-finite values in its weights {bad}; give an earlier checkpoint"
+        )
+    model.load_state_dict(values)
+    if weights == "ema" and state.get("weights") is None:
+        warn_of_young_ema(state)
+    return model
+
+
+def warn_of_young_ema(state: Checkpoint) -> None:
+    """Warn if much of the EMA is still what training started with. Converted weights were not trained here."""
+    decay = config_from_dict(state["config"]).training.ema_decay
+    steps = state["step"]
+    share = initial_share(decay, steps)
+    if steps and share > LARGEST_INITIAL_SHARE:
+        group.print_once(
+            f"warning: {share:.0%} of the EMA weights is still what training started with (training.ema_decay "
+            f"{decay} over {steps:,} steps); --weights model takes the trained weights"
+        )
 
 
 def warn_of_unguided_channels(config: Config) -> None:

@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from config import Config, UserError
+from config import Config, UserError, one_line
 from diffusion import schedule
 from diffusion.samplers import Denoise
 from sampling.accounting import StepCounts
@@ -52,7 +52,8 @@ class DCDiTPipeline:
 
     Attributes:
         trained: the model, its configuration and its autoencoder.
-        scheduler: any diffusers scheduler for epsilon prediction; default: DDPM with the model's variances.
+        scheduler: a diffusers scheduler for epsilon prediction on the model's noise schedule; default: DDPM with
+            the model's variances.
     """
 
     def __init__(self, trained: TrainedModel, scheduler: SchedulerMixin | None = None):
@@ -93,7 +94,7 @@ class DCDiTPipeline:
         )
         options.check(config)
         check_labels(class_labels, config)
-        self.scheduler.set_timesteps(num_inference_steps, device=self.trained.device)
+        prepare_scheduler(self.scheduler, config, num_inference_steps, self.trained.device)
 
         def sampler(denoise: Denoise) -> Iterator[SchedulerStep]:
             return self.scheduler_steps(denoise, len(class_labels), generator)
@@ -135,6 +136,51 @@ def default_scheduler(config: Config) -> DDPMScheduler:
         clip_sample=False,
         timestep_spacing="linspace",
     )
+
+
+def prepare_scheduler(scheduler: SchedulerMixin, config: Config, steps: int, device: torch.device) -> None:
+    """Set the timesteps of a scheduler; UserError if it is not one for the model's process."""
+    problem = scheduler_problem(scheduler, config)
+    if problem is None:
+        try:
+            scheduler.set_timesteps(steps, device=device)
+        except Exception as error:  # a scheduler has conditions of its own, and any kind of error for them
+            problem = f"cannot make {steps} steps ({one_line(error)})"
+    if problem is None:
+        timesteps = scheduler.timesteps
+        first = float(timesteps[0])
+        last = float(timesteps[-1])
+        if not 0 <= last <= first < config.diffusion.diffusion_steps:
+            problem = f"goes from t = {first:g} to {last:g}, not from noise to image"
+    if problem is not None:
+        raise UserError(
+            f"scheduler {type(scheduler).__name__}: {problem}; give one that denoises by epsilon, such as "
+            "DDIMScheduler.from_config(pipe.scheduler.config)"
+        )
+
+
+def scheduler_problem(scheduler: SchedulerMixin, config: Config) -> str | None:
+    """Why a scheduler cannot denoise with the model, or None."""
+    needed = ("set_timesteps", "step", "scale_model_input", "init_noise_sigma", "alphas_cumprod")
+    if not all(hasattr(scheduler, name) for name in needed):
+        return (
+            "is for another process, such as flow matching, than the diffusion that the model was trained for"
+        )
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    if prediction != "epsilon" or scheduler.config.get("use_flow_sigmas"):
+        return f"reads a prediction of another kind ({prediction}) than the model's epsilon"
+    parameters = inspect.signature(scheduler.step).parameters.values()
+    required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    others = set(required) - {"model_output", "timestep", "sample", "args", "kwargs"}
+    if others:
+        return f"needs {', '.join(sorted(others))} in every step"
+    # The noise at each timestep is that of training
+    betas = schedule.betas(config.diffusion.noise_schedule, config.diffusion.diffusion_steps)
+    signal = torch.as_tensor(1 - betas).cumprod(0).float()
+    own = scheduler.alphas_cumprod.float().cpu()
+    if own.shape != signal.shape or not torch.allclose(own, signal, atol=1e-4):
+        return "has another noise schedule than the model was trained with"
+    return None
 
 
 def wants_variance(scheduler: SchedulerMixin) -> bool:

@@ -79,6 +79,11 @@ class SampleFolder:
         (self.path / "records").mkdir(exist_ok=True)
         return [start for start in self.starts if not self._is_done(start)]
 
+    def count_other_images(self) -> int:
+        """Images in the folder beyond the first `count`, which an earlier call was asked for."""
+        numbers = [int(file.stem) for file in self.path.glob("*.png") if file.stem.isdigit()]
+        return sum(number >= self.count for number in numbers)
+
     def chosen_budgets(self) -> tuple[Budget, Budget | None]:
         """The budgets of both branches that were chosen when the folder was made."""
         chosen = self._settings()["chosen"]

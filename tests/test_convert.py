@@ -1,10 +1,12 @@
 """Foreign weights: equal outputs, configurations that fit, and files that try to run code."""
 
+import argparse
 import dataclasses
 import io
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -13,14 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import config as configuration
 import config_keys
-from config import UserError, config_from_dict, load_config, to_dict, to_yaml
+import train
+from config import UserError, config_from_dict, load_config, one_line, to_dict, to_yaml
 from models import build_model
 from sampling.generate import SamplingOptions, generate_images, load_trained
 from weights import convert, foreign
-from weights.checkpoint import load_checkpoint, save_checkpoint
+from weights.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from weights.untrusted import Refused, read_untrusted
 
 ROOT = Path(__file__).parent.parent
@@ -200,7 +204,7 @@ def test_official_dc_dit(official, tmp_path):
 def test_to_safetensors_and_back(tiny_config, tiny_vae, tmp_path):
     config = load_config(tiny_config)
     model = build_model(config)
-    ema = {name: tensor + 0.1 for name, tensor in model.state_dict().items()}
+    ema = {name: tensor + 0.01 for name, tensor in model.state_dict().items()}
     plain = {
         "step": 7,
         "config": to_dict(config),
@@ -228,6 +232,156 @@ def test_to_safetensors_and_back(tiny_config, tiny_vae, tmp_path):
     images = sample(first)
     assert torch.equal(images, sample(tmp_path / "ema.safetensors"))
     assert torch.equal(images, sample(tmp_path / "back.pt"))
+
+
+# ---------------------------------------------------------------------------------------------- other trainers
+
+
+def small_dit() -> dict:
+    """A DiT of one block under the published names."""
+    config = load_config(ROOT / "configs" / "DiT-S-4.yaml", SMALL_DIT)
+    torch.manual_seed(0)
+    weights = {name: torch.randn_like(tensor) for name, tensor in build_model(config).state_dict().items()}
+    return published_names(weights)
+
+
+SMALL_DIT = ["model.hnet.arch_layout=[c2,[D1],c2]", "data.image_size=64", "data.num_classes=8"]
+
+
+def prefixed(prefix: str, weights: dict) -> dict:
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def in_blocks(part: str, weights: dict) -> dict:
+    """As after torch.compile, or FSDP, of the single blocks."""
+    return {name.replace("blocks.0.", f"blocks.0.{part}."): tensor for name, tensor in weights.items()}
+
+
+OTHER_TRAINERS = {
+    "DistributedDataParallel": lambda w: prefixed("module.", w),
+    "torch.compile": lambda w: prefixed("_orig_mod.", w),
+    "FSDP": lambda w: in_blocks("_fsdp_wrapped_module", prefixed("_fsdp_wrapped_module.", w)),
+    "compiled blocks": lambda w: in_blocks("_orig_mod", w),
+    "all of them": lambda w: {"ema": prefixed("module._orig_mod._fsdp_wrapped_module.module.", w)},
+    "Lightning": lambda w: {"state_dict": prefixed("net._orig_mod.", w), "epoch": 3},
+    "only model": lambda w: {"model": w},
+    "other names for an EMA": lambda w: {"params": prefixed("module.", published_zeros(w)), "params_ema": w},
+    "options of train.py": lambda w: {"ema": w, "model": published_zeros(w), "args": argparse.Namespace(a=1)},
+    "our names": lambda w: foreign.from_official(w),
+}
+
+
+def published_zeros(weights: dict) -> dict:
+    return {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("trainer", OTHER_TRAINERS)
+def test_weights_of_other_trainers(trainer, save, tmp_path):
+    weights = small_dit()
+    state = converted(save(OTHER_TRAINERS[trainer](weights)), tmp_path / "out.safetensors")
+    assert_same_weights(state["ema"], foreign.from_official(weights))
+    assert config_from_dict(state["config"]).data.num_classes == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_in_plain_safetensors(dtype, tmp_path):
+    half = {name: tensor.to(dtype) for name, tensor in small_dit().items()}
+    save_file(half, tmp_path / "half.safetensors")
+    state = converted(tmp_path / "half.safetensors", tmp_path / "out.safetensors")
+    loaded_model(state)
+    assert_same_weights(state["ema"], foreign.from_official(half))
+
+
+def test_a_dc_dit_with_our_names(tiny_config, save, tmp_path):
+    """A bare state dict of a run of this repository, whose configuration is given."""
+    weights = build_model(load_config(tiny_config)).state_dict()
+    source = save(prefixed("_orig_mod.", weights))
+    out = tmp_path / "out.safetensors"
+    assert "comes without its configuration; give it as --config" in refusal(source, out)
+    assert_same_weights(converted(source, out, "--config", str(tiny_config))["ema"], weights)
+
+
+def test_fine_tuning_a_converted_dit_on_other_classes(save, tiny_config, tmp_path):
+    """The two commands of docs/weights.md, small: published names, 8 classes, trained on the 3 of the features."""
+    converted(save(small_dit()), tmp_path / "dit.safetensors")
+    changes = [
+        "model.patch_size=4",
+        "model.hnet.arch_layout=[c2,[D1],c2]",
+        "model.hnet.d_model=[384,384]",
+        "model.hnet.num_heads=[6,6]",
+        f"training.init_from={tmp_path / 'dit.safetensors'}",
+        "training.max_steps=1",
+    ]
+    words = [word for change in changes for word in ("--set", change)]
+    train.main(["--config", str(tiny_config), "--output", str(tmp_path / "run"), *words])
+    report = (tmp_path / "run" / "init_report.txt").read_text().splitlines()
+    assert sum(line.endswith(" copied") for line in report) == len(report) - 1
+    assert any("new labels ((9, 384) there, (4, 384) here; null label copied)" in line for line in report)
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "0000001.pt")
+    assert state["model"]["y_embedder.table.weight"].shape == (4, 384)
+
+
+QUANTISED = {
+    "fp8": lambda tensor: tensor.to(torch.float8_e4m3fn),
+    "int8": lambda tensor: tensor.to(torch.int8),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_quantised_weights_are_refused(kind, save, tiny_config, tmp_path):
+    quantised = {name: QUANTISED[kind](tensor) for name, tensor in small_dit().items()}
+    save_file(quantised, tmp_path / "plain.safetensors")
+    for source in (save({"ema": quantised}), tmp_path / "plain.safetensors"):
+        assert "quantised weights cannot be used" in refusal(source, tmp_path / "out.safetensors")
+        with pytest.raises(UserError, match="quantised weights cannot be used"):
+            load_checkpoint(source)
+    # And in a file with our metadata
+    config = load_config(tiny_config)
+    weights = {name: QUANTISED[kind](tensor) for name, tensor in build_model(config).state_dict().items()}
+    save_weights(tmp_path / "own.safetensors", {"step": 0, "config": to_dict(config), "ema": weights})
+    with pytest.raises(UserError, match="quantised weights cannot be used"):
+        load_trained(tmp_path / "own.safetensors")
+
+
+def test_a_file_that_is_not_converted_is_met_with_the_command(
+    official, diffusers_dit, save, tiny_config, tmp_path
+):
+    """Wherever it is given; the command works as it is printed."""
+    plain = tmp_path / "my weights.safetensors"
+    save_file(small_dit(), plain)
+    sources = [official, diffusers_dit[1], diffusers_dit[1] / "transformer", plain, save(small_dit())]
+    for source in sources:
+        with pytest.raises(UserError) as caught:
+            load_trained(source)
+        message = str(caught.value)
+        assert message.isprintable() and "weights_only" not in message
+        _, command, _ = message.split("`")
+        words = shlex.split(command)
+        assert words[:3] == ["python", "-m", "weights.convert"] and message.endswith("give the result")
+        convert.main([words[3], str(tmp_path / "out.safetensors"), *words[5:]])
+    for option in ("training.init_from", "training.resume_from_ckpt"):
+        with pytest.raises(UserError, match=f"^{option} '.*run `python -m weights.convert"):
+            train.main(["--config", str(tiny_config), "--set", f"{option}={official}"])
+    with pytest.raises(UserError, match="^--resume '.*give the result as training.init_from$"):
+        train.main(["--resume", str(official)])
+
+
+def test_what_is_not_ours_and_cannot_be_converted(official, save, tiny_config, tmp_path):
+    """No command is promised: for other networks, and for our own files that are damaged."""
+    for source in (save({"a": torch.ones(1)}), save({"format": 2, "model": small_dit()})):
+        with pytest.raises(UserError, match="is not a checkpoint of this repository"):
+            load_checkpoint(source)
+    damaged = tmp_path / "damaged.pt"
+    content = bytearray(official.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match="differs from its checksum"):
+        load_checkpoint(damaged)
+
+
+def test_quoted_errors_have_no_terminal_escapes():
+    text = one_line(ValueError("\x1b[1mbold\x1b[0m\nand \x1b]0;title\x07 \r more"))
+    assert text.isprintable() and text.startswith("ValueError: bold and")
 
 
 # ---------------------------------------------------------------------------------------------------- hostile
@@ -335,14 +489,14 @@ def test_mistakes_on_the_command_line(official, tmp_path):
     assert "must end in .safetensors or .pt" in refusal(official, tmp_path / "out.bin")
     assert "is no diffusers folder with config.json" in refusal(tmp_path, out)
     message = refusal(official, out, "--set", "model.mlp_ratio=3")
-    assert "tensors do not fit the configuration, first" in message
+    assert "blocks.0.mlp.fc1.bias is (256,) there and (192,) in the configured network" in message
     assert not out.exists()
 
 
 def test_files_with_other_content(save, tmp_path):
     out = tmp_path / "out.safetensors"
-    message = refusal(save({"ema": {}, "args": "x"}), out, "--weights", "model")
-    assert "has no state dict 'model'; try the other --weights" in message
+    message = refusal(save({"ema": small_dit(), "args": "x"}), out, "--weights", "model")
+    assert "has no weights 'model'; try the other --weights" in message
     message = refusal(save({"a": torch.ones(1)}), out)
     assert "holds other weights than those of DiT and DC-DiT" in message
     assert not out.exists()

@@ -121,7 +121,7 @@ TRAIN = [
     ("--config {config} --set training.resume_from_ckpt=nowhere.pt",
      "training.resume_from_ckpt 'nowhere.pt' does not exist"),
     ("--config {config} --set training.resume_from_ckpt={ckpt} --set model.mlp_ratio=2",
-     "holds another network than the configuration describes; see model.mlp_ratio"),
+     "in the configured network; see model.mlp_ratio"),
     ("--config {config} --set training.resume_from_ckpt={ckpt} --set training.class_dropout_prob=0",
      "see training.class_dropout_prob"),
 ]  # fmt: skip
@@ -133,7 +133,8 @@ SAMPLING = [
     ("--ckpt {place}/nowhere.pt",
      "--ckpt '{place}/nowhere.pt' does not exist; give the path of a checkpoint"),
     ("--ckpt {place}/a_file", "is not a readable checkpoint of this repository"),
-    ("--ckpt {place}", "is not a readable checkpoint of this repository"),
+    ("--ckpt {place}", "is a folder without weights; give the path of a checkpoint"),
+    ("--ckpt {place}/run", "is a folder of checkpoints; give one of them, such as '{ckpt}'"),
     ("--ckpt {ckpt} --bogus 1", "unrecognized arguments: --bogus 1"),
     ("--ckpt {ckpt} --cfg-scale 1 --lite-cfg",
      "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1"),

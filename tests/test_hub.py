@@ -2,6 +2,7 @@
 
 import json
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -169,6 +170,32 @@ def test_other_schedulers(checkpoint):
     ):
         with pytest.raises(UserError):
             DCDiTPipeline(pipe.trained)(**{"class_labels": [0], **mistake})
+
+
+MISFITS = {
+    "FlowMatchEulerDiscreteScheduler": "is for another process, such as flow matching",
+    "EDMEulerScheduler": "is for another process",
+    "KarrasVeScheduler": "is for another process",
+    "HeunDiscreteScheduler": "has another noise schedule than the model was trained with",  # if not from_config
+    "RePaintScheduler": "needs mask, original_image in every step",
+    "DDIMInverseScheduler": "goes from t = 0 to 666, not from noise to image",
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_schedulers_that_do_not_fit(checkpoint, name):
+    pipe = DCDiTPipeline(load_trained(checkpoint), getattr(diffusers, name)())
+    with pytest.raises(UserError, match=f"^scheduler {name}: {MISFITS[name]}.*; give one that denoises"):
+        pipe([0], num_inference_steps=3)
+
+
+@pytest.mark.parametrize("change", [{"prediction_type": "v_prediction"}, {"use_flow_sigmas": True}])
+def test_schedulers_for_another_prediction(checkpoint, change):
+    pipe = DCDiTPipeline.from_pretrained(checkpoint)
+    kind = diffusers.DPMSolverMultistepScheduler
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, variance_type=None, **change)
+    with pytest.raises(UserError, match="reads a prediction of another kind"):
+        pipe([0])
 
 
 @pytest.fixture

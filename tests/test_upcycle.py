@@ -12,8 +12,8 @@ from config import UserError, config_from_dict, load_config
 from models import build_model
 from models.embeddings import sincos_positions
 from training.optimizer import parameter_groups
-from weights.checkpoint import list_checkpoints, load_checkpoint
-from weights.upcycle import embed_in_3x3, upcycle
+from weights.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from weights.upcycle import embed_in_3x3, initial_state, upcycle
 
 WIDTH, SIDE = 64, 8
 
@@ -227,6 +227,61 @@ def test_the_same_network_is_copied(dit_run, tiny_config, tmp_path):
     assert all(line.endswith(" copied") for line in lines)
 
 
+@pytest.mark.parametrize("patch", ["2", "null"], ids=["DiT to DiT", "upcycled"])
+def test_other_classes(dit_run, tiny_config, tmp_path, capsys, patch):
+    """The table of labels is new, but for its last row; the rest is what the source has."""
+    source = load_checkpoint(dit_run)["ema"]
+    options = [f"training.init_from={dit_run}", f"model.patch_size={patch}", "data.num_classes=7"]
+    config = load_config(tiny_config, options)
+    first, origins = initial_state(config)
+    table = first["model"]["y_embedder.table.weight"]
+    torch.manual_seed(config.training.seed)
+    fresh = build_model(config).state_dict()["y_embedder.table.weight"]
+    assert torch.equal(table[:7], fresh[:7])
+    assert torch.equal(table[7], source["y_embedder.table.weight"][3])
+    for name, origin in origins.items():
+        if origin == "copied":
+            assert torch.equal(first["model"][name], source[name]), name
+    # And as a command, which reports it
+    start(tiny_config, tmp_path, *options, "training.max_steps=1")
+    kept = "new labels ((4, 32) there, (8, 32) here; null label copied)"
+    assert kept in capsys.readouterr().out
+    assert f"y_embedder.table.weight {kept}" in " ".join((tmp_path / "init_report.txt").read_text().split())
+
+
+def test_other_classes_between_dc_dits(whole_run, tiny_config):
+    source = list_checkpoints(whole_run / "checkpoints")[-1]
+    options = [f"training.init_from={source}", "data.num_classes=4"]
+    first, origins = initial_state(load_config(tiny_config, options))
+    expected = load_checkpoint(source)["ema"]
+    assert origins.pop("y_embedder.table.weight").startswith("new labels")
+    for name in origins:
+        assert torch.equal(first["model"][name], expected[name]), name
+
+
+def test_a_null_label_is_never_taken_for_a_class(dit_run, tiny_config):
+    """Three classes and the null label have as many rows as four classes without one."""
+    source = load_checkpoint(dit_run)["ema"]["y_embedder.table.weight"]
+    options = [f"training.init_from={dit_run}", "model.patch_size=2", "training.class_dropout_prob=0"]
+    first, _ = initial_state(load_config(tiny_config, [*options, "data.num_classes=4"]))
+    table = first["model"]["y_embedder.table.weight"]
+    assert table.shape == source.shape and not torch.equal(table[3], source[3])
+    # The same classes without a null label keep their rows
+    first, _ = initial_state(load_config(tiny_config, options))
+    assert torch.equal(first["model"]["y_embedder.table.weight"], source[:3])
+
+
+@pytest.mark.parametrize("key", ["training.init_from", "training.resume_from_ckpt"])
+def test_training_from_weights_that_are_not_finite(dit_run, tiny_config, tmp_path, key):
+    """The weights are blamed, not the images."""
+    state = load_checkpoint(dit_run)
+    state["ema"]["blocks.0.mlp.fc1.weight"][0, 0] = torch.nan
+    path = save_checkpoint(tmp_path / "bad", state, keep=0)
+    changes = ["--set", f"{key}={path}", "--set", "model.patch_size=2", "--output", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="has non-finite values in its weights blocks.0.mlp.fc1.weight"):
+        train.main(["--config", str(tiny_config), *changes])
+
+
 MISTAKES = [
     (
         ["training.init_from={dit}", "model.mlp_ratio=2"],
@@ -238,7 +293,11 @@ MISTAKES = [
     ),
     (
         ["training.init_from={dit}", "model.patch_size=4"],
-        "holds another network than the configuration describes",
+        "final_layer.linear.bias is (32,) there and (128,) in the configured network",
+    ),
+    (
+        ["training.init_from={dit}", "model.patch_size=2", "model.hnet.num_heads=[4,4]"],
+        "was trained with another model.hnet.num_heads; add --set model.hnet.num_heads=[2, 2]",
     ),
     (["training.init_from=nowhere.pt"], "training.init_from 'nowhere.pt' does not exist"),
     (

@@ -5,6 +5,7 @@ import torch
 from config import Config, UserError
 from data.features import Features, open_features
 from models import build_model
+from processes import group
 from training.schedules import total_steps
 
 
@@ -30,6 +31,7 @@ def open_fitting_features(config: Config) -> Features:
         raise UserError(
             f"data.num_classes: {data.num_classes} is too small for label {largest} in the features"
         )
+    warn_of_untrained_classes(config, store)
     # There are images for at least one optimizer step
     images = len(store)
     batch = config.training.global_batch_size
@@ -44,6 +46,20 @@ def open_fitting_features(config: Config) -> Features:
             "raise it or lower gradient_accumulation_steps"
         )
     return store
+
+
+def warn_of_untrained_classes(config: Config, store: Features) -> None:
+    """Warn if the model has more classes than the features.
+
+    It is no error: a model that is fine-tuned on some of its classes keeps the others.
+    """
+    known = len(store.class_names or []) or int(store.labels.max()) + 1
+    classes = config.data.num_classes
+    if classes > known:
+        group.print_once(
+            f"warning: data.num_classes is {classes}, but the features have {known} classes; labels {known} to "
+            f"{classes - 1} are never trained; for features of all classes, set data.num_classes={known}"
+        )
 
 
 def check_parameter_names(config: Config) -> None:

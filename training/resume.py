@@ -25,6 +25,8 @@ from weights.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     network_shapes,
+    non_finite_tensor,
+    shape_difference,
     tensor_shapes,
 )
 from weights.upcycle import Origins
@@ -229,11 +231,19 @@ def load_fitting_checkpoint(config: Config, path: Path | str, option: str) -> Ch
             "start at step 0 from its weights with training.init_from"
         )
     # The network must have the same tensors
-    if tensor_shapes(state["model"]) != network_shapes(config):
+    difference = shape_difference(network_shapes(config), tensor_shapes(state["model"]))
+    if difference:
         changed = differences(to_dict(config), state["config"])
         keys = [key for key in changed if role_of(key) == "network"]
         raise UserError(
-            f"{option} '{path}' holds another network than the configuration describes; see {', '.join(keys)}"
+            f"{option} '{path}' holds another network than the configuration describes: {difference}; "
+            f"see {', '.join(keys)}"
+        )
+    # Training could only continue with non-finite losses
+    bad = non_finite_tensor(state["model"]) or non_finite_tensor(state["ema"])
+    if bad:
+        raise UserError(
+            f"{option} '{path}' has non-finite values in its weights {bad}; give an earlier checkpoint"
         )
     check_finite(state, f"{option} '{path}'")
     return state

@@ -56,8 +56,12 @@ class SampleGrids:
     def __call__(self, model: nn.Module, step: int) -> None:
         if self.accelerator.is_main_process:
             trained = TrainedModel(model, self.config, self.autoencoder, None, step, fingerprint="")
-            images = generate_images(trained, self.labels, self.options)
-            save_grid(images, grid_path(self.folder, step), columns=COLUMNS)
+            # Samples that overflow are no reason to end a run
+            try:
+                images = generate_images(trained, self.labels, self.options)
+                save_grid(images, grid_path(self.folder, step), columns=COLUMNS)
+            except FloatingPointError as error:
+                self.accelerator.print(f"warning: no sample grid at step {step}: {error}")
         self.accelerator.wait_for_everyone()
 
 

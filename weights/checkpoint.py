@@ -21,9 +21,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from config import Config, UserError, one_line
+from config import Config, UserError, one_line, printable
 from data.files import write_file
 from models import build_model
+from weights.untrusted import is_archive
+from weights.unwrap import conversion_hint, is_state_dict, precision_problem
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"  # the weights file in a folder that is laid out for the Hugging Face hub
@@ -38,6 +40,7 @@ class Checkpoint(TypedDict, total=False):
     autoencoder: dict | None  # `Autoencoder.describe()` of the one that made the features
     features: str | None  # fingerprint of the feature store
     class_names: list[str] | None
+    weights: str | None  # "model" in a weights file that holds the trained weights in place of the EMA
     ema: dict[str, Tensor]
     model: dict[str, Tensor]
     optimizer: dict
@@ -52,6 +55,7 @@ PLAIN_TYPES = {
     "autoencoder": dict | None,
     "features": str | None,
     "class_names": list | None,
+    "weights": str | None,
 }
 PLAIN_DATA = tuple(PLAIN_TYPES)
 AUTOENCODER_KEYS = {"name", "stride", "channels", "shift", "scale", "sha256"}
@@ -116,7 +120,7 @@ def save_weights(path: Path, state: Checkpoint) -> None:
 def plain_data(state: Checkpoint) -> dict[str, Any]:
     """The entries of a checkpoint that a weights file has too, without the weights."""
     entries = cast(dict[str, Any], state)
-    return {key: entries[key] for key in PLAIN_DATA}
+    return {key: entries.get(key) for key in PLAIN_DATA}
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -145,21 +149,29 @@ def load_checkpoint(path: str | Path, option: str = "--ckpt") -> Checkpoint:
         return load_weights(path, option)
     if not path.exists():
         raise UserError(f"{option} '{path}' does not exist; give the path of a checkpoint such as 0400000.pt")
+    if path.is_dir():
+        refuse_unconverted(path, option)
+        raise UserError(f"{option} '{path}' is a folder{newest_in(path)}")
 
     # Compare all checksums before anything is unpickled
     problem = find_damage(path)
+    is_damaged = problem is not None and is_archive(path)
     if problem is None:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # a foreign file can make the unpickler raise anything
             problem = one_line(error)
     if problem is not None:
+        if not is_damaged:
+            refuse_unconverted(path, option)
         raise UserError(
             f"{option} '{path}' is not a readable checkpoint of this repository ({problem}); give another"
         )
 
     # Check what was read
     if not isinstance(content, dict) or content.get("format") != FORMAT:
+        if not isinstance(content, dict) or "format" not in content:
+            refuse_unconverted(path, option)
         raise UserError(
             f"{option} '{path}' is not a checkpoint of this repository (format {FORMAT}); give another"
         )
@@ -168,25 +180,73 @@ def load_checkpoint(path: str | Path, option: str = "--ckpt") -> Checkpoint:
     )
 
 
+def newest_in(folder: Path) -> str:
+    """How a message about a folder ends: with the newest checkpoint in it, if it is that of a run."""
+    checkpoints = list_checkpoints(folder / "checkpoints") or list_checkpoints(folder)
+    if checkpoints:
+        return f" of checkpoints; give one of them, such as '{checkpoints[-1]}'"
+    return " without weights; give the path of a checkpoint such as 0400000.pt"
+
+
+def refuse_unconverted(path: str | Path, option: str) -> None:
+    """Raise a UserError with the command to run if a file or folder holds weights that can be converted."""
+    hint = conversion_hint(Path(path))
+    if hint is None:
+        return
+    # Converted weights have no optimizer, so they can be the start of a run but not resume one
+    is_start = option in ("--resume", "training.resume_from_ckpt")
+    target = " as training.init_from" if is_start else ""
+    raise UserError(f"{option} '{path}' {hint}{target}")
+
+
 def load_weights(path: Path, option: str) -> Checkpoint:
     """Read what `save_weights` wrote, and compare its checksum."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("checkpoint", "null"))
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+    except Exception as error:  # a number format that this version does not know can raise any kind
         raise UserError(
             f"{option} '{path}' is not a readable weights file ({one_line(error)}); give another"
         ) from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        raise UserError(
-            f"{option} '{path}' has no configuration in its metadata; make it with python -m weights.convert"
-        )
+        if about is None:
+            refuse_unconverted(path, option)
+        raise UserError(f"{option} '{path}' is not a weights file of this repository; give another")
     # Files of other writers may lack a checksum
     if about.pop("crc32", None) not in (None, checksum(weights)):
         raise UserError(f"{option} '{path}' is damaged: its weights differ from their checksum; give another")
     content = {**about, "ema": weights}
     return check_content(content, ("ema",), f"{option} '{path}' is not a weights file of this repository")
+
+
+def has_metadata(path: Path) -> bool:
+    """Whether a safetensors file has the plain data that `save_weights` writes."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return "checkpoint" in (file.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
+def chosen_weights(state: Checkpoint, which: str, source: str) -> dict[str, Tensor]:
+    """The "ema" or "model" weights of a checkpoint.
+
+    Args:
+        source: how an error message begins.
+
+    Raises:
+        UserError: `which` is "model", and the file holds the EMA only.
+    """
+    if which == "ema" or state.get("weights") == "model":
+        return state["ema"]
+    # A checkpoint that was converted has the EMA as "model", too
+    if "optimizer" not in state:
+        raise UserError(
+            f"{source} holds the EMA weights only, so --weights model has nothing to take; "
+            "leave it out, or give the checkpoint that training wrote"
+        )
+    return state["model"]
 
 
 def find_damage(path: str | Path) -> str | None:
@@ -223,6 +283,10 @@ def check_content(content: Mapping[str, Any], weights: tuple[str, ...], refusal:
         wrong.append("autoencoder")
     if wrong:
         raise UserError(f"{refusal} (it lacks {', '.join(wrong)}); give another")
+    for key in weights:
+        problem = precision_problem(state[key])
+        if problem:
+            raise UserError(f"{refusal} ({printable(problem)}); give another")
     return cast(Checkpoint, state)
 
 
@@ -235,13 +299,39 @@ def is_plain(value: object) -> bool:
     return True
 
 
-def is_state_dict(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values())
-
-
 def tensor_shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in a state dict."""
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def shape_difference(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """The first tensor that two networks do not have with the same shape, with both shapes; None if there is none.
+
+    Args:
+        expected: of the configured network.
+        found: of the network in a file.
+    """
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            own = found.get(name, "missing")
+            wanted = expected.get(name, "missing")
+            return printable(f"{name} is {own} there and {wanted} in the configured network")
+    return None
+
+
+def non_finite_tensor(weights: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor with a value that is not finite, or None."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            return printable(name)
+    return None
+
+
+def initial_share(ema_decay: float, steps: int) -> float:
+    """Share of the initial weights in an EMA after this number of optimizer steps."""
+    return ema_decay**steps
 
 
 def network_shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -11,31 +11,37 @@ The samplers (`--ckpt`) and `training.init_from` read the result.
 
 import argparse
 import json
-import zipfile
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 import cli
-from config import Config, UserError, config_from_dict, load_config, to_dict
+from config import Config, UserError, config_from_dict, load_config, one_line, printable, to_dict
 from data.files import write_file
 from weights.checkpoint import (
     FORMAT,
     WEIGHTS,
     Checkpoint,
+    chosen_weights,
     find_damage,
-    is_state_dict,
+    has_metadata,
     load_checkpoint,
     network_shapes,
     plain_data,
     save_weights,
+    shape_difference,
     tensor_shapes,
 )
 from weights.foreign import DIFFUSERS_DIVISOR, dit_config, from_diffusers, from_official
-from weights.untrusted import Refused, read_untrusted
+from weights.untrusted import Refused, is_archive, read_untrusted
+from weights.unwrap import (
+    DIFFUSERS_KIND,
+    Foreign,
+    find_weights,
+    precision_problem,
+    read_foreign,
+)
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -47,8 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--weights",
         choices=("ema", "model"),
-        default="ema",
-        help="which weights of a checkpoint to convert (default: %(default)s)",
+        help="which weights of a checkpoint to convert (default: ema, where there is one)",
     )
     parser.add_argument("--config", help="configuration, if the source has none")
     parser.add_argument(
@@ -94,83 +99,124 @@ def save_pt(path: Path, state: Checkpoint) -> None:
 def read_source(args: argparse.Namespace) -> tuple[str, Checkpoint]:
     """What the source is, and a checkpoint with the chosen weights as "ema"."""
     source = args.source
-    is_weights_folder = (source / WEIGHTS).is_file()
-    if source.is_dir() and not is_weights_folder:
-        return "diffusers' DiT", read_diffusers(args)
-    if is_weights_folder or source.suffix == ".safetensors":
+    if is_own(source):
         state = load_checkpoint(source, "source")
+        choose_own_weights(state, args)
         return "weights of this repository", with_config(state, args)
+    if source.is_dir():
+        return DIFFUSERS_KIND, read_diffusers(args, source)
 
-    # A torch.save file: of this repository if it names a format, otherwise an official one
+    # A file of another trainer
+    foreign = read_foreign_file(source)
+    if foreign.kind is None:
+        raise UserError(f"source '{source}' holds other weights than those of DiT and DC-DiT")
+    if foreign.kind == DIFFUSERS_KIND:
+        return DIFFUSERS_KIND, read_diffusers(args, source.parent)
+    weights = choose_weights(foreign, args)
+    problem = precision_problem(weights)
+    if problem:
+        raise UserError(f"source '{source}': {printable(problem)}")
+    return foreign.kind, read_renamed(from_official(weights), foreign, args)
+
+
+def is_own(source: Path) -> bool:
+    """Whether a file or folder was written by this repository."""
+    if source.is_dir():
+        return (source / WEIGHTS).is_file()
+    if source.suffix == ".safetensors":
+        return has_metadata(source)
+    if not is_archive(source):
+        return False
+    # Only plain data and tensors are read, and tensors stay on the disk
     content = read_torch_file(source)
-    if "format" in content:
-        state = load_checkpoint(source, "source")
-        state["ema"] = choose_weights(state, args)
-        return "checkpoint of this repository", with_config(state, args)
-    return read_official(choose_weights(content, args), content.get("config"), args)
+    return isinstance(content, dict) and "format" in content
 
 
-def read_torch_file(source: Path) -> dict:
-    """Read a dictionary from a torch.save file of unknown origin, or raise a UserError."""
-    problem = find_damage(source) if zipfile.is_zipfile(source) else None
+def read_torch_file(source: Path) -> object:
+    """The content of a torch.save file of unknown origin, or a UserError."""
+    problem = find_damage(source) if is_archive(source) else None
     if problem:
         raise UserError(f"source '{source}' is damaged ({problem}); give another copy")
     try:
-        content = read_untrusted(source)
+        return read_untrusted(source)
     except (Refused, OSError) as error:
         raise UserError(f"source '{source}' is not a checkpoint that can be read safely: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(
-            f"source '{source}' holds no weights; give a checkpoint of DiT, DC-DiT or this repository"
-        )
-    return content
 
 
-def choose_weights(content: Any, args: argparse.Namespace) -> dict[str, Tensor]:
-    """The state dict "ema" or "model", as --weights says. A file may also be a state dict itself."""
-    weights = content if is_state_dict(content) else content.get(args.weights)
-    if not is_state_dict(weights):
-        raise UserError(f"source '{args.source}' has no state dict '{args.weights}'; try the other --weights")
-    return weights
+def read_foreign_file(source: Path) -> Foreign:
+    """The networks in a file of unknown origin, or a UserError."""
+    try:
+        if source.suffix == ".safetensors":
+            return read_foreign(source)
+        return find_weights(read_torch_file(source))
+    except (Refused, OSError) as error:
+        raise UserError(f"source '{source}' cannot be read ({error}); give another") from None
 
 
-def read_official(
-    weights: dict[str, Tensor], config: dict | None, args: argparse.Namespace
-) -> tuple[str, Checkpoint]:
-    """Rename an official state dict, of a DC-DiT (with the configuration from the same file) or of a DiT."""
-    if "x_embedder.proj.weight" not in weights or "pos_embed" not in weights:
-        raise UserError(f"source '{args.source}' holds other weights than those of DiT and DC-DiT")
-    converted = from_official(weights)
-    if not any(name.startswith("hnet.") for name in weights):
-        return "official DiT", make_checkpoint(converted, dit_config_of(converted, args))
-    if config is None and not args.config:
+def choose_own_weights(state: Checkpoint, args: argparse.Namespace) -> None:
+    """Make the weights that --weights names the "ema" of a checkpoint."""
+    state["ema"] = chosen_weights(state, args.weights or "ema", f"source '{args.source}'")
+    if args.weights == "model":
+        state["weights"] = "model"
+
+
+def choose_weights(foreign: Foreign, args: argparse.Namespace) -> dict[str, Tensor]:
+    """The EMA, or what --weights names; without --weights the trained weights where there is no EMA."""
+    weights = {"ema": foreign.ema, "model": foreign.model}
+    names = [args.weights] if args.weights else ["ema", "model"]
+    for name in names:
+        found = weights[name]
+        if found is not None:
+            return found
+    raise UserError(f"source '{args.source}' has no weights '{args.weights}'; try the other --weights")
+
+
+def read_renamed(weights: dict[str, Tensor], foreign: Foreign, args: argparse.Namespace) -> Checkpoint:
+    """A checkpoint of weights that have our names, with the configuration that they or their file tell."""
+    if "DC-DiT" not in str(foreign.kind):
+        return make_checkpoint(weights, dit_config_of(weights, args))
+    if foreign.config is None and not args.config:
         raise UserError(
             f"source '{args.source}': this DC-DiT comes without its configuration; give it as --config"
         )
-    return "official DC-DiT", make_checkpoint(converted, configure(args, config))
+    return make_checkpoint(weights, configure(args, foreign.config))
 
 
-def read_diffusers(args: argparse.Namespace) -> Checkpoint:
+def read_diffusers(args: argparse.Namespace, folder: Path) -> Checkpoint:
     """Read the folder of a DiTTransformer2DModel, or of a DiTPipeline, which has one in transformer/."""
-    folder = args.source
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        weights = safetensors.torch.load_file(folder / DIFFUSERS_WEIGHTS)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        foreign = read_foreign(diffusers_file(folder))
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"source '{folder}' is no diffusers folder with config.json and {DIFFUSERS_WEIGHTS} ({error})"
+            f"source '{folder}' is no diffusers folder with config.json and {DIFFUSERS_WEIGHTS} "
+            f"({one_line(error)})"
         ) from None
+    weights = foreign.model or {}
+    problem = precision_problem(weights)
+    if problem:
+        raise UserError(f"source '{folder}': {printable(problem)}")
     try:
         tokens = (about["sample_size"] // about["patch_size"]) ** 2
+        heads = about["num_attention_heads"]
         converted = from_diffusers(weights, tokens)
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"source '{folder}' is no DiTTransformer2DModel that can be converted: {error}"
+            f"source '{folder}' is no DiTTransformer2DModel that can be converted ({one_line(error)})"
         ) from None
-    config = dit_config_of(converted, args, about["num_attention_heads"], DIFFUSERS_DIVISOR)
-    return make_checkpoint(converted, config)
+    return make_checkpoint(converted, dit_config_of(converted, args, heads, DIFFUSERS_DIVISOR))
+
+
+def diffusers_file(folder: Path) -> Path:
+    """The weights in a diffusers folder; there may be a variant in half precision, or a pickle, in their place."""
+    names = (DIFFUSERS_WEIGHTS, "diffusion_pytorch_model.*.safetensors", "diffusion_pytorch_model*.bin")
+    for name in names:
+        files = sorted(folder.glob(name))
+        if files:
+            return files[0]
+    return folder / DIFFUSERS_WEIGHTS
 
 
 # --------------------------------------------------------------------------------------------- configurations
@@ -189,7 +235,7 @@ def dit_config_of(
         return configure(args, None)
     try:
         config = dit_config(weights, heads)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"source '{args.source}': {error}; give its configuration as --config") from None
     if divisor is not None:
         config["model"]["timestep_divisor"] = divisor
@@ -217,6 +263,7 @@ def make_checkpoint(weights: dict[str, Tensor], config: Config) -> Checkpoint:
         "autoencoder": None,
         "features": None,
         "class_names": None,
+        "weights": None,
         "ema": weights,
     }
 
@@ -224,13 +271,11 @@ def make_checkpoint(weights: dict[str, Tensor], config: Config) -> Checkpoint:
 def check_shapes(state: Checkpoint, source: Path) -> None:
     """Raise a UserError if the weights have other names or shapes than the configured network."""
     expected = network_shapes(config_from_dict(state["config"]))
-    found = tensor_shapes(state["ema"])
-    wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
-    if wrong:
-        first = wrong[0]
+    difference = shape_difference(expected, tensor_shapes(state["ema"]))
+    if difference:
         raise UserError(
-            f"source '{source}': {len(wrong)} tensors do not fit the configuration, first {first} "
-            f"({found.get(first)}, expected {expected.get(first)}); give the right one as --config or --set"
+            f"source '{source}' does not fit the configuration: {difference}; give the right one as --config "
+            "or --set"
         )
 
 

@@ -47,7 +47,8 @@ def official_name(name: str) -> str:
 def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the official state dict of a DC-DiT (one chunking stage) or DiT; load it with strict=True."""
     converted = {official_name(name): tensor for name, tensor in state.items()}
-    converted["pos_embed"] = converted["pos_embed"].flatten(0, 1)  # (1, L, D) -> (L, D)
+    if converted["pos_embed"].ndim == 3:  # not if the weights have our names
+        converted["pos_embed"] = converted["pos_embed"].flatten(0, 1)  # (1, L, D) -> (L, D)
     return converted
 
 

@@ -1,8 +1,8 @@
 """Reads `torch.save` files of strangers without executing anything in them.
 
 torch's weights-only unpickler builds tensors and containers and nothing else. The official DC-DiT checkpoints
-also hold a pickled configuration, an object of classes in a module `config`. Each of these becomes an `Inert`
-object. Any other class or function in the file is refused before unpickling starts.
+also hold a pickled configuration, an object of classes in a module `config`, and those of DiT its options. Each
+of these becomes an `Inert` object. Any other class or function in the file is refused before unpickling starts.
 """
 
 import pickle
@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from config import one_line
+from schema import one_line, printable
 
 CONFIG_MODULE = "config."  # the module of the official code whose classes may occur
+NAMESPACE = "argparse.Namespace"  # the options of train.py, which the code of DiT and SiT stores
 
 
 class Inert:
-    """Stands for a pickled object of the official configuration: it has the fields, and no behaviour."""
+    """Stands for a pickled object of an official configuration: it has the fields, and no behaviour."""
 
     def __setstate__(self, fields: object) -> None:
         self.fields = fields
@@ -36,15 +37,18 @@ def read_untrusted(path: Path) -> object:
     """
     # Refuse unknown classes before anything is unpickled
     names = unknown_names(path)
-    refused = sorted(name for name in names if not name.startswith(CONFIG_MODULE))
+    refused = sorted(name for name in names if not name.startswith(CONFIG_MODULE) and name != NAMESPACE)
     if refused:
-        listed = ", ".join(refused[:3])
-        raise Refused(f"it holds {listed}, which is neither tensor, container nor configuration")
+        listed = printable(", ".join(refused[:3]))
+        raise Refused(
+            f"it holds {listed}, which is neither tensor, container nor configuration; "
+            "load it where it was made, and save its state dict alone"
+        )
 
     # Unpickle with an inert class in place of each configuration class
     try:
-        with torch.serialization.safe_globals([(Inert, name) for name in names]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([(Inert, name) for name in {*names, NAMESPACE}]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
     except OSError:
         raise
     except Exception as error:  # a mutilated pickle can make the unpickler raise anything
@@ -55,9 +59,17 @@ def read_untrusted(path: Path) -> object:
         raise Refused("something in it contains itself") from None
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file is a zip archive, as torch.save writes them since PyTorch 1.6."""
+    try:
+        return zipfile.is_zipfile(path)
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
 def unknown_names(path: Path) -> list[str]:
     """Dotted names of the classes and functions in a file that torch does not know to be harmless."""
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return []  # torch's older format, in which the unpickler refuses every such name
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)

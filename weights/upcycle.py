@@ -10,12 +10,28 @@ from statistics import NormalDist
 import torch
 from torch import Tensor, nn
 
-from config import Config, UserError, config_from_dict, differences, downsample_factors, parse_layout, to_dict
+from config import (
+    Config,
+    UserError,
+    config_from_dict,
+    differences,
+    downsample_factors,
+    flatten,
+    parse_layout,
+    role_of,
+    to_dict,
+)
 from models import build_model
 from models.dc_dit import DCDiT
 from models.dit import DiT
 from models.embeddings import sincos_positions
-from weights.checkpoint import Checkpoint, load_checkpoint, tensor_shapes
+from weights.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    non_finite_tensor,
+    shape_difference,
+    tensor_shapes,
+)
 
 # Keys in which a DiT must agree with the DC-DiT that it becomes.
 SHARED = (
@@ -24,8 +40,6 @@ SHARED = (
     "model.mlp_ratio",
     "model.timestep_divisor",
     "training.learn_sigma",
-    "training.class_dropout_prob",
-    "data.num_classes",
     "data.latent_channels",
     "data.image_size",
     "data.latent_stride",
@@ -33,9 +47,15 @@ SHARED = (
     "diffusion.diffusion_steps",
 )
 
+# Keys that shape nothing but the table of labels, which is fitted to the new classes.
+LABEL_KEYS = ("data.num_classes", "training.class_dropout_prob")
+LABEL_TABLE = "y_embedder.table.weight"
+
 # Mean and standard deviation of silu(x) for a standard normal x.
 SILU_MEAN = 0.2066
 SILU_STD = 0.5596
+
+Network = DiT | DCDiT
 
 Origins = dict[
     str, str
@@ -55,7 +75,12 @@ def initial_state(config: Config) -> tuple[Checkpoint, Origins]:
     torch.manual_seed(config.training.seed)
     model = build_model(config)
     source = build_model(source_config)
+    difference = shape_difference(tensor_shapes(source.state_dict()), tensor_shapes(loaded["ema"]))
+    if difference:
+        raise UserError(f"training.init_from: '{path}' contradicts its own configuration: {difference}")
+    check_finite(loaded["ema"], path)
     source.load_state_dict(loaded["ema"])
+    labels_origin = fit_label_table(source, source_config, model, config)
     # Fill the new one
     if isinstance(source, DiT) and isinstance(model, DCDiT):
         check_shared(config, source_config)
@@ -63,7 +88,10 @@ def initial_state(config: Config) -> tuple[Checkpoint, Origins]:
         first_factor = config.training.downsample_factor_start or config.training.downsample_factor
         origins = upcycle(source, model, start.scaffold, start.router, downsample_factors(first_factor))
     else:
-        origins = copy_all(source, model, path)
+        check_same_network(config, source_config, source, model)
+        model.load_state_dict(source.state_dict())
+        origins = dict.fromkeys(model.state_dict(), "copied")
+    origins[LABEL_TABLE] = labels_origin
     weights = model.state_dict()
     return {"step": 0, "model": weights, "ema": weights}, origins
 
@@ -82,17 +110,59 @@ def check_shared(config: Config, dit: Config) -> None:
         )
 
 
-def copy_all(source: nn.Module, model: nn.Module, path: str) -> Origins:
-    """Copy all weights between networks with the same tensors; UserError where they differ."""
-    weights = source.state_dict()
-    shapes = tensor_shapes(model.state_dict())
-    if shapes != tensor_shapes(weights):
+def check_same_network(config: Config, source_config: Config, source: nn.Module, model: nn.Module) -> None:
+    """Raise a UserError unless both networks have the same tensors and compute the same with them."""
+    path = config.training.init_from
+    difference = shape_difference(tensor_shapes(model.state_dict()), tensor_shapes(source.state_dict()))
+    if difference:
         raise UserError(
-            f"training.init_from: '{path}' holds another network than the configuration describes; "
-            "give a model with its shapes, or a static DiT of its width and blocks"
+            f"training.init_from: '{path}' holds another network than the configuration describes: "
+            f"{difference}; give a model with its shapes, or a static DiT of its width and blocks"
         )
-    model.load_state_dict(weights)
-    return dict.fromkeys(shapes, "copied")
+    # The same shapes may stand for another network, such as one with other heads
+    for key in differences(to_dict(config), to_dict(source_config)):
+        if key.startswith("model.") and role_of(key) == "process":
+            wanted = flatten(to_dict(source_config))[key]
+            raise UserError(
+                f"training.init_from: '{path}' was trained with another {key}; add --set {key}={wanted}"
+            )
+
+
+def check_finite(weights: dict[str, Tensor], path: str) -> None:
+    """Raise a UserError if weights to start from have a NaN or an infinity."""
+    name = non_finite_tensor(weights)
+    if name:
+        raise UserError(
+            f"training.init_from: '{path}' has non-finite values in its weights {name}; give another"
+        )
+
+
+@torch.no_grad()
+def fit_label_table(source: Network, source_config: Config, model: Network, config: Config) -> str:
+    """Give the source a table of labels with the rows of the new model. Returns where its values come from.
+
+    With another number of classes, the rows of classes start as in the new model, because nothing says which
+    classes correspond. The row of the null label, the last one, is kept if both have it.
+    """
+    old = source.y_embedder.table.weight  # (labels, D)
+    new = model.y_embedder.table.weight
+    classes = config.data.num_classes
+    same_classes = classes == source_config.data.num_classes
+    both_have_null = len(new) > classes and len(old) > source_config.data.num_classes
+    if old.shape[1:] != new.shape[1:] or (same_classes and len(old) == len(new)):
+        return "copied"
+
+    rows = new.detach().clone()
+    parts = []
+    if same_classes:
+        rows[:classes] = old[:classes]
+        parts.append("classes copied")
+    if both_have_null:
+        rows[classes] = old[-1]
+        parts.append("null label copied")
+    source.y_embedder.table = nn.Embedding.from_pretrained(rows, freeze=False)
+    kept = ", ".join(parts) or "nothing copied"
+    return f"new labels ({tuple(old.shape)} there, {tuple(new.shape)} here; {kept})"
 
 
 # -------------------------------------------------------------------------------------------------- upcycling

@@ -1,0 +1,202 @@
+"""Samplers and odd models: EMAs that are still young, values that are not finite, classes without a name."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cli
+import sample
+import sample_ddp
+import train
+from config import UserError, load_config, to_dict
+from data.features import open_features
+from figures import elastic_grid
+from models import build_model
+from sampling import accounting, hub
+from sampling.generate import SamplingOptions, generate_images, load_trained
+from training import sample_grids
+from weights import convert
+from weights.checkpoint import initial_share, list_checkpoints, save_checkpoint
+
+FEW_STEPS = ["--num-sampling-steps", "2"]
+
+
+def save_model(config_file: Path, folder: Path, *changes: str, step: int = 100, **entries) -> Path:
+    """A checkpoint whose trained weights are 0.01 above those of the EMA."""
+    config = load_config(config_file, changes)
+    torch.manual_seed(0)
+    ema = {name: tensor + 0.01 for name, tensor in build_model(config).state_dict().items()}
+    store = open_features(config.data.feature_path, 32)
+    state = {
+        "step": step,
+        "config": to_dict(config),
+        "autoencoder": store.autoencoder,
+        "features": store.fingerprint(),
+        "class_names": store.class_names,
+        "model": {name: tensor + 0.01 for name, tensor in ema.items()},
+        "ema": ema,
+        "optimizer": {},
+    }
+    return save_checkpoint(folder, state | entries, keep=0)
+
+
+@pytest.fixture
+def checkpoint(tiny_config, tmp_path) -> Path:
+    return save_model(tiny_config, tmp_path / "checkpoints")
+
+
+# -------------------------------------------------------------------------------------------- EMA or raw weights
+
+
+def test_the_trained_weights_are_an_option_everywhere(checkpoint, tmp_path, capsys):
+    ema = load_trained(checkpoint)
+    model = load_trained(checkpoint, weights="model")
+    difference = model.model.state_dict()["norm.weight"] - ema.model.state_dict()["norm.weight"]
+    torch.testing.assert_close(difference, torch.full_like(difference, 0.01))
+    assert model.fingerprint != ema.fingerprint
+
+    # As commands, and through the files that are made of them
+    chosen = ["--ckpt", str(checkpoint), "--weights", "model"]
+    pictures = ["--no-visualize", "--classes", "0", "1", *FEW_STEPS]
+    sample.main([*chosen, *pictures, "--output", str(tmp_path / "raw")])
+    sample.main(["--ckpt", str(checkpoint), *pictures, "--output", str(tmp_path / "ema")])
+    assert (tmp_path / "raw" / "sample.png").read_bytes() != (tmp_path / "ema" / "sample.png").read_bytes()
+    convert.main([str(checkpoint), str(tmp_path / "raw.safetensors"), "--weights", "model"])
+    hub.main([*chosen, "--output", str(tmp_path / "hub")])
+    assert "Trained weights after 100 steps" in (tmp_path / "hub" / "README.md").read_text()
+    for source in (tmp_path / "raw.safetensors", tmp_path / "hub"):
+        for weights in ("ema", "model"):  # the file has one, whatever is asked for
+            assert load_trained(source, weights=weights).fingerprint == model.fingerprint
+
+
+def test_a_weights_file_has_no_trained_weights(checkpoint, tmp_path):
+    for name in ("ema.safetensors", "ema.pt"):
+        convert.main([str(checkpoint), str(tmp_path / name)])
+        with pytest.raises(UserError, match="holds the EMA weights only, so --weights model has nothing"):
+            load_trained(tmp_path / name, weights="model")
+
+
+@pytest.mark.parametrize(
+    "decay, step, share", [(0.9999, 1400, "87%"), (0.9, 20, "12%"), (0.9, 22, None), (0.9999, 0, None)]
+)
+def test_an_ema_that_has_not_caught_up(tiny_config, tmp_path, capsys, decay, step, share):
+    """Converted weights, at step 0, were not trained here."""
+    path = save_model(tiny_config, tmp_path, f"training.ema_decay={decay}", step=step)
+    load_trained(path)
+    printed = capsys.readouterr().out
+    assert ("warning: " in printed) == (share is not None)
+    if share:
+        assert f"{share} of the EMA weights is still what training started with" in printed
+        assert "--weights model takes the trained weights" in printed
+    load_trained(path, weights="model")
+    assert capsys.readouterr().out == ""
+    assert initial_share(0.5, 3) == 0.125
+
+
+# ------------------------------------------------------------------------------------------- values not finite
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(tiny_config, tmp_path, value):
+    config = load_config(tiny_config)
+    ema = build_model(config).state_dict()
+    ema["blocks.0.mlp.fc1.weight"][3, 4] = value
+    path = save_model(tiny_config, tmp_path, ema=ema)
+    with pytest.raises(
+        UserError, match="has non-finite values in its weights blocks.0.mlp.fc1.weight; give an"
+    ):
+        load_trained(path)
+    load_trained(path, weights="model")
+
+
+def test_samples_that_overflow_end_the_program(checkpoint, tmp_path, capsys):
+    """With status 1 and the sample and the step; nothing black is written."""
+    for script, output in ((sample, "--output"), (sample_ddp, "--output-dir")):
+        argv = ["--ckpt", str(checkpoint), "--cfg-scale", "1e38", *FEW_STEPS, output, str(tmp_path / "out")]
+        with pytest.raises(SystemExit) as caught:
+            cli.run(lambda script=script, argv=argv: script.main(argv))
+        assert str(caught.value.code).startswith("error: sample 0 is not finite from step ")
+        assert "of 2 (t = " in str(caught.value.code)
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_training_outlives_samples_that_overflow(tiny_config, tmp_path, monkeypatch, capsys):
+    def overflow(*arguments):
+        raise FloatingPointError("sample 0 is not finite")
+
+    monkeypatch.setattr(sample_grids, "generate_images", overflow)
+    changes = ["training.max_steps=2", "logging.sample_every=1"]
+    words = [word for change in changes for word in ("--set", change)]
+    train.main(["--config", str(tiny_config), "--output", str(tmp_path), *words])
+    printed = capsys.readouterr().out
+    assert "warning: no sample grid at step 1: sample 0 is not finite" in printed
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 1
+
+
+# ---------------------------------------------------------------------------------------- classes without a name
+
+
+@pytest.fixture
+def many_classes(tiny_config, tmp_path) -> Path:
+    """A model of 12 classes whose features name three."""
+    return save_model(tiny_config, tmp_path / "many", "data.num_classes=12")
+
+
+def test_reports_fall_back_to_the_number(many_classes, tmp_path):
+    argv = ["--ckpt", str(many_classes), *FEW_STEPS]
+    sample.main([*argv, "--classes", "1", "11", "--output", str(tmp_path / "few")])
+    rows = json.loads((tmp_path / "few" / "summary.json").read_text())["kept_by_class"]
+    assert [row["name"] for row in rows] == ["b", "11"]
+    grid = tmp_path / "grid.png"
+    elastic_grid.main([*argv, "--classes", "1", "11", "--fractions", "0", "0.5", "--output", str(grid)])
+    assert Image.open(grid).size[0] > 100
+    sample_ddp.main(
+        [*argv, "--num-fid-samples", "12", "--labels", "balanced", "--output-dir", str(tmp_path / "m")]
+    )
+    rows = json.loads((tmp_path / "m" / "summary.json").read_text())["kept_by_class"]
+    assert [row["name"] for row in rows] == ["a", "b", "c", *map(str, range(3, 12))]
+
+
+def test_images_are_kept_if_the_report_fails(checkpoint, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise IndexError("a fault in the report")
+
+    monkeypatch.setattr(accounting, "class_name", fail)
+    monkeypatch.setattr(elastic_grid, "class_name", fail)
+    argv = ["--ckpt", str(checkpoint), *FEW_STEPS]
+    with pytest.raises(IndexError):
+        sample.main([*argv, "--output", str(tmp_path)])
+    with pytest.raises(IndexError):
+        elastic_grid.main([*argv, "--fractions", "0", "0.5", "--output", str(tmp_path / "grid.png")])
+    with pytest.raises(IndexError):
+        sample_ddp.main([*argv, "--num-fid-samples", "3", "--output-dir", str(tmp_path / "set")])
+    assert Image.open(tmp_path / "sample.png").size[0] > 100
+    assert Image.open(tmp_path / "grid.png").size[0] == 2 * 32 + 6
+    assert np.load(tmp_path / "set.npz")["arr_0"].shape == (3, 32, 32, 3)
+
+
+def test_training_says_that_classes_have_no_images(tiny_config, tmp_path, capsys):
+    argv = ["--config", str(tiny_config), "--output", str(tmp_path), "--set", "training.max_steps=1"]
+    train.main([*argv, "--set", "data.num_classes=5"])
+    said = "warning: data.num_classes is 5, but the features have 3 classes; labels 3 to 4 are never trained"
+    assert said in capsys.readouterr().out
+
+
+def test_fewer_images_than_before_are_said(checkpoint, tmp_path, capsys):
+    argv = ["--ckpt", str(checkpoint), *FEW_STEPS, "--output-dir", str(tmp_path / "set")]
+    argv += ["--per-proc-batch-size", "2", "--num-fid-samples"]
+    sample_ddp.main([*argv, "5"])
+    assert "note: " not in capsys.readouterr().out
+    sample_ddp.main([*argv, "2"])
+    assert f"note: {tmp_path / 'set'} holds 3 more images of an earlier" in capsys.readouterr().out
+    assert np.load(tmp_path / "set.npz")["arr_1"].shape == (2,)
+
+
+def test_the_images_of_a_finite_model_are_images(checkpoint):
+    """The models above do not sample rubbish."""
+    images = generate_images(load_trained(checkpoint), [0, 1], SamplingOptions(num_sampling_steps=2))
+    assert images.float().std() > 1
