@@ -16,23 +16,18 @@ from processes import group
 from weights.checkpoint import (
     Checkpoint,
     chosen_weights,
-    initial_share,
     load_checkpoint,
     non_finite_tensor,
     shape_difference,
     tensor_shapes,
 )
-
-# A larger share of initial weights in the EMA is worth a warning
-LARGEST_INITIAL_SHARE = 0.1
+from weights.ema import MAX_INITIAL_SHARE, initial_share
 
 
 class TrainedModel(NamedTuple):
     """A trained model with all that sampling needs."""
 
-    model: (
-        torch.nn.Module
-    )  # with the EMA weights, or those of training if they were asked for; for evaluation
+    model: torch.nn.Module  # in evaluation mode, with the EMA weights or, if asked for, the trained ones
     config: Config
     autoencoder: Autoencoder
     class_names: list[str] | None
@@ -112,13 +107,13 @@ def load_network(state: Checkpoint, config: Config, weights: str, ckpt: str) -> 
 
 def warn_of_young_ema(state: Checkpoint) -> None:
     """Warn if much of the EMA is still what training started with. Converted weights were not trained here."""
-    decay = config_from_dict(state["config"]).training.ema_decay
+    training = config_from_dict(state["config"]).training
     steps = state["step"]
-    share = initial_share(decay, steps)
-    if steps and share > LARGEST_INITIAL_SHARE:
+    share = initial_share(steps, training)
+    if steps and share > MAX_INITIAL_SHARE:
         group.print_once(
             f"warning: {share:.0%} of the EMA weights is still what training started with (training.ema_decay "
-            f"{decay} over {steps:,} steps); --weights model takes the trained weights"
+            f"{training.ema_decay} over {steps:,} steps); --weights model takes the trained weights"
         )
 
 

@@ -113,9 +113,9 @@ TRAIN = [
      "training.resume_from_ckpt: '{ckpt}' is of step 1, but the run ends at step 1; set training.max_steps "
      "above 1, or start at step 0 from its weights with training.init_from"),
     ("--config {config} --set training.resume_from_ckpt={place}/nan/0000001.pt",
-     "nan/0000001.pt' holds numbers that are not finite in x_embedder.bias; give another checkpoint"),
+     "nan/0000001.pt' has non-finite values in x_embedder.bias; give an earlier checkpoint"),
     ("--config {config} --set training.init_from={place}/nan/0000001.pt",
-     "nan/0000001.pt' holds numbers that are not finite in x_embedder.bias; give another checkpoint"),
+     "nan/0000001.pt' has non-finite values in x_embedder.bias; give an earlier checkpoint"),
     ("--config {config} --output {place}/broken",
      "0000002.pt' is not a readable checkpoint of this repository"),
     ("--config {config} --set training.resume_from_ckpt=nowhere.pt",

@@ -211,8 +211,10 @@ def test_a_run_in_pieces_is_the_same_run(in_one_process, trained, tiny_config):
     """First with fewer steps, then the finished run again, then the rest with --resume, which needs no --config."""
     pieces = tiny_config.parent / "pieces"
     lines = [line for line in in_one_process.stdout.splitlines() if line.endswith(str(pieces))]
-    assert lines == ["finished at step 4 of 4: " + str(pieces)] * 2 + [
-        f"finished at step {STEPS} of {STEPS}: {pieces}"
+    assert lines == [
+        f"finished at step 4 of 4: {pieces}",
+        f"already finished at step 4 of 4: {pieces}",
+        f"finished at step {STEPS} of {STEPS}: {pieces}",
     ]
     assert_same_run(pieces, trained)
 

@@ -20,7 +20,7 @@ from sampling import accounting, hub
 from sampling.generate import SamplingOptions, generate_images, load_trained
 from training import sample_grids
 from weights import convert
-from weights.checkpoint import initial_share, list_checkpoints, save_checkpoint
+from weights.checkpoint import list_checkpoints, save_checkpoint
 
 FEW_STEPS = ["--num-sampling-steps", "2"]
 
@@ -94,7 +94,6 @@ def test_an_ema_that_has_not_caught_up(tiny_config, tmp_path, capsys, decay, ste
         assert "--weights model takes the trained weights" in printed
     load_trained(path, weights="model")
     assert capsys.readouterr().out == ""
-    assert initial_share(0.5, 3) == 0.125
 
 
 # ------------------------------------------------------------------------------------------- values not finite

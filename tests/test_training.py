@@ -277,14 +277,14 @@ EMPTY = {"config": {}, "model": {}, "ema": {}, "autoencoder": None, "class_names
 
 def test_checkpoints_are_numbered_pruned_and_plain(tmp_path):
     for step in (5, 10, 999, 12345678):
-        state = {**EMPTY, "step": step, "model": {"w": torch.full((2,), step)}}
+        state = {**EMPTY, "step": step, "model": {"w": torch.full((2,), float(step))}}
         path = save_checkpoint(tmp_path, state, keep=2)
     assert path.name == "12345678.pt"
     assert [path.name for path in list_checkpoints(tmp_path)] == ["0000999.pt", "12345678.pt"]
     assert sorted(os.listdir(tmp_path)) == ["0000999.pt", "12345678.pt"]
     assert torch.load(path, weights_only=True)["step"] == 12345678
     state = load_checkpoint(path)
-    assert state["format"] == 1 and torch.equal(state["model"]["w"], torch.full((2,), 12345678))
+    assert state["format"] == 1 and torch.equal(state["model"]["w"], torch.full((2,), 12345678.0))
     for step in (20, 30):
         save_checkpoint(tmp_path, {**EMPTY, "step": step}, keep=0)
     assert len(list_checkpoints(tmp_path)) == 4

@@ -278,7 +278,7 @@ def test_training_from_weights_that_are_not_finite(dit_run, tiny_config, tmp_pat
     state["ema"]["blocks.0.mlp.fc1.weight"][0, 0] = torch.nan
     path = save_checkpoint(tmp_path / "bad", state, keep=0)
     changes = ["--set", f"{key}={path}", "--set", "model.patch_size=2", "--output", str(tmp_path / "run")]
-    with pytest.raises(UserError, match="has non-finite values in its weights blocks.0.mlp.fc1.weight"):
+    with pytest.raises(UserError, match="has non-finite values in .*blocks.0.mlp.fc1.weight"):
         train.main(["--config", str(tiny_config), *changes])
 
 

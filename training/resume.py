@@ -239,12 +239,6 @@ def load_fitting_checkpoint(config: Config, path: Path | str, option: str) -> Ch
             f"{option} '{path}' holds another network than the configuration describes: {difference}; "
             f"see {', '.join(keys)}"
         )
-    # Training could only continue with non-finite losses
-    bad = non_finite_tensor(state["model"]) or non_finite_tensor(state["ema"])
-    if bad:
-        raise UserError(
-            f"{option} '{path}' has non-finite values in its weights {bad}; give an earlier checkpoint"
-        )
     check_finite(state, f"{option} '{path}'")
     return state
 
@@ -260,6 +254,6 @@ def check_finite(state: Checkpoint, name: str) -> None:
     for number, entry in state.get("optimizer", {}).get("state", {}).items():
         for key, tensor in entry.items():
             tensors[f"optimizer.{number}.{key}"] = tensor
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise UserError(f"{name} holds numbers that are not finite in {key}; give another checkpoint")
+    bad = non_finite_tensor(tensors)
+    if bad:
+        raise UserError(f"{name} has non-finite values in {bad}; give an earlier checkpoint")

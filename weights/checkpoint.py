@@ -329,11 +329,6 @@ def non_finite_tensor(weights: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def initial_share(ema_decay: float, steps: int) -> float:
-    """Share of the initial weights in an EMA after this number of optimizer steps."""
-    return ema_decay**steps
-
-
 def network_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in the network that a configuration describes."""
     with torch.device("meta"):

@@ -28,7 +28,6 @@ from models.embeddings import sincos_positions
 from weights.checkpoint import (
     Checkpoint,
     load_checkpoint,
-    non_finite_tensor,
     shape_difference,
     tensor_shapes,
 )
@@ -78,7 +77,6 @@ def initial_state(config: Config) -> tuple[Checkpoint, Origins]:
     difference = shape_difference(tensor_shapes(source.state_dict()), tensor_shapes(loaded["ema"]))
     if difference:
         raise UserError(f"training.init_from: '{path}' contradicts its own configuration: {difference}")
-    check_finite(loaded["ema"], path)
     source.load_state_dict(loaded["ema"])
     labels_origin = fit_label_table(source, source_config, model, config)
     # Fill the new one
@@ -126,15 +124,6 @@ def check_same_network(config: Config, source_config: Config, source: nn.Module,
             raise UserError(
                 f"training.init_from: '{path}' was trained with another {key}; add --set {key}={wanted}"
             )
-
-
-def check_finite(weights: dict[str, Tensor], path: str) -> None:
-    """Raise a UserError if weights to start from have a NaN or an infinity."""
-    name = non_finite_tensor(weights)
-    if name:
-        raise UserError(
-            f"training.init_from: '{path}' has non-finite values in its weights {name}; give another"
-        )
 
 
 @torch.no_grad()
