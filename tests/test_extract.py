@@ -12,10 +12,12 @@ import torch
 
 import cli
 import extract_features
+from config import config_from_dict
 from data.autoencoder import Autoencoder
 from data.features import open_features
 from data.images import ImageFolder
 from data.streams import rng
+from sampling.load import warn_of_unguided_channels
 
 ROOT = Path(__file__).parent.parent
 
@@ -158,6 +160,7 @@ def test_two_processes_make_the_same_store(tiny_images, tiny_vae, whole, tmp_pat
 KILLED = """
 import os, signal, sys
 import extract_features
+from config import config_from_dict
 from data.feature_writer import FeatureWriter
 write = FeatureWriter.write
 def killed(writer, shard, *rest):
@@ -257,3 +260,11 @@ def test_mistakes_are_one_line_and_status_2(
     assert lines[0].startswith("error: ")
     assert part in lines[0]
     assert not (tmp_path / "store").exists()
+
+
+def test_guidance_of_some_of_many_channels_is_one_warning(capsys):
+    for channels in ("3", "all"):
+        overrides = ["data.latent_channels=16", f"diffusion.cfg_channels={channels}"]
+        warn_of_unguided_channels(config_from_dict({}, overrides))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: diffusion.cfg_channels 3: guidance changes 3 of the 16 latent channels")
