@@ -64,9 +64,9 @@ class Autoencoder:
             name = name_or_path
             source = HUB_NAMES[name]
             remedy = f"run `hf download {source}` once with internet access, or give a local diffusers folder"
-        elif os.path.isfile(os.path.join(name_or_path, "config.json")):
-            name = os.path.abspath(name_or_path)
-            source = name_or_path
+        elif folder := find_folder(name_or_path):
+            name = os.path.abspath(folder)
+            source = folder
             remedy = "give a folder that AutoencoderKL.save_pretrained wrote"
         else:
             raise UserError(
@@ -136,6 +136,14 @@ class Autoencoder:
         # Adding 128 and not 127.5 turns the truncation into rounding, as in ADM and DiT.
         levels = (127.5 * pixels + 128).clamp(0, 255)
         return levels.to(torch.uint8)
+
+
+def find_folder(path: str) -> str | None:
+    """The folder of an autoencoder: this one, or the folder vae/ of a pipeline. None if there is neither."""
+    for folder in (path, os.path.join(path, "vae")):
+        if os.path.isfile(os.path.join(folder, "config.json")):
+            return folder
+    return None
 
 
 def read_model(source: str) -> AutoencoderKL:

@@ -12,10 +12,12 @@ import torch
 
 import cli
 import extract_features
+from config import config_from_dict
 from data.autoencoder import Autoencoder
 from data.features import open_features
 from data.images import ImageFolder
 from data.streams import rng
+from sampling.load import warn_of_unguided_channels
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,6 +112,45 @@ def test_per_channel_latent_statistics(tiny_vae):
     assert shift_and_scale(model.config, 4) == ([0.25] * 4, [0.5] * 4)
 
 
+def test_a_variant_of_sixteen_channels(tmp_path):
+    """A folder with files of half precision only; shift and scale of newer autoencoders."""
+    from diffusers import AutoencoderKL
+
+    model = AutoencoderKL(
+        block_out_channels=(4,),
+        norm_num_groups=2,
+        latent_channels=16,
+        shift_factor=0.0609,
+        scaling_factor=0.3611,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    model.half().save_pretrained(tmp_path / "vae", variant="fp16")
+    for folder in (tmp_path / "vae", tmp_path):  # the latter as a pipeline's folder
+        autoencoder = Autoencoder.load(str(folder), "cpu")
+        assert autoencoder.channels == 16
+        assert autoencoder.shift == [0.0609] * 16
+        assert autoencoder.scale == [0.3611] * 16
+        assert autoencoder.name == str(tmp_path / "vae")
+        assert autoencoder.model.dtype == torch.float32
+
+
+def test_an_image_replaced_under_its_name_is_encoded_again(tiny_images, tiny_vae, tmp_path, capsys):
+    images = shutil.copytree(tiny_images, tmp_path / "images")
+    options = arguments(images, tiny_vae, tmp_path / "store")
+    extract_features.main(options)
+    shutil.copy(images / "b" / "1.png", images / "a" / "0.png")
+    extract_features.main([*options, "--dry-run"])
+    said = "0 new, 1 replaced and 0 missing images since the last extraction, such as 'a/0.png'"
+    assert said in capsys.readouterr().out
+    extract_features.main(options)
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert "2 of 10 images to encode" in printed
+    extract_features.main(options)
+    assert "already complete" in capsys.readouterr().out
+
+
 def test_two_processes_make_the_same_store(tiny_images, tiny_vae, whole, tmp_path):
     result = launch(["extract_features.py", *arguments(tiny_images, tiny_vae, tmp_path / "two")], processes=2)
     assert result.returncode == 0, result.stderr
@@ -119,6 +160,7 @@ def test_two_processes_make_the_same_store(tiny_images, tiny_vae, whole, tmp_pat
 KILLED = """
 import os, signal, sys
 import extract_features
+from config import config_from_dict
 from data.feature_writer import FeatureWriter
 write = FeatureWriter.write
 def killed(writer, shard, *rest):
@@ -218,3 +260,11 @@ def test_mistakes_are_one_line_and_status_2(
     assert lines[0].startswith("error: ")
     assert part in lines[0]
     assert not (tmp_path / "store").exists()
+
+
+def test_guidance_of_some_of_many_channels_is_one_warning(capsys):
+    for channels in ("3", "all"):
+        overrides = ["data.latent_channels=16", f"diffusion.cfg_channels={channels}"]
+        warn_of_unguided_channels(config_from_dict({}, overrides))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: diffusion.cfg_channels 3: guidance changes 3 of the 16 latent channels")

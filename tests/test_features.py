@@ -16,8 +16,10 @@ from PIL import Image
 from config import UserError
 from data.feature_writer import FeatureWriter, StoreOptions, StoreSettings, encode_images
 from data.features import damaged_files, open_features
+from data.features import main as verify
 from data.images import ImageFolder, SkippedImage
 from data.source_files import read_state
+from data.store_files import sha256_of
 from data.streams import rng
 
 SIZE = 8
@@ -388,6 +390,16 @@ def test_official_layout_is_paired_by_name_in_numeric_order(tmp_path):
     assert pickle.loads(pickle.dumps(store)).fingerprint() == store.fingerprint()
 
 
+@pytest.mark.parametrize("label", [[-1], [2.7], [0, 0, 1], [float("nan")]])
+@pytest.mark.parametrize("name", [1, 2])
+def test_official_labels_that_are_no_class_are_refused(tmp_path, label, name):
+    """The first file is read at opening, the others when training asks for the labels, before its first step."""
+    make_official(tmp_path, [1, 2, 3])
+    np.save(tmp_path / f"imagenet8_labels/{name}.npy", np.array(label))
+    with pytest.raises(UserError, match=f"data.feature_path: .*labels/{name}.npy holds .*, not the number"):
+        open_features(tmp_path, SIZE).fingerprint()
+
+
 @pytest.mark.parametrize("labels", [[1, 2], [1, 2, 4], []])
 def test_official_layout_with_odd_names_is_refused(tmp_path, labels):
     make_official(tmp_path, [1, 2, 3], labels)
@@ -408,6 +420,34 @@ def test_missing_empty_unfinished_and_mismatching_folders(tiny_images, tmp_path)
     with pytest.raises(UserError, match="holds no image"):
         fill(make_writer(tmp_path / "none", tiny_images), tiny_images, bad=tuple(range(10)))
         open_features(tmp_path / "none", SIZE)
+
+
+def test_images_with_features_that_are_not_finite_are_named(tiny_images, tmp_path, capsys, monkeypatch):
+    fill(make_writer(tmp_path, tiny_images), tiny_images, bad=(5,))
+    store = open_features(tmp_path, SIZE)
+    assert [index for index in range(9) if not store.is_finite(index)] == []
+    assert store.describe(4) == "image 4 ('b/1.png')"
+    assert store.describe(5) == "image 5 ('b/7.png')"  # b/4.png is number 5 of the folder, and unreadable
+
+    # A NaN with the right checksum, as if the autoencoder had made it
+    file = tmp_path / "shard-00001.npy"
+    features = np.load(file)
+    features[1, 0, 0, 0, 0] = np.nan
+    np.save(file, features)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"][1]["sha256"] = sha256_of(file)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(sys, "argv", ["features", "--verify", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        verify()
+    assert capsys.readouterr().out == "shard-00001.npy: image 5 ('b/7.png') is not finite\n"
+    assert not open_features(tmp_path, SIZE).is_finite(5)
+
+    # Repaired as the last line says
+    file.unlink()
+    fill(make_writer(tmp_path, tiny_images), tiny_images, bad=(5,))
+    verify()
+    assert "all numbers are finite" in capsys.readouterr().out
 
 
 HOSTILE = [
