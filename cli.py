@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -36,12 +37,17 @@ def run(main: Callable[[], None]) -> None:
     The first process of each machine prints errors that all processes have. A process that has a
     OneProcessError prints it itself.
     """
+    # Names of classes and files may hold characters that the terminal's encoding lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
         is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if is_first or isinstance(error, OneProcessError):
-            print(f"error: {error}", file=sys.stderr)
+            # The names that a message quotes may hold line breaks
+            line = str(error).replace("\n", r"\n")
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in DISK_ERRORS:

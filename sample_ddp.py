@@ -85,11 +85,11 @@ def main(argv: list[str] | None = None) -> None:
         if processes.rank > 0:
             return
 
-        # Account for the cost, and collect the images
+        # Collect the images, and account for their cost
+        write_npz(folder.npz, [folder.png(i) for i in indices], labels, trained.class_names)
         record = read_records([folder.record(start) for start in folder.starts], labels)
         summary = summarise_run(trained, options, record)
         save_summary(summary, folder.summary)
-        write_npz(folder.npz, [folder.png(i) for i in indices], labels)
         print(report(summary))
         print(f"{len(indices)} images in {args.output_dir} and {folder.npz}")
 

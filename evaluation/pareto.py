@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from config import UserError
 from data.files import write_text
+from data.names import printable
 from data.store_files import sha256_of
 from evaluation.comparison import (
     FeatureSet,
@@ -76,7 +77,7 @@ class Point:
     lite: float | None  # dropped fraction of the unconditional branch; None: no Lite-CFG
 
     def __str__(self) -> str:
-        name = f"{self.trained.config.model.name}, scale {self.cfg_scale}, budget {self.budget}"
+        name = f"{printable(self.trained.config.model.name)}, scale {self.cfg_scale}, budget {self.budget}"
         return name if self.lite is None else f"{name}, lite {self.lite}"
 
     def options(self, plan: ParetoPlan) -> SamplingOptions:

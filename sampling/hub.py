@@ -15,6 +15,7 @@ import cli
 from config import Config, downsample_factors, to_dict, to_yaml
 from data.autoencoder import HUB_NAMES
 from data.files import write_json, write_text
+from data.names import markdown, printable
 from models import architecture, flops
 from sampling.load import TrainedModel, load_trained
 from weights.checkpoint import WEIGHTS, Checkpoint, save_weights
@@ -74,16 +75,16 @@ def model_card(trained: TrainedModel) -> str:
     data = config.data
     batch = config.training.global_batch_size * config.training.gradient_accumulation_steps
     parameters = sum(p.numel() for p in trained.model.parameters())
-    autoencoder = Path(trained.autoencoder.name).name
+    autoencoder = printable(Path(trained.autoencoder.name).name).replace("`", "'")
     classes = ""
     if trained.class_names and len(trained.class_names) <= MOST_NAMES:
-        classes = f": {', '.join(trained.class_names)}"
+        classes = f": {', '.join(markdown(name) for name in trained.class_names)}"
     return f"""---
 library_name: dc-dit
 pipeline_tag: unconditional-image-generation
 tags: [diffusion, model_hub_mixin]
 ---
-# {config.model.name}
+# {markdown(config.model.name)}
 
 Class-conditional diffusion transformer with {parameters / 1e6:.1f} M parameters.
 EMA weights after {trained.step:,} steps.
