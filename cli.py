@@ -37,8 +37,8 @@ def run(main: Callable[[], None]) -> None:
     The first process of each machine prints errors that all processes have. A process that has a
     OneProcessError prints it itself.
     """
-    # Names of classes and files may hold characters that the terminal's encoding lacks
     if isinstance(sys.stdout, io.TextIOWrapper):
+        # File names may have characters that the terminal lacks, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from config import Config
 from data.autoencoder import Autoencoder
+from evaluation.class_labels import ClassLabels
 from evaluation.comparison import FeatureSet, check_sizes, check_source, compare, measure_source
 from evaluation.extractors import load_extractor
 from evaluation.image_sets import open_source
@@ -25,18 +26,26 @@ class Evaluation:
         bf16: whether to sample in bfloat16.
         folder: for features, shared by all processes.
         processes: this process among those of the run.
+        class_names: of the features, by label.
 
     Raises:
         UserError: a reference or features that cannot be read or do not fit, before training starts.
     """
 
     def __init__(
-        self, config: Config, autoencoder: Autoencoder, bf16: bool, folder: Path, processes: Processes
+        self,
+        config: Config,
+        autoencoder: Autoencoder,
+        bf16: bool,
+        folder: Path,
+        processes: Processes,
+        class_names: list[str] | None,
     ):
         self.config = config
         self.autoencoder = autoencoder
         self.folder = folder
         self.processes = processes
+        self.class_names = class_names
         section = config.evaluation
         self.options = SamplingOptions(
             cfg_scale=section.cfg_scale,
@@ -73,7 +82,8 @@ class Evaluation:
         # The first process compares
         metrics: dict[str, float] = {}
         if is_first:
-            samples = FeatureSet(title, features, {}, np.array(self.labels))
+            classes = ClassLabels(np.array(self.labels), self.class_names)
+            samples = FeatureSet(title, features, {}, classes)
             metrics = compare(samples, self.reference, self.extractor)
             metrics["kept"] = features.mean("kept")
             metrics["tflop_per_image"] = features.mean("tflop")

@@ -19,11 +19,14 @@ from config import UserError
 from data.files import write_text
 from data.names import printable
 from data.store_files import sha256_of
+from evaluation.class_labels import ClassLabels
 from evaluation.comparison import (
     FeatureSet,
     check_sizes,
     check_source,
+    class_note,
     compare,
+    compression_warning,
     measure_source,
     rank_warning,
 )
@@ -190,6 +193,9 @@ def measure(plan: ParetoPlan) -> list[dict[str, str]]:
         table = PointTable(plan.output / "pareto.csv", settings)
         reference = measure_source(source, extractor, plan.output / "reference", processes)
         warn_of_few_images(plan, reference)
+        warning = compression_warning(None, source)
+        if warning:
+            group.print_once(warning)
         yardstick = Yardstick(extractor, reference)
         for point in points:
             key = point.key(settings)
@@ -282,6 +288,10 @@ def measure_point(
     if processes.rank > 0:
         return {}
     found = {"tflop_per_image": chunks.mean("tflop"), "kept_share": chunks.mean("kept")}
-    own = FeatureSet(str(point), chunks, {}, np.array(labels))
+    classes = ClassLabels(np.array(labels), point.trained.class_names)
+    own = FeatureSet(str(point), chunks, {}, classes)
+    note = class_note(own, yardstick.extractor)
+    if note:
+        print(note)
     found |= compare(own, yardstick.reference, yardstick.extractor)
     return {key: f"{value:.8g}" for key, value in found.items()}

@@ -415,6 +415,7 @@ def test_classifier_of_the_embedded_data_set(tmp_path, capsys):
         *((image, label) for image, _, label in (shapes.render(1000 + i, 24) for i in range(80)))
     )
     outputs = extractor(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+    assert extractor.class_names == sorted(path.name for path in (tmp_path / "images").iterdir())
     assert outputs.features.shape == (80, 112) and outputs.logits.shape == (80, 8)
     assert (outputs.logits.argmax(1) == torch.tensor(labels)).double().mean() > 0.9
     assert outputs.features[::8].std(0).min() > 0
