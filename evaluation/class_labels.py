@@ -33,7 +33,7 @@ def match_classes(
 ) -> ClassMatch:
     """Find the images' classes among the `num_classes` of a classifier, by name or else by number."""
     if labels is None:
-        return without("the samples have no class numbers: arr_1 with one for each image, or class folders")
+        return without("the samples have no labels; give an .npz with arr_1, or a folder for each class")
     names = real_names(labels.names)
     known = real_names(classifier_names)
     if names is not None and known is not None:

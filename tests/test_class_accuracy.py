@@ -69,7 +69,7 @@ def test_a_part_of_the_classes_in_another_order(tmp_path, capsys):
     assert found["class_accuracy"] == 1 and "by class number" not in printed
     # The other way round there are no labels
     found, printed = run(flat, two, classifier, tmp_path, capsys)
-    assert "class_accuracy" not in found and "left out: the samples have no class numbers" in printed
+    assert "class_accuracy" not in found and "left out: the samples have no labels" in printed
 
 
 def test_samples_bring_the_names_of_their_classes(tmp_path, capsys):
