@@ -129,6 +129,8 @@ def make_reference(args: argparse.Namespace) -> None:
     cli.check_output_file("--make-reference", output)
     images = FolderImages(folder, args.image_size)
     processes = group.start_processes()
+    for note in images.notes:
+        group.print_once(note)
     extractor = load_extractor(args.features, args.inception_weights, processes.device)
     chunks = extract(images, extractor, args.cache, processes)
     if processes.rank == 0:

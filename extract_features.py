@@ -24,6 +24,7 @@ import cli
 from config import UserError
 from data.autoencoder import Autoencoder
 from data.feature_writer import FeatureWriter, StoreOptions, StoreSettings, encode_images
+from data.folders import class_table
 from data.images import ImageFolder, SkippedImage
 from data.loading import ImageBatch, read_shards
 from data.store_files import DTYPES, STORE_KINDS, read_json
@@ -38,7 +39,11 @@ OFFICIAL_PROCESSES = 8
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--data-path", required=True, help="folder with one sub-folder of images per class")
+    add(
+        "--data-path",
+        required=True,
+        help="folder with one sub-folder of images per class, or one class of images",
+    )
     add("--features-path", default="features", help="folder of the store (default: %(default)s)")
     add(
         "--image-size", type=int, default=256, help="side of the centre crop in pixels (default: %(default)s)"
@@ -144,6 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     options = StoreOptions(args.store, not args.no_flip, args.dtype, args.shard_size, args.global_seed)
     settings = StoreSettings.plan(options, images, autoencoder)
     writer = FeatureWriter(args.features_path, settings, images.labels)
+    for note in images.notes:
+        group.print_once(note)
+    group.print_once(f"classes: {class_table(images.class_names)}")
     group.print_once(f"{args.data_path} to {args.features_path}: {settings}")
     group.print_once(f"{processes.world} processes, each encodes {batch_size} images at once with {args.vae}")
     if args.dry_run:

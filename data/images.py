@@ -1,15 +1,12 @@
-"""A folder of images with one sub-folder per class, as centre-cropped 8-bit RGB squares.
+"""The images of a data set, as centre-cropped 8-bit RGB squares.
 
-Order and class numbers are those of torchvision's `ImageFolder` (sorted class folders, files below them
-sorted folder by folder); the crop is ADM's, which the DiT literature trains on. Unusual files are treated as
-follows:
+data/folders.py says which files these are. The crop is ADM's, which the DiT literature trains on. Unusual
+files are treated as follows:
 
 - EXIF orientation is NOT applied: the training sets of the literature are not rotated either.
 - Transparent pixels are composited onto white; CMYK, palette and grey images become RGB; 16-bit grey is
   scaled to 8 bits.
 - The first frame of an animation or of a multi-page file is used.
-- Files and folders whose name starts with a dot are skipped. A class folder without images keeps its class
-  number.
 - A file that does not decode completely raises `UnreadableImage`: truncated or empty files, other formats
   under an image's name, dangling links, pipes and devices, decompression bombs (Pillow's limit), and grey
   images of floating-point numbers, which have no defined range.
@@ -23,10 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from config import UserError
+from data.folders import list_dataset, readable_formats
 
-# File name endings that torchvision accepts.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # A 1 x 100,000 image would grow to gigabytes when its shorter side is resized.
 MAX_RESIZED_PIXELS = 2**26
 
@@ -58,26 +53,22 @@ class ImageFolder:
         class_names: names of the class folders, sorted; the label is the position in this list.
         paths: file names relative to `root` with forward slashes, in the order of the index.
         labels: one class number per path.
+        notes: lines that a user should read, such as which files are not images.
     """
 
-    def __init__(self, root: str | os.PathLike, image_size: int):
-        """List the files and open none.
+    def __init__(self, root: str | os.PathLike, image_size: int, option: str = "--data-path"):
+        """List the files and open none. `option` is what the user calls the folder.
 
         Raises:
-            UserError: there is no such folder, no class folder or no image.
+            UserError: there is no such folder, no image, or the folder holds several data sets.
         """
         self.root = Path(root)
         self.image_size = image_size
-        self.class_names = list_class_folders(self.root)
-        self.paths: list[str] = []
-        self.labels: list[int] = []
-        for label, name in enumerate(self.class_names):
-            for path in list_images(self.root / name):
-                self.paths.append(path.relative_to(self.root).as_posix())
-                self.labels.append(label)
-        if not self.paths:
-            known = " ".join(EXTENSIONS)
-            raise UserError(f"--data-path {root}: no image in its sub-folders; known file types are {known}")
+        listing = list_dataset(self.root, option)
+        self.class_names = listing.class_names
+        self.paths = listing.paths
+        self.labels = listing.labels
+        self.notes = listing.notes
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -100,45 +91,13 @@ class ImageFolder:
         return digest.hexdigest()
 
 
-def list_class_folders(root: Path) -> list[str]:
-    """Names of the class folders, sorted. Raises UserError if there is none."""
-    if not root.is_dir():
-        raise UserError(
-            f"--data-path {root}: no such folder; give a folder with one sub-folder of images per class"
-        )
-    names = []
-    for entry in os.scandir(root):
-        if entry.is_dir() and not entry.name.startswith("."):
-            names.append(entry.name)
-    if not names:
-        raise UserError(
-            f"--data-path {root}: has no sub-folders; put the images of each class into their own sub-folder"
-        )
-    return sorted(names)
-
-
-def list_images(folder: Path) -> list[Path]:
-    """Image files below a folder, linked folders included, sorted by folder and then by name."""
-    found = []
-    for parent, children, files in os.walk(folder, followlinks=True):
-        here = Path(parent)
-        # Descend into visible folders only, and not into a link to one of the folders above it.
-        ancestors = {here.resolve(), *here.resolve().parents}
-        visible = [name for name in children if not name.startswith(".")]
-        children[:] = [name for name in visible if (here / name).resolve() not in ancestors]
-        for name in files:
-            if not name.startswith(".") and name.lower().endswith(EXTENSIONS):
-                found.append(here / name)
-    return sorted(found, key=lambda path: (str(path.parent), path.name))
-
-
 def read_rgb(file: Path, name: str) -> Image.Image:
     """Decode a file completely, to 8-bit RGB. Raises UnreadableImage with `name` as its path."""
     # Opening a pipe would wait for ever.
     if not file.is_file():
         raise UnreadableImage(name, "not a regular file, or a link to nothing")
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=readable_formats()) as image:
             return to_rgb(image)
     except Exception as error:  # Pillow's decoders raise nearly every built-in error on damaged files
         message = f"{type(error).__name__}: {error}".replace(str(file), name)

@@ -92,8 +92,8 @@ def read_statistics(path: Path, keys: StatisticNames, count: int | None) -> dict
             continue
         mean = read_array(path, mean_key)
         covariance = read_array(path, covariance_key)
-        if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
-            raise UserError(f"'{path}': {mean_key} and {covariance_key} must be floating-point numbers")
+        if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
+            raise UserError(f"'{path}': {mean_key} and {covariance_key} must be numbers; make the file again")
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             shapes = f"{mean_key} {mean.shape} and {covariance_key} {covariance.shape}"
             raise UserError(f"'{path}': {shapes} do not belong together")

@@ -34,8 +34,12 @@ def match_classes(
     """Find the images' classes among the `num_classes` of a classifier, by name or else by number."""
     if labels is None:
         return without("the samples have no labels; give an .npz with arr_1, or a folder for each class")
-    names = real_names(labels.names)
-    known = real_names(classifier_names)
+    known = classifier_names
+    if known is not None and len(known) != num_classes:
+        known = None
+    names = labels.names
+    if names is not None and repeats_numbers(names) and not set(names) <= set(known or []):
+        names = None
     if names is not None and known is not None:
         return match_by_name(labels.numbers, names, known)
 
@@ -74,8 +78,6 @@ def without(reason: str) -> ClassMatch:
     return ClassMatch(None, f"class accuracy is left out: {reason}")
 
 
-def real_names(names: Sequence[str] | None) -> Sequence[str] | None:
-    """The names, unless they only repeat the numbers, as those of features without names do."""
-    if names is None or list(names) == [str(number) for number in range(len(names))]:
-        return None
-    return names
+def repeats_numbers(names: Sequence[str]) -> bool:
+    """Whether the names are only the numbers again, as those of features without names are."""
+    return list(names) == [str(number) for number in range(len(names))]

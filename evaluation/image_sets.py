@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from config import UserError, one_line
-from data.images import UnreadableImage, center_crop, list_images, read_rgb
+from data.folders import list_class_folders, list_dataset, list_images, readable_formats
+from data.images import UnreadableImage, center_crop, read_rgb
 from data.store_files import sha256_of
 from evaluation.adm_npz import (
     INCEPTION_KEYS,
@@ -57,22 +58,31 @@ def is_lossy(path: Path, image_format: str | None) -> bool:
 class FolderImages:
     """Image files below a folder, all of one size, or cropped to `image_size` as training images are.
 
+    Cropped images are those of a data set: the same files as training reads.
+
     Attributes:
         size: (height, width).
         labels: (N,) int64 from the names of the sub-folders, or None where files lie outside of them.
         class_names: names of the sub-folders, by label, or None where there are no labels.
         lossy: number of lossily compressed files; 0 for cropped images, which were scaled since.
+        notes: lines that a user should read about the files of a data set.
     """
 
     class_names: list[str] | None = None
     lossy = 0
+    notes: Sequence[str] = ()
 
     def __init__(self, folder: Path, image_size: int | None = None):
         self.folder = folder
         self.image_size = image_size
         if not folder.is_dir():
             raise UserError(f"'{folder}': is not a folder of images")
-        self.paths = list_images(folder)
+        if image_size:
+            listing = list_dataset(folder, "--make-reference")
+            self.notes = listing.notes
+            self.paths = [folder / path for path in listing.paths]
+        else:
+            self.paths = list_images(folder)
         if not self.paths:
             raise UserError(f"'{folder}': holds no images")
         self.size = (image_size, image_size) if image_size else self._common_size()
@@ -118,8 +128,7 @@ class FolderImages:
         return height, width
 
     def _labels(self) -> np.ndarray | None:
-        folders = [entry.name for entry in os.scandir(self.folder) if entry.is_dir()]
-        classes = sorted(name for name in folders if not name.startswith("."))
+        classes = list_class_folders(self.folder)
         # The first folder on the way to each image
         tops = [path.relative_to(self.folder).parts[0] for path in self.paths]
         if not set(tops) <= set(classes):
@@ -134,7 +143,7 @@ class FolderImages:
 
     def _header(self, path: Path) -> "Header":
         """What can be said without decoding the image."""
-        with self._naming(path), Image.open(path) as image:
+        with self._naming(path), Image.open(path, formats=readable_formats()) as image:
             return Header(image.size, is_lossy(path, image.format))
 
     def _hash_one(self, path: Path) -> bytes:

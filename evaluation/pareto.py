@@ -9,13 +9,13 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
-from config import UserError
+from config import UserError, one_line
 from data.files import write_text
 from data.names import printable
 from data.store_files import sha256_of
@@ -133,8 +133,7 @@ class PointTable:
         self.path = path
         self.rows: list[dict[str, str]] = []
         if path.is_file():
-            with open(path, encoding="utf-8", newline="") as stream:
-                self.rows = list(csv.DictReader(stream))
+            self.rows = self._read()
         for row in self.rows:
             changes = []
             for key, value in settings.items():
@@ -143,6 +142,19 @@ class PointTable:
             if changes:
                 points = f"holds points with {', '.join(changes)}"
                 raise UserError(f"--output '{path.parent}' {points}; give another folder")
+
+    def _read(self) -> list[dict[str, str]]:
+        try:
+            with open(self.path, encoding="utf-8", newline="") as stream:
+                rows = list(csv.DictReader(stream))
+        except (ValueError, csv.Error) as error:
+            raise UserError(
+                f"'{self.path}' cannot be read ({one_line(error)}); give another --output"
+            ) from None
+        # A spreadsheet program may have written it with other separators
+        if any(row.get("point") is None for row in rows):
+            raise UserError(f"'{self.path}' is not a table of points; give another --output")
+        return rows
 
     def has(self, key: str) -> bool:
         """Whether the point of this key has a row."""
@@ -166,6 +178,7 @@ class Yardstick:
 
     extractor: Extractor
     reference: FeatureSet
+    notes: list[str] = field(default_factory=list)  # about the classes, printed already
 
 
 def measure(plan: ParetoPlan) -> list[dict[str, str]]:
@@ -291,7 +304,8 @@ def measure_point(
     classes = ClassLabels(np.array(labels), point.trained.class_names)
     own = FeatureSet(str(point), chunks, {}, classes)
     note = class_note(own, yardstick.extractor)
-    if note:
+    if note and note not in yardstick.notes:
+        yardstick.notes.append(note)
         print(note)
     found |= compare(own, yardstick.reference, yardstick.extractor)
     return {key: f"{value:.8g}" for key, value in found.items()}

@@ -26,14 +26,14 @@ def choose_labels(chosen: Sequence[str | int], names: Sequence[str] | None) -> l
     known = list(names or [])
     labels = []
     for choice in chosen:
-        if isinstance(choice, int):
-            labels.append(choice)
+        if not isinstance(choice, str):
+            labels.append(int(choice))
         elif choice in known:
             labels.append(known.index(choice))
         elif is_number(choice):
             labels.append(int(choice))
         else:
-            raise UserError(f"--classes {printable(choice)!r}: {no_such_name(choice, known)}")
+            raise UserError(f"--classes '{printable(choice)}': {no_such_name(choice, known)}")
     return labels
 
 
@@ -47,7 +47,7 @@ def no_such_name(name: str, known: list[str]) -> str:
     if not known:
         return "the checkpoint has no class names; give labels, which are numbers"
     similar = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    guess = f"did you mean {printable(similar[0])!r}? " if similar else ""
+    guess = f"did you mean '{printable(similar[0])}'? " if similar else ""
     return f"no class has this name; {guess}--list-classes prints all names and labels"
 
 

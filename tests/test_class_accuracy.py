@@ -148,6 +148,8 @@ def test_names_in_the_file_of_a_classifier(tmp_path):
         ([0, 1, 3], ["a", "b"], ["a", "b"], None, "the class 3, but 2 class names"),
         ([0, 1, 1], None, None, [0, 1, 1], ""),
         ([0, 1, 1], ["0", "1"], ["a", "b"], [0, 1, 1], "the samples have no class names"),
+        ([0, 0, 0], ["1"], ["0", "1"], [1, 1, 1], ""),
+        ([0, 1, 1], ["a", "b"], ["b", "a", "c"], [0, 1, 1], "the classifier has no class names"),
         ([0, 1, 2], None, ["a", "b"], None, "the class 2, but the classifier has 2 classes"),
     ],
 )

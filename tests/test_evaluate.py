@@ -482,6 +482,29 @@ def test_reference_of_ones_own_data(place, inception_weights, tmp_path, capsys):
     assert "24 x 24" in refusal(place / "samples.npz", tmp_path / "own.npz", *other)
 
 
+def test_a_reference_has_the_images_of_training(place, tmp_path, capsys):
+    """Not those beside the class folders, which training does not read."""
+    for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png", "preview.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((SIZE, SIZE), 40).convert("RGB").save(tmp_path / "images" / name)
+    own = tmp_path / "own.npz"
+    argv = [
+        "--make-reference",
+        tmp_path / "images",
+        own,
+        "--image-size",
+        SIZE,
+        "--features",
+        place / "tiny.pt",
+    ]
+    evaluate.main([str(part) for part in (*argv, "--cache", tmp_path / "cache")])
+    printed = capsys.readouterr().out
+    assert "statistics of 4 images" in printed and "1 images beside the class folders are not read" in printed
+    with np.load(own) as arrays:
+        assert arrays["arr_1"].tolist() == [0, 0, 1, 1]
+    assert open_source(own).labels.names == ["a", "b"]
+
+
 # --------------------------------------------------------------------------------------------------- mistakes
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from config import UserError
+from data.folders import class_table, list_images
 from data.images import ImageFolder, UnreadableImage, center_crop
 
 
@@ -96,18 +98,99 @@ def test_linked_folders_are_followed_once(tiny_images, tmp_path):
     assert len(images) == 14
 
 
-@pytest.mark.parametrize("kind", ["missing", "file", "no class", "no image"])
+@pytest.mark.parametrize("kind", ["missing", "file", "empty", "no image"])
 def test_folders_without_images_are_user_errors(tmp_path, kind):
     root = tmp_path / "data"
     if kind == "file":
         root.write_text("x")
     elif kind != "missing":
         root.mkdir()
-        (root / "1.png").write_bytes(b"")
     if kind == "no image":
         (root / "a" / "x.png").mkdir(parents=True)  # a folder, whatever its name
     with pytest.raises(UserError, match="--data-path .*data"):
         ImageFolder(root, 8)
+
+
+def make_files(root: Path, *names: str) -> Path:
+    """Files with these names; those that end in an image type are images of 9 x 9 pixels."""
+    for name in names:
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix in (".png", ".gif", ".jfif"):
+            noise_image(9, 9).save(file)
+        else:
+            file.write_bytes(b"x")
+    return root
+
+
+def test_a_folder_without_class_folders_is_one_class(tmp_path):
+    images = ImageFolder(make_files(tmp_path / "faces", "1.png", "2.png", ".cache/3.png"), 8)
+    assert images.class_names == ["faces"]
+    assert images.labels == [0, 0]
+    assert images.paths == ["1.png", "2.png"]
+    (note,) = images.notes
+    assert "faces: no class folders, so its 2 images are one class" in note
+
+
+def test_what_is_not_read_is_counted_by_type(tmp_path):
+    heic = ["a/1.HEIC", "a/2.heic", "b/3.heic", "a/notes.txt", "b/none"]
+    images = ImageFolder(make_files(tmp_path, "a/1.png", "beside.png", *heic), 8)
+    empty, beside, types = images.notes
+    assert empty.endswith("no image of these classes: 'b'")
+    assert beside.endswith("1 images beside the class folders are not read, such as 'beside.png'")
+    assert types.endswith("left out: 3 .heic, 1 without an ending, 1 .txt")
+    with pytest.raises(UserError, match="b: holds no image, but 1 without an ending, 1 .heic"):
+        ImageFolder(tmp_path / "b", 8)
+
+
+def test_the_types_are_those_that_pillow_decodes(tmp_path):
+    names = ["a/1.gif", "a/2.jfif", "a/3.hdf", "a/4.eps", "a/5.mpg"]
+    images = ImageFolder(make_files(tmp_path, *names), 8)
+    assert images.paths == names[:2]
+    assert images[0][0].shape == (8, 8, 3)
+    # The content decides what a file is: a program in PostScript is none, whatever its name
+    (tmp_path / "a" / "1.gif").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    )
+    with pytest.raises(UnreadableImage, match="cannot identify"):
+        images[0]
+
+
+def test_junk_folders_are_no_classes(tmp_path):
+    junk = ["__MACOSX/a/1.png", ".ipynb_checkpoints/1.png", "a/@eaDir/1.png"]
+    assert ImageFolder(make_files(tmp_path, "a/1.png", *junk), 8).paths == ["a/1.png"]
+    assert [path.name for path in list_images(tmp_path)] == ["1.png"]
+
+
+PARENTS = [
+    ["train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png"],
+    ["train/a/1.png", "val/a/1.png", "labels.csv"],
+    ["train/a/1.png", "train/b/1.png", "test/1.png"],
+    ["PetImages/cat/1.png", "PetImages/dog/1.png"],
+]
+
+
+@pytest.mark.parametrize("names", PARENTS)
+def test_the_parent_of_data_sets_is_recognised(tmp_path, names):
+    example = tmp_path / names[0].split("/")[0]
+    with pytest.raises(UserError, match=f"parent of data sets.*give one of them, such as {example}$"):
+        ImageFolder(make_files(tmp_path, *names), 8)
+    assert ImageFolder(example, 8).class_names
+
+
+def test_one_folder_within_each_class_is_no_parent(tmp_path):
+    names = ["n01/images/1.png", "n01/images/2.png", "n02/images/1.png"]
+    assert ImageFolder(make_files(tmp_path, *names), 8).labels == [0, 0, 1]
+
+
+def test_class_table_is_safe_and_short():
+    assert class_table(["1", "10", "2"]) == "0 '1', 1 '10', 2 '2'"
+    names = ["caf\udce9", "new\nline", "x" * 200, *map(str, range(100))]
+    table = class_table(names)
+    assert table.startswith("0 'caf\\udce9', 1 'new\\nline', 2 'xxx")
+    assert table.endswith("17 '14', ..., 102 '99'")
+    assert "\n" not in table
+    assert len(table) < 400
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,10 @@ def test_what_cannot_be_compared_is_refused(place, tiny_extractor, tmp_path):
     assert not (tmp_path / "new").exists()
     pareto.main(arguments(place, tmp_path / "old", tiny_extractor, *a))
     assert "holds points with seed 0 instead of 1" in refusal(*a, "--seed", "1", output=tmp_path / "old")
+    for content in (b"\xff\xfe\x00", b"point;name\n1;2\n"):
+        (tmp_path / "odd").mkdir(exist_ok=True)
+        (tmp_path / "odd" / "pareto.csv").write_bytes(content)
+        assert "give another --output" in refusal(*a, output=tmp_path / "odd")
     np.savez(place / "more.npz", np.zeros((21, 32, 32, 3), np.uint8))
     message = refusal(*a, "--reference", place / "more.npz", output=tmp_path / "old")
     assert "reference_images 20 instead of 21" in message

@@ -233,7 +233,10 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
 
     # Images for training, and some that only measure
-    images, _ = read_all(ImageFolder(args.images, args.image_size))
+    source = ImageFolder(args.images, args.image_size, "--images")
+    for note in source.notes:
+        print(note)
+    images, _ = read_all(source)
     if len(images) < HELD_OUT:
         raise UserError(
             f"--images {args.images}: {len(images)} readable images are too few; give at least {HELD_OUT}"

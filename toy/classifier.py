@@ -135,7 +135,9 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
 
     # Images for training, and some that only measure
-    source = ImageFolder(args.images, args.image_size)
+    source = ImageFolder(args.images, args.image_size, "--images")
+    for note in source.notes:
+        print(note)
     images, labels = read_all(source)
     classes = len(source.class_names)
     if len(images) < 2 * HELD_OUT or classes < 2:
