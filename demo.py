@@ -19,7 +19,7 @@ from figures.side_by_side import PIXELS, side_by_side
 from models import describe
 from processes import group
 from sampling.arguments import add_run_arguments, load_trained_from
-from sampling.classes import class_name
+from sampling.classes import shown_name
 from sampling.load import TrainedModel
 from sampling.options import SamplingOptions
 
@@ -65,7 +65,7 @@ def build_page(gradio: ModuleType, trained: TrainedModel, steps: int, sampler: s
 
     classes = []
     for label in range(config.data.num_classes):
-        classes.append((class_name(label, trained.class_names), label))
+        classes.append((shown_name(label, trained.class_names), label))
     guided = config.training.class_dropout_prob > 0
     scale = 2 if guided else 1
     budget = "share of the kept tokens to drop"

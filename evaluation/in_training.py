@@ -10,7 +10,7 @@ import torch.distributed as dist
 from config import Config
 from data.autoencoder import Autoencoder
 from evaluation.class_labels import ClassLabels
-from evaluation.comparison import FeatureSet, check_sizes, check_source, compare, measure_source
+from evaluation.comparison import FeatureSet, check_sizes, check_source, class_note, compare, measure_source
 from evaluation.extractors import load_extractor
 from evaluation.image_sets import open_source
 from evaluation.sample_features import SamplePlan, measure_samples
@@ -46,6 +46,7 @@ class Evaluation:
         self.folder = folder
         self.processes = processes
         self.class_names = class_names
+        self.note = ""  # about the classes, as it was printed
         section = config.evaluation
         self.options = SamplingOptions(
             cfg_scale=section.cfg_scale,
@@ -85,11 +86,18 @@ class Evaluation:
             classes = ClassLabels(np.array(self.labels), self.class_names)
             samples = FeatureSet(title, features, {}, classes)
             metrics = compare(samples, self.reference, self.extractor)
+            self.print_note(class_note(samples, self.extractor))
             metrics["kept"] = features.mean("kept")
             metrics["tflop_per_image"] = features.mean("tflop")
             shutil.rmtree(folder)
         self.wait()
         return metrics
+
+    def print_note(self, note: str) -> None:
+        """Print a note about the classes, unless the evaluation before had the same."""
+        if note and note != self.note:
+            print(note)
+        self.note = note
 
     def wait(self) -> None:
         """Wait for the other processes."""

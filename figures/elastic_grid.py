@@ -31,7 +31,7 @@ from sampling.arguments import (
     sampling_options,
 )
 from sampling.budgets import ALL, Budget
-from sampling.classes import class_name
+from sampling.classes import shown_name
 from sampling.generate import SampledBatch, generate
 
 # Characters of a name beside a row
@@ -59,7 +59,7 @@ def draw_grid(batches: list[SampledBatch], titles: list[str], names: list[str], 
 
 def row_name(label: int, names: list[str] | None) -> str:
     """Name of a class, short enough for the side of a row."""
-    name = class_name(label, names)
+    name = shown_name(label, names)
     if name == str(label):
         return f"class {label}"
     return printable(name, LONGEST_NAME)

@@ -65,7 +65,7 @@ def ambiguity(chosen: Sequence[str], names: Sequence[str] | None) -> str:
     return ""
 
 
-def class_name(label: int, names: Sequence[str] | None) -> str:
+def shown_name(label: int, names: Sequence[str] | None) -> str:
     """Name of a class as text that is safe to show; its label where it has no name."""
     if names is None or not 0 <= label < len(names):
         return str(label)
@@ -77,4 +77,4 @@ def class_table(num_classes: int, names: Sequence[str] | None) -> str:
     if not names:
         return f"no class names are known; the labels are 0 to {num_classes - 1}"
     width = len(str(num_classes - 1))
-    return "\n".join(f"{label:>{width}}  {class_name(label, names)}" for label in range(num_classes))
+    return "\n".join(f"{label:>{width}}  {shown_name(label, names)}" for label in range(num_classes))

@@ -281,7 +281,7 @@ def test_without_a_static_model_the_first_curve_is_the_baseline():
 # --------------------------------------------------------------------------------------------------- training
 
 
-def test_evaluation_during_training(tiny_config, tiny_extractor, place, tmp_path):
+def test_evaluation_during_training(tiny_config, tiny_extractor, place, tmp_path, capsys):
     """Rows with quality, kept share and cost; training is untouched by it, and a resumed run repeats the rows."""
     keys = {"every": 4, "reference": place / "reference.npz", "features": tiny_extractor, "num_samples": SAMPLES,
             "num_sampling_steps": STEPS, "batch_size": 4, "cfg_scale": 2}  # fmt: skip
@@ -289,6 +289,7 @@ def test_evaluation_during_training(tiny_config, tiny_extractor, place, tmp_path
     for key, value in keys.items():
         argv += ["--set", f"evaluation.{key}={value}"]
     train.main(argv)
+    assert capsys.readouterr().out.count("because the classifier has no class names") == 1
     lines = (tmp_path / "run" / "evaluation.jsonl").read_text()
     rows = [json.loads(line) for line in lines.splitlines()]
     assert [row["step"] for row in rows] == [4, 8]
