@@ -47,7 +47,9 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if is_first or isinstance(error, OneProcessError):
-            print(f"error: {error}", file=sys.stderr)
+            # The names that a message quotes may hold line breaks
+            line = str(error).replace("\n", r"\n")
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except FloatingPointError as error:
         sys.exit(f"error: {error}")

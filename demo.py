@@ -13,12 +13,13 @@ from typing import Any
 
 import cli
 from config import UserError
+from data.names import markdown, printable
 from diffusion.samplers import SAMPLERS
 from figures.side_by_side import PIXELS, side_by_side
 from models import describe
 from processes import group
-from sampling.accounting import class_name
 from sampling.arguments import add_run_arguments, load_trained_from
+from sampling.classes import shown_name
 from sampling.load import TrainedModel
 from sampling.options import SamplingOptions
 
@@ -62,16 +63,17 @@ def build_page(gradio: ModuleType, trained: TrainedModel, steps: int, sampler: s
             return gradio.skip()
         return draw_pair(label, int(seed), guidance, dropped)
 
-    labels = range(config.data.num_classes)
-    classes = [(class_name(trained.class_names, label), label) for label in labels]
+    classes = []
+    for label in range(config.data.num_classes):
+        classes.append((shown_name(label, trained.class_names), label))
     guided = config.training.class_dropout_prob > 0
     scale = 2 if guided else 1
     budget = "share of the kept tokens to drop"
     picture = functools.partial(gradio.Image, interactive=False, format="png", width=PIXELS)
 
-    with gradio.Blocks(title=config.model.name) as page:
+    with gradio.Blocks(title=printable(config.model.name)) as page:
         gradio.Markdown(
-            f"## {config.model.name}: one checkpoint, any budget\n"
+            f"## {markdown(config.model.name)}: one checkpoint, any budget\n"
             f"{steps} steps of {sampler}, step {trained.step} of training"
         )
         with gradio.Row():

@@ -5,6 +5,7 @@ python evaluate.py --make-reference IMAGES OUT.npz --image-size 256
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import cli
@@ -58,11 +59,8 @@ def main(argv: list[str] | None = None) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Compare, print and save."""
     # Check both sides before any work
-    samples_path = Path(args.samples).resolve()
-    beside = samples_path.with_name(samples_path.name.removesuffix(".npz") + ".evaluation.json")
-    output = args.output or beside
     sources = [open_source(args.samples), open_source(args.reference)]
-    cli.check_output_file("--output", output)
+    cli.check_output_file("--output", args.output or default_output(args.samples))
     comparison.check_sizes(sources[0].size, sources[1].size)
     processes = group.start_processes()
     extractor = load_extractor(args.features, args.inception_weights, processes.device)
@@ -74,20 +72,55 @@ def evaluate(args: argparse.Namespace) -> None:
     reference = comparison.measure_source(sources[1], extractor, args.cache, processes)
     if processes.rank > 0:
         return
-    for side in (samples, reference):
-        if warning := comparison.rank_warning(side.name, side.count, side.width):
-            print(warning)
     values = comparison.compare(samples, reference, extractor)
 
-    # Write and print
+    # Write
     counts = {"num_samples": samples.count, "num_reference": reference.count}
-    names = {"samples": args.samples, "reference": args.reference, "features": extractor.name}
+    question = {"samples": args.samples, "reference": args.reference, "features": extractor.name}
+    output = args.output or free_output(default_output(args.samples), question)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, {**values, **counts, **names})
+    write_json(output, {**values, **counts, **question})
+
+    # Print
+    notes = [comparison.compression_warning(*sources), comparison.class_note(samples, extractor)]
+    for side in (samples, reference):
+        notes.append(comparison.rank_warning(side.name, side.count, side.width))
+    for note in notes:
+        if note:
+            print(note)
     for name, value in values.items():
         print(f"{comparison.METRIC_NAMES[name]:<18}{value:12.4f}")
     known = reference.count or "an unknown number of"
     print(f"{samples.count} samples, reference of {known} images; {output}")
+
+
+def default_output(samples: str) -> Path:
+    """The file beside the samples."""
+    path = Path(samples).resolve()
+    return path.with_name(path.name.removesuffix(".npz") + ".evaluation.json")
+
+
+def free_output(path: Path, question: dict[str, str]) -> Path:
+    """The path, or one with a number, so that no result of another reference or other features is lost.
+
+    Args:
+        path: ends in ".json". question: what the result is of; the same again is replaced.
+    """
+    candidate = path
+    number = 2
+    while candidate.exists() and not answers(candidate, question):
+        candidate = path.with_name(f"{path.stem}-{number}.json")
+        number += 1
+    return candidate
+
+
+def answers(path: Path, question: dict[str, str]) -> bool:
+    """Whether a file holds an earlier result of the same comparison."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return all(result[key] == value for key, value in question.items())
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def make_reference(args: argparse.Namespace) -> None:
@@ -96,6 +129,8 @@ def make_reference(args: argparse.Namespace) -> None:
     cli.check_output_file("--make-reference", output)
     images = FolderImages(folder, args.image_size)
     processes = group.start_processes()
+    for note in images.notes:
+        group.print_once(note)
     extractor = load_extractor(args.features, args.inception_weights, processes.device)
     chunks = extract(images, extractor, args.cache, processes)
     if processes.rank == 0:

@@ -19,8 +19,15 @@ from models import describe
 from models.types import Routing
 from processes import group
 from sampling.accounting import report, save_summary
-from sampling.arguments import add_cuda_graph_argument, add_sampling_arguments, read_arguments
-from sampling.generate import check_labels, describe_choice, generate, replace_cost_limits, summarise_run
+from sampling.arguments import (
+    add_class_arguments,
+    add_cuda_graph_argument,
+    add_sampling_arguments,
+    chosen_labels,
+    print_classes,
+    read_arguments,
+)
+from sampling.generate import describe_choice, generate, replace_cost_limits, summarise_run
 from sampling.pictures import save_grid
 
 # The classes of the DiT paper's figures
@@ -32,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cli.add_config_arguments(parser)
     add_sampling_arguments(parser, cfg_scale=4.0, seed=1)
     add_cuda_graph_argument(parser)
-    parser.add_argument("--classes", type=int, nargs="+", help="one image per label (default: eight of them)")
+    add_class_arguments(parser, "one image for each (default: eight classes)")
     parser.add_argument(
         "--output", type=Path, default=Path("."), help="folder for the pictures (default: this one)"
     )
@@ -44,9 +51,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.list_classes:
+        print_classes(args)
+        return
     options, trained = read_arguments(args, group.default_device())
-    labels = args.classes or default_labels(trained.config)
-    check_labels(labels, trained.config)
+    labels = chosen_labels(args, trained, default_labels(trained.config))
     if args.dry_run:
         print(f"{describe(trained.config)}\nsamples       {len(labels)} of classes {labels}, {options}")
         return
@@ -67,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 
         (batch,) = generate(trained, indices, labels, options, len(labels), on_step)
 
-    # Keep the images, account for the cost, and draw
+    # Write the images before anything is computed from them, then account for the cost, and draw
     save_grid(batch.images, args.output / "sample.png", columns=4)
     summary = summarise_run(trained, options, batch.record())
     save_summary(summary, args.output / "summary.json")

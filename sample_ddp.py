@@ -85,8 +85,8 @@ def main(argv: list[str] | None = None) -> None:
         if processes.rank > 0:
             return
 
-        # Collect the images, and account for the cost
-        write_npz(folder.npz, [folder.png(i) for i in indices], labels)
+        # Collect the images, and account for their cost
+        write_npz(folder.npz, [folder.png(i) for i in indices], labels, trained.class_names)
         record = read_records([folder.record(start) for start in folder.starts], labels)
         summary = summarise_run(trained, options, record)
         save_summary(summary, folder.summary)

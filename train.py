@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     autoencoder = sample_grids.load_decoder(config, store, accelerator.device)
     folder = folder or launch.make_run_folder(config, accelerator)
     accelerator.project_configuration.set_directories(str(folder))
-    hooks = make_hooks(config, accelerator, autoencoder, folder)
+    hooks = make_hooks(config, accelerator, autoencoder, folder, store.class_names)
 
     # Take the folder. If another run was there first, it may have left newer files
     with FolderLock(folder, "--resume" if args.resume else "--output") as lock:
@@ -115,7 +115,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_hooks(
-    config: Config, accelerator: Accelerator, autoencoder: Autoencoder | None, folder: Path
+    config: Config,
+    accelerator: Accelerator,
+    autoencoder: Autoencoder | None,
+    folder: Path,
+    class_names: list[str],
 ) -> Hooks:
     """The samples and metrics that the run makes from its EMA."""
     if autoencoder is None:
@@ -125,7 +129,7 @@ def make_hooks(
         return Hooks(draw_samples)
     bf16 = accelerator.mixed_precision == "bf16"
     processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
-    evaluate = Evaluation(config, autoencoder, bf16, folder / "evaluation", processes)
+    evaluate = Evaluation(config, autoencoder, bf16, folder / "evaluation", processes, class_names)
     return Hooks(draw_samples, evaluate)
 
 

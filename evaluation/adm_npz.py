@@ -17,6 +17,7 @@ from numpy.lib import format as npy
 from config import UserError
 from data.store_files import sha256_of
 from evaluation.metrics import Gaussian
+from sampling.npz import CLASS_NAMES
 
 LARGEST = 2**30  # bytes of labels or statistics; images are read in parts
 META = "dcdit_meta"  # our note in a .npz, as JSON
@@ -91,9 +92,13 @@ def read_statistics(path: Path, keys: StatisticNames, count: int | None) -> dict
             continue
         mean = read_array(path, mean_key)
         covariance = read_array(path, covariance_key)
+        if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
+            raise UserError(f"'{path}': {mean_key} and {covariance_key} must be numbers; make the file again")
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             shapes = f"{mean_key} {mean.shape} and {covariance_key} {covariance.shape}"
             raise UserError(f"'{path}': {shapes} do not belong together")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise UserError(f"'{path}': {mean_key} or {covariance_key} is not finite; make the file again")
         statistics[kind] = Gaussian(mean.astype(np.float64), covariance.astype(np.float64), count)
     return statistics
 
@@ -109,13 +114,27 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
+def parse_class_names(text: str) -> list[str] | None:
+    """Names of classes from JSON; None for anything else than a list of text."""
+    try:
+        names = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return names
+
+
 class NpzImages:
     """`arr_0` of an ADM `.npz`: (N, H, W, 3) uint8, read forward through one open stream.
 
     Attributes:
         size: (height, width).
-        labels: `arr_1`, (N,) int64, or None where the file has none.
+        labels: `arr_1`, (N,) int64, or None where the file has none, or something else under this name.
+        class_names: of all classes, by label, or None where the file has none.
     """
+
+    lossy = 0  # lossily compressed files
 
     def __init__(self, path: Path):
         self.path = path
@@ -131,9 +150,14 @@ class NpzImages:
         self.count = shape[0]
         self.size = (shape[1], shape[2])
         self.labels = self._read_labels()
+        self.class_names = self._read_class_names()
 
     def __len__(self) -> int:
         return self.count
+
+    def name(self, index: int) -> str:
+        """What a message calls an image."""
+        return f"'{self.path}', image {index}"
 
     def digest(self) -> str:
         """SHA-256 of the file."""
@@ -155,4 +179,14 @@ class NpzImages:
         if "arr_1" not in array_names(self.path):
             return None
         labels = read_array(self.path, "arr_1")
-        return labels if labels.shape == (self.count,) else None
+        if labels.shape != (self.count,) or labels.dtype.kind not in "iuf":
+            return None
+        with np.errstate(invalid="ignore"):  # NaN becomes some number, which differs from it
+            numbers = labels.astype(np.int64)
+        is_class = (numbers == labels) & (numbers >= 0)
+        return numbers if is_class.all() else None
+
+    def _read_class_names(self) -> list[str] | None:
+        if CLASS_NAMES not in array_names(self.path):
+            return None
+        return parse_class_names(str(read_array(self.path, CLASS_NAMES)))

@@ -1,5 +1,6 @@
 """The comparison of two sets of images by every metric that their features allow."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from config import UserError
 from data.streams import rng
 from evaluation import metrics
+from evaluation.class_labels import ClassLabels, match_classes
 from evaluation.extractors import Extractor
 from evaluation.feature_cache import FeatureChunks, extract
 from evaluation.image_sets import Source
@@ -39,7 +41,7 @@ class FeatureSet:
         name: for messages.
         chunks: features of the images, or None.
         stored: statistics by kind, "features" or "spatial".
-        labels: class of each image (N,), or None.
+        labels: class of each image, or None.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class FeatureSet:
         name: str,
         chunks: FeatureChunks | None,
         stored: dict[str, Gaussian],
-        labels: np.ndarray | None,
+        labels: ClassLabels | None,
     ):
         self.name = name
         self.chunks = chunks
@@ -136,19 +138,25 @@ def compare(samples: FeatureSet, reference: FeatureSet, extractor: Extractor) ->
     """Every metric that the two sides and the extractor allow.
 
     Keys: `fid`, `sfid` and `inception_score` of Inception; `frechet_distance` of any other extractor;
-    `precision` and `recall`; `class_accuracy` where the samples have labels and the extractor classifies.
+    `precision` and `recall`; `class_accuracy` where the extractor knows the samples' classes.
+
+    Raises:
+        UserError: a metric is not finite, or the sides have features of different width.
     """
     values = distances(samples, reference, extractor)
     # The others need features image by image
-    if samples.chunks is None:
-        return values
-    if samples.chunks.has("logits"):
+    if samples.chunks is not None and samples.chunks.has("logits"):
         logits = samples.chunks.read("logits")
         values |= classifier_metrics(logits, samples.labels, extractor)
-    if reference.chunks is not None:
+    if samples.chunks is not None and reference.chunks is not None:
         # In float64, which MPS does not have
         device = extractor.device if extractor.device.type == "cuda" else torch.device("cpu")
         values |= manifold_metrics(samples.chunks, reference.chunks, device)
+
+    for name, value in values.items():
+        if not math.isfinite(value):
+            sides = f"{samples.name} and {reference.name}"
+            raise UserError(f"{METRIC_NAMES[name]} of {sides} is not finite; give other --features")
     return values
 
 
@@ -160,20 +168,31 @@ def distances(samples: FeatureSet, reference: FeatureSet, extractor: Extractor) 
         drawn = samples.gaussian(kind)
         known = reference.gaussian(kind)
         if drawn is not None and known is not None:
+            if len(drawn.mean) != len(known.mean):
+                widths = f"{len(known.mean)} features, and the samples' images {len(drawn.mean)}"
+                raise UserError(f"{reference.name}: has statistics of {widths}; make it again")
             values[name] = metrics.frechet_distance(drawn, known)
     return values
 
 
 def classifier_metrics(
-    logits: np.ndarray, labels: np.ndarray | None, extractor: Extractor
+    logits: np.ndarray, labels: ClassLabels | None, extractor: Extractor
 ) -> dict[str, float]:
-    """Inception Score, or the class accuracy of another classifier that has all the classes of the labels."""
+    """Inception Score, or the class accuracy of another classifier that knows all classes of the labels."""
     if extractor.is_inception:
         return {"inception_score": metrics.inception_score(logits)}
-    classes = logits.shape[1]
-    if labels is not None and labels.max() < classes:
-        return {"class_accuracy": metrics.class_accuracy(logits, labels)}
-    return {}
+    numbers = match_classes(labels, extractor.class_names, logits.shape[1]).numbers
+    if numbers is None:
+        return {}
+    return {"class_accuracy": metrics.class_accuracy(logits, numbers)}
+
+
+def class_note(samples: FeatureSet, extractor: Extractor) -> str:
+    """Why the class accuracy is missing or how classes were matched; nothing where there is nothing to say."""
+    if extractor.is_inception or samples.chunks is None or not samples.chunks.has("logits"):
+        return ""
+    num_classes = samples.chunks.read("logits").shape[1]
+    return match_classes(samples.labels, extractor.class_names, num_classes).note
 
 
 def manifold_metrics(
@@ -186,6 +205,18 @@ def manifold_metrics(
         known = known[np.sort(shuffled[:PR_REFERENCE_IMAGES])]
     precision, recall = metrics.precision_recall(known, samples.read("features"), device)
     return {"precision": precision, "recall": recall}
+
+
+def compression_warning(samples: Source | None, reference: Source) -> str | None:
+    """A warning where one side alone has lossily compressed files; samples None: they come from a model."""
+    drawn = samples.lossy if samples is not None else 0
+    if bool(drawn) == bool(reference.lossy):
+        return None
+    lossy = samples if samples is not None and drawn else reference
+    return (
+        f"warning: '{lossy.path}': {lossy.lossy} files are lossily compressed, like JPEG, and the other side has "
+        "none; this alone changes distances; compare images that are stored alike"
+    )
 
 
 def rank_warning(name: str, count: int | None, width: int) -> str | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import pickle
 import warnings
 from pathlib import Path
@@ -14,8 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from config import UserError, one_line
+from data.store_files import sha256_of
+from evaluation.adm_npz import parse_class_names
+from processes import group
 
 SPATIAL_CHANNELS = 7  # sFID takes the first channels of mixed_6/conv: 17 x 17 x 7 = 2023 values
+CLASS_NAMES_FILE = "class_names.json"  # in a TorchScript archive
 TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")  # in timm's order
 
 
@@ -33,9 +38,11 @@ class Extractor(Protocol):
     Attributes:
         name: kind and content hash of the weights. Features may be compared only if these names are equal.
         is_inception: whether distances of these features may be called FID and sFID.
+        class_names: of the logits, where the file has them.
     """
 
     name: str
+    class_names: list[str] | None
     device: torch.device
     is_inception: bool
 
@@ -70,6 +77,7 @@ class Inception:
     """The Inception graph of 2015 behind FID, in torch-fidelity's conversion, with TensorFlow's resize."""
 
     is_inception = True
+    class_names: list[str] | None = None
 
     def __init__(self, weights: str | None, device: torch.device):
         try:
@@ -130,11 +138,13 @@ def download(url: str) -> Path:
     The file name must end with the start of the file's SHA-256, as those of torch-fidelity do.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     # What follows the last hyphen is the start of the hash
     expected_hash = path.stem.rsplit("-", 1)[-1]
+    if path.is_file():
+        if sha256_of(path).startswith(expected_hash):
+            return path
+        group.print_once(f"'{path}' is damaged; it is downloaded again")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=expected_hash)
     except (URLError, OSError, RuntimeError) as error:
@@ -147,21 +157,27 @@ def download(url: str) -> Path:
 
 
 class TorchScriptModel:
-    """A TorchScript file: images (B, 3, H, W) uint8 -> features (B, D), or (features, logits (B, K))."""
+    """A TorchScript file: images (B, 3, H, W) uint8 -> features (B, D), or (features, logits (B, K)).
+
+    Its extra file CLASS_NAMES_FILE may hold the names of the K classes, as a list in JSON.
+    """
 
     is_inception = False
 
     def __init__(self, path: Path, device: torch.device):
         data = path.read_bytes()
+        extra = {CLASS_NAMES_FILE: ""}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # PyTorch recommends other formats by now
-                self.network = torch.jit.load(io.BytesIO(data), map_location=device).eval()
+                network = torch.jit.load(io.BytesIO(data), map_location=device, _extra_files=extra)
         except (RuntimeError, ValueError, EOFError) as error:
             reason = one_line(error, 120)
             raise UserError(
                 f"--features '{path}': is not a TorchScript file ({reason}); torch.jit.save writes one"
             ) from None
+        self.network = network.eval()
+        self.class_names = parse_class_names(extra[CLASS_NAMES_FILE])
         self.name = f"torchscript:{hashlib.sha256(data).hexdigest()}"
         self.device = device
 
@@ -198,8 +214,12 @@ class TimmModel:
         self.mean = torch.tensor(settings["mean"], device=device).view(3, 1, 1)
         self.std = torch.tensor(settings["std"], device=device).view(3, 1, 1)
 
+        # Names of the classes; the data sets of timm's own models have none here
+        config = (path / "config.json").read_bytes()
+        self.class_names = parse_class_names(json.dumps(json.loads(config).get("label_names")))
+
         # The name covers the configuration and the weights as loaded
-        digest = hashlib.sha256((path / "config.json").read_bytes())
+        digest = hashlib.sha256(config)
         for name, value in self.network.state_dict().items():
             digest.update(name.encode())
             digest.update(value.cpu().numpy().tobytes())

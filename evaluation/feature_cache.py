@@ -4,7 +4,6 @@ Each chunk is a file. Processes share the work by writing different chunks, and 
 that are done. No result depends on the number of processes.
 """
 
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,17 @@ class FeatureChunks:
         return self.folder / f"{chunk:05d}.npz"
 
     def missing(self, processes: Processes) -> list[int]:
-        """Chunks that this process has to compute: their file is missing, empty or ends early."""
-        share = range(len(self.ranges))[processes.rank :: processes.world]
-        return [chunk for chunk in share if not zipfile.is_zipfile(self.path(chunk))]
+        """Chunks that this process has to compute: their file is missing or damaged. Every file is read."""
+        missing = []
+        for chunk in range(len(self.ranges))[processes.rank :: processes.world]:
+            path = self.path(chunk)
+            exists = path.is_file()
+            if exists and is_whole(path, len(self.ranges[chunk])):
+                continue
+            if exists:
+                print(f"'{path}' is damaged; these features are computed again")
+            missing.append(chunk)
+        return missing
 
     def images_in(self, chunks: list[int]) -> int:
         """Number of images in some of the chunks."""
@@ -82,6 +89,19 @@ class FeatureChunks:
         return moments.gaussian()
 
 
+def is_whole(path: Path, images: int) -> bool:
+    """Whether a file holds finite arrays with a row for each image, among them the features."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                values = arrays[name]
+                if len(values) != images or not np.isfinite(values).all():
+                    return False
+            return "features" in arrays.files
+    except Exception:  # NumPy and zipfile raise a dozen kinds on damaged files
+        return False
+
+
 def extract(
     images: FolderImages | NpzImages, extractor: Extractor, cache: Path, processes: Processes
 ) -> FeatureChunks:
@@ -100,7 +120,9 @@ def extract(
             for batch in pixels.split(BATCH):
                 outputs.append(run_extractor(extractor, batch))
                 bar.update(len(batch))
-            chunks.write(chunk, as_arrays(outputs))
+            arrays = as_arrays(outputs)
+            check_finite(arrays, [images.name(index) for index in chunks.ranges[chunk]])
+            chunks.write(chunk, arrays)
     # Other processes may still be writing theirs
     if processes.world > 1:
         dist.barrier()
@@ -126,6 +148,21 @@ def run_extractor(extractor: Extractor, images: Tensor) -> ExtractorOutput:
     """Features of images (B, 3, H, W) uint8, in full float32: TF32 convolutions would cost digits."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return extractor(images.to(extractor.device))
+
+
+def check_finite(arrays: dict[str, np.ndarray], names: list[str]) -> None:
+    """Refuse features that are not finite, naming the first image that has them.
+
+    Raises:
+        OneProcessError: only the process whose share holds the image knows about it.
+    """
+    for values in arrays.values():
+        is_finite = np.isfinite(values).reshape(len(values), -1).all(1)
+        if not is_finite.all():
+            name = names[int(is_finite.argmin())]
+            raise OneProcessError(
+                f"{name}: its features are not finite; give --features with whole weights, in float32"
+            )
 
 
 def as_arrays(outputs: list[ExtractorOutput]) -> dict[str, np.ndarray]:

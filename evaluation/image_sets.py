@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from config import UserError, one_line
-from data.folders import list_class_folders, list_images, readable_formats
+from data.folders import list_class_folders, list_dataset, list_images, readable_formats
 from data.images import UnreadableImage, center_crop, read_rgb
 from data.store_files import sha256_of
 from evaluation.adm_npz import (
@@ -25,25 +25,64 @@ from evaluation.adm_npz import (
     read_meta,
     read_statistics,
 )
+from evaluation.class_labels import ClassLabels
 from evaluation.metrics import Gaussian
 
 READERS = 8  # threads that decode image files
+LOSSY_FORMATS = ("JPEG", "MPO", "AVIF")  # as Pillow calls them; WebP is lossy or not
+
+
+class Header(NamedTuple):
+    """What the head of an image file says."""
+
+    size: tuple[int, int]  # (width, height)
+    is_lossy: bool
+
+
+def is_lossy(path: Path, image_format: str | None) -> bool:
+    """Whether an image file is lossily compressed."""
+    if image_format != "WEBP":
+        return image_format in LOSSY_FORMATS
+    # The first chunk of pixels is "VP8 ", or "VP8L" without loss
+    with open(path, "rb") as stream:
+        stream.seek(12)
+        while len(head := stream.read(8)) == 8:
+            kind = head[:4]
+            if kind in (b"VP8 ", b"VP8L"):
+                return kind == b"VP8 "
+            size = int.from_bytes(head[4:], "little")
+            stream.seek(size + size % 2, os.SEEK_CUR)
+    return False
 
 
 class FolderImages:
     """Image files below a folder, all of one size, or cropped to `image_size` as training images are.
 
+    Cropped images are those of a data set: the same files as training reads.
+
     Attributes:
         size: (height, width).
         labels: (N,) int64 from the names of the sub-folders, or None where files lie outside of them.
+        class_names: names of the sub-folders, by label, or None where there are no labels.
+        lossy: number of lossily compressed files; 0 for cropped images, which were scaled since.
+        notes: lines that a user should read about the files of a data set.
     """
+
+    class_names: list[str] | None = None
+    lossy = 0
+    notes: Sequence[str] = ()
 
     def __init__(self, folder: Path, image_size: int | None = None):
         self.folder = folder
         self.image_size = image_size
         if not folder.is_dir():
             raise UserError(f"'{folder}': is not a folder of images")
-        self.paths = list_images(folder)
+        if image_size:
+            listing = list_dataset(folder, "--make-reference")
+            self.notes = listing.notes
+            self.paths = [folder / path for path in listing.paths]
+        else:
+            self.paths = list_images(folder)
         if not self.paths:
             raise UserError(f"'{folder}': holds no images")
         self.size = (image_size, image_size) if image_size else self._common_size()
@@ -62,6 +101,10 @@ class FolderImages:
                 total.update(name + b"\0" + digest)
         return total.hexdigest()
 
+    def name(self, index: int) -> str:
+        """What a message calls an image."""
+        return f"'{self.paths[index]}'"
+
     def read(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
         """(n, H, W, 3) uint8."""
         chosen = [self.paths[i] for i in index]
@@ -72,7 +115,9 @@ class FolderImages:
     def _common_size(self) -> tuple[int, int]:
         """(height, width). UserError where the images differ in size."""
         with ThreadPoolExecutor(READERS) as readers:
-            sizes = list(readers.map(self._header_size, self.paths))
+            headers = list(readers.map(self._header, self.paths))
+        self.lossy = sum(header.is_lossy for header in headers)
+        sizes = [header.size for header in headers]
         for path, size in zip(self.paths, sizes):
             if size != sizes[0]:
                 example = f"{self.paths[0].name} is {sizes[0]}, {path.name} is {size}"
@@ -88,6 +133,7 @@ class FolderImages:
         tops = [path.relative_to(self.folder).parts[0] for path in self.paths]
         if not set(tops) <= set(classes):
             return None
+        self.class_names = classes
         return np.array([classes.index(top) for top in tops])
 
     def _read_one(self, path: Path) -> np.ndarray:
@@ -95,10 +141,10 @@ class FolderImages:
             image = read_rgb(path, str(path))
         return center_crop(image, self.image_size) if self.image_size else np.asarray(image)
 
-    def _header_size(self, path: Path) -> tuple[int, int]:
-        """(width, height), without decoding the image."""
+    def _header(self, path: Path) -> "Header":
+        """What can be said without decoding the image."""
         with self._naming(path), Image.open(path, formats=readable_formats()) as image:
-            return image.size
+            return Header(image.size, is_lossy(path, image.format))
 
     def _hash_one(self, path: Path) -> bytes:
         with self._naming(path):
@@ -140,9 +186,16 @@ class Source:
         return None
 
     @property
-    def labels(self) -> np.ndarray | None:
+    def labels(self) -> ClassLabels | None:
         """Class of each image, where it is known."""
-        return self.images.labels if self.images is not None else None
+        if self.images is None or self.images.labels is None:
+            return None
+        return ClassLabels(self.images.labels, self.images.class_names)
+
+    @property
+    def lossy(self) -> int:
+        """Number of lossily compressed image files."""
+        return self.images.lossy if self.images is not None else 0
 
     def stored(self, extractor: str) -> dict[str, Gaussian]:
         """Statistics of this kind of extractor, given by its name."""

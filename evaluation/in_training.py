@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from config import Config
 from data.autoencoder import Autoencoder
-from evaluation.comparison import FeatureSet, check_sizes, check_source, compare, measure_source
+from evaluation.class_labels import ClassLabels
+from evaluation.comparison import FeatureSet, check_sizes, check_source, class_note, compare, measure_source
 from evaluation.extractors import load_extractor
 from evaluation.image_sets import open_source
 from evaluation.sample_features import SamplePlan, measure_samples
@@ -25,18 +26,27 @@ class Evaluation:
         bf16: whether to sample in bfloat16.
         folder: for features, shared by all processes.
         processes: this process among those of the run.
+        class_names: of the features, by label.
 
     Raises:
         UserError: a reference or features that cannot be read or do not fit, before training starts.
     """
 
     def __init__(
-        self, config: Config, autoencoder: Autoencoder, bf16: bool, folder: Path, processes: Processes
+        self,
+        config: Config,
+        autoencoder: Autoencoder,
+        bf16: bool,
+        folder: Path,
+        processes: Processes,
+        class_names: list[str] | None,
     ):
         self.config = config
         self.autoencoder = autoencoder
         self.folder = folder
         self.processes = processes
+        self.class_names = class_names
+        self.note = ""  # about the classes, as it was printed
         section = config.evaluation
         self.options = SamplingOptions(
             cfg_scale=section.cfg_scale,
@@ -80,8 +90,10 @@ class Evaluation:
         # The first process compares
         metrics: dict[str, float] = {}
         if is_first:
-            samples = FeatureSet(title, features, {}, np.array(self.labels))
+            classes = ClassLabels(np.array(self.labels), self.class_names)
+            samples = FeatureSet(title, features, {}, classes)
             metrics = compare(samples, self.reference, self.extractor)
+            self.print_note(class_note(samples, self.extractor))
             metrics["kept"] = features.mean("kept")
             metrics["tflop_per_image"] = features.mean("tflop")
             shutil.rmtree(folder)
@@ -94,6 +106,12 @@ class Evaluation:
         if self.processes.world > 1:
             dist.all_gather_object(flags, flag)
         return any(flags)
+
+    def print_note(self, note: str) -> None:
+        """Print a note about the classes, unless the evaluation before had the same."""
+        if note and note != self.note:
+            print(note)
+        self.note = note
 
     def wait(self) -> None:
         """Wait for the other processes."""

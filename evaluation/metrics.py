@@ -67,7 +67,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     root_trace = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
     spread = np.trace(a.covariance) + np.trace(b.covariance) - 2 * root_trace
     shift = np.square(a.mean - b.mean).sum()
-    return float(shift + spread)
+    # Rounding may leave a little less than nothing
+    return max(float(shift + spread), 0.0)
 
 
 def _factor(covariance: np.ndarray) -> np.ndarray:

@@ -9,20 +9,24 @@ import io
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 
-from config import UserError
+from config import UserError, one_line
 from data.files import write_text
+from data.names import printable
 from data.store_files import sha256_of
+from evaluation.class_labels import ClassLabels
 from evaluation.comparison import (
     FeatureSet,
     check_sizes,
     check_source,
+    class_note,
     compare,
+    compression_warning,
     measure_source,
     rank_warning,
 )
@@ -77,7 +81,7 @@ class Point:
     lite: float | None  # dropped fraction of the unconditional branch; None: no Lite-CFG
 
     def __str__(self) -> str:
-        name = f"{self.trained.config.model.name}, scale {self.cfg_scale}, budget {self.budget}"
+        name = f"{printable(self.trained.config.model.name)}, scale {self.cfg_scale}, budget {self.budget}"
         return name if self.lite is None else f"{name}, lite {self.lite}"
 
     def options(self, plan: ParetoPlan) -> SamplingOptions:
@@ -130,8 +134,7 @@ class PointTable:
         self.path = path
         self.rows: list[dict[str, str]] = []
         if path.is_file():
-            with open(path, encoding="utf-8", newline="") as stream:
-                self.rows = list(csv.DictReader(stream))
+            self.rows = self._read()
         for row in self.rows:
             changes = []
             for key, value in settings.items():
@@ -140,6 +143,19 @@ class PointTable:
             if changes:
                 points = f"holds points with {', '.join(changes)}"
                 raise UserError(f"--output '{path.parent}' {points}; give another folder")
+
+    def _read(self) -> list[dict[str, str]]:
+        try:
+            with open(self.path, encoding="utf-8", newline="") as stream:
+                rows = list(csv.DictReader(stream))
+        except (ValueError, csv.Error) as error:
+            raise UserError(
+                f"'{self.path}' cannot be read ({one_line(error)}); give another --output"
+            ) from None
+        # A spreadsheet program may have written it with other separators
+        if any(row.get("point") is None for row in rows):
+            raise UserError(f"'{self.path}' is not a table of points; give another --output")
+        return rows
 
     def has(self, key: str) -> bool:
         """Whether the point of this key has a row."""
@@ -163,6 +179,7 @@ class Yardstick:
 
     extractor: Extractor
     reference: FeatureSet
+    notes: list[str] = field(default_factory=list)  # about the classes, printed already
 
 
 def measure(plan: ParetoPlan) -> list[dict[str, str]]:
@@ -192,6 +209,9 @@ def measure(plan: ParetoPlan) -> list[dict[str, str]]:
         table = PointTable(plan.output / "pareto.csv", settings)
         reference = measure_source(source, extractor, plan.output / "reference", processes)
         warn_of_few_images(plan, reference)
+        warning = compression_warning(None, source)
+        if warning:
+            group.print_once(warning)
         yardstick = Yardstick(extractor, reference)
         for point in points:
             key = point.key(settings)
@@ -284,6 +304,11 @@ def measure_point(
     if processes.rank > 0:
         return {}
     found = {"tflop_per_image": chunks.mean("tflop"), "kept_share": chunks.mean("kept")}
-    own = FeatureSet(str(point), chunks, {}, np.array(labels))
+    classes = ClassLabels(np.array(labels), point.trained.class_names)
+    own = FeatureSet(str(point), chunks, {}, classes)
+    note = class_note(own, yardstick.extractor)
+    if note and note not in yardstick.notes:
+        yardstick.notes.append(note)
+        print(note)
     found |= compare(own, yardstick.reference, yardstick.extractor)
     return {key: f"{value:.8g}" for key, value in found.items()}

@@ -20,6 +20,7 @@ from evaluation.comparison import PR_REFERENCE_IMAGES
 from evaluation.extractors import Extractor
 from evaluation.feature_cache import FeatureChunks
 from evaluation.image_sets import FolderImages
+from sampling.npz import CLASS_NAMES
 
 BATCH = 256  # images in memory at a time
 
@@ -32,6 +33,7 @@ def write_reference(path: Path, images: FolderImages, chunks: FeatureChunks, ext
     arrays = {}
     if images.labels is not None:
         arrays["arr_1"] = images.labels[chosen]
+        arrays[CLASS_NAMES] = np.array(json.dumps(images.class_names))
 
     # Statistics of all images
     names = INCEPTION_KEYS if extractor.is_inception else OTHER_KEYS

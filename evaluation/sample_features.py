@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from evaluation.extractors import Extractor
-from evaluation.feature_cache import FeatureChunks, as_arrays, progress_bar, run_extractor
+from evaluation.feature_cache import FeatureChunks, as_arrays, check_finite, progress_bar, run_extractor
 from processes.group import Processes
 from sampling.accounting import image_tflop
 from sampling.generate import SampledBatch, SamplingOptions, TrainedModel, generate
@@ -38,7 +38,9 @@ def measure_samples(
             index = list(chunks.ranges[chunk])
             labels = [plan.labels[i] for i in index]
             (batch,) = generate(trained, index, labels, plan.options, plan.batch_size)
-            chunks.write(chunk, measure_batch(trained, batch, extractor))
+            arrays = measure_batch(trained, batch, extractor)
+            check_finite(arrays, [f"{plan.title}, sample {i}" for i in index])
+            chunks.write(chunk, arrays)
             bar.update(len(index))
     return chunks
 

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 
 from data.files import write_file
 
-SMALL: dict[Any, Any] = {"font.size": 8}  # settings of matplotlib for `rc_context`
+# Settings of matplotlib for `rc_context`; names of classes and models may hold a "$", which is no formula
+SMALL: dict[Any, Any] = {"font.size": 8, "text.parse_math": False}
 
 
 def save_figure(figure: Figure, path: Path) -> None:

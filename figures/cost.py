@@ -7,6 +7,7 @@ sample_ddp.py's samples.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 
 import cli
 from config import UserError
+from data.names import printable
 from figures.canvas import SMALL, save_figure
 
 COLOURS = {"conditional": "tab:blue", "unconditional": "tab:orange"}
@@ -89,13 +91,16 @@ def draw_classes(summary: Summary, path: Path) -> None:
     rows = sorted(summary["kept_by_class"], key=lambda row: row["share"]["mean"])
     if len(rows) > MOST_CLASSES:
         rows = rows[: MOST_CLASSES // 2] + rows[-MOST_CLASSES // 2 :]
-    names = [f"{row['name']} ({row['images']})" for row in rows]
+    names = [f"{printable(row['name'])} ({row['images']})" for row in rows]
     mean = [row["share"]["mean"] for row in rows]
     std = [row["share"]["std"] for row in rows]
 
     figure = Figure(figsize=(5, 0.2 * len(rows) + 0.7), dpi=120, layout="constrained")
     axes = figure.subplots()
-    axes.barh(names, mean, xerr=std, color="tab:blue", ecolor="black")
+    # By position: two long names may be equal where they are cut off
+    positions = range(len(rows))
+    axes.barh(positions, mean, xerr=std, color="tab:blue", ecolor="black")
+    axes.set_yticks(positions, names)
     axes.set_xlabel("share of tokens kept over all steps (number of images)")
     save_figure(figure, path)
 
@@ -108,14 +113,43 @@ PICTURES = {
 
 
 def read_summary(path: Path) -> Summary:
+    """The file's content. Raises UserError unless it has what the pictures show."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise not_a_summary(path) from None
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        check_summary(summary)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"'{path}' is not a summary.json of a sampling run; sample.py writes one") from None
+    return summary
 
 
-def not_a_summary(path: Path) -> UserError:
-    return UserError(f"'{path}' is not a summary.json of a sampling run; sample.py writes one")
+def check_summary(summary: Summary) -> None:
+    """Read everything that the pictures show; raises some error where an entry is missing or no number.
+
+    What happens while drawing, on the other hand, is not the fault of the file.
+    """
+    # Shares at each step
+    check_numbers(summary["tokens"], summary["steps"])
+    for branch in summary["tflop_by_branch"]:
+        for row in summary["kept_by_step"]:
+            check_numbers(row["t"])
+            if row[branch]:
+                check_numbers(*(row[branch][key] for key in ("mean", "std", "min", "max")))
+
+    # Cost by component
+    check_numbers(summary["tflop_decoding"], summary["tflop_per_image"]["mean"])
+    check_numbers(*summary["tflop_by_component"].values())
+
+    # Shares of each class
+    for row in summary["kept_by_class"]:
+        check_numbers(row["images"], row["share"]["mean"], row["share"]["std"])
+        printable(row["name"])
+
+
+def check_numbers(*values: object) -> None:
+    """TypeError unless all are finite numbers."""
+    for value in values:
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise TypeError(f"{value!r} is not a number")
 
 
 def default_folder(summary: Path) -> Path:
@@ -138,11 +172,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.output or default_folder(args.summary)
     cli.check_output("--output", folder)
     summary = read_summary(args.summary)
-    try:
-        for name, draw in PICTURES.items():
-            draw(summary, folder / name)
-    except (ValueError, KeyError, TypeError):
-        raise not_a_summary(args.summary) from None
+    for name, draw in PICTURES.items():
+        draw(summary, folder / name)
     print(f"{', '.join(PICTURES)} written to {folder.resolve()}")
 
 

@@ -16,16 +16,28 @@ from tqdm import tqdm
 
 import cli
 from config import UserError
+from data.names import printable
 from diffusion.samplers import Step
 from figures.canvas import SMALL, save_figure
 from models import describe
 from models.types import Routing
 from processes import group
-from sampling.accounting import class_name, image_tflop
-from sampling.arguments import add_sampling_arguments, load_trained_from, sampling_options
+from sampling.accounting import image_tflop
+from sampling.arguments import (
+    add_class_arguments,
+    add_sampling_arguments,
+    chosen_labels,
+    load_trained_from,
+    print_classes,
+    sampling_options,
+)
 from sampling.budgets import ALL, Budget
-from sampling.generate import SampledBatch, check_labels, generate
+from sampling.classes import shown_name
+from sampling.generate import SampledBatch, generate
 from sampling.pictures import save_grid
+
+# Characters of a name beside a row
+LONGEST_NAME = 20
 
 
 @rc_context(SMALL)
@@ -47,6 +59,14 @@ def draw_grid(batches: list[SampledBatch], titles: list[str], names: list[str], 
     save_figure(figure, path)
 
 
+def row_name(label: int, names: list[str] | None) -> str:
+    """Name of a class, short enough for the side of a row."""
+    name = shown_name(label, names)
+    if name == str(label):
+        return f"class {label}"
+    return printable(name, LONGEST_NAME)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     cli.add_config_arguments(parser)
@@ -58,7 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=[0, 0.2, 0.4, 0.6],
         help="columns (default: 0 0.2 0.4 0.6)",
     )
-    parser.add_argument("--classes", type=int, nargs="+", help="one row per label (default: the first four)")
+    add_class_arguments(parser, "one row for each (default: the first four)")
     parser.add_argument(
         "--output", type=Path, default=Path("elastic_grid.png"), help="picture (default: %(default)s)"
     )
@@ -69,14 +89,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.list_classes:
+        print_classes(args)
+        return
     device = group.default_device()
     options = sampling_options(args, device)
     if options.budget != ALL:
         raise UserError("--fractions: are the budgets of the columns; leave the other budget out")
     trained = load_trained_from(args, device)
     config = trained.config
-    labels = args.classes or list(range(min(4, config.data.num_classes)))
-    check_labels(labels, config)
+    labels = chosen_labels(args, trained, list(range(min(4, config.data.num_classes))))
+    names = [row_name(label, trained.class_names) for label in labels]
     columns = []
     for fraction in args.fractions:
         column = dataclasses.replace(options, budget=Budget.fraction(fraction))
@@ -102,15 +125,12 @@ def main(argv: list[str] | None = None) -> None:
     pictures = torch.stack([batch.images for batch in batches], dim=1)  # (rows, columns, 3, H, W)
     save_grid(pictures.flatten(0, 1), args.output, columns=len(columns))
 
-    # Name columns and rows, and draw
+    # Name the columns, and draw
     titles = []
     for fraction, batch in zip(args.fractions, batches):
         tflop = image_tflop(config, batch.kept).mean()
         titles.append(f"{fraction:.0%} dropped\n{tflop:.3g} TFLOP")
         print(f"{fraction:.0%} dropped: {tflop:.4g} TFLOP per image")
-    names = [f"class {label}" for label in labels]
-    if trained.class_names:
-        names = [class_name(trained.class_names, label) for label in labels]
     draw_grid(batches, titles, names, args.output)
     print(f"written to {args.output.resolve()}")
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 import cli
 from config import UserError
+from data.names import printable
 from diffusion.samplers import SAMPLERS
 from evaluation.comparison import METRIC_NAMES
 from evaluation.pareto import ParetoPlan, measure
@@ -105,7 +106,7 @@ def read_curves(rows: list[Row], scale: str) -> list[Curve]:
         lite = row["lite_cfg"]
         key = (row["name"], row["step"], row["static"], lite, row["model"])
         if key not in curves:
-            label = f"{row['name']}, {int(row['step']):,} steps"
+            label = f"{printable(row['name'])}, {int(row['step']):,} steps"
             if lite:
                 label += f", Lite-CFG {float(lite):.0%}"
             curves[key] = Curve(label, row["static"] == "True", lite, [])
@@ -170,7 +171,8 @@ def draw(rows: list[Row], path: Path) -> list[Comparison]:
         axis.set_ylabel(f"{METRIC_NAMES[metric_of(rows)]} ({rows[0]['images']} images)")
         axis.ticklabel_format(axis="x", scilimits=(-2, 4))
         axis.margins(0.12)
-        axis.legend(fontsize=7)
+        # With all labels: by itself, a legend leaves out those that begin with "_"
+        axis.legend(axis.lines, [curve.label for curve in curves], fontsize=7)
     save_figure(figure, path)
     return comparisons
 

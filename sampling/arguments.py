@@ -5,15 +5,18 @@ from typing import cast
 
 import torch
 
-from config import UserError, load_config
+from config import Config, UserError, config_from_dict, load_config
 from diffusion.samplers import SAMPLERS
 from models import compile_parts
 from models.dc_dit import DCDiT
 from models.dit import DiT
 from sampling.budgets import ALL, Budget
+from sampling.classes import ambiguity, choose_labels, class_table
 from sampling.cuda_graph import GraphedDenoiser
+from sampling.generate import check_labels
 from sampling.load import TrainedModel, load_trained
 from sampling.options import SamplingOptions
+from weights.checkpoint import load_checkpoint
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,9 +169,36 @@ def one_budget(
     return given[0] if given else ALL
 
 
-def load_trained_from(args: argparse.Namespace, device: torch.device) -> TrainedModel:
-    """The model that --ckpt, --config, --set and --vae describe, compiled where --compile asks for it."""
+def add_class_arguments(parser: argparse.ArgumentParser, one_per_class: str) -> None:
+    """Which classes: by name or by label. `one_per_class` says what is drawn, and for which by default."""
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", help=f"names or labels; {one_per_class}")
+    parser.add_argument(
+        "--list-classes", action="store_true", help="print label and name of every class and stop"
+    )
+
+
+def print_classes(args: argparse.Namespace) -> None:
+    """What --list-classes prints. The checkpoint alone is read."""
     config = load_config(args.config, args.set) if args.config else None
+    state = load_checkpoint(chosen_checkpoint(args, config))
+    num_classes = config_from_dict(state["config"]).data.num_classes
+    print(class_table(num_classes, state["class_names"]))
+
+
+def chosen_labels(args: argparse.Namespace, trained: TrainedModel, default: list[int]) -> list[int]:
+    """The labels of --classes, or the default. Raises UserError for a class that the model does not know."""
+    labels = default
+    if args.classes:
+        labels = choose_labels(args.classes, trained.class_names)
+        note = ambiguity(args.classes, trained.class_names)
+        if note:
+            print(note)
+    check_labels(labels, trained.config)
+    return labels
+
+
+def chosen_checkpoint(args: argparse.Namespace, config: Config | None) -> str:
+    """The checkpoint that --ckpt names, or else the configuration."""
     ckpt = args.ckpt
     if ckpt is None and config is not None:
         ckpt = config.ckpt
@@ -176,6 +206,13 @@ def load_trained_from(args: argparse.Namespace, device: torch.device) -> Trained
         raise UserError(
             "--ckpt is missing; give a checkpoint of train.py, e.g. results/000-DC-DiT/checkpoints/0400000.pt"
         )
+    return ckpt
+
+
+def load_trained_from(args: argparse.Namespace, device: torch.device) -> TrainedModel:
+    """The model that --ckpt, --config, --set and --vae describe, compiled where --compile asks for it."""
+    config = load_config(args.config, args.set) if args.config else None
+    ckpt = chosen_checkpoint(args, config)
     trained = load_trained(ckpt, device, args.vae, config, args.set, args.weights)
     if args.compile:
         compile_parts(cast(DCDiT | DiT, trained.model))

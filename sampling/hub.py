@@ -15,6 +15,7 @@ import cli
 from config import Config, downsample_factors, to_dict, to_yaml
 from data.autoencoder import HUB_NAMES
 from data.files import write_json, write_text
+from data.names import markdown, printable
 from models import architecture, flops
 from sampling.arguments import add_weights_argument
 from sampling.load import TrainedModel, load_trained
@@ -77,16 +78,16 @@ def model_card(trained: TrainedModel) -> str:
     batch = config.training.global_batch_size * config.training.gradient_accumulation_steps
     parameters = sum(p.numel() for p in trained.model.parameters())
     weights = "EMA" if trained.weights == "ema" else "Trained"
-    autoencoder = Path(trained.autoencoder.name).name
+    autoencoder = printable(Path(trained.autoencoder.name).name).replace("`", "'")
     classes = ""
     if trained.class_names and len(trained.class_names) <= MOST_NAMES:
-        classes = f": {', '.join(trained.class_names)}"
+        classes = f": {', '.join(markdown(name) for name in trained.class_names)}"
     return f"""---
 library_name: dc-dit
 pipeline_tag: unconditional-image-generation
 tags: [diffusion, model_hub_mixin]
 ---
-# {config.model.name}
+# {markdown(config.model.name)}
 
 Class-conditional diffusion transformer with {parameters / 1e6:.1f} M parameters.
 {weights} weights after {trained.step:,} steps.

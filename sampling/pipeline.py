@@ -10,7 +10,7 @@ The scheduler may be replaced, with one that reads epsilon alone where it is not
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from diffusion import schedule
 from diffusion.samplers import Denoise
 from sampling.accounting import StepCounts
 from sampling.budgets import ALL, Budget
+from sampling.classes import choose_labels
 from sampling.denoising import sampling_steps
 from sampling.generate import check_labels
 from sampling.load import TrainedModel, load_trained
@@ -70,7 +71,7 @@ class DCDiTPipeline:
     @torch.inference_mode()
     def __call__(
         self,
-        class_labels: list[int],
+        class_labels: Sequence[int | str],
         guidance_scale: float = 4.0,
         drop_fraction: float = 0.0,
         num_inference_steps: int = 50,
@@ -79,6 +80,7 @@ class DCDiTPipeline:
         """One image per label.
 
         Args:
+            class_labels: labels, or names of classes.
             guidance_scale: 1 is none. drop_fraction: share of the kept tokens to drop, in [0, 1).
             generator: of the noise, as everywhere in diffusers.
 
@@ -93,14 +95,15 @@ class DCDiTPipeline:
             budget=Budget.fraction(drop_fraction) if drop_fraction else ALL,
         )
         options.check(config)
-        check_labels(class_labels, config)
+        labels = choose_labels(class_labels, self.trained.class_names)
+        check_labels(labels, config)
         prepare_scheduler(self.scheduler, config, num_inference_steps, self.trained.device)
 
         def sampler(denoise: Denoise) -> Iterator[SchedulerStep]:
-            return self.scheduler_steps(denoise, len(class_labels), generator)
+            return self.scheduler_steps(denoise, len(labels), generator)
 
         kept = []
-        for step, routing in sampling_steps(self.trained, class_labels, options, sampler):
+        for step, routing in sampling_steps(self.trained, labels, options, sampler):
             kept.append(routing.counts(step.t))
         return PipelineOutput(to_pil(self.trained.autoencoder.decode(step.x_next)), kept)
 

@@ -1,5 +1,6 @@
 """evaluate.py as users run it: extractors, .npz files and folders, processes, caches, refusals."""
 
+import hashlib
 import io
 import json
 import os
@@ -24,7 +25,7 @@ import evaluate
 from config import OneProcessError, UserError
 from data.images import center_crop
 from evaluation import metrics
-from evaluation.extractors import Inception, load_extractor
+from evaluation.extractors import Inception, download, load_extractor
 from evaluation.feature_cache import FeatureChunks, read_pixels
 from evaluation.image_sets import FolderImages, open_source
 from processes import group
@@ -265,7 +266,8 @@ def test_npz_and_folder_are_the_same_images(place, capsys):
     assert npz["num_samples"] == COUNT and npz["num_reference"] == 280
     assert "Fréchet distance" in capsys.readouterr().out
     same = run(place, place / "samples.npz", place / "samples")
-    assert abs(same["frechet_distance"]) < 1e-6 and same["precision"] == same["recall"] == 1
+    assert 0 <= same["frechet_distance"] < 1e-6 and same["precision"] == same["recall"] == 1
+    assert "-0.0" not in capsys.readouterr().out
 
 
 def test_one_and_two_processes_give_the_same(place):
@@ -307,6 +309,127 @@ def test_features_are_cached_by_content(place, monkeypatch):
     np.savez(place / "changed.npz", images)
     run(place, place / "changed.npz", place / "reference.npz", cache="known")
     assert calls == [1, 1, 0, 1]
+
+
+def damage(file: Path, kind: str) -> None:
+    data = bytearray(file.read_bytes())
+    if kind == "bit":
+        data[len(data) // 2] ^= 1
+    elif kind == "cut":
+        del data[len(data) // 2 :]
+    else:
+        with np.load(file) as arrays:
+            values = {name: arrays[name].copy() for name in arrays.files}
+        values["features"][0] = np.nan
+        np.savez(file, **values)
+        return
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["bit", "cut", "nan"])
+def test_damaged_features_are_computed_again(place, capsys, kind):
+    pair = place / "samples.npz", place / "reference.npz"
+    whole = run(place, *pair, cache="damaged")
+    file = min((place / "damaged").rglob("00000.npz"))
+    damage(file, kind)
+    capsys.readouterr()
+    assert run(place, *pair, cache="damaged") == whole
+    assert f"'{file}' is damaged; these features are computed again" in capsys.readouterr().out
+    run(place, *pair, cache="damaged")
+    assert "is damaged" not in capsys.readouterr().out
+
+
+def test_results_of_other_comparisons_are_kept(place, tmp_path, capsys):
+    """A file for each question beside the samples; the same question again replaces its answer."""
+    samples = tmp_path / "s.npz"
+    shutil.copy(place / "samples.npz", samples)
+    tiny = ["--cache", str(place / "cache"), "--features"]
+    for reference, features in (
+        ("reference.npz", "tiny.pt"),
+        ("samples", "tiny.pt"),
+        ("reference.npz", "tiny.pt"),
+    ):
+        evaluate.main([str(samples), str(place / reference), *tiny, str(place / features)])
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == [
+        "s.evaluation-2.json",
+        "s.evaluation.json",
+    ]
+    for name, reference in (("s.evaluation.json", "reference.npz"), ("s.evaluation-2.json", "samples")):
+        assert json.loads((tmp_path / name).read_text())["reference"] == str(place / reference)
+    assert "s.evaluation.json" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_lossy_files_on_one_side(place, tmp_path, capsys):
+    folders = {}
+    options = {"jpeg": {}, "lossy": {"format": "WEBP"}, "lossless": {"format": "WEBP", "lossless": True}}
+    for kind, settings in options.items():
+        folders[kind] = tmp_path / kind
+        folders[kind].mkdir()
+        for k in range(5):
+            ending = "jpg" if kind == "jpeg" else "webp"
+            Image.effect_noise((SIZE, SIZE), 40 + k).convert("RGB").save(
+                folders[kind] / f"{k}.{ending}", **settings
+            )
+    for samples, reference, count in (
+        ("jpeg", "lossless", 1),
+        ("lossless", "lossy", 1),
+        ("lossy", "jpeg", 0),
+        ("lossless", "lossless", 0),
+    ):
+        run(place, folders[samples], folders[reference])
+        assert capsys.readouterr().out.count("5 files are lossily compressed") == count
+    run(place, folders["jpeg"], place / "reference.npz")
+    assert "jpeg': 5 files are lossily compressed" in capsys.readouterr().out
+
+
+class HalfBlind(torch.nn.Module):
+    """Features that are not finite for white images."""
+
+    def forward(self, images):
+        means = images.float().mean((2, 3))
+        return means / (255 - means)
+
+
+def test_features_that_are_not_finite(place, tmp_path):
+    """The image is named, and no number is printed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(HalfBlind()), tmp_path / "blind.pt")
+    images = np.random.default_rng(0).integers(0, 250, (9, SIZE, SIZE, 3), dtype=np.uint8)
+    images[7] = 255
+    np.savez(tmp_path / "white.npz", images)
+    blind = ["--features", tmp_path / "blind.pt", "--cache", tmp_path / "cache"]
+    message = refusal(tmp_path / "white.npz", place / "reference.npz", *blind)
+    assert "white.npz', image 7: its features are not finite" in message
+    (tmp_path / "folder").mkdir()
+    for k, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "folder" / f"{k}.png")
+    assert "7.png': its features are not finite" in refusal(place / "samples", tmp_path / "folder", *blind)
+    np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
+    assert "mu or sigma is not finite" in refusal(place / "samples", tmp_path / "nan.npz", *blind)
+    np.savez(tmp_path / "wide.npz", feature_mu=np.zeros(4), feature_sigma=np.eye(4))
+    assert "has statistics of 4 features, and the samples' images 3" in refusal(
+        place / "samples", tmp_path / "wide.npz", *blind
+    )
+
+
+def test_damaged_inception_weights_are_downloaded_again(tmp_path, monkeypatch, capsys):
+    """The cached file is compared with the hash in its name."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    content = b"weights"
+    url = f"https://example.org/weights-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    calls = []
+
+    def fetch(url, path, hash_prefix):
+        calls.append(url)
+        Path(path).write_bytes(content)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    file = download(url)
+    assert download(url) == file and len(calls) == 1
+    file.write_bytes(content[:3])
+    assert download(url).read_bytes() == content and len(calls) == 2
+    assert "is damaged; it is downloaded again" in capsys.readouterr().out
 
 
 def test_two_runs_may_fill_one_cache(tmp_path, monkeypatch):
@@ -357,6 +480,29 @@ def test_reference_of_ones_own_data(place, inception_weights, tmp_path, capsys):
         place / "samples.npz", tmp_path / "tiny.npz", *other
     )
     assert "24 x 24" in refusal(place / "samples.npz", tmp_path / "own.npz", *other)
+
+
+def test_a_reference_has_the_images_of_training(place, tmp_path, capsys):
+    """Not those beside the class folders, which training does not read."""
+    for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png", "preview.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((SIZE, SIZE), 40).convert("RGB").save(tmp_path / "images" / name)
+    own = tmp_path / "own.npz"
+    argv = [
+        "--make-reference",
+        tmp_path / "images",
+        own,
+        "--image-size",
+        SIZE,
+        "--features",
+        place / "tiny.pt",
+    ]
+    evaluate.main([str(part) for part in (*argv, "--cache", tmp_path / "cache")])
+    printed = capsys.readouterr().out
+    assert "statistics of 4 images" in printed and "1 images beside the class folders are not read" in printed
+    with np.load(own) as arrays:
+        assert arrays["arr_1"].tolist() == [0, 0, 1, 1]
+    assert open_source(own).labels.names == ["a", "b"]
 
 
 # --------------------------------------------------------------------------------------------------- mistakes

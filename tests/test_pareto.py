@@ -231,6 +231,10 @@ def test_what_cannot_be_compared_is_refused(place, tiny_extractor, tmp_path):
     assert not (tmp_path / "new").exists()
     pareto.main(arguments(place, tmp_path / "old", tiny_extractor, *a))
     assert "holds points with seed 0 instead of 1" in refusal(*a, "--seed", "1", output=tmp_path / "old")
+    for content in (b"\xff\xfe\x00", b"point;name\n1;2\n"):
+        (tmp_path / "odd").mkdir(exist_ok=True)
+        (tmp_path / "odd" / "pareto.csv").write_bytes(content)
+        assert "give another --output" in refusal(*a, output=tmp_path / "odd")
     np.savez(place / "more.npz", np.zeros((21, 32, 32, 3), np.uint8))
     message = refusal(*a, "--reference", place / "more.npz", output=tmp_path / "old")
     assert "reference_images 20 instead of 21" in message
@@ -277,7 +281,7 @@ def test_without_a_static_model_the_first_curve_is_the_baseline():
 # --------------------------------------------------------------------------------------------------- training
 
 
-def test_evaluation_during_training(tiny_config, tiny_extractor, place, tmp_path):
+def test_evaluation_during_training(tiny_config, tiny_extractor, place, tmp_path, capsys):
     """Rows with quality, kept share and cost; training is untouched by it, and a resumed run repeats the rows."""
     keys = {"every": 4, "reference": place / "reference.npz", "features": tiny_extractor, "num_samples": SAMPLES,
             "num_sampling_steps": STEPS, "batch_size": 4, "cfg_scale": 2}  # fmt: skip
@@ -285,6 +289,7 @@ def test_evaluation_during_training(tiny_config, tiny_extractor, place, tmp_path
     for key, value in keys.items():
         argv += ["--set", f"evaluation.{key}={value}"]
     train.main(argv)
+    assert capsys.readouterr().out.count("because the classifier has no class names") == 1
     lines = (tmp_path / "run" / "evaluation.jsonl").read_text()
     rows = [json.loads(line) for line in lines.splitlines()]
     assert [row["step"] for row in rows] == [4, 8]
@@ -415,6 +420,7 @@ def test_classifier_of_the_embedded_data_set(tmp_path, capsys):
         *((image, label) for image, _, label in (shapes.render(1000 + i, 24) for i in range(80)))
     )
     outputs = extractor(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+    assert extractor.class_names == sorted(path.name for path in (tmp_path / "images").iterdir())
     assert outputs.features.shape == (80, 112) and outputs.logits.shape == (80, 8)
     assert (outputs.logits.argmax(1) == torch.tensor(labels)).double().mean() > 0.9
     assert outputs.features[::8].std(0).min() > 0

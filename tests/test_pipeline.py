@@ -475,6 +475,7 @@ def test_many_samples_on_one_two_and_three_processes(trained, tmp_path):
     assert whole.keys() == {"settings.json", *(f"{i:06d}.png" for i in range(count))}
     with np.load(tmp_path / "one.npz") as arrays:
         images, labels = arrays["arr_0"], arrays["arr_1"]
+        assert json.loads(str(arrays["dcdit_class_names"])) == ["a", "b", "c"]
     assert images.shape == (count, 32, 32, 3) and images.dtype == np.uint8
     for i in range(count):
         assert np.array_equal(images[i], np.asarray(Image.open(one / f"{i:06d}.png")))

@@ -3,11 +3,13 @@
     python -m toy.classifier --images quickstart/images --output quickstart/classifier.pt --image-size 48
 
 It trains in a minute on a CPU and writes a TorchScript file for `evaluate.py --features`. Its features are
-the channel means of every stage; its logits give the class accuracy of conditional samples.
+the channel means of every stage; its logits give the class accuracy of conditional samples. The file holds the
+names of the classes too.
 """
 
 import argparse
 import io
+import json
 import time
 import warnings
 from pathlib import Path
@@ -23,6 +25,7 @@ from data.files import write_file
 from data.images import ImageFolder
 from data.loading import read_all
 from data.streams import rng
+from evaluation.extractors import CLASS_NAMES_FILE
 
 # Channels per stage; their sum is the number of features.
 WIDTHS = (16, 32, 64)
@@ -98,15 +101,16 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
     return right / len(images)
 
 
-def save(model: Classifier, image_size: int, path: Path) -> None:
-    """Write TorchScript."""
+def save(model: Classifier, class_names: list[str], image_size: int, path: Path) -> None:
+    """Write TorchScript, with the names of the classes as an extra file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     example = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # PyTorch prefers other formats by now.
         warnings.simplefilter("ignore", FutureWarning)
-        torch.jit.save(torch.jit.trace(model, example), buffer)
+        extra = {CLASS_NAMES_FILE: json.dumps(class_names)}
+        torch.jit.save(torch.jit.trace(model, example), buffer, _extra_files=extra)
     write_file(path, lambda stream: stream.write(buffer.getvalue()))
 
 
@@ -147,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     train(model, images[~is_held_out], labels[~is_held_out], args.steps, args.seed)
     share_right = accuracy(model, images[is_held_out], labels[is_held_out])
 
-    save(model, args.image_size, args.output)
+    save(model, source.class_names, args.image_size, args.output)
     seconds = time.perf_counter() - start
     print(
         f"{args.output}: {share_right:.1%} of {int(is_held_out.sum())} held-out images right, "
