@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from config import Config, downsample_factors, load_config
+from config import Config, load_config
 from models import build_model, reference
 from models.dc_dit import DCDiT
 from models.dit import DiT
@@ -93,7 +93,7 @@ def load(name: str, *overrides: str) -> Config:
 
 def downsampling(config: Config) -> float:
     """N of the configuration: about one token in N is kept."""
-    return downsample_factors(config.training.downsample_factor)
+    return config.training.downsample_factor
 
 
 def build_workload(config: Config, batch: int, setup: Setup) -> Workload:

@@ -171,7 +171,7 @@ def test_when_multi_budget_training_starts():
 
 
 def test_downsample_factor():
-    training = TrainingConfig(downsample_factor=[16.0])
+    training = TrainingConfig(downsample_factor=16.0)
     assert schedules.downsample_factor(0, training) == 16
     training.downsample_factor_start = 4.0
     assert schedules.downsample_factor(0, training) == 16  # there are no warm-up steps
@@ -441,3 +441,11 @@ def test_a_resumed_run_drops_later_rows(tmp_path, tail):
     RunLog(tmp_path, one_process(), step=100)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(rows[:2])
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_no_limit_on_the_gradient_norm_leaves_gradients_as_they_are():
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.tensor([1e10, -2.0, 0.0])
+    config = load_config(None, ["training.max_grad_norm=.inf"])
+    torch.nn.utils.clip_grad_norm_([parameter], config.training.longest_gradient)
+    assert parameter.grad.tolist() == torch.tensor([1e10, -2.0, 0.0]).tolist()

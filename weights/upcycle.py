@@ -10,7 +10,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor, nn
 
-from config import Config, UserError, config_from_dict, differences, downsample_factors, parse_layout, to_dict
+from config import Config, UserError, config_from_dict, differences, parse_layout, to_dict
 from models import build_model
 from models.dc_dit import DCDiT
 from models.dit import DiT
@@ -61,7 +61,7 @@ def initial_state(config: Config) -> tuple[Checkpoint, Origins]:
         check_shared(config, source_config)
         start = config.model.upcycle
         first_factor = config.training.downsample_factor_start or config.training.downsample_factor
-        origins = upcycle(source, model, start.scaffold, start.router, downsample_factors(first_factor))
+        origins = upcycle(source, model, start.scaffold, start.router, first_factor)
     else:
         origins = copy_all(source, model, path)
     weights = model.state_dict()
