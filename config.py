@@ -60,6 +60,11 @@ class Config:
         return self.model.patch_size is not None
 
     @property
+    def uses_tf32(self) -> bool:
+        """Whether products in float32 may run as TF32."""
+        return self.training.tf32 or self.model.hnet.fp32_router_dechunk == "tf32"
+
+    @property
     def latent_size(self) -> int:
         """Side S of the square latent."""
         return self.data.image_size // self.data.latent_stride

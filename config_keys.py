@@ -161,6 +161,7 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "fp32"] = training(
         "auto", "auto: as accelerate launch says, and bf16 on CUDA where it says nothing"
     )
+    tf32: bool = training(False, "products in float32 may run as TF32 on CUDA; the same as --tf32")
     compile: bool = free(False, "torch.compile of blocks, encoder and decoder; the same as --compile")
     class_dropout_prob: Share = network(
         0.1,
@@ -266,6 +267,6 @@ class EvaluationConfig:
     )
     features: str = free("inception", "inception, a TorchScript file, or the folder of a timm model")
     inception_weights: str | None = free(None, "file of Inception weights; null: torch-fidelity's download")
-    cfg_scale: GuidanceScale = free(1.0, "guidance scale")
+    cfg_scale: GuidanceScale = free(1.0, "guidance scale; 1 for a model without a null label")
     num_sampling_steps: PositiveInt = free(50, "DDIM steps")
     batch_size: PositiveInt = free(32, "samples per batch and process")

@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         record = read_records([folder.record(start) for start in folder.starts], labels)
         summary = summarise_run(trained, options, record)
         save_summary(summary, folder.summary)
-        write_npz(folder.npz, [folder.png(i) for i in indices], labels)
+        # Samples at scale 0 have no class
+        write_npz(folder.npz, [folder.png(i) for i in indices], labels if options.cfg_scale else None)
         print(report(summary))
         print(f"{len(indices)} images in {args.output_dir} and {folder.npz}")
 
@@ -102,6 +103,7 @@ def settings_of(args: argparse.Namespace, options: SamplingOptions, trained: Tra
         "batch": args.per_proc_batch_size,
         "model": trained.fingerprint,
         "vae": trained.autoencoder.sha256,
+        "tf32": trained.config.uses_tf32,
         "cfg_channels": trained.config.diffusion.cfg_channels,
     }
 

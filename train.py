@@ -36,6 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", metavar="EXP_DIR", help="resume the run in this folder, with its own configuration"
     )
+    cli.add_tf32_argument(parser)
     parser.add_argument("--compile", action="store_true", help="the same as --set training.compile=true")
     parser.add_argument(
         "--same_wandb", type=cli.boolean, default=True, help="continue the same wandb run (default: true)"

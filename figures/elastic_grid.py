@@ -21,7 +21,7 @@ from models import describe
 from models.types import Routing
 from processes import group
 from sampling.accounting import image_tflop
-from sampling.arguments import add_sampling_arguments, load_trained_from, sampling_options
+from sampling.arguments import add_sampling_arguments, fit_to_model, load_trained_from, sampling_options
 from sampling.budgets import ALL, Budget
 from sampling.generate import SampledBatch, check_labels, generate
 
@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--fractions: are the budgets of the columns; leave the other budget out")
     trained = load_trained_from(args, device)
     config = trained.config
+    options = fit_to_model(options, args, config)
     labels = args.classes or list(range(min(4, config.data.num_classes)))
     check_labels(labels, config)
     columns = []

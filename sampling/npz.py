@@ -1,6 +1,6 @@
 """The file of samples that the ADM evaluation suite reads.
 
-`arr_0` holds images (N, H, W, 3) uint8, `arr_1` labels (N,) int64.
+`arr_0` holds images (N, H, W, 3) uint8, `arr_1` labels (N,) int64, if the images have any.
 """
 
 import zipfile
@@ -14,12 +14,12 @@ from PIL import Image
 from data.files import write_file
 
 
-def write_npz(path: Path, pngs: list[Path], labels: list[int]) -> None:
+def write_npz(path: Path, pngs: list[Path], labels: list[int] | None) -> None:
     """Collect PNG files of one size into a .npz, one image in memory at a time."""
     write_file(path, lambda stream: _write(stream, pngs, labels))
 
 
-def _write(stream: BinaryIO, pngs: list[Path], labels: list[int]) -> None:
+def _write(stream: BinaryIO, pngs: list[Path], labels: list[int] | None) -> None:
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         # The header, which needs the shape of all images, and then one image after the other
         with Image.open(pngs[0]) as first:
@@ -31,5 +31,7 @@ def _write(stream: BinaryIO, pngs: list[Path], labels: list[int]) -> None:
             for png in pngs:
                 pixels = np.asarray(Image.open(png).convert("RGB"))
                 file.write(pixels.tobytes())
+        if labels is None:
+            return
         with archive.open("arr_1.npy", "w", force_zip64=True) as file:
             npy.write_array(file, np.array(labels, dtype=np.int64))

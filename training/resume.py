@@ -107,9 +107,21 @@ def check_same_run(config: Config, folder: Path) -> None:
         return
     changed = changed_keys(config, to_dict(load_config(file)))
     if changed:
-        raise UserError(
-            f"--output '{folder}' was started with a different {', '.join(changed)}; choose another folder"
-        )
+        remedy = way_to_change(changed, folder)
+        raise UserError(f"--output '{folder}' was started with a different {', '.join(changed)}; {remedy}")
+
+
+def way_to_change(keys: list[str], folder: Path) -> str:
+    """How to train on with other values of some keys, as the end of an error line."""
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    # Another network, another process or other parameter groups do not fit the checkpoint
+    fits = all(role_of(key) == "training" and not key.startswith("training.lr_scales") for key in keys)
+    if not fits or not checkpoints:
+        return "choose another folder"
+    return (
+        "to train on with the new values, start another --output from its newest checkpoint: add "
+        f"--set training.resume_from_ckpt={checkpoints[-1]}"
+    )
 
 
 def check_same_features(config: Config, folder: Path, state: Checkpoint, store: Features) -> None:
