@@ -159,7 +159,8 @@ class TrainingConfig:
     gradient_accumulation_steps: PositiveInt = training(1, "batches per optimizer step")
     gradient_checkpointing: bool = training(False, "recompute blocks in the backward pass to save memory")
     precision: Literal["auto", "bf16", "fp32"] = training(
-        "auto", "auto: as accelerate launch says, and bf16 on CUDA where it says nothing"
+        "auto",
+        "auto: as --mixed_precision of accelerate launch says (no, unless given); under python and torchrun bf16 on CUDA",
     )
     tf32: bool = training(False, "products in float32 may run as TF32 on CUDA; the same as --tf32")
     compile: bool = free(False, "torch.compile of blocks, encoder and decoder; the same as --compile")

@@ -1,7 +1,7 @@
 """Train a DC-DiT on extracted features.
 
     accelerate launch train.py --config configs/shapes.yaml --output results/shapes
-    accelerate launch --multi_gpu --num_processes 8 train.py --config configs/DCDiT-B-N4.yaml
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 train.py --config configs/DCDiT-B-N4.yaml
 
 The same command again, with the same --output, resumes from the newest checkpoint there.
 """

@@ -420,14 +420,17 @@ def test_the_autoencoder_has_its_own_precision(trained, monkeypatch, bf16_vae):
 
 
 @pytest.mark.parametrize("switch", ["training.tf32=true", "model.hnet.fp32_router_dechunk=tf32", None])
-def test_one_switch_allows_tf32_in_all_products(trained, switch, monkeypatch):
+def test_one_switch_allows_tf32_in_all_products(trained, switch):
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
-        monkeypatch.setattr(backend, "allow_tf32", switch is None)  # the opposite
+        backend.allow_tf32 = switch is None  # the opposite
     run = load_trained(newest(trained))
     config = config_from_dict(to_dict(run.config), [switch] if switch else [])
     list(generate(run._replace(config=config), [0], [0], SamplingOptions(num_sampling_steps=1)))
     assert [backend.allow_tf32 for backend in backends] == [switch is not None] * 2
+    for backend, allowed in zip(backends, before):
+        backend.allow_tf32 = allowed
 
 
 def test_a_sample_is_a_function_of_seed_and_number(trained):
