@@ -160,7 +160,8 @@ class TrainingConfig:
     gradient_checkpointing: bool = training(False, "recompute blocks in the backward pass to save memory")
     precision: Literal["auto", "bf16", "fp32"] = training(
         "auto",
-        "auto: as --mixed_precision of accelerate launch says (no, unless given); under python and torchrun bf16 on CUDA",
+        "auto: as accelerate launch says, which is no unless --mixed_precision is given; "
+        "without a launcher, bf16 on CUDA",
     )
     tf32: bool = training(False, "products in float32 may run as TF32 on CUDA; the same as --tf32")
     compile: bool = free(False, "torch.compile of blocks, encoder and decoder; the same as --compile")

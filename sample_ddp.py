@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         missing = group.on_first(lambda: folder.prepare(settings, lock, choose_budgets))
         budget, uncond = folder.chosen_budgets()
         options = dataclasses.replace(options, budget=budget, uncond=uncond)
-        sample_batches(trained, options, labels, folder, missing[processes.rank :: processes.world])
+        sample_missing(trained, options, labels, folder, missing[processes.rank :: processes.world])
         if processes.world > 1:
             dist.barrier()  # under the watch: the other processes may take long
         watch.close()
@@ -108,14 +108,14 @@ def settings_of(args: argparse.Namespace, options: SamplingOptions, trained: Tra
     }
 
 
-def sample_batches(
+def sample_missing(
     trained: TrainedModel,
     options: SamplingOptions,
     labels: list[int],
     folder: SampleFolder,
     starts: list[int],
 ) -> None:
-    """Sample this process's batches. A batch has the same samples for any number of processes."""
+    """Sample this process's missing batches. A batch has the same samples for any number of processes."""
     not_first = dist.is_initialized() and dist.get_rank() > 0
     with ThreadPoolExecutor(WRITERS) as writers, tqdm(starts, unit="batch", disable=not_first) as bar:
         writing: list[Future] = []

@@ -112,6 +112,10 @@ def leaves(section: type, prefix: str = "") -> Iterator[Leaf]:
 # -------------------------------------------------------------------------------------- plain data -> section
 
 
+class WrongType(Exception):
+    """A value is not of a type."""
+
+
 def build(section: type[T], raw: Any, prefix: str = "") -> T:
     """A section from plain data. Keys that are missing have their defaults.
 
@@ -135,10 +139,14 @@ def build(section: type[T], raw: Any, prefix: str = "") -> T:
         if rewrite is not None:
             value = rewrite(value, key)
         values[name] = _convert(value, hints[name], key)
-    return section(**values)
+    try:
+        return section(**values)
+    except TypeError:  # a key without a default is missing
+        raise WrongType from None
 
 
 def as_mapping(raw: Any, where: str) -> dict:
+    """A mapping as it is, and nothing as an empty one. UserError for anything else."""
     if raw is None:
         return {}
     if not isinstance(raw, dict):
@@ -160,35 +168,38 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     for option in _options(hint):
         try:
             return _convert_to_one(value, option, key)
-        except TypeError:
+        except WrongType:
             continue
     raise UserError(f"{key}: {value!r} is not {describe(hint)}")
 
 
 def _convert_to_one(value: Any, hint: Any, key: str) -> Any:
-    """The value as a type that is no union. A TypeError lets the next type of a union try."""
+    """The value as a type that is no union. WrongType lets the next type of a union try."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    # A type with constraints, or one of several words
     if origin is Annotated:
         converted = _convert_to_one(value, arguments[0], key)
         for constraint in arguments[1:]:
             message = f"{key}: {converted!r} must be {constraint.text}{constraint.remedy}"
             require(constraint.holds(converted), message)
         return converted
-    if origin is Literal and any(value == choice and type(value) is type(choice) for choice in arguments):
+    if origin is Literal and (type(value), value) in [(type(choice), choice) for choice in arguments]:
         return value
+    # Lists, mappings and sections
     if origin is list and isinstance(value, list):
         return [_convert(item, arguments[0], f"{key}[{number}]") for number, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
         return {str(name): _convert(item, arguments[1], f"{key}.{name}") for name, item in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return build(typing.cast(type, hint), value, f"{key}.")
+    # Single values
     if hint is float:
         return _finite_number(value)
     if hint is type(None) and value is None:
         return None
     if hint in (str, int, bool, list) and type(value) is hint:
         return value
-    raise TypeError
+    raise WrongType
 
 
 def _options(hint: Any) -> tuple:
@@ -200,13 +211,13 @@ def _options(hint: Any) -> tuple:
 def _finite_number(value: Any) -> float:
     """A finite float, also from text that spells one: YAML 1.1 reads 1e-4 (without a dot) as text."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise TypeError
+        raise WrongType
     try:
         number = float(value)
     except (ValueError, OverflowError):
-        raise TypeError from None
+        raise WrongType from None
     if not math.isfinite(number):
-        raise TypeError
+        raise WrongType
     return number
 
 

@@ -107,7 +107,7 @@ def packed_stages(workload: Workload, conditioning: Tensor, features: Tensor) ->
     kept = len(packing.token_index)
     tokens = torch.randn(kept, workload.config.d_model, device=features.device).requires_grad_()
     residual = torch.randn_like(features).requires_grad_()
-    sigma = workload.sigma
+    sigma = model.dechunk.smoothing.sigma
     return [
         Stage(
             "pack",

@@ -54,11 +54,6 @@ class Workload:
         """The model, which must be a DC-DiT."""
         return cast(DCDiT, self.model)
 
-    @property
-    def sigma(self) -> float:
-        """Standard deviation of the dechunk smoothing, in latent cells."""
-        return self.config.model.hnet.dechunk_kernel_sigma
-
     def autocast(self) -> contextlib.AbstractContextManager:
         """The precision of the network."""
         return torch.autocast(self.prob.device.type, torch.bfloat16, enabled=self.bf16)
@@ -75,9 +70,7 @@ class Workload:
 
     def textbook_forward(self, x: Tensor, t: Tensor, labels: Tensor) -> DenoiserOutput:
         """What the model computes, in the textbook version, on the same weights and the same mask."""
-        return reference.forward(
-            self.dc_dit, self.sigma, x, t, labels, replace_routing=self.replace_probability
-        )
+        return reference.forward(self.dc_dit, x, t, labels, replace_routing=self.replace_probability)
 
     def replace_probability(self, routing: Routing) -> Routing:
         """The router's output with fixed values and its own gradient: every implementation gets one mask."""

@@ -1,1 +1,1 @@
-"""Images to latents: image folders, the embedded data set, the autoencoder and the feature store."""
+"""Images to latents: image folders, the autoencoder and the feature store."""

@@ -30,7 +30,7 @@ def architecture(config: Config) -> Architecture:
         decoder_blocks=layout.decoder_blocks,
         conv_width=config.encoder_width,
         smoothing_sigma=hnet.dechunk_kernel_sigma,
-        fp32_scaffold=hnet.fp32_router_dechunk is not False,
+        fp32_chunking=hnet.fp32_router_dechunk is not False,
         attention=model.attention,
         init=model.init,
         gradient_checkpointing=training.gradient_checkpointing,
@@ -56,9 +56,9 @@ def describe(config: Config) -> str:
 def compile_parts(model: DCDiT | DiT, backend: str = "inductor") -> None:
     """Have torch.compile fuse the transformer blocks, the encoder and the decoder, in place; names of weights stay.
 
-    Token counts become dynamic when a second one is seen, so compilation ends with the second batch.
-    Attention sample by sample (CUDA in float32, MPS) stays outside the graphs: it would need a new one for
-    every list of lengths.
+    The compiler takes the number of tokens for fixed until it sees a second one. It therefore compiles in the
+    first two batches and in no later one. Attention sample by sample (CUDA in float32, MPS) stays outside the
+    graphs: it would need a new one for every list of lengths.
     """
     for block in model.blocks:
         assert isinstance(block, DiTBlock)

@@ -2,7 +2,7 @@
 
 flash   flash-attn's variable-length kernel, if that package is installed (CUDA, half precision)
 varlen  torch.nn.attention.varlen (CUDA, half precision)
-sdpa    scaled_dot_product_attention, sample by sample (any device, any precision)
+sdpa    scaled_dot_product_attention, sample by sample (any device, any precision); on a CPU as one operation
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from models.ops.recompute import Modulated, linear
 from models.types import Packing
 
 HAS_FLASH = importlib.util.find_spec("flash_attn") is not None
-# PyTorch would take cuDNN first on some devices, which plans for given shapes, and T differs in every step.
+# On some devices PyTorch would take cuDNN first. It makes a plan per shape, and T differs in every step.
 VARLEN_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 

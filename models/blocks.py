@@ -37,7 +37,7 @@ class Mlp(nn.Module):
 class DiTBlock(nn.Module):
     """adaLN-Zero block (DiT, section 3.2) on packed tokens (T, D), conditioned per sample (B, D).
 
-    `mlp_ratio` 0 makes a block of attention only.
+    `mlp_ratio` 0 makes a block of attention only; its modulation has six parts all the same.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, attention: str):
@@ -50,7 +50,7 @@ class DiTBlock(nn.Module):
         modulators = self.adaLN_modulation(c).chunk(6, dim=1)  # each (B, D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulators
 
-        # norm -> modulate -> attend -> gate
+        # norm -> modulate -> attend -> gate; norm and modulation are computed by the layer that reads them
         attended = self.attn(modulate(x, shift_attn, scale_attn, packing), packing)
         x = gated_add(x, gate_attn, attended, packing)
         if self.mlp is None:

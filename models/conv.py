@@ -1,7 +1,6 @@
-"""Convolutional encoder and decoder of the scaffold, at full latent resolution.
+"""Convolutional encoder and decoder, at full latent resolution.
 
-The network's input is in channels_last memory. Where the layers keep it, `to_tokens` is a view with
-contiguous tokens.
+The network's input is in channels_last memory. After a layer that preserves it, `to_tokens` copies nothing.
 """
 
 import torch.nn.functional as F

@@ -21,7 +21,7 @@ class DCDiT(nn.Module):
     def __init__(self, architecture: Architecture):
         super().__init__()
         a = architecture
-        self.fp32_scaffold = a.fp32_scaffold
+        self.fp32_chunking = a.fp32_chunking
         self.gradient_checkpointing = a.gradient_checkpointing
         self.x_embedder = nn.Conv2d(a.latent_channels, a.conv_width, 3, padding=1)
         self.t_embedder = TimestepEmbedder(a.width, a.timestep_divisor)
@@ -50,8 +50,8 @@ class DCDiT(nn.Module):
         Args:
             x_t: (B, C, S, S). t: (B,) timesteps. labels: (B,) int64.
             drop: fraction of the boundary tokens to drop, in [0, 1): one number, one per sample (B,), or None.
-            tokens: keep exactly this number instead, in [2, L]: one number, one per sample, or None. The host then
-                knows all shapes and never waits for the device.
+            tokens: keep exactly this number, in [2, L]: one number, one per sample, or None. `drop` is then
+                ignored, and the host knows all shapes without waiting for the device.
         """
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
 
@@ -75,43 +75,42 @@ class DCDiT(nn.Module):
     def route(
         self, features: Tensor, drop: Tensor | float | None, tokens: int | list[int] | None
     ) -> tuple[Routing, Tensor]:
-        """Encoder output (B, D, S, S) -> the routing and the residual (B, L, D), in the scaffold's precision."""
-        with self.scaffold_precision(features):
-            features = self.to_scaffold(features)
+        """Encoder output (B, D, S, S) -> the routing and the residual (B, L, D), in the precision of chunking."""
+        with self.chunking_precision(features):
+            features = self.to_chunking_precision(features)
             routing = self.router(features, drop, tokens)
             residual = self.residual_proj(to_tokens(features))
         return routing, residual
 
     def plug_back(self, u: Tensor, residual: Tensor, routing: Routing, packing: Packing) -> Tensor:
-        """Processed tokens (T, D) and the residual (B, L, D) -> (B, L, D), in the scaffold's precision."""
-        with self.scaffold_precision(u):
-            return self.dechunk(self.to_scaffold(u), residual, routing, packing)
+        """Processed tokens (T, D) and the residual (B, L, D) -> (B, L, D), in the precision of chunking."""
+        with self.chunking_precision(u):
+            return self.dechunk(self.to_chunking_precision(u), residual, routing, packing)
 
     def positions(self, packing: Packing) -> Tensor:
         """Position embeddings of the kept tokens: (T, D)."""
         return self.pos_embed.index_select(0, packing.token_index % len(self.pos_embed))
 
-    def scaffold_precision(self, x: Tensor) -> torch.autocast:
+    def chunking_precision(self, x: Tensor) -> torch.autocast:
         """Switch autocast off around router, residual projection and dechunk if they are to run in float32."""
-        enabled = torch.is_autocast_enabled(x.device.type) and not self.fp32_scaffold
+        enabled = torch.is_autocast_enabled(x.device.type) and not self.fp32_chunking
         return torch.autocast(x.device.type, enabled=enabled)
 
-    def to_scaffold(self, x: Tensor) -> Tensor:
+    def to_chunking_precision(self, x: Tensor) -> Tensor:
         """The input of router, residual projection or dechunk in their precision."""
-        return x.float() if self.fp32_scaffold else x
+        return x.float() if self.fp32_chunking else x
 
 
 @torch.no_grad()
 def init_weights(model: DCDiT, init: str) -> None:
-    """Initialise every parameter that does not keep PyTorch's own start.
+    """Initialise all but the 3 x 3 and 1 x 1 convolutions and the norms, which keep PyTorch's own start.
 
     Args:
         init: "adaln_zero": the blocks' modulation and the residual projection start at zero, as the DiT and H-Net
             papers intend. "released": they start Xavier-uniform, which is what the official code does.
 
-    In both, linear layers start Xavier-uniform with zero bias, the label table and the timestep MLP from N(0,
-    0.02), the final layer at zero, and the router's last bias such that about one token in four is a
-    boundary.
+    In both, the stem and the linear layers start Xavier-uniform with zero bias, the label table and the timestep
+    MLP normal with std 0.02, the final layer at zero, and the router as `Router.start` says.
     """
     init_transformer(model, zero_blocks=init == "adaln_zero")
     model.router.start()

@@ -12,7 +12,7 @@ from models.ops.distance import nearest_token
 from models.ops.smoothing import SpatialSmoothing, smooth_and_plug
 from models.types import Packing, Routing
 
-PROB_MARGIN = 1e-4  # as a mixing weight, p is clamped to [margin, 1 - margin]
+PROB_MARGIN = 1e-4  # as a weight, p is clamped to [margin, 1 - margin]
 
 
 class Dechunk(nn.Module):

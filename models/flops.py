@@ -2,9 +2,9 @@
 
     python -m models.flops --config configs/DCDiT-B-N4.yaml
 
-Convention: 2 per multiply-add; convolutions, matrix products and linear layers only (no norms, activations or
-additions); attention scores and values at 2 * 2 * D per token pair plus 3 per head and pair for the softmax;
-the token pairs of each sample by itself. Published DiT figures count multiply-adds, which are half of these.
+Convention: 2 per multiply-add of convolutions, matrix products and linear layers. Attention counts 2 * 2 * D per
+token pair within a sample for scores and values, and 3 per head and pair for the softmax. Norms, other activations
+and additions do not count. Published DiT figures count multiply-adds, which are half of these.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def forward_flops(network: Architecture, kept: TokenCounts) -> dict[str, Any]:
 def static_dit_flops(network: Architecture) -> dict[str, float]:
     """FLOPs per image and forward pass of a static DiT (arXiv 2212.09748), by component.
 
-    The published multiply-adds are half of this without the softmax, plus one per element and LayerNorm.
+    Published multiply-adds = (this - softmax) / 2 + one per element of each LayerNorm.
     """
     d = network.width
     patch = network.patch or 1
@@ -104,9 +104,9 @@ def static_dit_flops(network: Architecture) -> dict[str, float]:
 def decoder_flops(vae: Mapping[str, Any], side: int) -> dict[str, float]:
     """FLOPs to decode one latent of side x side cells, from the configuration of a diffusers AutoencoderKL.
 
-    Its decoder is [1x1 convolution], 3x3 convolution, two residual blocks around an attention over all cells, and
-    `layers_per_block` + 1 residual blocks per resolution, with nearest-neighbour upsampling and a 3x3 convolution
-    between.
+    Its decoder is an optional 1x1 convolution, a 3x3 convolution, two residual blocks around an attention over all
+    cells, `layers_per_block` + 1 residual blocks per resolution with nearest-neighbour upsampling and a 3x3
+    convolution between, and a last 3x3 convolution.
     """
     widths = list(vae["block_out_channels"])[::-1]
     layers = vae["layers_per_block"] + 1

@@ -8,7 +8,7 @@ from torch import nn
 
 @torch.no_grad()
 def init_transformer(model: Any, zero_blocks: bool) -> None:
-    """Linear layers Xavier-uniform with zero bias, label table and timestep MLP N(0, 0.02), the final layer zero.
+    """Stem and linear layers Xavier-uniform, label table and timestep MLP normal with std 0.02, final layer zero.
 
     Args:
         model: a DiT or DC-DiT.

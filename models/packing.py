@@ -5,8 +5,7 @@ from torch import Tensor
 
 from models.types import Packing
 
-# A sum over a sample's tokens is a sum of the sums of this many pieces; one piece would be one thread's work
-# on a GPU.
+# Sums over a sample are split into this many pieces; as one piece, a single GPU thread would do all the work.
 PIECES = 16
 
 
@@ -14,7 +13,7 @@ def plan_packing(keep: Tensor, lengths: int | list[int] | None = None) -> Packin
     """Turn a keep mask (B, L) bool into a Packing; every sample must keep a token.
 
     Args:
-        lengths: kept tokens of every sample, or of each, if they are known (a token budget). If they are not,
+        lengths: kept tokens per sample if they are known (a token budget), one number for all or a list. None:
             they are read from the device, which is the only host synchronisation of a forward pass.
     """
     batch, tokens = keep.shape

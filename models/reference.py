@@ -1,14 +1,14 @@
-"""The readable twin of every stage, on the weights of a DCDiT; the oracle of tests and benchmarks.
+"""The readable twin of a DCDiT, stage by stage, on its weights; the oracle of tests and benchmarks.
 
 It computes what the paper describes in the way that comes to mind first: token-contiguous tensors with a
 permutation around every convolution, a double argsort for the budget, padded chunks, modulators expanded to
 one row per token, padded attention with a mask, a dense (B, M, M) Gaussian and a dense (B, L, M) search. M is
 the number of kept tokens of the sample that keeps most; the other letters are those of models/types.py.
 
-    prediction = reference.forward(model, sigma=1.0, x_t=x_t, t=t, labels=labels).prediction
+    prediction = reference.forward(model, x_t, t, labels).prediction
 
 Sources: DC-DiT (arXiv 2603.06351, section 3), DiT (arXiv 2212.09748, section 3.2), H-Net (arXiv 2507.07955), whose
-equations 4 to 10 DC-DiT carries over from sequences to the plane.
+equations 2 to 9 DC-DiT carries over from sequences to the plane.
 """
 
 import functools
@@ -30,7 +30,6 @@ from models.types import DenoiserOutput, Packing, Routing
 
 def forward(
     model: DCDiT,
-    sigma: float,
     x_t: Tensor,
     t: Tensor,
     labels: Tensor,
@@ -40,12 +39,11 @@ def forward(
     """What `model(x_t, t, labels, drop)` computes.
 
     Args:
-        sigma: standard deviation of the model's dechunk smoothing, in latent cells.
-        replace_routing: exchanges the router's decision for another one, which benchmarks hold constant.
+        replace_routing: exchanges the router's decision; benchmarks use it to fix the kept tokens.
     """
     c = model.t_embedder(t) + model.y_embedder(labels)  # (B, D)
 
-    # Encoder and router; the scaffold is in float32 under autocast too
+    # Encoder; then router and residual projection, which are in float32 under autocast too
     x = to_tokens(model.x_embedder(x_t))  # (B, L, E)
     features = conv_stack(model.encoder, x, c)  # (B, L, D)
     with torch.autocast(x_t.device.type, enabled=False):
@@ -65,7 +63,9 @@ def forward(
 
     # Dechunk, decoder and head
     with torch.autocast(x_t.device.type, enabled=False):
-        h = dechunk(u.float(), routing, chunks, sigma) + residual  # (B, L, D), H-Net, equation 3
+        h = (
+            dechunk(u.float(), routing, chunks, model.dechunk.smoothing.sigma) + residual
+        )  # (B, L, D), H-Net, equation 3
     h = conv_stack(model.decoder, h, c)  # (B, L, E)
     shift, scale = model.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=2)
     prediction = model.final_layer.linear(modulate(h, shift, scale))  # (B, L, 2C)
@@ -251,7 +251,7 @@ def dechunk(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float) -> T
 def smooth(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float) -> Tensor:
     """v_i = p_i u_i + (1 - p_i) sum_j w_ij u_j: (T, D) -> (B, M, D) (the role of H-Net, equation 5).
 
-    w_ij is exp(-|x_i - x_j|^2 / 2 sigma^2) p_j, normalised over the kept tokens j of the sample.
+    w_ij is exp(-|x_i - x_j|^2 / (2 sigma^2)) p_j, normalised over the kept tokens j of the sample.
     """
     u = unpack(tokens, chunks)
     prob = routing.prob.gather(1, chunks.index).clamp(1e-4, 1 - 1e-4)  # (B, M)

@@ -1,6 +1,6 @@
 """The router: a boundary probability for every token, the keep decision, and the elastic budget.
 
-A token is a boundary where the encoder's features are hard to predict from their surroundings (DC-DiT, section 3).
+A token's score is computed from the error with which its surroundings predict its features (DC-DiT, section 3).
 """
 
 import itertools
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from models.conv import Conv3x3, to_tokens
 from models.types import Routing
 
-INITIAL_BIAS = -1.1  # sigmoid(-1.1) is about 0.25: the scores start near the usual target
+INITIAL_BIAS = -1.1  # sigmoid(-1.1) is about 0.25
 
-# Sort keys of tokens that no budget drops: above every probability, in this order.
+# Sort keys above every probability: the ends, which always stay, and tokens that are no boundaries, which tail
+# dropping does not count.
 END_KEY = 2.0
 NO_CANDIDATE_KEY = 3.0
 
@@ -32,7 +33,10 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Set the last bias such that about one token in four is a boundary at first."""
+        """Set the last bias such that the mean probability starts near 1/4.
+
+        That is below 1/2, so at first almost no token is a boundary, until the ratio loss raises the probabilities.
+        """
         nn.init.constant_(self.residual_scorer.get_parameter("3.bias"), INITIAL_BIAS)
 
     def forward(
@@ -45,7 +49,7 @@ class Router(nn.Module):
             drop: fraction of the boundary tokens to drop, in [0, 1): one number, one per sample (B,), or None.
             tokens: keep exactly this number instead, in [2, L]: one number, one per sample, or None.
         """
-        # A token scores high where its surroundings predict it badly
+        # The score of a token follows from how badly its surroundings predict it
         z = self.proj(features)  # (B, D / 4, S, S)
         surprise = z - self.context_predictor(z)
         score = to_tokens(self.residual_scorer(surprise)).squeeze(2)  # (B, L)
@@ -78,7 +82,7 @@ def drop_tail(prob: Tensor, boundary: Tensor, drop: Tensor | float) -> Tensor:
         (B, L) bool. trunc(count * drop) tokens are dropped, in float32 like in the official code. Of equal
         probabilities the lowest raster index is dropped first; the first and last token always stay.
     """
-    # Filled in on the device, because a copy from the host would wait for it
+    # Made on the device, because a copy from the host would make the host wait
     if not isinstance(drop, Tensor):
         drop = torch.full((), drop, device=prob.device)
 
@@ -109,7 +113,10 @@ def keep_top(prob: Tensor, tokens: int | list[int]) -> Tensor:
 
 
 def fill_on_device(numbers: list[int], device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor, filled in by runs of equal ones: a copy cannot be part of a CUDA graph."""
+    """Numbers of the host as a tensor, made by a `full` per run of equal ones.
+
+    A copy from the host could not be part of a CUDA graph.
+    """
     runs = []
     for number, equal in itertools.groupby(numbers):
         length = len(list(equal))

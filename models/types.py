@@ -1,8 +1,8 @@
 """The values that travel between the parts of a network, and the legend of their shapes.
 
 B batch, S latent side, L = S * S tokens in raster order (index = row * S + column), C latent channels, E
-width of the convolutions, D model width, T = kept tokens of the whole batch. A static DiT has L = (S / P)^2
-patches for tokens.
+width of the convolutions, D model width, T kept tokens of the whole batch, K tokens that a budget keeps. A
+static DiT has a token per patch of P x P cells: L = (S / P)^2.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that decides what a network computes; DCDiT and DiT are built from this value alone."""
+    """All that a network is built from, a DCDiT or a DiT."""
 
     latent_side: int  # S, in latent cells
     latent_channels: int  # C
@@ -25,15 +25,17 @@ class Architecture:
     mlp_ratio: float  # hidden width of an MLP / D
     learn_sigma: bool  # predict variance logits beside epsilon
     timestep_divisor: int  # frequency k of the timestep is 10000^(-k / divisor)
-    patch: int | None  # P of a static DiT; None: a DC-DiT, which alone has the five entries that follow
+    attention: str  # "auto" or a kernel of models/attention.py
+    init: str  # "adaln_zero" or "released", see models/init.py
+    gradient_checkpointing: bool  # recompute the transformer blocks in the backward pass
+    patch: int | None  # P of a static DiT; None: a DC-DiT
+
+    # A DC-DiT only
     encoder_blocks: int
     decoder_blocks: int
     conv_width: int  # E
     smoothing_sigma: float  # standard deviation of the dechunk smoothing, in latent cells
-    fp32_scaffold: bool  # router, residual projection and dechunk in float32 under autocast too
-    attention: str  # "auto" or a kernel of models/attention.py
-    init: str  # "adaln_zero" or "released", see models/init.py
-    gradient_checkpointing: bool  # recompute the transformer blocks in the backward pass
+    fp32_chunking: bool  # router, residual projection and dechunk in float32 under autocast too
 
     @property
     def is_static(self) -> bool:
@@ -54,23 +56,25 @@ class Architecture:
 class Routing(NamedTuple):
     """What the router decided for every token."""
 
-    # (B, L) boundary probability p, float32 unless fp32_scaffold is off; 1 at the first and last token
+    # (B, L) boundary probability p, float32 unless fp32_chunking is off; 1 at the first and last token
     prob: Tensor
     boundary: Tensor  # (B, L) bool, p > 0.5: the network's own decision
-    # (B, L) bool: a subset of boundary under tail dropping, the K most probable under a token budget
+    # (B, L) bool: tokens that enter the transformer. Without a budget these are the boundary tokens; tail
+    # dropping takes some of them away, and a token budget keeps the K most probable tokens
     keep: Tensor
 
 
 class Packing(NamedTuple):
     """Where each kept token comes from: samples one after another, tokens in raster order, no padding."""
 
-    token_index: Tensor  # (T,) int64, row of the flattened (B * L) tokens
+    token_index: Tensor  # (T,) int64, index into the flattened (B * L) tokens
     sample: Tensor  # (T,) int64, which sample a token belongs to
     cu_seqlens: Tensor  # (B + 1,) int32, first token of each sample; the last entry is T
-    # (B * PIECES + 1,) int32, the same for equal pieces of each sample, whose sums run in parallel
+    # (B * PIECES + 1,) int32, first token of each of PIECES (models/packing.py) nearly equal parts of each sample.
+    # A sum over a sample adds the sums of its pieces
     pieces: Tensor
     lengths: Tensor  # (B,) int64, kept-token counts, on the host
-    max_length: int  # no sample has more tokens than this: L
+    max_length: int  # L: the bound on the length of a sample that is known without asking the device
 
 
 class DenoiserOutput(NamedTuple):

@@ -327,7 +327,7 @@ def extraction_campaign(
 
 def sampling_campaign(folder: Path, ckpt: Path, kills: int, worlds: list[int], seed: int) -> Campaign:
     argv = ["--ckpt", ckpt, "--num-sampling-steps", 4, "--num-fid-samples", 24, "--per-proc-batch-size", 3]
-    campaign = Campaign(folder, sample_ddp.main, argv, "--output-dir", (sample_ddp, "sample_batches"), seed)
+    campaign = Campaign(folder, sample_ddp.main, argv, "--output-dir", (sample_ddp, "sample_missing"), seed)
     campaign.whole(1)
     while campaign.kills < kills:
         name = campaign.next_name()

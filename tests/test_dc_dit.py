@@ -291,18 +291,18 @@ def test_training_and_evaluation_mode_are_the_same_function():
     assert torch.equal(model.train()(*inputs()).prediction, first)
 
 
-@pytest.mark.parametrize("fp32_scaffold", ["true", "false"])
+@pytest.mark.parametrize("fp32_chunking", ["true", "false"])
 @pytest.mark.parametrize("grid", [False, True])
-def test_bfloat16_autocast(fp32_scaffold, grid, request):
+def test_bfloat16_autocast(fp32_chunking, grid, request):
     if grid:
         request.getfixturevalue("smooth_on_grid")
-    model = tiny_model(model__hnet__fp32_router_dechunk=fp32_scaffold)
+    model = tiny_model(model__hnet__fp32_router_dechunk=fp32_chunking)
     plain = model(*inputs())
     seen = []
     model.residual_proj.register_forward_hook(lambda module, x, output: seen.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         out = model(*inputs())
-    assert seen == [torch.float32 if fp32_scaffold == "true" else torch.bfloat16]
+    assert seen == [torch.float32 if fp32_chunking == "true" else torch.bfloat16]
     assert out.routing.prob.dtype == seen[0] and out.routing.prob.isfinite().all()
     # Some tokens near one half are decided differently, so single cells may differ: compare the bulk.
     difference = (out.prediction.float() - plain.prediction).norm() / plain.prediction.norm()

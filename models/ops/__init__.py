@@ -1,1 +1,1 @@
-"""Code that is only about speed or memory; the readable twin of each function is in models/reference.py."""
+"""Code that is only about speed or memory; models/reference.py computes the same in the plain way."""

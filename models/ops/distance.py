@@ -19,15 +19,15 @@ def nearest_kept(keep: Tensor) -> Tensor:
     Two passes: the nearest kept row within each column, then the best column for each cell. Distance and
     index travel in one integer, key = distance^2 * L + index, so that the smallest key decides both.
 
-    Example: S = 2, L = 4, kept cells 0 (row 0, column 0) and 3 (row 1, column 1). In the first pass the cell
-    in row 1, column 0 finds row 0 of its column: 1^2 * 4 + 0 = 4; the one in row 1, column 1 finds itself: 0
-    * 4 + 3 = 3. In the second pass row 1, column 0 compares its own column, key 4, with column 1 at distance
-    1, key 3 + 1^2 * 4 = 7. The smallest is 4, and 4 % L = 0: cell 0 is nearest, and the tie with cell 3 went
-    to the lower index.
+    Example: S = 2, L = 4, kept cells 0 (row 0, column 0) and 3 (row 1, column 1). The cell in row 1, column 0:
+        first pass, column 0: row 0 is kept, key 1^2 * 4 + 0 = 4
+        first pass, column 1: row 1 is kept, key 0^2 * 4 + 3 = 3
+        second pass: its own column has 4, column 1 is one further and has 3 + 1^2 * 4 = 7
+        the smallest is 4, and 4 % L = 0: cell 0 is nearest, and the tie with cell 3 went to the lower index
     """
     batch, length = keep.shape
     side = int(length**0.5)
-    # Keys stay below 7.25 S^4, which int32 holds up to S = 128
+    # Keys stay below (2.5 S)^2 L for an empty column plus S^2 L across: 7.25 S^4, which int32 holds up to S = 128
     place = torch.arange(side, device=keep.device, dtype=torch.int32 if side <= 128 else torch.int64)
     row = place[:, None]
     keep = keep.view(batch, side, side)

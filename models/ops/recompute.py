@@ -52,7 +52,7 @@ def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def gated_add(x: Tensor, gate: Tensor, y: Tensor, packing: Packing) -> Tensor:
-    """x + gate * y, both (T, D), with one gate (B, D) per sample."""
+    """x + gate * y, x and y (T, D), with one gate (B, D) per sample."""
     return _GatedAdd.apply(x, gate, y, packing.sample, packing.pieces)
 
 

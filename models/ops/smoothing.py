@@ -34,6 +34,7 @@ class SpatialSmoothing(nn.Module):
 
     def __init__(self, side: int, sigma: float):
         super().__init__()
+        self.sigma = sigma  # in latent cells
         place = torch.arange(side, dtype=torch.float64)
         distance = place[:, None] - place
         kernel = torch.exp(-(distance**2) / (2 * sigma**2))
@@ -81,7 +82,7 @@ def find_neighbours(packing: Packing, kernel: Tensor, disc: Tensor) -> Neighbour
     Example: a 3 x 3 grid keeps cells 0, 4, 5 and 8, which get the packed numbers 0, 1, 2 and 3. For cell 4
     (row 1, column 1) and a disc of 3 rows that reach 0, 1 and 0 columns, the runs are: row 0, column 1: none;
     row 1, columns 0 to 2: first 1, count 2; row 2, column 1: none. Its list is [1, 2], with the weights
-    exp(0) and exp(-1 / 2 sigma^2).
+    exp(0) and exp(-1 / (2 sigma^2)).
     """
     side = len(kernel)
     cells = len(packing.lengths) * packing.max_length
@@ -158,18 +159,21 @@ def smooth_and_plug(
 
 
 class _SmoothAndPlug(torch.autograd.Function):
-    """With w = G p (G the Gaussian kernel between kept tokens, p their probabilities):
+    """Smoothing, mixing and plug-back.
+
+    With G the Gaussian kernel between kept tokens, p their probabilities, and w = G p:
 
         s = G (p u) / w                 smoothed tokens
         v = p u + (1 - p) s             mixed tokens
         h[cell] = v[nearest[cell]] + residual[cell]
 
-    The backward pass is written out for two reasons: next to nothing needs to be kept when it smooths once
-    more, and G is symmetric, so the gradient of a Gaussian sum is a Gaussian sum again. With g the gradient
-    of v and q = (1 - p) / w:
+    The backward pass is written out because next to nothing needs to be kept if it smooths once more, and
+    because G is symmetric: the gradient of a Gaussian sum is a Gaussian sum again. With g the gradient of v,
+    `share` = (1 - p) / w, and . the dot product over D:
 
-        grad u = p (g + G (q g))
-        grad p = g . (u - s) + u . G (q g) - G (q (g . s))        (. is the dot product over D)
+        grad u = p (g + G (share g))
+        grad p = g . (u - s) + u . G (share g) - G (share (g . s))
+        grad confidence[cell] = grad h[cell] . v[nearest[cell]]
     """
 
     @staticmethod
@@ -224,7 +228,7 @@ class _SmoothAndPlug(torch.autograd.Function):
 def row_products(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
     """Dot products over D of rows (n, D) with table[index]: (n,).
 
-    It is the gradient of the weights of n sums of one term each, which PyTorch computes without an (n, D) tensor.
+    Computed as the gradient of the weights of an embedding_bag with one term per bag: no (n, D) product is stored.
     """
     own = torch.arange(len(rows), device=rows.device)
     table = table.to(rows.dtype)
