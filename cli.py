@@ -1,13 +1,14 @@
 """What all command lines share: a parser, common options, and errors of one line with an exit status."""
 
 import argparse
+import difflib
 import errno
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -26,6 +27,18 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As in argparse; a UserError for an unknown option suggests the most similar one."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if not unknown:
+            return parsed
+        message = f"unrecognized arguments: {' '.join(unknown)}"
+        name = unknown[0].partition("=")[0]
+        similar = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        if similar and name.startswith("-"):
+            message += f"; perhaps {similar[0]} is meant"
+        self.error(message)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
@@ -74,6 +87,18 @@ def add_config_arguments(parser: Parser) -> None:
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key; repeatable"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+
+
+def add_tf32_argument(parser: Parser) -> None:
+    """Add --tf32, a --set of its key; for scripts that compute what --set describes."""
+    parser.add_argument(
+        "--tf32",
+        dest="set",
+        action="append_const",
+        default=[],
+        const="training.tf32=true",
+        help="products in float32 may run as TF32; the same as --set training.tf32=true",
+    )
 
 
 def boolean(text: str) -> bool:

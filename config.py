@@ -6,6 +6,7 @@ line that names the key, the value and the remedy.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,11 @@ class Config:
     def is_static(self) -> bool:
         """Whether the network is a static DiT, which has no router."""
         return self.model.patch_size is not None
+
+    @property
+    def uses_tf32(self) -> bool:
+        """Whether products in float32 may run as TF32."""
+        return self.training.tf32 or self.model.hnet.fp32_router_dechunk == "tf32"
 
     @property
     def latent_size(self) -> int:
@@ -124,9 +130,11 @@ def config_from_dict(raw: dict, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         raw = merge(raw, parse_override(override))
     config = build(Config, raw)
-    check_combinations(config)
     if config.is_static:
         switch_router_off(config.training)
+    check_combinations(config)
+    # Equal layouts get equal spellings
+    config.model.hnet.arch_layout = spell_layout(parse_layout(config.model.hnet.arch_layout))
     return config
 
 
@@ -146,11 +154,6 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def downsample_factors(value: float | list[float]) -> float:
-    """N of the only chunking stage; the official files may give it as a list."""
-    return value[0] if isinstance(value, list) else value
-
-
 # ----------------------------------------------------------------------------------- the layout of the blocks
 
 
@@ -163,29 +166,49 @@ class Layout(NamedTuple):
 
 
 def parse_layout(layout: list) -> Layout:
-    """Read [encoder, [main network], decoder] such as ["c2", ["D12"], "c2"].
+    """Read [encoder, [main network], decoder] such as ["c2", ["D12"], "c2"]. C means c, as in the official code.
 
     Raises:
         UserError: another nesting, another letter, or no blocks.
     """
     key = "model.hnet.arch_layout"
+    if len(layout) == 1 and isinstance(layout[0], str):
+        raise UserError(
+            f"{key}: [{layout[0]}] is the DiT without chunking of the official code, which has a stem and a last "
+            f"norm of its own; the nearest is [c2, [{layout[0]}], c2] with model.patch_size 1"
+        )
     is_nested = len(layout) == 3 and isinstance(layout[1], list)
     require(is_nested, f"{key}: {layout!r} must be [encoder, [main], decoder], e.g. [c2, [D12], c2]")
     encoder, main, decoder = layout
     require(len(main) != 3, f"{key}: {layout!r} has more than one chunking stage, and only one is supported")
     require(len(main) == 1, f"{key}: the main network {main!r} must be one string, e.g. [D12]")
     return Layout(
-        encoder_blocks=len(_expand(encoder, "c")),
+        encoder_blocks=len(_expand(encoder, "cC")),
         main_blocks=_expand(main[0], "dD"),
-        decoder_blocks=len(_expand(decoder, "c")),
+        decoder_blocks=len(_expand(decoder, "cC")),
     )
+
+
+def spell_layout(layout: Layout) -> list:
+    """The shortest spelling that `parse_layout` reads as this layout."""
+    runs = [f"{letter}{len(list(run))}" for letter, run in itertools.groupby(layout.main_blocks)]
+    return [f"c{layout.encoder_blocks}", ["".join(runs)], f"c{layout.decoder_blocks}"]
+
+
+# What a string of blocks must be, and where blocks of the other kind belong
+BLOCKS = {
+    "cC": "must be 'c<number>', e.g. 'c2'; transformer blocks stand in the main network only",
+    "dD": "must be 'd<number>' or 'D<number>', e.g. 'D2'; convolutions stand in encoder and decoder only",
+}
 
 
 def _expand(text: Any, letters: str) -> str:
     """ "D2d1" -> "DDd"."""
     if not isinstance(text, str) or not re.fullmatch(rf"([{letters}][0-9]{{1,3}})+", text):
-        wanted = " or ".join(f"'{letter}<number>'" for letter in letters)
-        raise UserError(f"model.hnet.arch_layout: {text!r} must be {wanted}, e.g. '{letters[-1]}2'")
+        message = f"model.hnet.arch_layout: {text!r} {BLOCKS[letters]}"
+        # The official code skips what it does not know
+        known = "".join(re.findall(rf"[{letters}]\d+", str(text)))
+        raise UserError(f"{message}; the official code reads it as '{known}'" if known else message)
     counts = re.findall(r"([a-zA-Z])(\d+)", text)
     blocks = "".join(letter * int(count) for letter, count in counts)
     require(blocks, f"model.hnet.arch_layout: {text!r} has no blocks; give at least one")
@@ -226,14 +249,11 @@ def _check_sizes(config: Config) -> None:
 def _check_widths(config: Config) -> None:
     hnet: HNetConfig = config.model.hnet
     parse_layout(hnet.arch_layout)
-    width, heads, factors = config.d_model, hnet.num_heads[1], hnet.enc_dec_dim_factor
+    width = config.d_model
+    heads = hnet.num_heads[1]
     require(
         hnet.d_model == [width, width],
         f"model.hnet.d_model: {hnet.d_model} must be equal at both entries; try {[width, width]}",
-    )
-    require(
-        factors is None or not factors[1],
-        f"model.hnet.enc_dec_dim_factor: {factors} must be [a number or null, null]",
     )
     for name, channels in (("d_model", width), ("d_model / enc_dec_dim_factor", config.encoder_width)):
         require(
@@ -246,6 +266,10 @@ def _check_widths(config: Config) -> None:
 
 def _check_training(training: TrainingConfig) -> None:
     fractions = training.multi_budget_drop_fractions
+    require(
+        fractions or not training.multi_budget_training,
+        "training.multi_budget_drop_fractions: [] has no fraction to draw; give at least one, e.g. [0.0, 0.3]",
+    )
     if isinstance(fractions, FractionRange):
         require(
             fractions.min <= fractions.max,
@@ -256,11 +280,22 @@ def _check_training(training: TrainingConfig) -> None:
         not (training.init_from and training.resume_from_ckpt),
         "training.init_from: the run already starts from training.resume_from_ckpt; give one",
     )
-    first, last = training.profile_steps
+    steps = training.profile_steps
     require(
-        first <= last,
-        f"training.profile_steps: {training.profile_steps} must be [first, last] with 1 <= first <= last",
+        not training.profile or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
+        f"training.profile_steps: {steps} must be [first, last] with 1 <= first <= last",
     )
+    # A factor of 1 keeps everything, towards which neither the ratio loss nor a balanced router can pull
+    factors = {
+        "downsample_factor": training.downsample_factor,
+        "downsample_factor_start": training.downsample_factor_start,
+    }
+    for name, factor in factors.items():
+        require(
+            factor is None or factor > 1 or not (training.ratio_loss_weight or training.init_from),
+            f"training.{name}: {factor} must be greater than 1, or training.ratio_loss_weight 0 "
+            "and training.init_from null",
+        )
 
 
 def _check_diffusion(diffusion: DiffusionConfig, latent_channels: int) -> None:

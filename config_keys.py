@@ -1,12 +1,15 @@
 """The table of all configuration keys: official section and key names, with type, default, role and meaning.
 
 The type of a key includes what its value must be. One of the four functions below gives its role: what the
-key shapes. What must hold between several keys stands in config.py. docs/configuration.md shows the table.
+key shapes. `rewrite` is a rule of spellings.py, which is applied before the type is checked. What must hold
+between several keys stands in config.py. docs/configuration.md shows the table.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
 
+import spellings
 from schema import (
     Constraint,
     Fraction,
@@ -14,10 +17,9 @@ from schema import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    above,
+    Rewrite,
     at_least,
     field_with,
-    not_empty,
     of_length,
 )
 
@@ -27,30 +29,41 @@ Role = Literal["network", "process", "training", "free"]
 # -------------------------------------------------------------------------------- what a key shapes: its role
 
 
-def network(default: T, meaning: str) -> T:
+def network(default: T, meaning: str, rewrite: Rewrite | None = None) -> T:
     """A key that shapes the tensors of the network. Resuming and sampling must agree on it."""
-    return field_with(default, role="network", meaning=meaning)
+    return field_with(default, role="network", meaning=meaning, rewrite=rewrite)
 
 
-def process(default: T, meaning: str) -> T:
+def process(default: T, meaning: str, rewrite: Rewrite | None = None) -> T:
     """A key that shapes what is computed with these tensors. Resuming and sampling must agree on it."""
-    return field_with(default, role="process", meaning=meaning)
+    return field_with(default, role="process", meaning=meaning, rewrite=rewrite)
 
 
-def training(default: T, meaning: str) -> T:
+def training(default: T, meaning: str, rewrite: Rewrite | None = None) -> T:
     """A key that shapes the course of training. A resumed run must agree on it; sampling may differ."""
-    return field_with(default, role="training", meaning=meaning)
+    return field_with(default, role="training", meaning=meaning, rewrite=rewrite)
 
 
-def free(default: T, meaning: str) -> T:
+def free(default: T, meaning: str, rewrite: Rewrite | None = None) -> T:
     """A key that shapes nothing that training learns. A resumed run and sampling may differ."""
-    return field_with(default, role="free", meaning=meaning)
+    return field_with(default, role="free", meaning=meaning, rewrite=rewrite)
 
 
 # -------------------------------------------------------------------------------------------------- the table
 
 Seed = Annotated[int, at_least(0), Constraint("below 2**63", lambda value: value < 2**63)]
-DownsampleFactor = Annotated[float, above(1)] | Annotated[list[Annotated[float, above(1)]], of_length(1)]
+EmaDecay = Annotated[
+    float,
+    Constraint(
+        "in [0, 1)",
+        lambda value: 0 <= value < 1,
+        remedy="; at 1 the EMA would keep the first weights for ever, try 0.9999",
+    ),
+]
+Share = Annotated[float, Constraint("in [0, 1]", lambda value: 0 <= value <= 1)]
+GuidanceScale = Annotated[
+    float, Constraint("at least 1, or 0 for samples without a class", lambda value: value == 0 or value >= 1)
+]
 
 
 @dataclass
@@ -62,14 +75,18 @@ class HNetConfig:
         "encoder, main network, decoder; c2: 2 convolution blocks, D12: 12 transformer blocks",
     )
     d_model: Annotated[list[PositiveInt], of_length(2)] = network(
-        [768, 768], "width of the scaffold and of the main network, which must be equal"
+        [768, 768], "width of the scaffold and of the main network, which must be equal", spellings.one_stage
     )
     num_heads: Annotated[list[PositiveInt], of_length(2)] = process(
-        [12, 12], "attention heads; the main network has the second number"
+        [12, 12], "attention heads; the main network has the second number", spellings.one_stage
     )
-    tie_embeddings: Literal[False] = process(False, "stands in the official files; has no meaning for images")
-    enc_dec_dim_factor: Annotated[list[NonNegativeInt | None], of_length(2)] | None = network(
-        None, "[factor, null]: the encoder and the decoder have width d_model / factor"
+    tie_embeddings: Literal[False] = process(
+        False, "stands in the official files, whose code never reads it", spellings.never_read
+    )
+    enc_dec_dim_factor: Annotated[list[PositiveInt | None], of_length(2)] | None = network(
+        None,
+        "[factor, null]: the encoder and the decoder have width d_model / factor; null: d_model",
+        spellings.one_reduction,
     )
     dechunk_kernel_sigma: PositiveFloat = process(
         1.0, "width of the smoothing kernel in latent cells; 2 at 512 pixels"
@@ -133,35 +150,50 @@ class TrainingConfig:
     learning_rate: PositiveFloat = training(1e-4, "learning rate of AdamW after the warmup")
     lr_warmup_steps: NonNegativeInt = training(0, "optimizer steps in which the learning rate rises")
     weight_decay: NonNegativeFloat = training(0.0, "weight decay of AdamW")
-    ema_decay: Fraction = training(0.9999, "share of the old EMA that a step keeps")
+    ema_decay: EmaDecay = training(0.9999, "share of the old EMA that a step keeps")
     ema_warmup: bool = training(
         False,
         "at step s the EMA keeps at most (1 + s) / (10 + s), so that short runs forget their first weights",
     )
-    max_grad_norm: PositiveFloat = training(1.0, "longer gradients are scaled down to this norm")
+    max_grad_norm: PositiveFloat | None = training(
+        1.0,
+        "longer gradients are scaled down to this norm; null: gradients of any length",
+        spellings.no_limit,
+    )
     gradient_accumulation_steps: PositiveInt = training(1, "batches per optimizer step")
     gradient_checkpointing: bool = training(False, "recompute blocks in the backward pass to save memory")
     precision: Literal["auto", "bf16", "fp32"] = training(
-        "auto", "auto: as accelerate launch says, and bf16 on CUDA where it says nothing"
+        "auto",
+        "auto: as accelerate launch says, which is no unless --mixed_precision is given; "
+        "without a launcher, bf16 on CUDA",
     )
+    tf32: bool = training(False, "products in float32 may run as TF32 on CUDA; the same as --tf32")
     compile: bool = free(False, "torch.compile of blocks, encoder and decoder; the same as --compile")
-    class_dropout_prob: Fraction = network(
-        0.1, "share of labels that training replaces by the null label; 0: no null label, no guidance"
+    class_dropout_prob: Share = network(
+        0.1,
+        "share of labels that training replaces by the null label; 0: no null label, no guidance; "
+        "1: a model without classes, for samples at scale 0",
     )
     learn_sigma: bool = network(True, "predict the variance of the reverse process, too")
-    ratio_loss_weight: NonNegativeFloat = training(0.03, "weight of the ratio loss")
+    ratio_loss_weight: NonNegativeFloat = training(
+        0.03, "weight of the ratio loss; 0: it is left out", spellings.not_negative
+    )
     ratio_batch_size: PositiveInt | None = training(
         16, "samples over which the ratio loss averages its shares; null: the local batch"
     )
-    downsample_factor: DownsampleFactor = training(4.0, "N: the router learns to keep about 1 token in N")
-    downsample_factor_start: DownsampleFactor | None = training(
-        None, "N at step 0, from which it moves linearly; null: N is constant"
+    downsample_factor: Annotated[float, at_least(1)] = training(
+        4.0,
+        "N: the router learns to keep about 1 token in N; above 1 where the ratio loss has a weight",
+        spellings.one_number,
+    )
+    downsample_factor_start: Annotated[float, at_least(1)] | None = training(
+        None, "N at step 0, from which it moves linearly; null: N is constant", spellings.one_number
     )
     downsample_factor_warmup_steps: NonNegativeInt = training(
         0, "optimizer steps from the first N to downsample_factor"
     )
     multi_budget_training: bool = training(False, "drop a random fraction of the kept tokens in each step")
-    multi_budget_drop_fractions: Annotated[list[Fraction], not_empty] | FractionRange = training(
+    multi_budget_drop_fractions: list[Fraction] | FractionRange = training(
         [0.0, 0.1, 0.2, 0.3], "the fractions to draw from; {min, max}: any fraction between them"
     )
     multi_budget_start_step: NonNegativeInt | None = training(
@@ -169,7 +201,7 @@ class TrainingConfig:
     )
     seed: Seed = training(0, "seed of weights, batches and noise")
     profile: bool = free(False, "write traces of torch.profiler for profile_steps")
-    profile_steps: Annotated[list[PositiveInt], of_length(2)] = free([10, 20], "first and last step to trace")
+    profile_steps: list[NonNegativeInt] = free([10, 20], "first and last step to trace")
     resume_from_ckpt: str | None = free(None, "start a new run from this checkpoint")
     init_from: str | None = free(
         None, "start with the weights of this model; a static DiT is upcycled as model.upcycle says"
@@ -183,6 +215,11 @@ class TrainingConfig:
     rank_timeout: PositiveFloat = free(
         600.0, "seconds after which a process that is dead, or a loader that hangs, ends the run"
     )
+
+    @property
+    def longest_gradient(self) -> float:
+        """`max_grad_norm` as a number."""
+        return math.inf if self.max_grad_norm is None else self.max_grad_norm
 
 
 @dataclass
@@ -218,7 +255,9 @@ class LoggingConfig:
     ckpt_every: PositiveInt = free(10000, "interval of checkpoints")
     ckpt_keep: NonNegativeInt = free(5, "number of the newest checkpoints that stay on disk; 0: all")
     sample_every: NonNegativeInt = free(0, "interval of sample grids from the EMA; 0: none")
-    sample_cfg_scale: Annotated[float, at_least(1)] = free(4.0, "guidance scale of the sample grids")
+    sample_cfg_scale: GuidanceScale = free(
+        4.0, "guidance scale of the sample grids; 1 for a model without a null label"
+    )
     trackers: list[str] = free([], "wandb, tensorboard, or another tracker that Accelerate knows")
     wandb_project: str = free("Dynamic-Chunking-DiT", "project in wandb")
 
@@ -234,6 +273,6 @@ class EvaluationConfig:
     )
     features: str = free("inception", "inception, a TorchScript file, or the folder of a timm model")
     inception_weights: str | None = free(None, "file of Inception weights; null: torch-fidelity's download")
-    cfg_scale: Annotated[float, at_least(1)] = free(1.0, "guidance scale")
+    cfg_scale: GuidanceScale = free(1.0, "guidance scale; 1 for a model without a null label")
     num_sampling_steps: PositiveInt = free(50, "DDIM steps")
     batch_size: PositiveInt = free(32, "samples per batch and process")

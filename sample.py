@@ -6,8 +6,11 @@ writes sample.png, summary.json (what the images cost), chunking_viz.png and chu
 """
 
 import argparse
+import contextlib
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from torch.profiler import profile, schedule
 from tqdm import tqdm
 
 import cli
@@ -44,8 +47,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--output", type=Path, default=Path("."), help="folder for the pictures (default: this one)"
     )
     parser.add_argument("--no-visualize", action="store_true", help="write sample.png and summary.json only")
+    parser.add_argument(
+        "--count-flops", action="store_true", help="as in the official script; costs are always counted"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="write a Chrome trace of one sampling step by torch.profiler"
+    )
+    parser.add_argument(
+        "--profile-trace-path",
+        type=Path,
+        metavar="FILE",
+        help="its file (default with --profile: sampling_trace.json)",
+    )
     args = parser.parse_args(argv)
+    if args.profile and args.profile_trace_path is None:
+        args.profile_trace_path = Path("sampling_trace.json")
     cli.check_output("--output", args.output)
+    if args.profile_trace_path is not None:
+        cli.check_output_file("--profile-trace-path", args.profile_trace_path)
     return args
 
 
@@ -67,12 +86,15 @@ def main(argv: list[str] | None = None) -> None:
         print(describe_choice(options, prediction))
 
     # Sample all images as one batch
-    trace = Trace(options.num_sampling_steps)
-    with tqdm(total=options.num_sampling_steps, unit="step") as bar:
+    steps = options.num_sampling_steps
+    trace = Trace(steps)
+    with tqdm(total=steps, unit="step") as bar, profiler(args.profile_trace_path, steps) as profiled:
 
         def on_step(step: Step, routing: Routing) -> None:
             bar.update()
             trace.record(step, routing)
+            if profiled is not None:
+                profiled.step()
 
         (batch,) = generate(trained, indices, labels, options, len(labels), on_step)
 
@@ -84,7 +106,25 @@ def main(argv: list[str] | None = None) -> None:
         draw_chunking(trace, trained.autoencoder, args.output / "chunking_viz.png")
         draw_kept(summary, args.output / "chunking_summary.png")
     print(report(summary))
+    if args.count_flops:
+        print("--count-flops: the costs above are always counted")
+    if args.profile_trace_path is not None:
+        print(f"trace of a sampling step in {args.profile_trace_path.resolve()}")
     print(f"written to {args.output.resolve()}")
+
+
+def profiler(trace_path: Path | None, steps: int) -> AbstractContextManager[profile | None]:
+    """Writes a Chrome trace of the second sampling step, or of the only one; None without a file."""
+    if trace_path is None:
+        return contextlib.nullcontext()
+    trace_path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(recorded: profile) -> None:
+        recorded.export_chrome_trace(str(trace_path))
+
+    # The first step warms up
+    first = min(1, steps - 1)
+    return profile(schedule=schedule(wait=0, warmup=first, active=1, repeat=1), on_trace_ready=write)
 
 
 def default_labels(config: Config) -> list[int]:

@@ -86,7 +86,9 @@ def main(argv: list[str] | None = None) -> None:
             return
 
         # Collect the images, and account for their cost
-        write_npz(folder.npz, [folder.png(i) for i in indices], labels, trained.class_names)
+        # Samples at scale 0 have no class
+        known_labels = labels if options.cfg_scale else None
+        write_npz(folder.npz, [folder.png(i) for i in indices], known_labels, trained.class_names)
         record = read_records([folder.record(start) for start in folder.starts], labels)
         summary = summarise_run(trained, options, record)
         save_summary(summary, folder.summary)
@@ -108,6 +110,7 @@ def settings_of(args: argparse.Namespace, options: SamplingOptions, trained: Tra
         "batch": args.per_proc_batch_size,
         "model": trained.fingerprint,
         "vae": trained.autoencoder.sha256,
+        "tf32": trained.config.uses_tf32,
         "cfg_channels": trained.config.diffusion.cfg_channels,
     }
 

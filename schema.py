@@ -57,6 +57,7 @@ class Constraint(NamedTuple):
 
     text: str
     holds: Callable[[Any], bool]
+    remedy: str = ""  # ends the error line
 
 
 def above(bound: float) -> Constraint:
@@ -72,8 +73,6 @@ def of_length(count: int) -> Constraint:
     return Constraint(f"{count} {noun} long", lambda values: len(values) == count)
 
 
-not_empty = Constraint("at least 1 entry long", lambda values: len(values) > 0)
-
 PositiveInt = Annotated[int, above(0)]
 PositiveFloat = Annotated[float, above(0)]
 NonNegativeInt = Annotated[int, at_least(0)]
@@ -84,8 +83,17 @@ Fraction = Annotated[float, Constraint("in [0, 1)", lambda value: 0 <= value < 1
 # ----------------------------------------------------------------------------------------------------- fields
 
 
-def field_with(default: T, **metadata: Any) -> T:
-    """A field of a section. Every section gets its own copy of a default that is a list or a mapping."""
+# A rule that brings other spellings of a value, as a file has it, to one form: (value, key) -> value
+Rewrite = Callable[[Any, str], Any]
+
+
+def field_with(default: T, rewrite: Rewrite | None = None, **metadata: Any) -> T:
+    """A field of a section. Every section gets its own copy of a default that is a list or a mapping.
+
+    Args:
+        rewrite: is applied before the type is checked.
+    """
+    metadata["rewrite"] = rewrite
     field: Any = dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field
 
@@ -127,11 +135,18 @@ def build(section: type[T], raw: Any, prefix: str = "") -> T:
     """
     raw = as_mapping(raw, f"section '{prefix.rstrip('.')}'")
     hints = typing.get_type_hints(section, include_extras=True)
+    rules = {
+        field.name: field.metadata.get("rewrite") for field in dataclasses.fields(typing.cast(Any, section))
+    }
     values = {}
     for name, value in raw.items():
         if name not in hints:
             raise UserError(f"unknown key '{prefix}{name}'; {_remedy(name, hints, prefix)}")
-        values[name] = _convert(value, hints[name], prefix + name)
+        key = prefix + name
+        rewrite = rules[name]
+        if rewrite is not None:
+            value = rewrite(value, key)
+        values[name] = _convert(value, hints[name], key)
     try:
         return section(**values)
     except TypeError:  # a key without a default is missing
@@ -173,7 +188,8 @@ def _convert_to_one(value: Any, hint: Any, key: str) -> Any:
     if origin is Annotated:
         converted = _convert_to_one(value, arguments[0], key)
         for constraint in arguments[1:]:
-            require(constraint.holds(converted), f"{key}: {converted!r} must be {constraint.text}")
+            message = f"{key}: {converted!r} must be {constraint.text}{constraint.remedy}"
+            require(constraint.holds(converted), message)
         return converted
     if origin is Literal and (type(value), value) in [(type(choice), choice) for choice in arguments]:
         return value

@@ -1,7 +1,7 @@
 """Train a DC-DiT on extracted features.
 
     accelerate launch train.py --config configs/shapes.yaml --output results/shapes
-    accelerate launch --multi_gpu --num_processes 8 train.py --config configs/DCDiT-B-N4.yaml
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 train.py --config configs/DCDiT-B-N4.yaml
 
 The same command again, with the same --output, resumes from the newest checkpoint there.
 """
@@ -37,6 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", metavar="EXP_DIR", help="resume the run in this folder, with its own configuration"
     )
+    cli.add_tf32_argument(parser)
     parser.add_argument("--compile", action="store_true", help="the same as --set training.compile=true")
     parser.add_argument(
         "--same_wandb", type=cli.boolean, default=True, help="continue the same wandb run (default: true)"

@@ -129,6 +129,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default=default, help="(default: %(default)s)")
     add("--only", choices=tuple(PARTS), nargs="+", default=tuple(PARTS), help="parts to run (default: all)")
     add("--seconds", type=float, default=10.0, help="measured time per row, without warm-up (default: 10)")
+    add("--tf32", action="store_true", help="products in float32 may run as TF32")
     add("--model", help="measure steps of this configuration only, e.g. DCDiT-XL-N4")
     add("--batch", type=int, default=8, help="batch size of --model (default: 8)")
     add(
@@ -155,7 +156,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = torch.device(args.device)
-    setup = Setup(device, bf16=args.device == "cuda", seconds=args.seconds)
+    setup = Setup(device, bf16=args.device == "cuda", seconds=args.seconds, tf32=args.tf32)
     print(machine(device))
     parts = [PARTS[name] for name in args.only]
     if args.compile:

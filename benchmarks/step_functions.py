@@ -65,7 +65,7 @@ class TrainingStep:
 
     def __call__(self) -> None:
         self.loss().backward()
-        torch.nn.utils.clip_grad_norm_(self.workload.model.parameters(), self.training.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.workload.model.parameters(), self.training.longest_gradient)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.is_textbook:

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from config import Config, downsample_factors, load_config
+from config import Config, load_config
 from models import build_model, reference
 from models.dc_dit import DCDiT
 from models.dit import DiT
@@ -28,6 +28,7 @@ class Setup:
     device: torch.device
     bf16: bool  # bfloat16 autocast
     seconds: float  # measured time per row of a table, without warm-up
+    tf32: bool = False  # whether products in float32 may run as TF32
 
 
 @dataclass
@@ -86,16 +87,16 @@ def load(name: str, *overrides: str) -> Config:
 
 def downsampling(config: Config) -> float:
     """N of the configuration: about one token in N is kept."""
-    return downsample_factors(config.training.downsample_factor)
+    return config.training.downsample_factor
 
 
 def build_workload(config: Config, batch: int, setup: Setup) -> Workload:
     """A model on the device with a random batch, of whose tokens about one in N is kept.
 
-    TF32 is switched, for the whole process and the textbook version too, to what the configuration has in
-    training: off.
+    TF32 is switched for the whole process, and so for the textbook version too: on if the setup or the
+    configuration asks for it.
     """
-    allow_tf32(config.model.hnet.fp32_router_dechunk == "tf32")
+    allow_tf32(setup.tf32 or config.uses_tf32)
 
     # On the device, because filling the weights of a large model on the host takes longer than measuring it
     device = setup.device

@@ -16,6 +16,7 @@ from evaluation.image_sets import open_source
 from evaluation.sample_features import SamplePlan, measure_samples
 from processes.group import Processes
 from sampling.generate import SamplingOptions, TrainedModel, draw_labels
+from sampling.options import possible_scale
 
 
 class Evaluation:
@@ -49,7 +50,7 @@ class Evaluation:
         self.note = ""  # about the classes, as it was printed
         section = config.evaluation
         self.options = SamplingOptions(
-            cfg_scale=section.cfg_scale,
+            cfg_scale=possible_scale(section.cfg_scale, config),
             num_sampling_steps=section.num_sampling_steps,
             sampler="ddim",
             bf16=bf16,

@@ -234,7 +234,7 @@ def points_of(trained: TrainedModel, plan: ParetoPlan) -> list[Point]:
     points = []
     for scale in plan.cfg_scales:
         lites: list[float | None] = [None]
-        if scale != 1 and not static:
+        if scale > 1 and not static:
             lites += plan.lite_budgets
         for lite in lites:
             for budget in budgets:

@@ -27,6 +27,7 @@ from sampling.arguments import (
     add_class_arguments,
     add_sampling_arguments,
     chosen_labels,
+    fit_to_model,
     load_trained_from,
     print_classes,
     sampling_options,
@@ -98,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--fractions: are the budgets of the columns; leave the other budget out")
     trained = load_trained_from(args, device)
     config = trained.config
+    options = fit_to_model(options, args, config)
     labels = chosen_labels(args, trained, list(range(min(4, config.data.num_classes))))
     names = [row_name(label, trained.class_names) for label in labels]
     columns = []

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cli
-from config import Config, UserError, downsample_factors, load_config
+from config import Config, UserError, load_config
 from models import architecture, describe
 from models.blocks import block_ratios
 from models.types import Architecture
@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # Without a checkpoint, the router's share is its target
-    target = 1.0 if config.is_static else 1 / downsample_factors(config.training.downsample_factor)
+    target = 1.0 if config.is_static else 1 / config.training.downsample_factor
     boundary_share = args.kept or target
     fractions = args.budgets or ([0.0] if config.is_static else [0.0, 0.2, 0.4, 0.6])
 

@@ -1,26 +1,29 @@
 """The sampling options, the same on every script that samples."""
 
 import argparse
+import dataclasses
 from typing import cast
 
 import torch
 
+import cli
 from config import Config, UserError, config_from_dict, load_config
 from diffusion.samplers import SAMPLERS
 from models import compile_parts
 from models.dc_dit import DCDiT
 from models.dit import DiT
+from processes import group
 from sampling.budgets import ALL, Budget
 from sampling.classes import ambiguity, choose_labels, class_table
 from sampling.cuda_graph import GraphedDenoiser
 from sampling.generate import check_labels
 from sampling.load import TrainedModel, load_trained
-from sampling.options import SamplingOptions
+from sampling.options import REASONS, SamplingOptions, possible_scale
 from weights.checkpoint import load_checkpoint
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model: --ckpt and --vae; and whether to compile it."""
+def add_run_arguments(parser: cli.Parser) -> None:
+    """Which model: --ckpt and --vae; and how to compute it: --compile and --tf32."""
     parser.add_argument("--ckpt", help="checkpoint that train.py wrote (default: `ckpt` of --config)")
     parser.add_argument(
         "--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)"
@@ -29,6 +32,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action="store_true", help="compile transformer blocks, encoder and decoder first"
     )
+    cli.add_tf32_argument(parser)
 
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:
@@ -41,12 +45,15 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float, seed: int) -> None:
+def add_sampling_arguments(parser: cli.Parser, cfg_scale: float, seed: int) -> None:
     """The options of every script that samples; the two defaults are those of the official scripts."""
     add_run_arguments(parser)
     parser.add_argument(
-        "--cfg-scale", type=float, default=cfg_scale, help="guidance scale, 1 is none (default: %(default)s)"
+        "--cfg-scale",
+        type=float,
+        help=f"guidance scale; 1: none; 0: samples without a class (default: {cfg_scale})",
     )
+    parser.set_defaults(default_cfg_scale=cfg_scale)
     parser.add_argument(
         "--num-sampling-steps", type=int, default=250, help="steps of the sampler (default: %(default)s)"
     )
@@ -103,7 +110,13 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, cfg_scale: float, se
         "--precision",
         choices=("auto", "bf16", "fp32"),
         default="auto",
-        help="of network and autoencoder (default: auto, which is bf16 on CUDA and fp32 elsewhere)",
+        help="of the network (default: auto, which is bf16 on CUDA and fp32 elsewhere)",
+    )
+    parser.add_argument(
+        "--vae-precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the autoencoder that decodes (default: %(default)s)",
     )
 
 
@@ -128,19 +141,22 @@ def sampling_options(args: argparse.Namespace, device: torch.device) -> Sampling
         args.uncond_budget_schedule,
         unconditional=True,
     )
-    if uncond != ALL and not args.lite_cfg:
+    # A fraction of 0, which the official scripts have for a default, asks for nothing
+    asks_for_nothing = uncond == ALL or uncond == Budget.fraction(0.0)
+    if not args.lite_cfg and not asks_for_nothing:
         raise UserError(f"{uncond.option(unconditional=True)} {uncond.value}: needs --lite-cfg")
     bf16 = args.precision == "bf16"
     if args.precision == "auto":
         bf16 = device.type == "cuda"
     interval = args.guidance_interval
     return SamplingOptions(
-        cfg_scale=args.cfg_scale,
+        cfg_scale=args.default_cfg_scale if args.cfg_scale is None else args.cfg_scale,
         guidance_interval=tuple(interval) if interval else None,
         num_sampling_steps=args.num_sampling_steps,
         sampler=args.sampler,
         seed=args.seed,
         bf16=bf16,
+        bf16_vae=args.vae_precision == "bf16",
         budget=budget,
         uncond=uncond if args.lite_cfg else None,
     )
@@ -223,10 +239,34 @@ def read_arguments(args: argparse.Namespace, device: torch.device) -> tuple[Samp
     """The checked options and the model of a script with all the options of this file."""
     options = sampling_options(args, device)
     trained = load_trained_from(args, device)
+    options = fit_to_model(options, args, trained.config)
+    if options.uncond == ALL and options.budget == ALL:
+        group.print_once(
+            "--lite-cfg: without a budget it is plain guidance, whose branches keep the same tokens"
+        )
     options.check(trained.config)
     if args.cuda_graph:
         trained = with_cuda_graphs(trained, options)
     return options, trained
+
+
+def fit_to_model(options: SamplingOptions, args: argparse.Namespace, config: Config) -> SamplingOptions:
+    """Choose a scale that the model can do if none was given, and leave out what then has no effect.
+
+    Each of the two changes prints a line.
+    """
+    scale = options.cfg_scale
+    possible = possible_scale(scale, config)
+    if args.cfg_scale is None and possible != scale:
+        scale = possible
+        group.print_once(f"--cfg-scale {scale:g}: is used, because the model was trained {REASONS[scale]}")
+        options = dataclasses.replace(options, cfg_scale=scale)
+    if options.uncond is not None and not options.has_guidance:
+        group.print_once(
+            f"--lite-cfg: has no effect at --cfg-scale {scale:g}, where there is one branch only"
+        )
+        options = dataclasses.replace(options, uncond=None)
+    return options
 
 
 def with_cuda_graphs(trained: TrainedModel, options: SamplingOptions) -> TrainedModel:

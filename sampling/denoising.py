@@ -146,16 +146,17 @@ def split_branches(routings: list[Routing], batch: int) -> BranchRouting:
 def guided_denoiser(
     network: ConditionedDenoise, config: Config, labels: Tensor, options: SamplingOptions
 ) -> Denoise:
-    """Bind labels and budgets: one branch at scale 1, two branches above."""
+    """Bind labels and budgets: one branch at scale 1, and at 0 without labels; two branches above."""
     budget = options.budget
     uncond = budget if options.uncond is None else options.uncond
     # If one branch drops a fraction, both are given one, so that they run as one batch; if none does, the router
     # has no tokens to sort
     tell_fraction = budget.drops or uncond.drops
-    conditional = branch_conditioning(labels, budget, tell_fraction)
-    if options.cfg_scale == 1:
-        return condition(network, conditional)
     null = torch.full_like(labels, config.data.num_classes)
+    if not options.has_guidance:
+        only = labels if options.cfg_scale else null
+        return condition(network, branch_conditioning(only, budget, tell_fraction))
+    conditional = branch_conditioning(labels, budget, tell_fraction)
     unconditional = branch_conditioning(null, uncond, tell_fraction)
     channels = config.diffusion.cfg_channels
     if isinstance(channels, str):  # "all"
@@ -179,7 +180,7 @@ def prepare_arithmetic(trained: TrainedModel, bf16: bool) -> None:
     problem = kernel_problem(config.model.attention, trained.device, bf16, config.head_size)
     if problem:
         raise UserError(f"model.attention: {problem}")
-    allow_tf32(config.model.hnet.fp32_router_dechunk == "tf32")
+    allow_tf32(config.uses_tf32)
 
 
 def sampling_process(config: Config, options: SamplingOptions) -> GaussianDiffusion:

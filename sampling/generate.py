@@ -94,7 +94,7 @@ def generate(
         if latents.device.type != "cpu":
             torch.accelerator.synchronize()
         denoised = time.perf_counter()
-        images = trained.autoencoder.decode(latents, options.bf16).cpu()
+        images = trained.autoencoder.decode(latents, options.bf16_vae).cpu()
         seconds = Seconds(denoised - started, time.perf_counter() - denoised)
         yield SampledBatch(indices[part], labels[part], images, kept, seconds)
 

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 
 import cli
-from config import Config, downsample_factors, to_dict, to_yaml
+from config import Config, to_dict, to_yaml
 from data.autoencoder import HUB_NAMES
 from data.files import write_json, write_text
 from data.names import markdown, printable
@@ -122,7 +122,7 @@ def cost_table(config: Config) -> str:
     undropped = float(config.tokens)
     fractions: tuple[float, ...] = (0.0,)
     if not config.is_static:
-        undropped = config.tokens / downsample_factors(config.training.downsample_factor)
+        undropped = config.tokens / config.training.downsample_factor
         fractions = DROPPED_FRACTIONS
     rows = [
         f"| kept tokens dropped | tokens of {config.tokens} | GFLOP per forward pass "

@@ -1,7 +1,7 @@
 """The file of samples that the ADM evaluation suite reads.
 
-`arr_0` holds images (N, H, W, 3) uint8, `arr_1` labels (N,) int64, and CLASS_NAMES the names of all classes where
-they are known. The suite ignores the last.
+`arr_0` holds images (N, H, W, 3) uint8, `arr_1` labels (N,) int64 if the images have any, and CLASS_NAMES the names
+of all classes where they are known. The suite ignores the last.
 """
 
 import json
@@ -19,9 +19,11 @@ from data.files import write_file
 CLASS_NAMES = "dcdit_class_names"
 
 
-def write_npz(path: Path, pngs: list[Path], labels: list[int], class_names: list[str] | None) -> None:
+def write_npz(path: Path, pngs: list[Path], labels: list[int] | None, class_names: list[str] | None) -> None:
     """Collect PNG files of one size into a .npz, one image in memory at a time."""
-    arrays = {"arr_1": np.array(labels, dtype=np.int64)}
+    arrays = {}
+    if labels is not None:
+        arrays["arr_1"] = np.array(labels, dtype=np.int64)
     if class_names:
         arrays[CLASS_NAMES] = np.array(json.dumps(class_names))
     write_file(path, lambda stream: _write(stream, pngs, arrays))

@@ -21,9 +21,15 @@ class SamplingOptions:
     num_sampling_steps: int = 250
     sampler: str = "ddpm"
     seed: int = 0
-    bf16: bool = False
+    bf16: bool = False  # of the network
+    bf16_vae: bool = False  # of the autoencoder
     budget: Budget = ALL
     uncond: Budget | None = None
+
+    @property
+    def has_guidance(self) -> bool:
+        """Whether there are two branches: at scale 1 there is the conditional one, at 0 the unconditional one."""
+        return self.cfg_scale > 1
 
     def check(self, config: Config) -> None:
         """Raise UserError for values out of range and for options that contradict each other or the model."""
@@ -41,10 +47,14 @@ class SamplingOptions:
 
     def _check_guidance(self, config: Config) -> None:
         scale = f"--cfg-scale {self.cfg_scale}"
-        if not 1 <= self.cfg_scale < math.inf:
-            raise UserError(f"{scale}: must be a number of at least 1 (1 is no guidance)")
-        if self.cfg_scale > 1 and config.training.class_dropout_prob == 0:
-            raise UserError(f"{scale}: the model was trained without class dropout; use 1")
+        if self.cfg_scale != 0 and not 1 <= self.cfg_scale < math.inf:
+            raise UserError(
+                f"{scale}: must be a number of at least 1 (1 is no guidance), or 0 for samples without a class"
+            )
+        possible = possible_scale(self.cfg_scale, config)
+        if possible != self.cfg_scale:
+            reason = REASONS[possible]
+            raise UserError(f"{scale}: the model was trained {reason}; use {possible:g}")
         if self.guidance_interval is None:
             return
         low, high = self.guidance_interval
@@ -52,21 +62,32 @@ class SamplingOptions:
         last = config.diffusion.diffusion_steps
         if not 0 <= low <= high <= last:
             raise UserError(f"{interval}: must be two timesteps from 0 to {last}, the lower first")
-        if self.cfg_scale == 1:
-            raise UserError(f"{interval}: --cfg-scale 1 is no guidance; raise the scale")
+        if not self.has_guidance:
+            raise UserError(f"{interval}: --cfg-scale {self.cfg_scale:g} is no guidance; raise the scale")
 
     def _check_budgets(self, config: Config) -> None:
         self.budget.check(config)
         if self.uncond is None:
             return
-        if self.cfg_scale == 1:
+        if not self.has_guidance:
             raise UserError(
-                "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; raise the scale"
+                "--lite-cfg: has no unconditional branch to make cheaper at "
+                f"--cfg-scale {self.cfg_scale:g}; raise the scale"
             )
         if config.is_static:
             raise UserError("--lite-cfg: a static DiT has no router; leave it out")
-        if self.uncond == ALL and self.budget == ALL:
-            raise UserError(
-                "--lite-cfg: changes nothing without a budget; add e.g. --uncond-tail-dropping-fraction 0.9"
-            )
         self.uncond.check(config, unconditional=True)
+
+
+# The only scale that some models can do -> how they were trained
+REASONS = {0.0: "without classes", 1.0: "without class dropout"}
+
+
+def possible_scale(wanted: float, config: Config) -> float:
+    """The guidance scale that is wanted or, where the model can do only one, that one."""
+    dropped_labels = config.training.class_dropout_prob
+    if dropped_labels == 0:
+        return 1.0
+    if dropped_labels == 1:
+        return 0.0
+    return wanted

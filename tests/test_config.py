@@ -184,8 +184,49 @@ def test_numbers_as_text(tmp_path, text, number):
     assert type(value) is float and value == number
 
 
-def test_downsample_factor_may_be_a_list():
-    assert load_config(None, ["training.downsample_factor=[4]"]).training.downsample_factor == [4.0]
+# What files of the official code may say, and the same in this repository's words.
+OFFICIAL_SPELLINGS = [
+    ("model.hnet.arch_layout=[C1, [D2], C1c2]", "model.hnet.arch_layout=[c1, [D2], c3]"),
+    ("model.hnet.arch_layout=[c2, [D1D02d1], c2]", "model.hnet.arch_layout=[c2, [D3d1], c2]"),
+    ("model.hnet.d_model=[768, 768, 768]", "model.hnet.d_model=[768, 768]"),
+    ("model.hnet.num_heads=[12, 6, 6]", "model.hnet.num_heads=[12, 6]"),
+    ("model.hnet.enc_dec_dim_factor=[2]", "model.hnet.enc_dec_dim_factor=[2, null]"),
+    ("model.hnet.enc_dec_dim_factor=[2, 0, 1]", "model.hnet.enc_dec_dim_factor=[2, null]"),
+    ("model.hnet.enc_dec_dim_factor=[]", "model.hnet.enc_dec_dim_factor=null"),
+    ("model.hnet.enc_dec_dim_factor=[null, null]", "model.hnet.enc_dec_dim_factor=null"),
+    ("model.hnet.enc_dec_dim_factor=[1, null]", "model.hnet.enc_dec_dim_factor=null"),
+    ("model.hnet.tie_embeddings=true", "model.hnet.tie_embeddings=false"),
+    ("training.downsample_factor=[4]", "training.downsample_factor=4"),
+    ("training.downsample_factor=[4, 4]", "training.downsample_factor=4"),
+    ("training.downsample_factor_start=[2]", "training.downsample_factor_start=2"),
+    ("training.max_grad_norm=.inf", "training.max_grad_norm=null"),
+    ("training.ratio_loss_weight=-0.5", "training.ratio_loss_weight=0"),
+]
+
+
+@pytest.mark.parametrize(
+    "official, own", OFFICIAL_SPELLINGS, ids=[official for official, _ in OFFICIAL_SPELLINGS]
+)
+def test_official_spellings_have_one_form(official, own):
+    """So that a checkpoint and a configuration that mean the same do not contradict each other."""
+    config = load_config(None, [official])
+    assert config == load_config(None, [own])
+    assert config_from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.downsample_factor=1", "training.ratio_loss_weight=-1"],
+        ["training.multi_budget_drop_fractions=[]"],
+        ["training.profile_steps=[20, 10]"],
+        ["training.profile_steps=[]"],
+        ["training.class_dropout_prob=1.0"],
+        ["model.patch_size=2", "training.downsample_factor=1"],
+    ],
+)
+def test_values_without_an_effect_are_accepted(overrides):
+    load_config(None, overrides)
 
 
 def test_round_trip(tmp_path):
@@ -365,9 +406,9 @@ MISTAKES = [
     ("training: {learning_rate: true}", "training.learning_rate: True is not a finite number"),
     ("training: {learning_rate: .inf}", "training.learning_rate: inf is not a finite number"),
     ("training: {weight_decay: .nan}", "training.weight_decay: nan is not a finite number"),
-    ("training: {max_grad_norm: 'inf'}", "training.max_grad_norm: 'inf' is not a finite number"),
+    ("training: {max_grad_norm: .nan}", "training.max_grad_norm: nan is not a finite number"),
     (f"training: {{learning_rate: 1{'0' * 400}}}", "is not a finite number"),
-    ("training: {downsample_factor: [x]}", "training.downsample_factor[0]: 'x' is not a finite number"),
+    ("training: {downsample_factor: [x]}", "training.downsample_factor: 'x' is not a finite number"),
     ("training: {multi_budget_drop_fractions: 0.5}",
      "training.multi_budget_drop_fractions: 0.5 is not a list"),
     ("training: {multi_budget_drop_fractions: [0, x]}",
@@ -386,7 +427,8 @@ MISTAKES = [
     ("_base_: [a.yaml]", "_base_: ['a.yaml'] in"),
     ("_base_: nowhere.yaml", "nowhere.yaml' cannot be read (No such file or directory)"),
     # layouts
-    ("model: {hnet: {arch_layout: [D12]}}", "must be [encoder, [main], decoder], e.g. [c2, [D12], c2]"),
+    ("model: {hnet: {arch_layout: [D12]}}", "the nearest is [c2, [D12], c2] with model.patch_size 1"),
+    ("model: {hnet: {arch_layout: [[D12]]}}", "must be [encoder, [main], decoder], e.g. [c2, [D12], c2]"),
     ("model: {hnet: {arch_layout: []}}", "must be [encoder, [main], decoder]"),
     ("model: {hnet: {arch_layout: [c2, D12, c2]}}", "must be [encoder, [main], decoder]"),
     ("model: {hnet: {arch_layout: [c2, [], c2]}}",
@@ -399,9 +441,12 @@ MISTAKES = [
     ("model: {hnet: {arch_layout: [c2, [D], c2]}}", "'D' must be"),
     ("model: {hnet: {arch_layout: [c2, [D2x3], c2]}}", "'D2x3' must be"),
     ("model: {hnet: {arch_layout: [c2, [t2], c2]}}", "'t2' must be"),
-    ("model: {hnet: {arch_layout: [C2, [D2], c2]}}", "'C2' must be 'c<number>', e.g. 'c2'"),
-    ("model: {hnet: {arch_layout: [D2, [D2], c2]}}", "'D2' must be 'c<number>'"),
-    ("model: {hnet: {arch_layout: [c2, [c2], c2]}}", "'c2' must be 'd<number>' or 'D<number>'"),
+    ("model: {hnet: {arch_layout: [c2, [D2m4], c2]}}", "the official code reads it as 'D2'"),
+    ("model: {hnet: {arch_layout: [D2, [D2], c2]}}",
+     "'D2' must be 'c<number>', e.g. 'c2'; transformer blocks stand in the main network only"),
+    ("model: {hnet: {arch_layout: [c2, [D2], d1]}}", "transformer blocks stand in the main network only"),
+    ("model: {hnet: {arch_layout: [c2, [c2], c2]}}",
+     "'c2' must be 'd<number>' or 'D<number>', e.g. 'D2'; convolutions stand in encoder and decoder only"),
     ("model: {hnet: {arch_layout: [c0, [D2], c2]}}", "'c0' has no blocks; give at least one"),
     ("model: {hnet: {arch_layout: [c2, [2], c2]}}", "2 must be 'd<number>'"),
     # widths
@@ -410,17 +455,17 @@ MISTAKES = [
     ("model: {hnet: {enc_dec_dim_factor: [5, null]}}",
      "d_model / enc_dec_dim_factor: 153 is not a multiple of 32"),
     ("model: {hnet: {enc_dec_dim_factor: [4, 2]}}",
-     "enc_dec_dim_factor: [4, 2] must be [a number or null, null]"),
+     "[4, 2] reduces the main network, which cannot work; try [4, null]"),
     ("model: {hnet: {enc_dec_dim_factor: [-4, null]}}",
-     "model.hnet.enc_dec_dim_factor[0]: -4 must be at least 0"),
-    ("model: {hnet: {enc_dec_dim_factor: [4]}}", "enc_dec_dim_factor: [4] must be 2 entries long"),
+     "model.hnet.enc_dec_dim_factor[0]: -4 must be greater than 0"),
     ("model: {hnet: {num_heads: [7, 7]}}", "model.hnet.num_heads: 7 does not divide d_model 768"),
     ("model: {hnet: {num_heads: [12, 0]}}", "model.hnet.num_heads[1]: 0 must be greater than 0"),
     ("model: {hnet: {num_heads: []}}", "model.hnet.num_heads: [] must be 2 entries long"),
     ("model: {hnet: {d_model: []}}", "model.hnet.d_model: [] must be 2 entries long"),
     ("model: {hnet: {d_model: [384, 768]}}", "must be equal at both entries; try [768, 768]"),
-    ("model: {hnet: {d_model: [768, 768, 768]}}", "must be 2 entries long"),
-    ("model: {hnet: {tie_embeddings: true}}", "model.hnet.tie_embeddings: True is not false"),
+    ("model: {hnet: {d_model: [768, 768, 512]}}",
+     "has entries for more than one chunking stage, and only one is supported; try [768, 768]"),
+    ("model: {hnet: {tie_embeddings: 1}}", "model.hnet.tie_embeddings: 1 is not false"),
     ("model: {hnet: {dechunk_kernel_sigma: 0}}",
      "model.hnet.dechunk_kernel_sigma: 0.0 must be greater than 0"),
     ("model: {init: zero}", "model.init: 'zero' is not one of adaln_zero, released"),
@@ -428,23 +473,26 @@ MISTAKES = [
     ("model: {mlp_ratio: 0}", "model.mlp_ratio: 0.0 must be greater than 0"),
     # training
     ("training: {downsample_factor: 1}", "training.downsample_factor: 1.0 must be greater than 1"),
-    ("training: {downsample_factor: 0.5}", "must be greater than 1"),
-    ("training: {downsample_factor: []}", "training.downsample_factor: [] must be 1 entry long"),
-    ("training: {downsample_factor: [4, 4]}", "training.downsample_factor: [4.0, 4.0] must be 1 entry long"),
+    ("training: {downsample_factor: 1, ratio_loss_weight: 0, init_from: a.pt}", "must be greater than 1"),
+    ("training: {downsample_factor: 0.5}", "must be at least 1"),
+    ("training: {downsample_factor: []}", "training.downsample_factor: [] is not a finite number"),
+    ("training: {downsample_factor: [4, 8]}",
+     "training.downsample_factor: [4, 8] has numbers for more than one chunking stage"),
     ("training: {downsample_factor_start: 1}",
      "training.downsample_factor_start: 1.0 must be greater than 1"),
-    ("training: {multi_budget_drop_fractions: []}",
-     "training.multi_budget_drop_fractions: [] must be at least 1 entry long"),
+    ("training: {multi_budget_training: true, multi_budget_drop_fractions: []}",
+     "training.multi_budget_drop_fractions: [] has no fraction to draw"),
     ("training: {multi_budget_drop_fractions: [0, 1]}",
      "multi_budget_drop_fractions[1]: 1.0 must be in [0, 1)"),
     ("training: {multi_budget_drop_fractions: [-0.1]}", "-0.1 must be in [0, 1)"),
-    ("training: {multi_budget_drop_fractions: {min: 0.1}}", "entry long) or {min, max}"),
+    ("training: {multi_budget_drop_fractions: {min: 0.1}}", "(in [0, 1)) or {min, max}"),
     ("training: {multi_budget_drop_fractions: {min: 0.1, mx: 0.2}}",
      "unknown key 'training.multi_budget_drop_fractions.mx'"),
     ("training: {multi_budget_drop_fractions: {min: 0, max: 1}}", "1.0 must be in [0, 1)"),
     ("training: {multi_budget_drop_fractions: {min: 0.3, max: 0.2}}",
      "min 0.3 is above max 0.2; exchange them"),
-    ("training: {class_dropout_prob: 1}", "training.class_dropout_prob: 1.0 must be in [0, 1)"),
+    ("training: {class_dropout_prob: 1.1}", "training.class_dropout_prob: 1.1 must be in [0, 1]"),
+    ("training: {ema_decay: 1}", "at 1 the EMA would keep the first weights for ever, try 0.9999"),
     ("training: {ema_decay: 1.5}", "training.ema_decay: 1.5 must be in [0, 1)"),
     ("training: {epochs: 0}", "training.epochs: 0 must be greater than 0"),
     ("training: {max_steps: 0}", "training.max_steps: 0 must be greater than 0"),
@@ -452,8 +500,8 @@ MISTAKES = [
     ("training: {learning_rate: -1}", "training.learning_rate: -1.0 must be greater than 0"),
     ("training: {seed: -1}", "training.seed: -1 must be at least 0"),
     ("training: {seed: 9223372036854775808}", "training.seed: 9223372036854775808 must be below 2**63"),
-    ("training: {profile_steps: []}", "training.profile_steps: [] must be 2 entries long"),
-    ("training: {profile_steps: [5, 2]}", "must be [first, last] with 1 <= first <= last"),
+    ("training: {profile: true, profile_steps: []}", "training.profile_steps: [] must be [first, last]"),
+    ("training: {profile: true, profile_steps: [5, 2]}", "must be [first, last] with 1 <= first <= last"),
     # data, diffusion, logging
     ("data: {image_size: 250}", "data.image_size: 250 must be a multiple of data.latent_stride (8)"),
     ("data: {image_size: 250}", "try 248"),
@@ -472,7 +520,7 @@ MISTAKES = [
      "diffusion.cfg_channels: 'some' is not a whole number (greater than 0) or all"),
     ("logging: {log_every: 0}", "logging.log_every: 0 must be greater than 0"),
     ("logging: {ckpt_keep: -1}", "logging.ckpt_keep: -1 must be at least 0"),
-    ("logging: {sample_cfg_scale: 0.5}", "logging.sample_cfg_scale: 0.5 must be at least 1"),
+    ("logging: {sample_cfg_scale: 0.5}", "logging.sample_cfg_scale: 0.5 must be at least 1, or 0"),
     ("evaluation: {every: 10}", "evaluation.reference: is needed with evaluation.every"),
     ("evaluation: {num_samples: 3}", "evaluation.num_samples: 3 must be at least 4"),
     ("evaluation: {cfg_scale: 0.5}", "evaluation.cfg_scale: 0.5 must be at least 1"),

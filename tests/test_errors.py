@@ -73,7 +73,8 @@ TRAIN = [
     ("--config {place}/nowhere.yaml", "nowhere.yaml' cannot be read (No such file or directory)"),
     ("--config {place}", "cannot be read (Is a directory)"),
     ("--config {config} --bogus", "unrecognized arguments: --bogus; see --help"),
-    ("--conf {config}", "unrecognized arguments: --conf"),
+    ("--conf {config}", "unrecognized arguments: --conf {config}; perhaps --config is meant; see --help"),
+    ("--config {config} --same-wandb true", "--same-wandb true; perhaps --same_wandb is meant"),
     ("--config", "argument --config: expected one argument"),
     ("--config {config} --set training.seed", "must have the form section.key=value"),
     ("--config {config} --set training.sed=1", "unknown key 'training.sed'; did you mean 'training.seed'?"),
@@ -136,10 +137,8 @@ SAMPLING = [
     ("--ckpt {place}", "is a folder without weights; give the path of a checkpoint"),
     ("--ckpt {place}/run", "is a folder of checkpoints; give one of them, such as '{ckpt}'"),
     ("--ckpt {ckpt} --bogus 1", "unrecognized arguments: --bogus 1"),
-    ("--ckpt {ckpt} --cfg-scale 1 --lite-cfg",
-     "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1"),
-    ("--ckpt {ckpt} --cfg-scale 2 --lite-cfg",
-     "--lite-cfg: changes nothing without a budget; add e.g. --uncond-tail-dropping"),
+    ("--ckpt {ckpt} --cfg_scale 2", "unrecognized arguments: --cfg_scale 2; perhaps --cfg-scale is meant"),
+    ("--ckpt {ckpt} --num-sample-steps=5", "perhaps --num-sampling-steps is meant"),
     ("--ckpt {ckpt} --uncond-tail-dropping-fraction 0.5",
      "--uncond-tail-dropping-fraction 0.5: needs --lite-cfg"),
     ("--ckpt {ckpt} --tail-dropping-fraction 1", "--tail-dropping-fraction 1.0: must be in [0, 1)"),
@@ -172,11 +171,13 @@ SAMPLING = [
     ("--ckpt {ckpt} --guidance-interval 0", "argument --guidance-interval: expected 2 arguments"),
     ("--ckpt {ckpt} --cfg-scale 1 --guidance-interval 0 500",
      "--cfg-scale 1 is no guidance; raise the scale"),
-    ("--ckpt {ckpt} --cfg-scale 0.9", "--cfg-scale 0.9: must be a number of at least 1"),
+    ("--ckpt {ckpt} --cfg-scale 0.9",
+     "--cfg-scale 0.9: must be a number of at least 1 (1 is no guidance), or 0 for samples without a class"),
     ("--ckpt {ckpt} --cfg-scale nan", "--cfg-scale nan: must be a number of at least 1"),
     ("--ckpt {ckpt} --cfg-scale strong", "argument --cfg-scale: invalid float value: 'strong'"),
     ("--ckpt {place}/unguided/0000001.pt --cfg-scale 2",
      "the model was trained without class dropout; use 1"),
+    ("--ckpt {place}/unguided/0000001.pt --cfg-scale 0", "without class dropout; use 1"),
     ("--ckpt {ckpt} --num-sampling-steps 0", "--num-sampling-steps 0: must be from 1 to 1000"),
     ("--ckpt {ckpt} --num-sampling-steps 1001", "--num-sampling-steps 1001: must be from 1 to 1000"),
     ("--ckpt {ckpt} --sampler euler", "argument --sampler: invalid choice: 'euler'"),
@@ -301,6 +302,33 @@ def test_dry_runs_print_and_write_nothing(fill, place, capsys, monkeypatch):
     sample_ddp.main(fill("--ckpt {ckpt} --dry-run").split())
     assert "samples       50000 into samples" in capsys.readouterr().out
     assert files(place) == before
+
+
+@pytest.mark.parametrize("script", [sample, sample_ddp], ids=["sample", "sample_ddp"])
+def test_a_model_without_a_null_label_is_sampled_without_guidance(fill, capsys, script):
+    script.main(fill("--ckpt {place}/unguided/0000001.pt --lite-cfg --dry-run").split())
+    printed = capsys.readouterr().out
+    assert "--cfg-scale 1: is used, because the model was trained without class dropout" in printed
+    assert "--lite-cfg: has no effect at --cfg-scale 1" in printed
+    script.main(fill("--ckpt {ckpt} --dry-run").split())
+    assert "--cfg-scale" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line, part",
+    [
+        (
+            "--cfg-scale 1 --lite-cfg --uncond-tail-dropping-fraction 0.5",
+            "--lite-cfg: has no effect at --cfg-scale 1",
+        ),
+        ("--cfg-scale 2 --lite-cfg", "--lite-cfg: without a budget it is plain guidance"),
+        ("--cfg-scale 2 --uncond-tail-dropping-fraction 0.0", ""),
+    ],
+)
+def test_official_options_without_an_effect_are_accepted(fill, capsys, line, part):
+    sample.main(fill(f"--ckpt {{ckpt}} --dry-run {line}").split())
+    notes = [row for row in capsys.readouterr().out.splitlines() if row.startswith("--")]
+    assert len(notes) == bool(part) and part in "".join(notes)
 
 
 COMMANDS = {

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 # From the bottom to the top. A place may import those of the rows below it, and itself.
 LAYERS = (
     ("schema",),
-    ("config_keys", "plain_data"),
+    ("spellings", "plain_data"),
+    ("config_keys",),
     ("config",),
     ("cli",),
     ("models", "diffusion", "data", "processes"),

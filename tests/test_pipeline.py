@@ -1,5 +1,6 @@
 """Images to samples as users run it: extraction, training under real launchers, resuming, and both samplers."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from PIL import Image
 
 import sample
 import sample_ddp
-from config import UserError, load_config
+from config import UserError, config_from_dict, load_config, to_dict
 from models import build_model
 from processes import group
 from sampling.accounting import image_tflop
@@ -181,6 +182,8 @@ run(None, *once)
 os.makedirs(folder / "results" / "007-mine")
 run(None, *once)
 run("branch", "training.max_steps=5", f"training.resume_from_ckpt={folder}/copied/checkpoints/0000003.pt")
+start = f"training.resume_from_ckpt={folder}/copied/checkpoints/0000003.pt"
+run("changed", start, "training.max_steps=4", "training.learning_rate=1e-2", "training.global_batch_size=2")
 run("tracked", "training.max_steps=1", "logging.trackers=[wandb]")
 run("tracked", "training.max_steps=2", "logging.trackers=[wandb]")
 launch.total_peak_flops = lambda accelerator: 1e9
@@ -242,6 +245,13 @@ def test_a_new_run_from_a_checkpoint(in_one_process, tiny_config):
     ours, theirs = (tensors(state, "model", "ema", "optimizer") for state in states)
     assert len(ours) > 100 and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert "5 steps, resuming from step 3" in (branch / "log.txt").read_text()
+
+
+def test_training_continues_with_another_learning_rate_and_batch(in_one_process, tiny_config):
+    """As the refusal of the same changes in the folder of the run says."""
+    changed = tiny_config.parent / "changed"
+    assert "4 steps, resuming from step 3" in (changed / "log.txt").read_text()
+    assert torch.load(newest(changed), weights_only=True)["step"] == 4
 
 
 def test_wandb_offline(in_one_process, tiny_config):
@@ -352,6 +362,77 @@ def test_sample_without_pictures_of_the_chunking(trained, tmp_path, tiny_config)
     options = ["--cfg-scale", "1", "--num-sampling-steps", "1", "--no-visualize", "--output", str(tmp_path)]
     sample.main(["--config", str(tiny_config), "--ckpt", str(newest(trained)), *options])
     assert sorted(os.listdir(tmp_path)) == ["sample.png", "summary.json"]
+
+
+def test_the_options_of_the_official_script(trained, tmp_path, capsys):
+    """--count-flops is always on, and --profile writes the trace of a step."""
+    trace = tmp_path / "new" / "trace.json"
+    fixed = [
+        "--ckpt",
+        str(newest(trained)),
+        "--num-sampling-steps",
+        "3",
+        "--classes",
+        "0",
+        "--output",
+        str(tmp_path),
+    ]
+    sample.main([*fixed, "--no-visualize", "--count-flops", "--profile", "--profile-trace-path", str(trace)])
+    printed = capsys.readouterr().out
+    assert "--count-flops: the costs above are always counted" in printed
+    assert f"trace of a sampling step in {trace}" in printed
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert any(event["name"] == "aten::convolution" for event in events)
+
+
+def test_scale_0_draws_samples_without_a_class(trained, tmp_path):
+    run = load_trained(newest(trained))
+    options = SamplingOptions(num_sampling_steps=2, cfg_scale=0.0, seed=5)
+
+    def images(label, scale):
+        (batch,) = generate(run, [0], [label], dataclasses.replace(options, cfg_scale=scale))
+        assert batch.kept[0].unconditional is None
+        return batch.images.float()
+
+    without = images(0, 0.0)
+    assert torch.equal(without, images(1, 0.0))
+    table = run.model.y_embedder.table.weight.data
+    table[:3] = table[3]  # every class like the null label
+    assert torch.equal(without, images(1, 1.0))
+
+    few = ["--num-fid-samples", "2", "--num-sampling-steps", "1", "--cfg-scale", "0"]
+    sample_ddp.main(["--ckpt", str(newest(trained)), *few, "--output-dir", str(tmp_path / "s")])
+    assert np.load(tmp_path / "s.npz").files == ["arr_0"]
+
+
+@pytest.mark.parametrize("bf16_vae", [False, True])
+def test_the_autoencoder_has_its_own_precision(trained, monkeypatch, bf16_vae):
+    run = load_trained(newest(trained))
+    seen = []
+    decode = run.autoencoder.decode
+
+    def record(latents, bf16=False):
+        seen.append(bf16)
+        return decode(latents, bf16)
+
+    monkeypatch.setattr(run.autoencoder, "decode", record)
+    options = SamplingOptions(num_sampling_steps=1, bf16=True, bf16_vae=bf16_vae)
+    list(generate(run, [0], [0], options))
+    assert seen == [bf16_vae]
+
+
+@pytest.mark.parametrize("switch", ["training.tf32=true", "model.hnet.fp32_router_dechunk=tf32", None])
+def test_one_switch_allows_tf32_in_all_products(trained, switch):
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = switch is None  # the opposite
+    run = load_trained(newest(trained))
+    config = config_from_dict(to_dict(run.config), [switch] if switch else [])
+    list(generate(run._replace(config=config), [0], [0], SamplingOptions(num_sampling_steps=1)))
+    assert [backend.allow_tf32 for backend in backends] == [switch is not None] * 2
+    for backend, allowed in zip(backends, before):
+        backend.allow_tf32 = allowed
 
 
 def test_a_sample_is_a_function_of_seed_and_number(trained):

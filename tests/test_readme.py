@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import conftest
 import pytest
 
+import cli
 from config import UserError, config_from_dict, load_config, to_dict
 
 ROOT = Path(__file__).parent.parent
@@ -105,12 +106,12 @@ class Parsed(Exception):
 
 def read_arguments(call: Call, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     """The arguments as the program's own parser reads them; UserError or SystemExit for an unknown one."""
-    parse_args = argparse.ArgumentParser.parse_args
+    for parser_class in (argparse.ArgumentParser, cli.Parser):
 
-    def parse_and_stop(parser, argv=None, namespace=None):
-        raise Parsed(parse_args(parser, argv, namespace))
+        def parse_and_stop(parser, argv=None, namespace=None, parse_args=parser_class.parse_args):
+            raise Parsed(parse_args(parser, argv, namespace))
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        monkeypatch.setattr(parser_class, "parse_args", parse_and_stop)
     monkeypatch.setattr(sys, "argv", [str(call.file), *call.arguments])
     parts = call.file.relative_to(ROOT).with_suffix("").parts
     if parts[0] == "tests":

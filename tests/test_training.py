@@ -11,7 +11,7 @@ import torch
 
 from config import OneProcessError, TrainingConfig, UserError, config_from_dict, load_config, to_dict
 from models.types import Routing
-from training import schedules
+from training import launch, schedules
 from training.batches import Order, Samples, collate, make_loader, read_batches
 from training.losses import RatioTarget, ratio_loss, total_loss
 from training.tracking import Averages, RunLog, kept_fractions
@@ -172,7 +172,7 @@ def test_when_multi_budget_training_starts():
 
 
 def test_downsample_factor():
-    training = TrainingConfig(downsample_factor=[16.0])
+    training = TrainingConfig(downsample_factor=16.0)
     assert schedules.downsample_factor(0, training) == 16
     training.downsample_factor_start = 4.0
     assert schedules.downsample_factor(0, training) == 16  # there are no warm-up steps
@@ -241,6 +241,13 @@ def test_ratio_loss_averages_over_groups():
     assert pairs.item() == pytest.approx(sum(halves) / 2)
     assert pairs.item() != pytest.approx(whole.item())
     assert ratio_loss(make_routing(kept, prob), 4.0, group_size=4).item() == pytest.approx(whole.item())
+
+
+def test_ratio_loss_averages_in_float32():
+    prob = torch.linspace(0, 1, 3 * 1000).view(3, 1000).bfloat16()
+    loss = ratio_loss(Routing(prob, prob > 0.5, prob > 0.5), 4.0)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, ratio_loss(Routing(prob.float(), prob > 0.5, prob > 0.5), 4.0))
 
 
 def test_ratio_loss_trains_the_probability_only():
@@ -452,3 +459,33 @@ def test_a_resumed_run_drops_later_rows(tmp_path, tail):
     RunLog(tmp_path, one_process(), step=100)
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(rows[:2])
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_no_limit_on_the_gradient_norm_leaves_gradients_as_they_are():
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.tensor([1e10, -2.0, 0.0])
+    config = load_config(None, ["training.max_grad_norm=.inf"])
+    torch.nn.utils.clip_grad_norm_([parameter], config.training.longest_gradient)
+    assert parameter.grad.tolist() == torch.tensor([1e10, -2.0, 0.0]).tolist()
+
+
+@pytest.mark.parametrize(
+    "device, launcher, precision, chosen",
+    [
+        ("cuda", None, "auto", "bf16"),
+        ("cuda", "no", "auto", "no"),
+        ("cuda", "fp16", "auto", "fp16"),
+        ("cuda", "bf16", "fp32", "no"),
+        ("cuda", "no", "bf16", "bf16"),
+        ("cpu", None, "auto", "no"),
+        ("cpu", "bf16", "auto", "bf16"),
+    ],
+)
+def test_the_precision_is_the_configurations_or_the_launchers(
+    device, launcher, precision, chosen, monkeypatch
+):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launcher is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    config = load_config(None, [f"training.precision={precision}"])
+    assert launch.choose_precision(config, torch.device(device)) == chosen

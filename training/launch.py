@@ -59,10 +59,8 @@ def choose_precision(config: Config, device: torch.device) -> str:
     if config.training.precision == "fp32":
         return "no"
     # The precision is "auto"
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched == "no" and device.type == "cuda":
-        return "bf16"
-    return launched
+    unsaid = "bf16" if device.type == "cuda" else "no"
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", unsaid)
 
 
 # ----------------------------------------------------------------------------------------- the processes meet
@@ -71,7 +69,7 @@ def choose_precision(config: Config, device: torch.device) -> str:
 def make_accelerator(config: Config) -> Accelerator:
     """Start Accelerate, which joins the processes. UserError if it cannot train this configuration."""
     device = group.default_device()
-    allow_tf32(config.model.hnet.fp32_router_dechunk == "tf32")
+    allow_tf32(config.uses_tf32)
     no_changing_buffers = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     patient = InitProcessGroupKwargs(timeout=group.COLLECTIVE_TIMEOUT)
     accelerator = Accelerator(
@@ -89,6 +87,11 @@ def make_accelerator(config: Config) -> Accelerator:
     if is_sharded(accelerator):
         check_no_samples(config)
     check_precision(accelerator, config)
+    is_slow = device.type == "cuda" and accelerator.mixed_precision == "no"
+    if is_slow and config.training.precision == "auto":
+        accelerator.print(
+            "precision: float32, as the launcher says; with --mixed_precision bf16 training is faster"
+        )
     return accelerator
 
 

@@ -54,5 +54,5 @@ def ratio_loss(routing: Routing, downsample_factor: float, group_size: int | Non
     groups = 1 if group_size is None else len(routing.prob) // group_size
     # F and G of each group (groups,)
     kept = routing.boundary.float().view(groups, -1).mean(1)
-    prob = routing.prob.view(groups, -1).mean(1)
+    prob = routing.prob.float().view(groups, -1).mean(1)
     return (n / (n - 1) * ((n - 1) * kept * prob + (1 - kept) * (1 - prob))).mean()

@@ -10,6 +10,7 @@ from config import Config, UserError
 from data.autoencoder import Autoencoder
 from data.features import Features
 from sampling.generate import SamplingOptions, TrainedModel, generate_images
+from sampling.options import possible_scale
 from sampling.pictures import save_grid
 
 IMAGES = 16
@@ -25,7 +26,7 @@ def grid_path(folder: Path, step: int) -> Path:
 def grid_options(config: Config, bf16: bool) -> SamplingOptions:
     """How the grids are sampled."""
     return SamplingOptions(
-        cfg_scale=config.logging.sample_cfg_scale,
+        cfg_scale=possible_scale(config.logging.sample_cfg_scale, config),
         num_sampling_steps=min(MAX_STEPS, config.diffusion.diffusion_steps),
         sampler="ddim",
         bf16=bf16,

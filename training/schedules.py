@@ -2,7 +2,7 @@
 
 import torch
 
-from config import Config, FractionRange, TrainingConfig, downsample_factors
+from config import Config, FractionRange, TrainingConfig
 from data.streams import rng
 
 
@@ -22,10 +22,10 @@ def learning_rate(step: int, training: TrainingConfig) -> float:
 
 def downsample_factor(step: int, training: TrainingConfig) -> float:
     """N at this step, from `downsample_factor_start` to `downsample_factor` linearly over the warm-up."""
-    end = downsample_factors(training.downsample_factor)
+    end = training.downsample_factor
     if training.downsample_factor_start is None or training.downsample_factor_warmup_steps == 0:
         return end
-    start = downsample_factors(training.downsample_factor_start)
+    start = training.downsample_factor_start
     return start + (end - start) * min(1.0, step / training.downsample_factor_warmup_steps)
 
 

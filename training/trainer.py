@@ -224,7 +224,9 @@ class Trainer:
             for parameter in self.frozen:
                 parameter.grad = None
         # Update the weights if the gradients are finite, then the EMA
-        norm = full_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), training.max_grad_norm))
+        norm = full_tensor(
+            self.accelerator.clip_grad_norm_(self.model.parameters(), training.longest_gradient)
+        )
         local_batch = training.global_batch_size // self.accelerator.num_processes
         self.averages.add("grad_norm", norm.expand(local_batch))
         self.guard.update(self.optimizer, norm, self.step)

@@ -15,7 +15,6 @@ from config import (
     UserError,
     config_from_dict,
     differences,
-    downsample_factors,
     flatten,
     parse_layout,
     role_of,
@@ -84,7 +83,7 @@ def initial_state(config: Config) -> tuple[Checkpoint, Origins]:
         check_shared(config, source_config)
         start = config.model.upcycle
         first_factor = config.training.downsample_factor_start or config.training.downsample_factor
-        origins = upcycle(source, model, start.scaffold, start.router, downsample_factors(first_factor))
+        origins = upcycle(source, model, start.scaffold, start.router, first_factor)
     else:
         check_same_network(config, source_config, source, model)
         model.load_state_dict(source.state_dict())
