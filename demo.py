@@ -13,7 +13,7 @@ from typing import Any
 
 import cli
 from config import UserError
-from data.names import markdown, printable
+from data.names import markdown, short_name
 from diffusion.samplers import SAMPLERS
 from figures.side_by_side import PIXELS, side_by_side
 from models import describe
@@ -71,7 +71,7 @@ def build_page(gradio: ModuleType, trained: TrainedModel, steps: int, sampler: s
     budget = "share of the kept tokens to drop"
     picture = functools.partial(gradio.Image, interactive=False, format="png", width=PIXELS)
 
-    with gradio.Blocks(title=printable(config.model.name)) as page:
+    with gradio.Blocks(title=short_name(config.model.name)) as page:
         gradio.Markdown(
             f"## {markdown(config.model.name)}: one checkpoint, any budget\n"
             f"{steps} steps of {sampler}, step {trained.step} of training"

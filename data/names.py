@@ -12,7 +12,7 @@ LONGEST = 40
 MARKUP = re.compile(r"[\\`*_\[\]<>&|$~]")
 
 
-def printable(name: str, longest: int = LONGEST) -> str:
+def short_name(name: str, longest: int = LONGEST) -> str:
     """A name as one short line: what cannot be printed is escaped, and a long end is left out."""
     text = "".join(char if char.isprintable() else escape(char) for char in name)
     return text if len(text) <= longest else text[: longest - 3] + "..."
@@ -27,5 +27,5 @@ def escape(char: str) -> str:
 
 
 def markdown(name: str) -> str:
-    """A printable name for Markdown or HTML: mark-up is escaped by backslashes."""
-    return MARKUP.sub(r"\\\g<0>", printable(name))
+    """A short name for Markdown or HTML: mark-up is escaped by backslashes."""
+    return MARKUP.sub(r"\\\g<0>", short_name(name))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.names import printable
+from data.names import short_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ def match_by_name(numbers: np.ndarray, names: Sequence[str], known: Sequence[str
     missing = [names[number] for number in used if names[number] not in known]
     if missing:
         several = f" and {len(missing) - 1} others of the samples" if len(missing) > 1 else ""
-        return without(f"the classifier does not know the class '{printable(missing[0])}'{several}")
+        return without(f"the classifier does not know the class '{short_name(missing[0])}'{several}")
     table = np.zeros(used[-1] + 1, dtype=np.int64)
     for number in used:
         table[number] = known.index(names[number])

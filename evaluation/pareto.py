@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from config import UserError, one_line
 from data.files import write_text
-from data.names import printable
+from data.names import short_name
 from data.store_files import sha256_of
 from evaluation.class_labels import ClassLabels
 from evaluation.comparison import (
@@ -81,7 +81,7 @@ class Point:
     lite: float | None  # dropped fraction of the unconditional branch; None: no Lite-CFG
 
     def __str__(self) -> str:
-        name = f"{printable(self.trained.config.model.name)}, scale {self.cfg_scale}, budget {self.budget}"
+        name = f"{short_name(self.trained.config.model.name)}, scale {self.cfg_scale}, budget {self.budget}"
         return name if self.lite is None else f"{name}, lite {self.lite}"
 
     def options(self, plan: ParetoPlan) -> SamplingOptions:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 import cli
 from config import UserError
-from data.names import printable
+from data.names import short_name
 from figures.canvas import SMALL, save_figure
 
 COLOURS = {"conditional": "tab:blue", "unconditional": "tab:orange"}
@@ -91,7 +91,7 @@ def draw_classes(summary: Summary, path: Path) -> None:
     rows = sorted(summary["kept_by_class"], key=lambda row: row["share"]["mean"])
     if len(rows) > MOST_CLASSES:
         rows = rows[: MOST_CLASSES // 2] + rows[-MOST_CLASSES // 2 :]
-    names = [f"{printable(row['name'])} ({row['images']})" for row in rows]
+    names = [f"{short_name(row['name'])} ({row['images']})" for row in rows]
     mean = [row["share"]["mean"] for row in rows]
     std = [row["share"]["std"] for row in rows]
 
@@ -142,7 +142,7 @@ def check_summary(summary: Summary) -> None:
     # Shares of each class
     for row in summary["kept_by_class"]:
         check_numbers(row["images"], row["share"]["mean"], row["share"]["std"])
-        printable(row["name"])
+        short_name(row["name"])
 
 
 def check_numbers(*values: object) -> None:

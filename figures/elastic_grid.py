@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import cli
 from config import UserError
-from data.names import printable
+from data.names import short_name
 from diffusion.samplers import Step
 from figures.canvas import SMALL, save_figure
 from models import describe
@@ -65,7 +65,7 @@ def row_name(label: int, names: list[str] | None) -> str:
     name = shown_name(label, names)
     if name == str(label):
         return f"class {label}"
-    return printable(name, LONGEST_NAME)
+    return short_name(name, LONGEST_NAME)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import cli
 from config import UserError
-from data.names import printable
+from data.names import short_name
 from diffusion.samplers import SAMPLERS
 from evaluation.comparison import METRIC_NAMES
 from evaluation.pareto import ParetoPlan, measure
@@ -106,7 +106,7 @@ def read_curves(rows: list[Row], scale: str) -> list[Curve]:
         lite = row["lite_cfg"]
         key = (row["name"], row["step"], row["static"], lite, row["model"])
         if key not in curves:
-            label = f"{printable(row['name'])}, {int(row['step']):,} steps"
+            label = f"{short_name(row['name'])}, {int(row['step']):,} steps"
             if lite:
                 label += f", Lite-CFG {float(lite):.0%}"
             curves[key] = Curve(label, row["static"] == "True", lite, [])

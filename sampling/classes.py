@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 
 from config import UserError
-from data.names import printable
+from data.names import short_name
 
 
 def choose_labels(chosen: Sequence[str | int], names: Sequence[str] | None) -> list[int]:
@@ -33,7 +33,7 @@ def choose_labels(chosen: Sequence[str | int], names: Sequence[str] | None) -> l
         elif is_number(choice):
             labels.append(int(choice))
         else:
-            raise UserError(f"--classes '{printable(choice)}': {no_such_name(choice, known)}")
+            raise UserError(f"--classes '{short_name(choice)}': {no_such_name(choice, known)}")
     return labels
 
 
@@ -47,7 +47,7 @@ def no_such_name(name: str, known: list[str]) -> str:
     if not known:
         return "the checkpoint has no class names; give labels, which are numbers"
     similar = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    guess = f"did you mean '{printable(similar[0])}'? " if similar else ""
+    guess = f"did you mean '{short_name(similar[0])}'? " if similar else ""
     return f"no class has this name; {guess}--list-classes prints all names and labels"
 
 
@@ -60,7 +60,7 @@ def ambiguity(chosen: Sequence[str], names: Sequence[str] | None) -> str:
         label = int(choice)
         own = known.index(choice)
         if label != own and 0 <= label < len(known):
-            other = printable(known[label])
+            other = short_name(known[label])
             return f"--classes {choice}: the class of this name, with label {own}; label {label} is '{other}'"
     return ""
 
@@ -69,7 +69,7 @@ def shown_name(label: int, names: Sequence[str] | None) -> str:
     """Name of a class as text that is safe to show; its label where it has no name."""
     if names is None or not 0 <= label < len(names):
         return str(label)
-    return printable(names[label])
+    return short_name(names[label])
 
 
 def class_table(num_classes: int, names: Sequence[str] | None) -> str:

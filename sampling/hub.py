@@ -15,7 +15,7 @@ import cli
 from config import Config, to_dict, to_yaml
 from data.autoencoder import HUB_NAMES
 from data.files import write_json, write_text
-from data.names import markdown, printable
+from data.names import markdown, short_name
 from models import architecture, flops
 from sampling.arguments import add_weights_argument
 from sampling.load import TrainedModel, load_trained
@@ -78,7 +78,7 @@ def model_card(trained: TrainedModel) -> str:
     batch = config.training.global_batch_size * config.training.gradient_accumulation_steps
     parameters = sum(p.numel() for p in trained.model.parameters())
     weights = "EMA" if trained.weights == "ema" else "Trained"
-    autoencoder = printable(Path(trained.autoencoder.name).name).replace("`", "'")
+    autoencoder = short_name(Path(trained.autoencoder.name).name).replace("`", "'")
     classes = ""
     if trained.class_names and len(trained.class_names) <= MOST_NAMES:
         classes = f": {', '.join(markdown(name) for name in trained.class_names)}"

@@ -24,7 +24,7 @@ def write_npz(path: Path, pngs: list[Path], labels: list[int] | None, class_name
     arrays = {}
     if labels is not None:
         arrays["arr_1"] = np.array(labels, dtype=np.int64)
-    if class_names:
+    if labels is not None and class_names:
         arrays[CLASS_NAMES] = np.array(json.dumps(class_names))
     write_file(path, lambda stream: _write(stream, pngs, arrays))
 

@@ -295,7 +295,7 @@ def test_the_other_keys_shape_the_course_of_training():
     named = full_keys(FREE) | full_keys(MUST_AGREE) | {"ckpt"}
     others = keys_with_role("network", "process", "training", "free") - named
     assert keys_with_role("training") == others
-    assert len(others) == 28
+    assert len(others) == 29
 
 
 def test_keys_of_the_network_are_those_that_change_its_tensors():

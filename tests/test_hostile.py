@@ -493,10 +493,19 @@ WORDS = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12)
 NO_NUMBER = st.sampled_from(
     ["-7", "-0.5", ".nan", ".inf", "-.inf", "[1]", "{a: 1}", "true", "null", "many", "''", "-1e400"]
 )
+# Values that have a meaning, or an effect only together with another key
+HARMLESS = {
+    ("training.ratio_batch_size", "null"),
+    ("training.max_grad_norm", ".inf"),
+    ("training.max_grad_norm", "null"),
+    ("training.ratio_loss_weight", "-7"),
+    ("training.ratio_loss_weight", "-0.5"),
+    ("training.ratio_loss_weight", "-.inf"),
+    ("training.multi_budget_drop_fractions", "[]"),
+    ("training.profile_steps", "[]"),
+}
 BAD_OVERRIDES = st.one_of(
-    st.tuples(st.sampled_from([key for key in NUMBERS if key != "diffusion.cfg_channels"]), NO_NUMBER).filter(
-        lambda pair: pair != ("training.ratio_batch_size", "null")  # the whole batch
-    ),
+    st.tuples(st.sampled_from([key for key in NUMBERS if key != "diffusion.cfg_channels"]), NO_NUMBER),
     st.tuples(st.just("diffusion.cfg_channels"), st.sampled_from(["0", "5", "-1", "some", "1.5", "[3]"])),
     st.tuples(
         st.sampled_from(SWITCHES), st.sampled_from(["1", "0", "'true'", "[]", "null", "perhaps", "{}"])
@@ -525,7 +534,7 @@ BAD_OVERRIDES = st.one_of(
         WORDS.map("x_{}".format),
     ),
     st.tuples(st.just("data.feature_path"), st.sampled_from(["/nowhere", "README.md", "''", "null", "3"])),
-)
+).filter(lambda pair: pair not in HARMLESS)
 
 
 def refused(argv: list[str], capsys, folder: Path) -> None:

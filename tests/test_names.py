@@ -15,7 +15,7 @@ import demo
 import sample
 from config import UserError, config_from_dict, load_config, to_dict
 from data.features import open_features
-from data.names import markdown, printable
+from data.names import markdown, short_name
 from figures import cost, elastic_grid, pareto
 from models import build_model, flops
 from sampling import hub
@@ -127,8 +127,8 @@ def test_images_come_before_the_report(odd, tmp_path, monkeypatch):
 
 
 def test_a_name_becomes_a_line():
-    assert printable("a\nb\t\udce9\u202e猫") == r"a\nb\t\xe9\u202e猫"
-    assert printable("x" * 99) == "x" * 37 + "..."
+    assert short_name("a\nb\t\udce9\u202e猫") == r"a\nb\t\xe9\u202e猫"
+    assert short_name("x" * 99) == "x" * 37 + "..."
     assert markdown("$5_<b> \\ a|b") == r"\$5\_\<b\> \\ a\|b"
 
 

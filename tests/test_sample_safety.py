@@ -165,7 +165,7 @@ def test_images_are_kept_if_the_report_fails(checkpoint, tmp_path, monkeypatch):
         raise IndexError("a fault in the report")
 
     monkeypatch.setattr(accounting, "class_name", fail)
-    monkeypatch.setattr(elastic_grid, "class_name", fail)
+    monkeypatch.setattr(elastic_grid, "image_tflop", fail)
     argv = ["--ckpt", str(checkpoint), *FEW_STEPS]
     with pytest.raises(IndexError):
         sample.main([*argv, "--output", str(tmp_path)])
