@@ -45,7 +45,7 @@ def training(default: T, meaning: str, rewrite: Rewrite | None = None) -> T:
 
 
 def free(default: T, meaning: str, rewrite: Rewrite | None = None) -> T:
-    """A key that shapes nothing that training learns. A resumed run and sampling may differ."""
+    """A key that a resumed run may change, and sampling too: length, paths, logging, evaluation."""
     return field_with(default, role="free", meaning=meaning, rewrite=rewrite)
 
 
@@ -267,7 +267,8 @@ class EvaluationConfig:
     """Evaluation of the EMA during training; see evaluation/in_training.py."""
 
     every: NonNegativeInt = free(0, "interval in optimizer steps; 0: none")
-    num_samples: Annotated[int, at_least(4)] = free(2048, "number of samples")  # each needs a third neighbour
+    # Precision and recall use the third neighbour
+    num_samples: Annotated[int, at_least(4)] = free(2048, "number of samples")
     reference: str | None = free(
         None, "ADM .npz, folder of images, or a file of evaluate.py --make-reference"
     )

@@ -1,4 +1,4 @@
-"""Typed sections from nested plain data. Knows nothing of the sections in config.py.
+"""Typed sections from nested plain data. Knows nothing of the sections in config_keys.py.
 
 A section is a dataclass. The annotation of a field is a type, a choice or a union of these, with constraints
 beside it:

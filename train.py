@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     checks.check_parameter_names(config)
     sample_grids.check_grids(config)
 
-    # Open the data and choose the checkpoint. Every process does so alone, and finds the same mistakes
+    # Open the data and choose the checkpoint, before the processes meet: a mistake ends all of them alike
     store = checks.open_fitting_features(config)
     files = resume.starting_files(folder)
     start = resume.find_start(config, folder, store)

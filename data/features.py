@@ -10,11 +10,10 @@ A store is a folder:
 While an extraction is unfinished, the folder has no manifest; it holds settings.json (what is extracted) and
 one record shard-00000.json per finished shard instead.
 
-There are two kinds. `moments` holds posterior mean and standard deviation (2C channels) of the image and, in
-a second view, of its mirror image, which is really encoded because an autoencoder is not exactly
-flip-equivariant; a fresh latent is drawn at every use. `sample` holds one latent (C channels) drawn at
-extraction, flipped at random, as the paper's code does. All latents are in scaled units (see
-data/autoencoder.py).
+There are two kinds. `moments` holds posterior mean and standard deviation (2C channels), from which every use draws
+a fresh latent. It has two views: the image and its mirror image, which is encoded too, because an autoencoder is
+not exactly flip-equivariant. `sample` holds one latent (C channels) drawn at extraction, flipped at random, as the
+paper's code does. All latents are in scaled units (see data/autoencoder.py).
 
 Shard k holds the images k * shard_size ... of the source order, whichever process writes it. A store
 therefore does not depend on the number of processes, and an interrupted extraction repeats unfinished shards

@@ -26,7 +26,7 @@ OnStep = Callable[[Step, Routing], None]
 
 
 class AnyStep(Protocol):
-    """What every sampler yields: `t`, and the latents after the step, x_next (B, C, S, S)."""
+    """What every sampler yields: `t`, and the latents after the step, x_next (B, C, AnyStepT, S)."""
 
     @property
     def t(self) -> int: ...
@@ -35,7 +35,7 @@ class AnyStep(Protocol):
     def x_next(self) -> Tensor: ...
 
 
-S = TypeVar("S", bound=AnyStep)
+AnyStepT = TypeVar("AnyStepT", bound=AnyStep)
 
 
 class BranchRouting(NamedTuple):
@@ -59,7 +59,7 @@ def sample_latents(
     options: SamplingOptions,
     on_step: OnStep | None = None,
 ) -> tuple[Tensor, list[StepCounts]]:
-    """The reverse process for one batch: scaled latents (B, C, S, S) and the kept tokens of every step."""
+    """The reverse process for one batch: scaled latents (B, C, AnyStepT, S) and the kept tokens of every step."""
     config = trained.config
     diffusion = sampling_process(config, options)
     shape = (config.data.latent_channels, config.latent_size, config.latent_size)
@@ -69,20 +69,22 @@ def sample_latents(
         return SAMPLERS[options.sampler](diffusion, denoise, noise(), noise)
 
     kept = []
+    latents = torch.empty(0)
     for step, routing in sampling_steps(trained, labels, options, sampler, indices):
+        latents = step.x_next
         kept.append(routing.counts(step.t))
         if on_step is not None:
             on_step(step, routing.conditional)
-    return step.x_next, kept
+    return latents, kept
 
 
 def sampling_steps(
     trained: TrainedModel,
     labels: list[int],
     options: SamplingOptions,
-    sampler: Callable[[Denoise], Iterator[S]],
+    sampler: Callable[[Denoise], Iterator[AnyStepT]],
     indices: Sequence[int] | None = None,
-) -> Iterator[tuple[S, BranchRouting]]:
+) -> Iterator[tuple[AnyStepT, BranchRouting]]:
     """Run a sampler on the guided network; yields what the sampler yields, with the routing of that step.
 
     Args:
@@ -93,7 +95,8 @@ def sampling_steps(
         FloatingPointError: after the last step, if the latents of a sample are not finite.
     """
     prepare_arithmetic(trained, options.bf16)
-    routings: list[Routing] = []  # of the current step: one call of the network for both branches, or two
+    # Of the current step: one entry if both branches ran as one batch, otherwise two
+    routings: list[Routing] = []
 
     def network(x: Tensor, t: Tensor, **conditioning: Tensor | list[int]) -> Tensor:
         autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
@@ -149,27 +152,27 @@ def guided_denoiser(
     """Bind labels and budgets: one branch at scale 1, and at 0 without labels; two branches above."""
     budget = options.budget
     uncond = budget if options.uncond is None else options.uncond
-    # If one branch drops a fraction, both are given one, so that they run as one batch; if none does, the router
-    # has no tokens to sort
-    tell_fraction = budget.drops or uncond.drops
+    # If either branch drops a fraction, both pass one to the network (0 is one), so that they run as one batch.
+    # If none does, the router skips the sort
+    pass_drop = budget.drops or uncond.drops
     null = torch.full_like(labels, config.data.num_classes)
     if not options.has_guidance:
         only = labels if options.cfg_scale else null
-        return condition(network, branch_conditioning(only, budget, tell_fraction))
-    conditional = branch_conditioning(labels, budget, tell_fraction)
-    unconditional = branch_conditioning(null, uncond, tell_fraction)
+        return condition(network, branch_conditioning(only, budget, pass_drop))
+    conditional = branch_conditioning(labels, budget, pass_drop)
+    unconditional = branch_conditioning(null, uncond, pass_drop)
     channels = config.diffusion.cfg_channels
     if isinstance(channels, str):  # "all"
         channels = config.data.latent_channels
     return guide(network, conditional, unconditional, options.cfg_scale, channels, options.guidance_interval)
 
 
-def branch_conditioning(labels: Tensor, budget: Budget, tell_fraction: bool) -> Conditioning:
+def branch_conditioning(labels: Tensor, budget: Budget, pass_drop: bool) -> Conditioning:
     """What one branch of the network is given beside x and t."""
     conditioning: Conditioning = {"labels": labels}
     if budget.token_count is not None:
         conditioning["tokens"] = [budget.token_count] * len(labels)
-    elif tell_fraction:
+    elif pass_drop:
         conditioning["drop"] = budget.drop_fraction
     return conditioning
 

@@ -1,11 +1,11 @@
 """From a trained model to images.
 
-    trained = load_trained("results/shapes/checkpoints/0001500.pt")
+    trained = load_trained("results/shapes/checkpoints/0001400.pt")
     options = SamplingOptions(cfg_scale=4.0, num_sampling_steps=100)
     images = generate_images(trained, labels=[0, 1, 2, 3], options=options)  # (4, 3, H, W) uint8
 
-Noise and label of sample i are functions of (seed, i): they do not depend on batch size, device or number of
-processes, and different budgets are compared on the same noise.
+The noise of sample i, and its label from `draw_labels`, are functions of (seed, i): they do not depend on batch
+size, device or number of processes, and different budgets are compared on the same noise.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from sampling.denoising import OnStep, sample_latents, sampling_process
 from sampling.load import TrainedModel, load_trained
 from sampling.options import SamplingOptions
 
-# What a user's own script needs comes from this module: the model and the options, too.
+# The interface for a user's own scripts.
 __all__ = ["SamplingOptions", "TrainedModel", "generate", "generate_images", "load_trained"]
 
 # What is sampled to predict the cost of a budget
@@ -37,7 +37,7 @@ PROBE_STEPS = 10
 class SampledBatch(NamedTuple):
     """Samples that were generated together."""
 
-    indices: list[int]  # which samples of the seed
+    indices: list[int]  # numbers i of the samples, whose noise is a function of (seed, i)
     labels: list[int]
     images: Tensor  # (B, 3, H, W) uint8, on the CPU
     kept: list[StepCounts]  # one per step

@@ -1,6 +1,6 @@
 """Where a run starts: which checkpoint it resumes from, and in what it may differ from that checkpoint.
 
-A resumed run may differ from its checkpoint in the free keys of config.py only (`role_of`), and it needs the
+A resumed run may differ from its checkpoint in the free keys of config_keys.py only (`role_of`), and it needs the
 same features. Everything else starts a new run from a checkpoint, with `training.resume_from_ckpt`.
 """
 

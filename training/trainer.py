@@ -93,7 +93,7 @@ class Trainer:
         self.hooks = hooks or Hooks()
         training = config.training
         validate_processes(config, accelerator.num_processes)
-        # The forward process
+        # Noise schedule and loss
         self.diffusion = create_diffusion(
             config.diffusion.noise_schedule, config.diffusion.diffusion_steps, training.learn_sigma
         )
@@ -107,7 +107,7 @@ class Trainer:
             load_optimizer(self.optimizer, state["optimizer"])
             self.averages.load_state_dict(state["averages"])
             self.guard.load_state_dict(state["skipped"])
-        # What surrounds the steps
+        # Data order, log, signals and watch
         self.order = self.make_order()
         self.last_unexplained = -1  # the last skipped step whose latents were all finite
         self.log = RunLog(folder, accelerator, self.step)
@@ -270,7 +270,7 @@ class Trainer:
 
         # Log all terms
         for name, values in {**losses, **kept_fractions(out.routing)}.items():
-            # A scalar counts once for every sample that it averages
+            # A scalar is repeated per sample, so that all averages have the same weights
             self.averages.add(name, values.expand(len(x0)))
         return losses["loss"]
 
@@ -337,7 +337,7 @@ class Trainer:
             self.log.evaluation(self.step, metrics)
 
     def finish_interrupted_step(self) -> None:
-        """Sample and evaluate at the first step if the run ended right after its checkpoint. Collective."""
+        """Draw the samples and metrics of the resumed step, if the run ended before them. Collective."""
         is_resumed = (self.folder / "checkpoints" / f"{self.step:07d}.pt").exists()
         has_grid = grid_path(self.folder, self.step).exists()
         has_metrics = self.log.has_evaluation(self.step)
