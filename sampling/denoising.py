@@ -26,7 +26,7 @@ OnStep = Callable[[Step, Routing], None]
 
 
 class AnyStep(Protocol):
-    """What every sampler yields: `t`, and the latents after the step, x_next (B, C, AnyStepT, S)."""
+    """What every sampler yields: `t`, and the latents after the step, x_next (B, C, S, S)."""
 
     @property
     def t(self) -> int: ...
@@ -59,7 +59,7 @@ def sample_latents(
     options: SamplingOptions,
     on_step: OnStep | None = None,
 ) -> tuple[Tensor, list[StepCounts]]:
-    """The reverse process for one batch: scaled latents (B, C, AnyStepT, S) and the kept tokens of every step."""
+    """The reverse process for one batch: scaled latents (B, C, S, S) and the kept tokens of every step."""
     config = trained.config
     diffusion = sampling_process(config, options)
     shape = (config.data.latent_channels, config.latent_size, config.latent_size)
