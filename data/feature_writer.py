@@ -238,6 +238,11 @@ class FeatureWriter:
         if not self.manifest_path.exists():
             return None
         stored = read_sources(self.sources_path)
+        if stored is None and self.sources_path.exists():
+            raise UserError(
+                f"--features-path {self.folder}: {self.sources_path.name} is damaged, so nothing says which images "
+                "were replaced since; remove the folder to encode all images"
+            )
         if stored is None:
             self._compare(read_json(self.manifest_path))
             return None
@@ -275,7 +280,7 @@ class FeatureWriter:
         # A shard whose file is damaged, or whose images have changed, is written again
         for shard in range(self.shards):
             path = self._record_path(shard)
-            if path.exists() and not self._is_current(shard, read_json(path)):
+            if path.exists() and not self._has_current_record(shard):
                 path.unlink()
         return self.missing()
 
@@ -364,11 +369,22 @@ class FeatureWriter:
 
     def _is_complete(self, manifest: dict[str, Any]) -> bool:
         """Whether a manifest and the files beside the shards are those of the present images."""
-        lacks_sources = "sources_sha256" in manifest and not self.sources_path.exists()
-        if lacks_sources or not self.labels_path.exists():
+        # Older stores have no list of their sources
+        files = {self.labels_path: manifest["labels_sha256"]}
+        if "sources_sha256" in manifest:
+            files[self.sources_path] = manifest["sources_sha256"]
+        if not all(path.exists() and sha256_of(path) == checksum for path, checksum in files.items()):
             return False
         wanted = self.settings.to_json()
         return all(manifest.get(key) == wanted[key] for key in SOURCE_SETTINGS)
+
+    def _has_current_record(self, shard: int) -> bool:
+        """Whether the record of a shard can be read and is that of its file and its present images."""
+        try:
+            record = read_json(self._record_path(shard))
+        except UserError:
+            return False
+        return self._is_current(shard, record)
 
     def _intact_records(
         self, manifest: dict[str, Any], changes: SourceChanges | None

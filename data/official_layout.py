@@ -15,6 +15,9 @@ import numpy as np
 from config import UserError
 from data.store_files import load_array
 
+# Labels are int64 in training
+LARGEST_LABEL = 2**31
+
 
 class OfficialStore:
     """Features in the official layout: files in numeric order, features and labels paired by name.
@@ -90,7 +93,7 @@ def read_label(file: Path) -> int:
     found = f"{array.dtype} {array.shape}"
     if array.size == 1 and array.dtype.kind in "iuf":
         label = array.item()
-        if label >= 0 and label == int(label):
+        if 0 <= label < LARGEST_LABEL and label == int(label):
             return int(label)
         found = str(label)
     raise UserError(

@@ -57,9 +57,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); extract the features again") from None
+        reason = f"cannot be read ({one_line(error)})"
+        raise UserError(f"{path}: {reason}; remove its folder and extract the features again") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: was not written by extract_features.py; extract the features again")
+        reason = "was not written by extract_features.py"
+        raise UserError(f"{path}: {reason}; remove its folder and extract the features again")
     return value
 
 
