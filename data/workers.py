@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 PATIENCE = 600.0  # seconds without a batch after which `read` raises NoBatch
 POLL = 5.0  # seconds between two looks whether the loader processes live
 DYING = 0.5  # seconds
+GRACE = 2.0  # seconds that loader processes have to end in order
 SHARED_MEMORY = "/dev/shm"
 # Semaphores of a loader process and of all together; each takes a page of shared memory.
 WORKER_SEMAPHORES = 3
@@ -105,9 +107,23 @@ def read(loader: DataLoader, option: str, patience: float | None = None) -> Gene
                 batch = type(batch)(*map(from_pipe, batch))
             yield batch
     finally:
-        # They ignore other signals, and the interpreter would wait for one that hangs
-        for worker in workers:
-            worker.kill()
+        end_workers(iterator, workers)
+
+
+def end_workers(iterator: Iterator, workers: set[BaseProcess]) -> None:
+    """End the loader processes, in order if they answer within seconds and by force otherwise.
+
+    A process that is killed may hold a lock for which PyTorch's own way of ending would wait for ever: that way is
+    therefore tried first, and in a thread. By force, because they ignore other signals, and the interpreter would
+    wait for one that hangs.
+    """
+    end_in_order = getattr(iterator, "_shutdown_workers", None)  # without processes there is none
+    if end_in_order is not None:
+        thread = threading.Thread(target=end_in_order, daemon=True)
+        thread.start()
+        thread.join(GRACE)
+    for worker in workers:
+        worker.kill()
 
 
 def next_batch(iterator: Iterator, workers: set[BaseProcess], option: str, patience: float) -> Any:
