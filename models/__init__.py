@@ -21,7 +21,7 @@ def architecture(config: Config) -> Architecture:
         has_null_label=training.class_dropout_prob > 0,
         main_blocks=layout.main_blocks,
         width=config.d_model,
-        heads=hnet.num_heads[1],
+        heads=hnet.num_heads[1],  # of the main network
         mlp_ratio=model.mlp_ratio,
         learn_sigma=training.learn_sigma,
         timestep_divisor=model.timestep_divisor,
@@ -30,7 +30,7 @@ def architecture(config: Config) -> Architecture:
         decoder_blocks=layout.decoder_blocks,
         conv_width=config.encoder_width,
         smoothing_sigma=hnet.dechunk_kernel_sigma,
-        fp32_chunking=hnet.fp32_router_dechunk is not False,
+        fp32_chunking=hnet.fp32_router_dechunk is not False,  # true or tf32
         attention=model.attention,
         init=model.init,
         gradient_checkpointing=training.gradient_checkpointing,
@@ -57,8 +57,8 @@ def compile_parts(model: DCDiT | DiT, backend: str = "inductor") -> None:
     """Have torch.compile fuse the transformer blocks, the encoder and the decoder, in place; names of weights stay.
 
     The compiler takes the number of tokens for fixed until it sees a second one. It therefore compiles in the
-    first two batches and in no later one. Attention sample by sample (CUDA in float32, MPS) stays outside the
-    graphs: it would need a new one for every list of lengths.
+    first two batches and in no later one. Attention sample by sample (off the CPU, without a kernel for packed
+    tokens) stays outside the graphs: it would need a new one for every list of lengths.
     """
     for block in model.blocks:
         assert isinstance(block, DiTBlock)

@@ -2,7 +2,8 @@
 
 flash   flash-attn's variable-length kernel, if that package is installed (CUDA, half precision)
 varlen  torch.nn.attention.varlen (CUDA, half precision)
-sdpa    scaled_dot_product_attention, sample by sample (any device, any precision); on a CPU as one operation
+sdpa    scaled_dot_product_attention, sample by sample (any device, any precision); on a CPU as one operation that
+        the compiler does not look into (models/ops/cpu_attention.py)
 """
 
 import importlib.util

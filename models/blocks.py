@@ -37,7 +37,7 @@ class Mlp(nn.Module):
 class DiTBlock(nn.Module):
     """adaLN-Zero block (DiT, section 3.2) on packed tokens (T, D), conditioned per sample (B, D).
 
-    `mlp_ratio` 0 makes a block of attention only; its modulation has six parts all the same.
+    `mlp_ratio` 0 makes a block of attention only, which still has six modulators and does not use the last three.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, attention: str):

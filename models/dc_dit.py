@@ -69,7 +69,7 @@ class DCDiT(nn.Module):
         # Give every cell a token again and decode
         h = self.plug_back(u, residual, routing, packing)  # (B, L, D)
         h = self.decoder(to_grid(h), c)  # (B, E, S, S)
-        prediction = to_grid(self.final_layer(to_tokens(h), c))  # (B, 2C, S, S)
+        prediction = to_grid(self.final_layer(to_tokens(h), c))  # (B, C or 2C, S, S)
         return DenoiserOutput(prediction, routing)
 
     def route(
@@ -103,7 +103,7 @@ class DCDiT(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: DCDiT, init: str) -> None:
-    """Initialise all but the 3 x 3 and 1 x 1 convolutions and the norms, which keep PyTorch's own start.
+    """Initialise the stem, all linear layers and the embeddings; other convolutions and norms keep PyTorch's start.
 
     Args:
         init: "adaln_zero": the blocks' modulation and the residual projection start at zero, as the DiT and H-Net

@@ -28,7 +28,8 @@ class Dechunk(nn.Module):
         prob = prob.clamp(PROB_MARGIN, 1 - PROB_MARGIN)
         prob = prob[:, None].to(tokens.dtype)  # (T, 1)
 
-        # The router's confidence in its own decision, whether or not a budget dropped the token
+        # The router's confidence in its own decision, whether or not a budget dropped the token. The output is
+        # multiplied by it straight through: by 1, with the gradient of a factor
         confidence = torch.where(routing.boundary, routing.prob, 1 - routing.prob)  # (B, L)
 
         # Each cell takes the smoothed value of its nearest kept token

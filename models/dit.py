@@ -63,8 +63,8 @@ class DiT(nn.Module):
         packing = full_packing(batch, length, u.device)
         u = run_blocks(self.blocks, u.flatten(0, 1), c, packing, self.gradient_checkpointing)  # (B L, D)
 
-        patches = self.final_layer(u.unflatten(0, (batch, length)), c)  # (B, L, P P 2C)
-        prediction = unpatchify(patches, self.patch)  # (B, 2C, S, S)
+        patches = self.final_layer(u.unflatten(0, (batch, length)), c)  # (B, L, P P C) or (B, L, P P 2C)
+        prediction = unpatchify(patches, self.patch)  # (B, C or 2C, S, S)
         return DenoiserOutput(prediction, keep_all(batch, length, u.device))
 
 

@@ -11,7 +11,7 @@ FREQUENCIES = 128  # sinusoidal features per timestep: 128 cosines and 128 sines
 class TimestepEmbedder(nn.Module):
     """Timesteps (B,) -> (B, D): sinusoidal features through a two-layer MLP (DiT, section 3.2).
 
-    Frequency k of 128 is 10000^(-k / divisor).
+    Frequency k of 128 is 10000^(-k / divisor); the divisor is 127 in the DiT of diffusers.
     """
 
     def __init__(self, width: int, divisor: int = FREQUENCIES):
@@ -42,7 +42,7 @@ class LabelEmbedder(nn.Module):
 def sincos_positions(width: int, side: int, spacing: float = 1.0, offset: float = 0.0) -> Tensor:
     """Fixed 2-D positions (side * side, width): sin and cos of the column, then of the row.
 
-    Row and column i lie at (i + offset) * spacing.
+    Row and column i lie at (i + offset) * spacing, which upcycling uses to resample a coarser grid.
     """
     # One axis: a sine and a cosine per frequency
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))

@@ -26,7 +26,7 @@ class Architecture:
     learn_sigma: bool  # predict variance logits beside epsilon
     timestep_divisor: int  # frequency k of the timestep is 10000^(-k / divisor)
     attention: str  # "auto" or a kernel of models/attention.py
-    init: str  # "adaln_zero" or "released", see models/init.py
+    init: str  # "adaln_zero" or "released", see `init_weights` in models/dc_dit.py
     gradient_checkpointing: bool  # recompute the transformer blocks in the backward pass
     patch: int | None  # P of a static DiT; None: a DC-DiT
 
