@@ -108,12 +108,12 @@ def test_lite_cfg_means_nothing_for_a_static_model():
 def test_what_a_branch_is_told():
     """A number of tokens, or a fraction as a function of t; nothing where no branch drops."""
     labels = torch.tensor([1, 2])
-    assert branch_conditioning(labels, ALL, tell_fraction=False) == {"labels": labels}
-    assert branch_conditioning(labels, Budget.tokens(7), tell_fraction=True) == {
+    assert branch_conditioning(labels, ALL, pass_drop=False) == {"labels": labels}
+    assert branch_conditioning(labels, Budget.tokens(7), pass_drop=True) == {
         "labels": labels,
         "tokens": [7, 7],
     }
-    dropped = branch_conditioning(labels, Budget.fraction(0.4), tell_fraction=True)["drop"]
+    dropped = branch_conditioning(labels, Budget.fraction(0.4), pass_drop=True)["drop"]
     torch.testing.assert_close(dropped(torch.tensor([900, 0])), torch.tensor([0.4, 0.4]))
     assert [Budget.fraction(0.4).drops, Budget.schedule("9:0.1,0:0").drops] == [True, True]
     assert [ALL.drops, Budget.fraction(0.0).drops, Budget.tokens(7).drops] == [False, False, False]
