@@ -390,7 +390,7 @@ def test_official_layout_is_paired_by_name_in_numeric_order(tmp_path):
     assert pickle.loads(pickle.dumps(store)).fingerprint() == store.fingerprint()
 
 
-@pytest.mark.parametrize("label", [[-1], [2.7], [0, 0, 1], [float("nan")]])
+@pytest.mark.parametrize("label", [[-1], [2.7], [0, 0, 1], [float("nan")], [float("inf")], [1e30]])
 @pytest.mark.parametrize("name", [1, 2])
 def test_official_labels_that_are_no_class_are_refused(tmp_path, label, name):
     """The first file is read at opening, the others when training asks for the labels, before its first step."""
