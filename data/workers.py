@@ -124,6 +124,10 @@ def end_workers(iterator: Iterator, workers: set[BaseProcess]) -> None:
         thread.join(GRACE)
     for worker in workers:
         worker.kill()
+    # The thread must not be inside of PyTorch when the interpreter ends, which would abort the process. It may wait
+    # for the lock of a killed process, and then it stays where it is.
+    if end_in_order is not None:
+        thread.join(GRACE)
 
 
 def next_batch(iterator: Iterator, workers: set[BaseProcess], option: str, patience: float) -> Any:
