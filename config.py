@@ -43,6 +43,10 @@ __all__ = [
 ]
 
 
+# Routers that learn nothing: the controls of models/router.py
+CONTROL_ROUTERS = ("uniform", "random", "contrast")
+
+
 @dataclass
 class Config:
     """All sections."""
@@ -59,6 +63,11 @@ class Config:
     def is_static(self) -> bool:
         """Whether the network is a static DiT, which has no router."""
         return self.model.patch_size is not None
+
+    @property
+    def has_learned_router(self) -> bool:
+        """Whether training can change which tokens are kept."""
+        return not self.is_static and self.model.router not in CONTROL_ROUTERS
 
     @property
     def uses_tf32(self) -> bool:
@@ -132,6 +141,8 @@ def config_from_dict(raw: dict, overrides: Sequence[str] = ()) -> Config:
     config = build(Config, raw)
     if config.is_static:
         switch_router_off(config.training)
+    elif not config.has_learned_router:
+        config.training.ratio_loss_weight = 0.0
     check_combinations(config)
     # Equal layouts get equal spellings
     config.model.hnet.arch_layout = spell_layout(parse_layout(config.model.hnet.arch_layout))

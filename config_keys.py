@@ -122,6 +122,11 @@ class ModelConfig:
     attention: Literal["auto", "flash", "varlen", "sdpa"] = training(
         "auto", "attention kernel; auto: the fastest that works here"
     )
+    router: Literal["learned", "hnet", "uniform", "random", "contrast"] = network(
+        "learned",
+        "which tokens are kept; hnet compares neighbours; uniform (a grid), random and contrast learn nothing "
+        "and keep 1 token in N",
+    )
     patch_size: PositiveInt | None = network(
         None, "P: a static DiT on patches of P x P latent cells, with the main network only; null: a DC-DiT"
     )

@@ -24,7 +24,7 @@ from models import architecture, compile_parts
 from models.dc_dit import DCDiT
 from models.dit import DiT
 from models.flops import TokenCounts, total_flops
-from models.router import keep_top
+from models.tail_drop import keep_top
 from models.types import DenoiserOutput
 from sampling.cuda_graph import GraphedDenoiser
 

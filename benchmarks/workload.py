@@ -15,7 +15,7 @@ from models.dc_dit import DCDiT
 from models.dit import DiT
 from models.flops import TokenCounts
 from models.ops.precision import allow_tf32
-from models.router import force_ends
+from models.tail_drop import force_ends
 from models.types import DenoiserOutput, Routing
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -7,6 +7,7 @@ from models.attention import attend_by_sample
 from models.blocks import DiTBlock
 from models.dc_dit import DCDiT
 from models.dit import DiT
+from models.router import ROUTERS
 from models.types import Architecture
 
 
@@ -29,6 +30,8 @@ def architecture(config: Config) -> Architecture:
         encoder_blocks=layout.encoder_blocks,
         decoder_blocks=layout.decoder_blocks,
         conv_width=config.encoder_width,
+        router=model.router,
+        downsample_factor=training.downsample_factor,
         smoothing_sigma=hnet.dechunk_kernel_sigma,
         fp32_chunking=hnet.fp32_router_dechunk is not False,  # true or tf32
         attention=model.attention,
@@ -42,6 +45,11 @@ def build_model(config: Config) -> DCDiT | DiT:
     if config.is_static:
         return DiT(architecture(config))
     return DCDiT(architecture(config))
+
+
+def draws_at_random(config: Config) -> bool:
+    """Whether the network must be given numbers to draw from, as `draw`."""
+    return not config.is_static and ROUTERS[config.model.router].is_random
 
 
 def describe(config: Config) -> str:

@@ -9,8 +9,10 @@ from models.dechunk import Dechunk
 from models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
 from models.init import init_transformer, zero_layers
 from models.packing import pack, plan_packing
-from models.router import Router
+from models.router import ROUTERS
 from models.types import Architecture, DenoiserOutput, Packing, Routing
+
+TIMESTEP_BOUND = 1 << 20  # above every timestep
 
 
 class DCDiT(nn.Module):
@@ -28,7 +30,7 @@ class DCDiT(nn.Module):
         self.y_embedder = LabelEmbedder(a.num_classes, a.width, a.has_null_label)
         self.register_buffer("pos_embed", sincos_positions(a.width, a.latent_side))  # (L, D)
         self.encoder = build_encoder(a.encoder_blocks, a.conv_width, a.width)
-        self.router = Router(a.width)
+        self.router = ROUTERS[a.router](a.width, a.downsample_factor)
         self.residual_proj = nn.Linear(a.width, a.width)
         self.blocks = build_blocks(a)
         self.norm = RMSNorm(a.width)
@@ -44,6 +46,7 @@ class DCDiT(nn.Module):
         labels: Tensor,
         drop: Tensor | float | None = None,
         tokens: int | list[int] | None = None,
+        draw: Tensor | None = None,
     ) -> DenoiserOutput:
         """Predict the noise in x_t.
 
@@ -52,13 +55,16 @@ class DCDiT(nn.Module):
             drop: fraction of the boundary tokens to drop, in [0, 1): one number, one per sample (B,), or None.
             tokens: keep exactly this number, in [2, L]: one number, one per sample, or None. `drop` is then
                 ignored, and the host knows all shapes without waiting for the device.
+            draw: (B,) int64, from which a random router draws at each timestep; None: the row of the batch.
         """
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
+        if self.router.is_random:
+            draw = mix_timestep(draw, t)
 
         # Encode at full resolution and find the chunk boundaries
         x = self.x_embedder(x_t.contiguous(memory_format=torch.channels_last))  # (B, E, S, S)
         features = self.encoder(x, c)  # (B, D, S, S)
-        routing, residual = self.route(features, drop, tokens)  # (B, L), (B, L, D)
+        routing, residual = self.route(features, drop, tokens, draw)  # (B, L), (B, L, D)
 
         # Only the kept tokens go through the transformer
         packing = plan_packing(routing.keep, tokens)
@@ -73,12 +79,16 @@ class DCDiT(nn.Module):
         return DenoiserOutput(prediction, routing)
 
     def route(
-        self, features: Tensor, drop: Tensor | float | None, tokens: int | list[int] | None
+        self,
+        features: Tensor,
+        drop: Tensor | float | None,
+        tokens: int | list[int] | None,
+        draw: Tensor | None,
     ) -> tuple[Routing, Tensor]:
         """Encoder output (B, D, S, S) -> the routing and the residual (B, L, D), in the precision of chunking."""
         with self.chunking_precision(features):
             features = self.to_chunking_precision(features)
-            routing = self.router(features, drop, tokens)
+            routing = self.router(features, drop, tokens, draw)
             residual = self.residual_proj(to_tokens(features))
         return routing, residual
 
@@ -101,6 +111,13 @@ class DCDiT(nn.Module):
         return x.float() if self.fp32_chunking else x
 
 
+def mix_timestep(draw: Tensor | None, t: Tensor) -> Tensor:
+    """Another number for every sample and timestep: (B,), (B,) -> (B,) int64."""
+    if draw is None:
+        draw = torch.arange(len(t), device=t.device)
+    return draw * TIMESTEP_BOUND + t.long()
+
+
 @torch.no_grad()
 def init_weights(model: DCDiT, init: str) -> None:
     """Initialise the stem, all linear layers and the embeddings; other convolutions and norms keep PyTorch's start.
@@ -110,7 +127,7 @@ def init_weights(model: DCDiT, init: str) -> None:
             papers intend. "released": they start Xavier-uniform, which is what the official code does.
 
     In both, the stem and the linear layers start Xavier-uniform with zero bias, the label table and the timestep
-    MLP normal with std 0.02, the final layer at zero, and the router as `Router.start` says.
+    MLP normal with std 0.02, the final layer at zero, and the router as its `start` says.
     """
     init_transformer(model, zero_blocks=init == "adaln_zero")
     model.router.start()

@@ -17,6 +17,7 @@ import cli
 from config import Config, UserError, load_config
 from models import architecture, describe
 from models.blocks import block_ratios
+from models.router import ROUTERS
 from models.types import Architecture
 
 # Dense half-precision peak of one GPU in FLOP/s, from the makers' data sheets.
@@ -74,7 +75,7 @@ def forward_flops(network: Architecture, kept: TokenCounts) -> dict[str, Any]:
     return {
         "embeddings": _conv(length, network.latent_channels, e, 3) + _timestep(d),
         "encoder": _stack(length, [e] * network.encoder_blocks + [d], d),
-        "router": _router(length, d),
+        "router": ROUTERS[network.router].flops(length, d),
         "residual_proj": 2 * length * d * d,
         "blocks": sum(_block(d, kept.mean, ratio) for ratio in ratios),
         "attention": len(ratios) * _attention(d, network.heads, kept.mean_square),
@@ -172,14 +173,6 @@ def _stack(cells: int, widths: list[int], d: int) -> float:
         if width_in != width_out:
             total += _conv(cells, width_in, width_out, 1)
     return total
-
-
-def _router(cells: int, d: int) -> float:
-    """Projection to a quarter of the width, context predictor, and the two convolutions of the scorer."""
-    inner = d // 4
-    projection = _conv(cells, d, inner, 1)
-    context_and_scorer = 2 * _conv(cells, inner, inner, 3)
-    return projection + context_and_scorer + _conv(cells, inner, 1, 1)
 
 
 def _block(d: int, tokens: Any, mlp_ratio: float) -> Any:

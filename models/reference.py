@@ -24,7 +24,7 @@ from models.blocks import DiTBlock
 from models.conv import Conv3x3, ConvBlock, ConvStack
 from models.dc_dit import DCDiT
 from models.packing import plan_packing
-from models.router import Router
+from models.router import LearnedRouter, Router
 from models.types import DenoiserOutput, Packing, Routing
 
 
@@ -124,8 +124,10 @@ def router(module: Router, features: Tensor, drop: Tensor | None) -> Routing:
     """Boundary probabilities and decisions: (B, L, D) -> Routing (the role of H-Net, equation 4).
 
     z = proj(x), surprise = z - context_predictor(z), p = sigmoid(score(surprise)); a token is a boundary if p
-    > 1/2.
+    > 1/2. Routers other than the paper's are called as they are.
     """
+    if not isinstance(module, LearnedRouter):
+        return module(to_grid(features), drop)
     z = module.proj(to_grid(features))
     surprise = z - conv3x3(module.context_predictor, z)
     first_conv, *other_layers = module.residual_scorer

@@ -1,35 +1,124 @@
-"""The router: a boundary probability for every token, the keep decision, and the elastic budget.
+"""Routers: which tokens are chunk boundaries, and in which order a budget drops them. `ROUTERS` names them all.
 
-A token's score is computed from the error with which its surroundings predict its features (DC-DiT, section 3).
+A router turns the encoder's output into a probability and a score for every token. The probability decides and is
+the gate that dechunk uses. The score is the order of importance. `learned` is the paper's router. `hnet` compares
+neighbours, as H-Net does. The others learn nothing: they show what choosing tokens well is worth.
 """
 
-import itertools
+import math
+from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.conv import Conv3x3, to_tokens
+from models.tail_drop import drop_tail, force_ends, keep_top
 from models.types import Routing
 
 INITIAL_BIAS = -1.1  # sigmoid(-1.1) is about 0.25
 
-# Sort keys above every probability: the ends, which always stay, and tokens that are no boundaries, which tail
-# dropping does not count.
-END_KEY = 2.0
-NO_CANDIDATE_KEY = 3.0
+# Mean and standard deviation of silu of a standard normal
+SILU_MEAN = 0.2066
+SILU_STD = 0.5596
+
+
+class Scores(NamedTuple):
+    """What a router thinks of every token."""
+
+    prob: Tensor  # (B, L) boundary probability; above 1/2 the token is a boundary
+    order: Tensor  # (B, L) in [0, 1], importance: budgets drop the lowest
 
 
 class Router(nn.Module):
-    """Encoder output (B, D, S, S) -> Routing over its L tokens."""
+    """Encoder output (B, D, S, S) -> Routing over its L tokens. A router defines `score`, and `flops`.
 
-    def __init__(self, width: int):
+    Args:
+        width: D.
+        factor: N; a router that learns nothing keeps 1 token in N.
+    """
+
+    # Whether the ratio loss can move what it keeps
+    is_learned = True
+    # Whether `score` needs numbers to draw from
+    is_random = False
+
+    def __init__(self, width: int, factor: float):
         super().__init__()
+        self.factor = factor
+
+    def score(self, features: Tensor, draw: Tensor) -> Scores:
+        """Score every token. features: (B, D, S, S). draw: (B,) int64, the seed of each sample's draw."""
+        raise NotImplementedError
+
+    @staticmethod
+    def flops(cells: int, width: int) -> float:
+        """FLOPs per image, 2 per multiply-add."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Initialise what should not start as PyTorch starts it."""
+
+    def balance(self, factor: float) -> list[str]:
+        """Keep about 1 token in `factor` from the first step on, if that is possible. Names the changed weights."""
+        return []
+
+    def forward(
+        self,
+        features: Tensor,
+        drop: Tensor | float | None = None,
+        tokens: int | list[int] | None = None,
+        draw: Tensor | None = None,
+    ) -> Routing:
+        """Score every token and decide which are kept.
+
+        Args:
+            features: (B, D, S, S).
+            drop: fraction of the boundary tokens to drop, in [0, 1): one number, one per sample (B,), or None.
+            tokens: keep exactly this number instead, in [2, L]: one number, one per sample, or None.
+            draw: (B,) int64, what a random router draws from; None: the row of the batch.
+        """
+        if draw is None:
+            draw = torch.arange(len(features), device=features.device)
+        prob, order = self.score(features, draw)
+        prob = force_ends(prob)
+
+        # Without a budget every boundary token is kept
+        boundary = prob > 1 - prob
+        if tokens is not None:
+            keep = keep_top(order, tokens)
+        elif drop is not None:
+            keep = drop_tail(order, boundary, drop)
+        else:
+            keep = boundary
+        return Routing(prob, boundary, keep)
+
+
+class LearnedRouter(Router):
+    """The error with which its surroundings predict a token, scored by a small network (DC-DiT, section 3)."""
+
+    def __init__(self, width: int, factor: float):
+        super().__init__(width, factor)
         inner = width // 4
         self.proj = nn.Conv2d(width, inner, 1)
         self.context_predictor = Conv3x3(inner, inner)
         self.residual_scorer = nn.Sequential(
             Conv3x3(inner, inner), nn.GroupNorm(8, inner), nn.SiLU(), nn.Conv2d(inner, 1, 1)
         )
+
+    def score(self, features: Tensor, draw: Tensor) -> Scores:
+        z = self.proj(features)  # (B, D / 4, S, S)
+        surprise = z - self.context_predictor(z)
+        prob = to_tokens(self.residual_scorer(surprise)).squeeze(2).sigmoid()  # (B, L)
+        return Scores(prob, prob)
+
+    @staticmethod
+    def flops(cells: int, width: int) -> float:
+        inner = width // 4
+        projection = width * inner
+        context_and_scorer = 2 * 9 * inner * inner
+        return 2 * cells * (projection + context_and_scorer + inner)
 
     @torch.no_grad()
     def start(self) -> None:
@@ -39,105 +128,148 @@ class Router(nn.Module):
         """
         nn.init.constant_(self.residual_scorer.get_parameter("3.bias"), INITIAL_BIAS)
 
-    def forward(
-        self, features: Tensor, drop: Tensor | float | None = None, tokens: int | list[int] | None = None
-    ) -> Routing:
-        """Score every token and decide which are kept.
+    @torch.no_grad()
+    def balance(self, factor: float) -> list[str]:
+        """Choose the last bias so that about 1 token in `factor` scores above one half, on any input.
 
-        Args:
-            features: (B, D, S, S).
-            drop: fraction of the boundary tokens to drop, in [0, 1): one number, one per sample (B,), or None.
-            tokens: keep exactly this number instead, in [2, L]: one number, one per sample, or None.
+        The last layer takes silu(GroupNorm(.)), about silu of standard normals, so mean and deviation of the
+        score follow from the layer's weights.
         """
-        # The score of a token follows from how badly its surroundings predict it
-        z = self.proj(features)  # (B, D / 4, S, S)
-        surprise = z - self.context_predictor(z)
-        score = to_tokens(self.residual_scorer(surprise)).squeeze(2)  # (B, L)
-        prob = force_ends(score.sigmoid())
-
-        # Without a budget every boundary token is kept
-        boundary = prob > 1 - prob
-        if tokens is not None:
-            keep = keep_top(prob, tokens)
-        elif drop is not None:
-            keep = drop_tail(prob, boundary, drop)
-        else:
-            keep = boundary
-        return Routing(prob, boundary, keep)
+        # The score exceeds one half where the last layer's output exceeds 0
+        weight = self.residual_scorer.get_parameter("3.weight")
+        quantile = NormalDist().inv_cdf(1 - 1 / factor)
+        bias = -(SILU_MEAN * weight.sum() + quantile * SILU_STD * weight.norm())
+        self.residual_scorer.get_parameter("3.bias").copy_(bias)
+        return ["residual_scorer.3.bias"]
 
 
-def force_ends(prob: Tensor) -> Tensor:
-    """Set the first and last token's probability to 1, so that no sample is empty; no gradient flows there."""
-    return prob.masked_fill(_ends(prob), 1.0)
+class HNetRouter(Router):
+    """How little a token resembles its neighbours (H-Net, arXiv 2507.07955, equation 4, on a grid).
 
-
-def drop_tail(prob: Tensor, boundary: Tensor, drop: Tensor | float) -> Tensor:
-    """Drop the least probable share of each sample's boundary tokens (DC-DiT, elastic inference).
-
-    Args:
-        prob, boundary: (B, L).
-        drop: fraction in [0, 1), one number or one per sample (B,).
-
-    Returns:
-        (B, L) bool. trunc(count * drop) tokens are dropped, in float32 like in the official code. Of equal
-        probabilities the lowest raster index is dropped first; the first and last token always stay.
+    p = (1 - mean cosine similarity of q and the four neighbours' k) / 2.
     """
-    # Made on the device, because a copy from the host would make the host wait
-    if not isinstance(drop, Tensor):
-        drop = torch.full((), drop, device=prob.device)
 
-    count = boundary.sum(1)
-    dropped = (count.float() * drop.float()).long()
-    dropped = torch.minimum(dropped, count - 2)  # (B,)
-    key = prob.detach().masked_fill(~boundary, NO_CANDIDATE_KEY)
-    return boundary & (_rank(key) >= dropped[:, None])
+    def __init__(self, width: int, factor: float):
+        super().__init__(width, factor)
+        self.query = nn.Conv2d(width, width, 1, bias=False)
+        self.key = nn.Conv2d(width, width, 1, bias=False)
+
+    def score(self, features: Tensor, draw: Tensor) -> Scores:
+        query = F.normalize(self.query(features), dim=1)
+        key = F.normalize(self.key(features), dim=1)
+        # The mean over the neighbours that there are: two in a corner, three at an edge
+        similarity = (query * neighbour_sum(key)).sum(1)  # (B, S, S)
+        neighbours = neighbour_sum(torch.ones_like(similarity[:, None]))[:, 0]
+        prob = (1 - similarity / neighbours).flatten(1) / 2
+        prob = prob.clamp(0, 1)
+        return Scores(prob, prob)
+
+    @staticmethod
+    def flops(cells: int, width: int) -> float:
+        return 2 * cells * (2 * width * width + width)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Start with the features themselves as queries and keys, as H-Net does."""
+        for conv in (self.query, self.key):
+            nn.init.eye_(conv.weight[:, :, 0, 0])
 
 
-def keep_top(prob: Tensor, tokens: int | list[int]) -> Tensor:
-    """Keep exactly this number of tokens: the most probable ones, with the first and last token among them.
+class ControlRouter(Router):
+    """Keeps the 1 token in N with the highest score, whatever is trained. The gate is 1 there and 0 elsewhere."""
 
-    Below the number of boundary tokens this equals `drop_tail` with the same count; above it, tokens with a
-    probability under one half stay too. The counts are numbers on the host, so all shapes that follow are
-    known in advance.
+    is_learned = False
 
-    Args:
-        prob: (B, L).
-        tokens: K in [2, L], one number or one per sample.
+    def importance(self, features: Tensor, draw: Tensor) -> Tensor:
+        """(B, L) in [0, 1]."""
+        raise NotImplementedError
 
-    Returns:
-        (B, L) bool. Of equal probabilities the highest raster index is kept first, like in `drop_tail`.
+    @torch.no_grad()
+    def score(self, features: Tensor, draw: Tensor) -> Scores:
+        order = self.importance(features, draw)
+        length = order.shape[1]
+        kept = max(2, round(length / self.factor))
+        return Scores(keep_top(order, kept).to(features.dtype), order)
+
+    @staticmethod
+    def flops(cells: int, width: int) -> float:
+        return 0.0
+
+
+class UniformRouter(ControlRouter):
+    """A regular grid, the same in every image; at N = 4 one token in every 2 x 2 cells. Budgets thin it evenly."""
+
+    def importance(self, features: Tensor, draw: Tensor) -> Tensor:
+        return 1 - ordered_dither(features.shape[-1], features.device).flatten().expand(len(features), -1)
+
+
+class RandomRouter(ControlRouter):
+    """Another draw for every sample and timestep."""
+
+    is_random = True
+
+    def importance(self, features: Tensor, draw: Tensor) -> Tensor:
+        cells = torch.arange(features.shape[2] * features.shape[3], device=features.device)
+        return hash_to_unit(draw[:, None], cells)
+
+
+class ContrastRouter(ControlRouter):
+    """The tokens that differ most from the mean of their 3 x 3 surroundings, which no weights decide."""
+
+    def importance(self, features: Tensor, draw: Tensor) -> Tensor:
+        surroundings = F.avg_pool2d(features, 3, stride=1, padding=1, count_include_pad=False)
+        contrast = (features - surroundings).square().mean(1).flatten(1)
+        return contrast / (1 + contrast)
+
+    @staticmethod
+    def flops(cells: int, width: int) -> float:
+        return 2 * cells * width
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "learned": LearnedRouter,
+    "hnet": HNetRouter,
+    "uniform": UniformRouter,
+    "random": RandomRouter,
+    "contrast": ContrastRouter,
+}
+
+
+def neighbour_sum(x: Tensor) -> Tensor:
+    """The sum over the four neighbours of each cell that exist: (B, C, S, S) -> (B, C, S, S)."""
+    padded = F.pad(x, (1, 1, 1, 1))
+    above = padded[..., :-2, 1:-1]
+    below = padded[..., 2:, 1:-1]
+    left = padded[..., 1:-1, :-2]
+    right = padded[..., 1:-1, 2:]
+    return above + below + left + right
+
+
+def ordered_dither(side: int, device: torch.device) -> Tensor:
+    """Ranks of the cells of a grid in [0, 1): (side, side). The first cells by rank lie evenly, for any count.
+
+    The ranks are Bayer's ordered-dither matrix, cut to the side: each level takes one more cell of every 2 x 2.
     """
-    length = prob.shape[1]
-    kept = tokens if isinstance(tokens, int) else fill_on_device(tokens, prob.device)[:, None]
-    return _rank(prob.detach()) >= length - kept
+    levels = max(1, math.ceil(math.log2(side)))
+    corner = torch.tensor([[0.0, 2.0], [3.0, 1.0]], device=device)
+    ranks = torch.zeros(1, 1, device=device)
+    for _ in range(levels):
+        ranks = torch.kron(torch.ones_like(corner), 4 * ranks) + torch.kron(corner, torch.ones_like(ranks))
+    return ranks[:side, :side] / 4**levels
 
 
-def fill_on_device(numbers: list[int], device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor, made by a `full` per run of equal ones.
+def hash_to_unit(seed: Tensor, position: Tensor) -> Tensor:
+    """A number in [0, 1) for every pair of int64 numbers, by integer arithmetic that is equal on every device.
 
-    A copy from the host could not be part of a CUDA graph.
+    The mixing steps are those of splitmix64, by Steele, Lea and Flood (2014).
     """
-    runs = []
-    for number, equal in itertools.groupby(numbers):
-        length = len(list(equal))
-        runs.append(torch.full((length,), number, device=device))
-    return torch.cat(runs)
+    x = seed * -7046029254386353131 + position * -4658895280553007687
+    x = (x ^ shift_right(x, 30)) * -4658895280553007687
+    x = (x ^ shift_right(x, 27)) * -7723592293110705685
+    x = x ^ shift_right(x, 31)
+    return shift_right(x, 40).float() / 2**24
 
 
-def _ends(prob: Tensor) -> Tensor:
-    """(B, L) bool: the first and last token of each sample."""
-    ends = torch.zeros_like(prob, dtype=torch.bool)
-    ends[:, 0] = True
-    ends[:, -1] = True
-    return ends
-
-
-def _rank(key: Tensor) -> Tensor:
-    """Place of each token in its sample by ascending key, lower raster index first: (B, L) -> (B, L) int64.
-
-    The ends come after all probabilities and before tokens that are no candidates.
-    """
-    key = key.masked_fill(_ends(key), END_KEY)
-    order = key.argsort(dim=1, stable=True)
-    places = torch.arange(key.shape[1], device=key.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places)
+def shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift int64 numbers to the right and fill with zeros."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

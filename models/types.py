@@ -34,6 +34,8 @@ class Architecture:
     encoder_blocks: int
     decoder_blocks: int
     conv_width: int  # E
+    router: str  # a name in models/router.py
+    downsample_factor: float  # N: a router that learns nothing keeps 1 token in N
     smoothing_sigma: float  # standard deviation of the dechunk smoothing, in latent cells
     fp32_chunking: bool  # router, residual projection and dechunk in float32 under autocast too
 

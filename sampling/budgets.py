@@ -115,7 +115,7 @@ class Budget:
         return fraction
 
     def kept_tokens(self, undropped: Tensor, t: Tensor) -> Tensor:
-        """Tokens that stay where the router alone would keep `undropped`, by the rule of models/router.py."""
+        """Tokens that stay where the router alone would keep `undropped`, by the rule of models/tail_drop.py."""
         if self.token_count is not None:
             return torch.full_like(undropped, self.token_count)
         dropped = (undropped.float() * self.drop_fraction(t)).long()

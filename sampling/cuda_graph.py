@@ -36,10 +36,11 @@ class GraphedDenoiser(nn.Module):
         labels: Tensor,
         drop: Tensor | float | None = None,
         tokens: list[int] | None = None,
+        draw: Tensor | None = None,
     ) -> DenoiserOutput:
-        """Arguments and result are those of models.dc_dit.DCDiT; no gradients."""
-        if isinstance(self.model, DCDiT) and tokens is None:
-            return self.model(x_t, t, labels, drop)
+        """Arguments and result are those of models.dc_dit.DCDiT; no gradients. Random routers get no graph."""
+        if isinstance(self.model, DCDiT) and (tokens is None or draw is not None):
+            return self.model(x_t, t, labels, drop, tokens, draw)
         shapes = (len(x_t), torch.is_autocast_enabled("cuda"), *(tokens or ()))
         if shapes not in self.recordings:
             inputs = (x_t, t, labels)

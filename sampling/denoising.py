@@ -13,6 +13,7 @@ from data.streams import rng
 from diffusion import GaussianDiffusion, create_diffusion
 from diffusion.guidance import ConditionedDenoise, Conditioning, condition, guide
 from diffusion.samplers import SAMPLERS, Denoise, Step
+from models import draws_at_random
 from models.attention import kernel_problem
 from models.ops.precision import allow_tf32
 from models.types import Routing
@@ -110,7 +111,10 @@ def sampling_steps(
     on_device = torch.tensor(labels, device=trained.device)
     timesteps = []
     finite = []  # a value per sample, of each step; they are read after the last step, so that no step waits
-    for step in sampler(guided_denoiser(network, trained.config, on_device, options)):
+    common: Conditioning = {}
+    if draws_at_random(trained.config):
+        common["draw"] = router_draws(options.seed, indices or range(len(labels)), trained.device)
+    for step in sampler(guided_denoiser(network, trained.config, on_device, options, common)):
         timesteps.append(step.t)
         finite.append(step.x_next.isfinite().flatten(1).all(1))
         yield step, split_branches(routings, len(labels))
@@ -147,9 +151,17 @@ def split_branches(routings: list[Routing], batch: int) -> BranchRouting:
 
 
 def guided_denoiser(
-    network: ConditionedDenoise, config: Config, labels: Tensor, options: SamplingOptions
+    network: ConditionedDenoise,
+    config: Config,
+    labels: Tensor,
+    options: SamplingOptions,
+    common: Conditioning,
 ) -> Denoise:
-    """Bind labels and budgets: one branch at scale 1, and at 0 without labels; two branches above."""
+    """Bind labels and budgets: one branch at scale 1, and at 0 without labels; two branches above.
+
+    Args:
+        common: what both branches get beside them.
+    """
     budget = options.budget
     uncond = budget if options.uncond is None else options.uncond
     # If either branch drops a fraction, both pass one to the network (0 is one), so that they run as one batch.
@@ -158,9 +170,9 @@ def guided_denoiser(
     null = torch.full_like(labels, config.data.num_classes)
     if not options.has_guidance:
         only = labels if options.cfg_scale else null
-        return condition(network, branch_conditioning(only, budget, pass_drop))
-    conditional = branch_conditioning(labels, budget, pass_drop)
-    unconditional = branch_conditioning(null, uncond, pass_drop)
+        return condition(network, common | branch_conditioning(only, budget, pass_drop))
+    conditional = common | branch_conditioning(labels, budget, pass_drop)
+    unconditional = common | branch_conditioning(null, uncond, pass_drop)
     channels = config.diffusion.cfg_channels
     if isinstance(channels, str):  # "all"
         channels = config.data.latent_channels
@@ -194,6 +206,12 @@ def sampling_process(config: Config, options: SamplingOptions) -> GaussianDiffus
         config.training.learn_sigma,
         options.num_sampling_steps,
     )
+
+
+def router_draws(seed: int, indices: Sequence[int], device: torch.device) -> Tensor:
+    """What a random router draws from: (B,) int64, a function of seed and sample."""
+    offset = int(rng(seed, "router").integers(1 << 40))
+    return torch.tensor([offset + index for index in indices], device=device)
 
 
 def sample_noise(

@@ -10,7 +10,7 @@ import torch
 from config import UserError, config_from_dict
 from models import architecture
 from models.flops import TokenCounts, total_flops
-from models.router import drop_tail, force_ends
+from models.tail_drop import drop_tail, force_ends
 from sampling.accounting import StepCounts
 from sampling.budgets import ALL, Budget, parse_schedule
 from sampling.cost_limit import (

@@ -264,7 +264,7 @@ FREE = {
     "batch_size",
 }
 MUST_AGREE = {
-    "model": "mlp_ratio patch_size timestep_divisor",
+    "model": "mlp_ratio patch_size router timestep_divisor",
     "model.hnet": "arch_layout d_model num_heads tie_embeddings enc_dec_dim_factor dechunk_kernel_sigma "
     "fp32_router_dechunk",
     "training": "class_dropout_prob learn_sigma",
@@ -307,6 +307,7 @@ def test_keys_of_the_network_are_those_that_change_its_tensors():
     changes = {
         "model.mlp_ratio": "2",
         "model.patch_size": "2",
+        "model.router": "hnet",
         "model.hnet.arch_layout": "[c1,[D2],c1]",
         "model.hnet.d_model": "[128,128]",
         "model.hnet.enc_dec_dim_factor": "[2,null]",

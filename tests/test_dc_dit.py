@@ -12,7 +12,7 @@ from models import build_model
 from models.blocks import run_blocks
 from models.conv import to_grid, to_tokens
 from models.packing import plan_packing
-from models.router import drop_tail
+from models.tail_drop import drop_tail
 
 WIDTH, SIDE, CLASSES = 64, 6, 5
 

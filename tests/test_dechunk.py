@@ -8,7 +8,7 @@ import torch
 from models.dechunk import Dechunk
 from models.ops.distance import nearest_kept, nearest_token
 from models.packing import pack, plan_packing
-from models.router import drop_tail, force_ends
+from models.tail_drop import drop_tail, force_ends
 from models.types import Routing
 
 SIDE = 5

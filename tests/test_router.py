@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from models.conv import to_tokens
-from models.router import INITIAL_BIAS, Router, drop_tail, force_ends, keep_top
+from models.router import INITIAL_BIAS, LearnedRouter
+from models.tail_drop import drop_tail, force_ends, keep_top
 
 
 def drop_tail_slowly(prob, natural, fractions):
@@ -103,7 +104,7 @@ def test_zero_drops_nothing_and_nothing_changes_in_place():
 
 def test_router_follows_its_formula():
     torch.manual_seed(0)
-    router, features = Router(32), torch.randn(2, 32, 5, 5)
+    router, features = LearnedRouter(32, 4.0), torch.randn(2, 32, 5, 5)
     prob, natural, keep = router(features)
     z = F.conv2d(features, router.proj.weight, router.proj.bias)
     delta = z - F.conv2d(z, router.context_predictor.weight, router.context_predictor.bias, padding=1)
@@ -122,7 +123,7 @@ def test_router_follows_its_formula():
 
 
 def test_a_probability_of_one_half_is_not_kept():
-    router = Router(32)
+    router = LearnedRouter(32, 4.0)
     last = router.residual_scorer[-1]
     torch.nn.init.zeros_(last.weight)
     torch.nn.init.constant_(last.bias, 0.0)

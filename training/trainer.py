@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from config import Config, to_dict, validate_processes
 from data.features import Features
+from data.streams import rng
 from data.workers import NoBatch
 from diffusion import create_diffusion
-from models import build_model, compile_parts
+from models import build_model, compile_parts, draws_at_random
 from processes.sharding import forward, full_tensor, gather_full_state, is_sharded
 from processes.stop import EndlessWait, StopRequest
 from processes.watch import ProcessWatch
@@ -264,7 +265,10 @@ class Trainer:
         drop = x0.new_full((len(x0),), fraction) if fraction else None  # (B,)
 
         x_t = self.diffusion.add_noise(x0, t, noise)
-        out = forward(self.accelerator, self.model, x_t, t, labels, drop)
+        inputs = [x_t, t, labels, drop]
+        if draws_at_random(self.config):
+            inputs += [None, self.on_device(self.draws(batch))]
+        out = forward(self.accelerator, self.model, *inputs)
         terms = self.diffusion.losses(out.prediction.float(), x0, x_t, t, noise)
         losses = total_loss(terms, out.routing, self.ratio_target())
 
@@ -273,6 +277,11 @@ class Trainer:
             # A scalar is repeated per sample, so that all averages have the same weights
             self.averages.add(name, values.expand(len(x0)))
         return losses["loss"]
+
+    def draws(self, batch: Batch) -> Tensor:
+        """What a random router draws from: (B,) int64, a function of seed, step and image."""
+        offset = rng(self.config.training.seed, "router", self.step).integers(1 << 40)
+        return batch.images + int(offset)
 
     def on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.accelerator.device, non_blocking=True)

@@ -5,8 +5,6 @@ are copied, the positions are resampled to single latent cells, and the scaffold
 `model.upcycle` says how it starts.
 """
 
-from statistics import NormalDist
-
 import torch
 from torch import Tensor, nn
 
@@ -48,10 +46,6 @@ SHARED = (
 # Keys that shape nothing but the table of labels, which is fitted to the new classes.
 LABEL_KEYS = ("data.num_classes", "training.class_dropout_prob")
 LABEL_TABLE = "y_embedder.table.weight"
-
-# Mean and standard deviation of silu(x) for a standard normal x.
-SILU_MEAN = 0.2066
-SILU_STD = 0.5596
 
 Network = DiT | DCDiT
 
@@ -194,7 +188,8 @@ def upcycle(source: DiT, model: DCDiT, scaffold: str, router: str, downsample_fa
         start_stem(dit, target)
         start_head(dit, target)
     if router == "balanced":
-        balance_router(target, downsample_factor)
+        for name in model.router.balance(downsample_factor):
+            target.origins[f"router.{name}"] = "new: keeps 1 in N at the start"
     return target.origins
 
 
@@ -292,16 +287,3 @@ def write_widening_skip(target: UpcycledWeights, weight: Tensor, bias: Tensor) -
         if name.startswith("encoder.blocks.") and ".skip_proj." in name:
             value = weight if name.endswith(".weight") else bias
             target.write(name, value, "resampled: widens the stem")
-
-
-def balance_router(target: UpcycledWeights, downsample_factor: float) -> None:
-    """Choose the router's last bias so that about 1 token in N scores above one half, on any input.
-
-    The last layer takes silu(GroupNorm(.)), about silu of standard normals, so mean and deviation of the
-    score follow from the layer's weights.
-    """
-    # The score exceeds one half where the last layer's output exceeds 0
-    weight = target.tensors["router.residual_scorer.3.weight"]
-    quantile = NormalDist().inv_cdf(1 - 1 / downsample_factor)
-    bias = -(SILU_MEAN * weight.sum() + quantile * SILU_STD * weight.norm())
-    target.write("router.residual_scorer.3.bias", bias, "new: keeps 1 in N at the start")
