@@ -65,6 +65,17 @@ class Config:
         return self.model.patch_size is not None
 
     @property
+    def process(self) -> dict[str, Any]:
+        """What diffusion.build_process takes."""
+        return {
+            "objective": self.diffusion.objective,
+            "noise_schedule": self.diffusion.noise_schedule,
+            "diffusion_steps": self.diffusion.diffusion_steps,
+            "learn_sigma": self.training.learn_sigma,
+            "flow_shift": self.diffusion.flow_shift,
+        }
+
+    @property
     def has_learned_router(self) -> bool:
         """Whether training can change which tokens are kept."""
         return not self.is_static and self.model.router not in CONTROL_ROUTERS
@@ -143,6 +154,8 @@ def config_from_dict(raw: dict, overrides: Sequence[str] = ()) -> Config:
         switch_router_off(config.training)
     elif not config.has_learned_router:
         config.training.ratio_loss_weight = 0.0
+    if config.diffusion.objective == "flow":
+        config.training.learn_sigma = False  # a flow has no variance to learn
     check_combinations(config)
     # Equal layouts get equal spellings
     config.model.hnet.arch_layout = spell_layout(parse_layout(config.model.hnet.arch_layout))

@@ -244,7 +244,18 @@ class DataConfig:
 class DiffusionConfig:
     """The diffusion process and its guidance."""
 
-    noise_schedule: Literal["linear", "squaredcos_cap_v2"] = process("linear", "schedule of the betas")
+    objective: Literal["gaussian", "flow"] = process(
+        "gaussian", "gaussian: predict epsilon; flow: predict the velocity of the straight path"
+    )
+    flow_shift: PositiveFloat = process(
+        1.0, "above 1, more of the path of a flow is noisy, which large images need; gaussian: has no effect"
+    )
+    timestep_sampling: Literal["uniform", "logit_normal"] = training(
+        "uniform", "timesteps of training; logit_normal: mostly in the middle, as flows prefer"
+    )
+    noise_schedule: Literal["linear", "squaredcos_cap_v2"] = process(
+        "linear", "schedule of the betas; flow: has no effect"
+    )
     diffusion_steps: PositiveInt = process(1000, "number of timesteps")
     cfg_channels: PositiveInt | Literal["all"] = training(
         3, "guidance changes the first n latent channels, or all"

@@ -14,7 +14,8 @@ from typing import Any
 import cli
 from config import UserError
 from data.names import markdown, short_name
-from diffusion.samplers import SAMPLERS
+from diffusion import OBJECTIVES
+from diffusion.process import ALL_SAMPLERS
 from figures.side_by_side import PIXELS, side_by_side
 from models import describe
 from processes import group
@@ -32,7 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cli.add_config_arguments(parser)
     add_run_arguments(parser)
     parser.add_argument("--num-sampling-steps", type=int, default=50, help="(default: %(default)s)")
-    parser.add_argument("--sampler", default="ddim", choices=SAMPLERS, help="(default: %(default)s)")
+    parser.add_argument("--sampler", choices=ALL_SAMPLERS, help="(default: ddim; euler for a flow)")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -44,11 +45,12 @@ def main(argv: list[str] | None = None) -> None:
     if trained.config.is_static:
         reason = "is a static DiT, which has no budget to show"
         raise UserError(f"--ckpt '{args.ckpt}': {reason}; draw its samples with sample.py")
-    SamplingOptions(num_sampling_steps=args.num_sampling_steps).check(trained.config)
+    sampler = args.sampler or OBJECTIVES[trained.config.diffusion.objective].fast
+    SamplingOptions(num_sampling_steps=args.num_sampling_steps, sampler=sampler).check(trained.config)
     if args.dry_run:
         print(describe(trained.config))
         return
-    page = build_page(gradio, trained, args.num_sampling_steps, args.sampler)
+    page = build_page(gradio, trained, args.num_sampling_steps, sampler)
     page.launch(server_name="127.0.0.1", server_port=args.port)
 
 

@@ -30,6 +30,7 @@ from sampling.arguments import (
     print_classes,
     read_arguments,
 )
+from sampling.denoising import network_timesteps
 from sampling.generate import describe_choice, generate, replace_cost_limits, summarise_run
 from sampling.pictures import save_grid
 
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         print(describe_choice(options, prediction))
 
     # Sample all images as one batch
-    steps = options.num_sampling_steps
+    steps = len(network_timesteps(trained.config, options))
     trace = Trace(steps)
     with tqdm(total=steps, unit="step") as bar, profiler(args.profile_trace_path, steps) as profiled:
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.meters import saved_bytes
 from benchmarks.workload import Workload, downsampling
-from diffusion import create_diffusion
+from diffusion import build_process
 from diffusion.guidance import guide
 from models.types import DenoiserOutput
 from training.losses import ratio_loss
@@ -37,10 +37,7 @@ class TrainingStep:
         self.forward = forward
         self.is_textbook = is_textbook
         self.training = workload.config.training
-        process = workload.config.diffusion
-        self.diffusion = create_diffusion(
-            process.noise_schedule, process.diffusion_steps, self.training.learn_sigma
-        )
+        self.diffusion = build_process(**workload.config.process)
         self.ema = ModelEmaV3(workload.model, decay=EMA_DECAY, exclude_buffers=True)
         self.optimizer = torch.optim.AdamW(
             workload.model.parameters(),

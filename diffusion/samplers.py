@@ -20,7 +20,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 class Step(NamedTuple):
     """One reverse step."""
 
-    i: int  # step of the respaced process, counting down to 0
+    i: int  # evaluation of the network, counting down to 0
     t: int  # the original timestep that the network saw
     x_t: Tensor  # (B, C, S, S), the input of the network
     x0_hat: Tensor  # (B, C, S, S), the x_0 it implies

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from config import Config
 from data.autoencoder import Autoencoder
+from diffusion import OBJECTIVES
 from evaluation.class_labels import ClassLabels
 from evaluation.comparison import FeatureSet, check_sizes, check_source, class_note, compare, measure_source
 from evaluation.extractors import load_extractor
@@ -52,7 +53,7 @@ class Evaluation:
         self.options = SamplingOptions(
             cfg_scale=possible_scale(section.cfg_scale, config),
             num_sampling_steps=section.num_sampling_steps,
-            sampler="ddim",
+            sampler=OBJECTIVES[config.diffusion.objective].fast,
             bf16=bf16,
         )
         self.options.check(config)

@@ -34,6 +34,7 @@ from sampling.arguments import (
 )
 from sampling.budgets import ALL, Budget
 from sampling.classes import shown_name
+from sampling.denoising import network_timesteps
 from sampling.generate import SampledBatch, generate
 from sampling.pictures import save_grid
 
@@ -115,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
     # Sample every column on the same noise
     indices = list(range(len(labels)))
     batches: list[SampledBatch] = []
-    with tqdm(total=len(columns) * options.num_sampling_steps, unit="step") as bar:
+    steps = len(network_timesteps(config, options))
+    with tqdm(total=len(columns) * steps, unit="step") as bar:
 
         def on_step(step: Step, routing: Routing) -> None:
             bar.update()

@@ -8,7 +8,8 @@ import torch
 
 import cli
 from config import Config, UserError, config_from_dict, load_config
-from diffusion.samplers import SAMPLERS
+from diffusion import OBJECTIVES
+from diffusion.process import ALL_SAMPLERS
 from models import compile_parts
 from models.dc_dit import DCDiT
 from models.dit import DiT
@@ -57,7 +58,7 @@ def add_sampling_arguments(parser: cli.Parser, cfg_scale: float, seed: int) -> N
     parser.add_argument(
         "--num-sampling-steps", type=int, default=250, help="steps of the sampler (default: %(default)s)"
     )
-    parser.add_argument("--sampler", default="ddpm", choices=SAMPLERS, help="(default: %(default)s)")
+    parser.add_argument("--sampler", choices=ALL_SAMPLERS, help="(default: ddpm; euler for a flow)")
     parser.add_argument("--seed", type=int, default=seed, help="(default: %(default)s)")
     parser.add_argument(
         "--guidance-interval",
@@ -251,10 +252,12 @@ def read_arguments(args: argparse.Namespace, device: torch.device) -> tuple[Samp
 
 
 def fit_to_model(options: SamplingOptions, args: argparse.Namespace, config: Config) -> SamplingOptions:
-    """Choose a scale that the model can do if none was given, and leave out what then has no effect.
+    """Choose the sampler and a scale that the model can do if none was given, and leave out what has no effect.
 
-    Each of the two changes prints a line.
+    Each change of scale or budget prints a line.
     """
+    if options.sampler is None:
+        options = dataclasses.replace(options, sampler=OBJECTIVES[config.diffusion.objective].default)
     scale = options.cfg_scale
     possible = possible_scale(scale, config)
     if args.cfg_scale is None and possible != scale:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from config import Config, UserError
 from data.streams import rng
-from diffusion import GaussianDiffusion, create_diffusion
+from diffusion import OBJECTIVES, Process, build_process
 from diffusion.guidance import ConditionedDenoise, Conditioning, condition, guide
-from diffusion.samplers import SAMPLERS, Denoise, Step
+from diffusion.process import evaluated_timesteps
+from diffusion.samplers import Denoise, Step
 from models import draws_at_random
 from models.attention import kernel_problem
 from models.ops.precision import allow_tf32
@@ -63,11 +64,13 @@ def sample_latents(
     """The reverse process for one batch: scaled latents (B, C, S, S) and the kept tokens of every step."""
     config = trained.config
     diffusion = sampling_process(config, options)
+    objective = OBJECTIVES[config.diffusion.objective]
+    run = objective.samplers[options.sampler or objective.default]
     shape = (config.data.latent_channels, config.latent_size, config.latent_size)
     noise = sample_noise(options.seed, indices, shape, trained.device)
 
     def sampler(denoise: Denoise) -> Iterator[Step]:
-        return SAMPLERS[options.sampler](diffusion, denoise, noise(), noise)
+        return run(diffusion, denoise, noise(), noise)
 
     kept = []
     latents = torch.empty(0)
@@ -198,20 +201,20 @@ def prepare_arithmetic(trained: TrainedModel, bf16: bool) -> None:
     allow_tf32(config.uses_tf32)
 
 
-def sampling_process(config: Config, options: SamplingOptions) -> GaussianDiffusion:
+def sampling_process(config: Config, options: SamplingOptions) -> Process:
     """The model's diffusion process, respaced to the steps of the sampler."""
-    return create_diffusion(
-        config.diffusion.noise_schedule,
-        config.diffusion.diffusion_steps,
-        config.training.learn_sigma,
-        options.num_sampling_steps,
-    )
+    return build_process(**config.process, sampling_steps=options.num_sampling_steps)
 
 
 def router_draws(seed: int, indices: Sequence[int], device: torch.device) -> Tensor:
     """What a random router draws from: (B,) int64, a function of seed and sample."""
     offset = int(rng(seed, "router").integers(1 << 40))
     return torch.tensor([offset + index for index in indices], device=device)
+
+
+def network_timesteps(config: Config, options: SamplingOptions) -> np.ndarray:
+    """The timesteps at which the network will be evaluated, rising."""
+    return evaluated_timesteps(sampling_process(config, options), options.sampler)
 
 
 def sample_noise(

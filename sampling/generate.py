@@ -22,7 +22,7 @@ from models import architecture
 from sampling.accounting import SamplingRecord, Seconds, StepCounts, stack_kept, summarise
 from sampling.budgets import ALL
 from sampling.cost_limit import CostModel, CostPrediction, choose_fractions
-from sampling.denoising import OnStep, sample_latents, sampling_process
+from sampling.denoising import OnStep, network_timesteps, sample_latents
 from sampling.load import TrainedModel, load_trained
 from sampling.options import SamplingOptions
 
@@ -142,7 +142,7 @@ def replace_cost_limits(
     _, kept = sample_latents(trained, indices[:PROBE_SAMPLES], labels[:PROBE_SAMPLES], undropped)
 
     # What the samples cost at each fraction, and the smallest fractions within the limits
-    timesteps = sampling_process(trained.config, options).timesteps
+    timesteps = network_timesteps(trained.config, options)
     model = CostModel(architecture(trained.config), kept, timesteps, options.guidance_interval)
     budget, uncond = choose_fractions(model, options.budget, options.uncond)
     chosen = dataclasses.replace(options, budget=budget, uncond=uncond)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from config import Config, UserError
-from diffusion.samplers import SAMPLERS
+from diffusion import OBJECTIVES
 from sampling.budgets import ALL, Budget
 
 
@@ -19,7 +19,7 @@ class SamplingOptions:
     cfg_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None  # guide at these t only, both ends included
     num_sampling_steps: int = 250
-    sampler: str = "ddpm"
+    sampler: str | None = None  # None: the default of the diffusion process
     seed: int = 0
     bf16: bool = False  # of the network
     bf16_vae: bool = False  # of the autoencoder
@@ -38,8 +38,12 @@ class SamplingOptions:
             raise UserError(
                 f"--num-sampling-steps {self.num_sampling_steps}: must be from 1 to {diffusion_steps}"
             )
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"--sampler '{self.sampler}' is not one of {', '.join(SAMPLERS)}")
+        samplers = OBJECTIVES[config.diffusion.objective].samplers
+        if self.sampler is not None and self.sampler not in samplers:
+            raise UserError(
+                f"--sampler {self.sampler}: the model was trained with diffusion.objective "
+                f"{config.diffusion.objective}; use one of {', '.join(samplers)}"
+            )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"--seed {self.seed}: must be 0 or greater, and below 2**63")
         self._check_guidance(config)

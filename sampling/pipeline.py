@@ -58,6 +58,12 @@ class DCDiTPipeline:
     """
 
     def __init__(self, trained: TrainedModel, scheduler: SchedulerMixin | None = None):
+        objective = trained.config.diffusion.objective
+        if objective != "gaussian":
+            raise UserError(
+                f"diffusion.objective {objective}: the schedulers of diffusers step through other timesteps; "
+                "draw samples with sample.py"
+            )
         self.trained = trained
         self.scheduler = scheduler if scheduler is not None else default_scheduler(trained.config)
 

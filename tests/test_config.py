@@ -99,7 +99,7 @@ def test_every_official_key_is_known():
         "downsample_factor downsample_factor_start downsample_factor_warmup_steps multi_budget_training "
         "multi_budget_drop_fractions multi_budget_start_step profile profile_steps resume_from_ckpt",
         "data": "feature_path image_size num_classes num_workers",
-        "diffusion": "noise_schedule diffusion_steps",
+        "diffusion": "objective flow_shift noise_schedule diffusion_steps",
         "logging": "results_dir log_every ckpt_every wandb_project",
     }
     known = {leaf.name for leaf in leaves(Config)}
@@ -269,7 +269,7 @@ MUST_AGREE = {
     "fp32_router_dechunk",
     "training": "class_dropout_prob learn_sigma",
     "data": "image_size num_classes latent_stride latent_channels",
-    "diffusion": "noise_schedule diffusion_steps",
+    "diffusion": "objective flow_shift noise_schedule diffusion_steps",
 }
 
 
@@ -295,7 +295,7 @@ def test_the_other_keys_shape_the_course_of_training():
     named = full_keys(FREE) | full_keys(MUST_AGREE) | {"ckpt"}
     others = keys_with_role("network", "process", "training", "free") - named
     assert keys_with_role("training") == others
-    assert len(others) == 29
+    assert len(others) == 30
 
 
 def test_keys_of_the_network_are_those_that_change_its_tensors():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from config import Config
 from data.streams import rng
-from diffusion import create_diffusion
+from diffusion import build_process
 from sampling.generate import TrainedModel
 
 # Timesteps at which the routing is measured, evenly spread over the process.
@@ -57,8 +57,7 @@ def kept_tokens(
     trained: TrainedModel, images: Tensor, labels: list[int], timesteps: list[int], seed: int
 ) -> Tensor:
     """What the router keeps of every image at every timestep: (timesteps, B, L) float, 0 or 1."""
-    config = trained.config.diffusion
-    diffusion = create_diffusion(config.noise_schedule, config.diffusion_steps)
+    diffusion = build_process(**trained.config.process)
     x0, _ = trained.autoencoder.encode(images.to(trained.device))
     classes = torch.tensor(labels, device=trained.device)
     kept = []

@@ -20,6 +20,7 @@ from data.features import Features
 from data.streams import rng
 from data.workers import make_loader as make_worker_loader
 from data.workers import read
+from diffusion.process import draw_timestep
 
 WORKERS_OPTION = "data.num_workers"
 
@@ -92,6 +93,7 @@ class Samples(Dataset):
 
     Args:
         dropout: probability that the label becomes the null label.
+        timestep_sampling: a distribution of `diffusion.process.draw_timestep`.
     """
 
     def __init__(
@@ -101,10 +103,12 @@ class Samples(Dataset):
         diffusion_steps: int,
         dropout: float,
         null_label: int,
+        timestep_sampling: str = "uniform",
     ):
         self.store = store
         self.seed = seed
         self.diffusion_steps = diffusion_steps
+        self.timestep_sampling = timestep_sampling
         self.dropout = dropout
         self.null_label = null_label
 
@@ -120,7 +124,7 @@ class Samples(Dataset):
         stream = rng(self.seed, "train", micro_step, image)
         x0 = self.store.latent(image, stream)
         noise = stream.standard_normal(x0.shape, dtype=np.float32)
-        t = int(stream.integers(self.diffusion_steps))
+        t = draw_timestep(stream, self.diffusion_steps, self.timestep_sampling)
         is_dropped = stream.random() < self.dropout
         label = self.null_label if is_dropped else int(self.store.labels[image])
         return Sample(x0, noise, t, label, image)

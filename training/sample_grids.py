@@ -9,13 +9,14 @@ from torch import nn
 from config import Config, UserError
 from data.autoencoder import Autoencoder
 from data.features import Features
+from diffusion import OBJECTIVES
 from sampling.generate import SamplingOptions, TrainedModel, generate_images
 from sampling.options import possible_scale
 from sampling.pictures import save_grid
 
 IMAGES = 16
 COLUMNS = 8
-MAX_STEPS = 50  # of DDIM
+MAX_STEPS = 50
 
 
 def grid_path(folder: Path, step: int) -> Path:
@@ -28,7 +29,7 @@ def grid_options(config: Config, bf16: bool) -> SamplingOptions:
     return SamplingOptions(
         cfg_scale=possible_scale(config.logging.sample_cfg_scale, config),
         num_sampling_steps=min(MAX_STEPS, config.diffusion.diffusion_steps),
-        sampler="ddim",
+        sampler=OBJECTIVES[config.diffusion.objective].fast,
         bf16=bf16,
     )
 

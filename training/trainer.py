@@ -19,7 +19,7 @@ from config import Config, to_dict, validate_processes
 from data.features import Features
 from data.streams import rng
 from data.workers import NoBatch
-from diffusion import create_diffusion
+from diffusion import build_process
 from models import build_model, compile_parts, draws_at_random
 from processes.sharding import forward, full_tensor, gather_full_state, is_sharded
 from processes.stop import EndlessWait, StopRequest
@@ -95,9 +95,7 @@ class Trainer:
         training = config.training
         validate_processes(config, accelerator.num_processes)
         # Noise schedule and loss
-        self.diffusion = create_diffusion(
-            config.diffusion.noise_schedule, config.diffusion.diffusion_steps, training.learn_sigma
-        )
+        self.diffusion = build_process(**config.process)
         # Model, EMA, optimizer and the counters of the log, as in the checkpoint if there is one
         self.step = 0 if state is None else state["step"]
         self.last_step = schedules.total_steps(config, len(store))
@@ -316,6 +314,7 @@ class Trainer:
             config.diffusion.diffusion_steps,
             config.training.class_dropout_prob,
             null_label=config.data.num_classes,
+            timestep_sampling=config.diffusion.timestep_sampling,
         )
         pin_memory = self.accelerator.device.type == "cuda"
         workers = self.config.data.num_workers

@@ -39,6 +39,8 @@ SHARED = (
     "data.latent_channels",
     "data.image_size",
     "data.latent_stride",
+    "diffusion.objective",
+    "diffusion.flow_shift",
     "diffusion.noise_schedule",
     "diffusion.diffusion_steps",
 )
