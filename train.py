@@ -7,6 +7,7 @@ The same command again, with the same --output, resumes from the newest checkpoi
 """
 
 import argparse
+import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -110,6 +111,8 @@ def main(argv: list[str] | None = None) -> None:
             end = "already finished" if was_finished else "finished"
         else:
             end = f"stopped by {signal.Signals(trainer.stop.number).name}"
+        if is_finished and accelerator.is_main_process:
+            draw_last_losses(folder)
         trainer.log.line(f"{end} at step {trainer.step} of {trainer.last_step}: {folder}")
     if not is_finished:
         sys.exit(128 + trainer.stop.number)  # the status that shells give to a process ended by the signal
@@ -132,6 +135,15 @@ def make_hooks(
     processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
     evaluate = Evaluation(config, autoencoder, bf16, folder / "evaluation", processes, class_names)
     return Hooks(draw_samples, evaluate)
+
+
+def draw_last_losses(folder: Path) -> None:
+    """Draw loss and kept share against the timestep, if the run has logged them."""
+    from figures import by_timestep  # here, because matplotlib takes a second to import
+
+    # A run that started at its last step has logged nothing
+    with contextlib.suppress(UserError):
+        by_timestep.draw({folder.name: by_timestep.read_rows(folder)}, folder / "by_timestep.png")
 
 
 def log_start(trainer: Trainer, start: resume.Start) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from models.types import Routing
 from weights.upcycle import Origins
 
 CLOCK = ("_per_sec", "_utilisation")  # endings of values that depend on the clock
+TIMESTEP_BINS = 10
 NO_VALUES = [0.0, 0.0, math.inf, -math.inf, 0.0]  # the row of an empty batch
 
 
@@ -47,6 +49,18 @@ class Averages:
         count = torch.full_like(values[0], len(values))
         row = torch.stack([values.sum(), values.square().sum(), values.min(), values.max(), count])
         self.rows.setdefault(name, []).append(row)
+
+    def add_by_timestep(self, name: str, values: Tensor, t: Tensor, diffusion_steps: int) -> None:
+        """Add a batch of values (B,), each to its tenth of the timesteps: NAME_t0 ... NAME_t9."""
+        values = values.detach().float()
+        bins = torch.arange(TIMESTEP_BINS, device=t.device)[:, None]
+        inside = t * TIMESTEP_BINS // diffusion_steps == bins  # (bins, B)
+        held = torch.where(inside, values, 0)
+        least = torch.where(inside, values, math.inf).amin(1)
+        most = torch.where(inside, values, -math.inf).amax(1)
+        rows = torch.stack([held.sum(1), held.square().sum(1), least, most, inside.float().sum(1)], dim=1)
+        for number, row in enumerate(rows.unbind()):
+            self.rows.setdefault(f"{name}_t{number}", []).append(row)
 
     def sizes(self) -> dict[str, int]:
         """Number of rows by name."""
@@ -123,9 +137,16 @@ def kept_fractions(routing: Routing) -> dict[str, Tensor]:
 
 
 def flatten_statistics(statistics: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The mean of every value; of the kept shares also the deviation, minimum and maximum."""
+    """The mean of every value; of the kept shares also the deviation, minimum and maximum.
+
+    A tenth of the timesteps that no sample fell into is left out.
+    """
     kept_names = ("kept_natural", "kept_effective")
-    scalars = {name: values["mean"] for name, values in statistics.items() if name not in kept_names}
+    scalars = {}
+    for name, values in statistics.items():
+        is_empty_bin = re.search(r"_t\d$", name) and math.isnan(values["mean"])
+        if name not in kept_names and not is_empty_bin:
+            scalars[name] = values["mean"]
     for name in kept_names:
         for key, value in statistics[name].items():
             scalars[f"{name}_{key}"] = value

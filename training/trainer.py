@@ -274,6 +274,10 @@ class Trainer:
         for name, values in {**losses, **kept_fractions(out.routing)}.items():
             # A scalar is repeated per sample, so that all averages have the same weights
             self.averages.add(name, values.expand(len(x0)))
+        # An average loss hides where it is made: layout is decided in the noisiest tenths, detail in the others
+        timesteps = self.config.diffusion.diffusion_steps
+        self.averages.add_by_timestep("loss", losses["diffusion_loss"], t, timesteps)
+        self.averages.add_by_timestep("kept", out.routing.boundary.float().mean(1), t, timesteps)
         return losses["loss"]
 
     def draws(self, batch: Batch) -> Tensor:
