@@ -60,6 +60,9 @@ EmaDecay = Annotated[
         remedy="; at 1 the EMA would keep the first weights for ever, try 0.9999",
     ),
 ]
+EmaStd = Annotated[
+    float, Constraint("above 0 and below 0.28, which is nearly uniform", lambda value: 0 < value < 0.28)
+]
 Share = Annotated[float, Constraint("in [0, 1]", lambda value: 0 <= value <= 1)]
 GuidanceScale = Annotated[
     float, Constraint("at least 1, or 0 for samples without a class", lambda value: value == 0 or value >= 1)
@@ -159,6 +162,11 @@ class TrainingConfig:
     ema_warmup: bool = training(
         False,
         "at step s the EMA keeps at most (1 + s) / (10 + s), so that short runs forget their first weights",
+    )
+    posthoc_ema_stds: list[EmaStd] = training(
+        [],
+        "relative lengths of averages that are tracked besides, e.g. [0.05, 0.1]; `weights.reconstruct` makes "
+        "any length from them",
     )
     max_grad_norm: PositiveFloat | None = training(
         1.0,

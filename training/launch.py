@@ -85,7 +85,7 @@ def make_accelerator(config: Config) -> Accelerator:
     check_installed_trackers(accelerator, config)
     prepare_sharding(accelerator)
     if is_sharded(accelerator):
-        check_no_samples(config)
+        check_unsharded(config)
     check_precision(accelerator, config)
     is_slow = device.type == "cuda" and accelerator.mixed_precision == "no"
     if is_slow and config.training.precision == "auto":
@@ -115,8 +115,8 @@ def check_installed_trackers(accelerator: Accelerator, config: Config) -> None:
         )
 
 
-def check_no_samples(config: Config) -> None:
-    """Raise a UserError if a sharded run is to sample: processes with unequal numbers of batches hang."""
+def check_unsharded(config: Config) -> None:
+    """Raise a UserError for what needs the whole model: samples (unequal numbers of batches hang), and averages."""
     intervals = {
         "logging.sample_every": config.logging.sample_every,
         "evaluation.every": config.evaluation.every,
@@ -127,6 +127,11 @@ def check_no_samples(config: Config) -> None:
                 f"{key}: {every} needs the whole model on every GPU; "
                 "use 0 with FSDP, and sample the checkpoints"
             )
+    stds = config.training.posthoc_ema_stds
+    if stds:
+        raise UserError(
+            f"training.posthoc_ema_stds: {stds} needs the whole model on every GPU; use [] with FSDP"
+        )
 
 
 def check_precision(accelerator: Accelerator, config: Config) -> None:

@@ -40,6 +40,7 @@ from training.tracking import (
 )
 from weights.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from weights.ema import MAX_INITIAL_SHARE, ema_decay, initial_share
+from weights.posthoc import PowerAverages
 
 # Values in the line that every log step prints
 SUMMARY = (
@@ -121,10 +122,13 @@ class Trainer:
         # A model that is to be sharded may fit into the memory of the host only
         model = build_model(self.config).to("cpu" if sharded else self.accelerator.device)
         self.ema = ModelEmaV3(model, decay=training.ema_decay, exclude_buffers=True)
+        self.posthoc = PowerAverages(model, training.posthoc_ema_stds)
         optimizer = make_optimizer(model, training)
         if state is not None:
             model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
+            if "optimizer" in state:
+                self.posthoc.load_state_dict(state.get("posthoc", {}))
         launch.check_same_start(
             self.accelerator, self.config, self.store, self.step, [model, self.ema.module]
         )
@@ -233,6 +237,7 @@ class Trainer:
         self.ema.decay = ema_decay(self.step, training)
         self.ema.update(self.accelerator.unwrap_model(self.model))
         self.step += 1
+        self.posthoc.update(self.accelerator.unwrap_model(self.model), self.step)
         self.watch.at(self.step, None)
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
@@ -500,9 +505,11 @@ class Trainer:
                 "model": weights["model"],
                 "ema": weights["ema"],
                 "optimizer": weights["optimizer"],
+                "posthoc": self.posthoc.state_dict(),
                 "averages": averages,
                 "skipped": skipped,
             }
+            self.posthoc.save_snapshot(self.folder, self.step)
             path = save_checkpoint(self.folder / "checkpoints", state, self.config.logging.ckpt_keep)
             self.log.line(f"step {self.step:7d}: saved {path}")
         self.accelerator.wait_for_everyone()

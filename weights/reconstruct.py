@@ -1,0 +1,66 @@
+"""Choose the length of the weights' average after training (post-hoc EMA, EDM2, arXiv 2312.02696).
+
+    python -m weights.reconstruct results/000-DC-DiT --std 0.08 --output std-0.08.safetensors
+
+needs a run with `training.posthoc_ema_stds`. The file is a weights file for every --ckpt. The standard deviation is
+relative to the length of training: 0.1 averages over about the last quarter.
+"""
+
+import argparse
+from pathlib import Path
+
+import cli
+from config import UserError
+from weights.checkpoint import list_checkpoints, load_checkpoint, save_weights
+from weights.posthoc import LONGEST, Snapshot, list_snapshots, reconstruct, residual
+
+# Above this distance the snapshots cannot represent the profile, and the result is another average
+FAR = 0.1
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of train.py")
+    parser.add_argument("--std", type=float, required=True, help="relative standard deviation of the average")
+    parser.add_argument("--step", type=int, help="step at which it ends (default: the last snapshot's)")
+    parser.add_argument("--output", type=Path, required=True, help="weights file (.safetensors) to write")
+    args = parser.parse_args(argv)
+    if not 0 < args.std < LONGEST:
+        raise UserError(f"--std {args.std}: must be above 0 and below {LONGEST}, which is nearly uniform")
+    if args.output.suffix != ".safetensors":
+        raise UserError(f"--output '{args.output}': is a weights file, whose name ends in .safetensors")
+    cli.check_output_file("--output", args.output)
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    files = list_snapshots(args.run, args.step)
+    steps = sorted({snapshot.step for snapshot in files})
+    if args.step is not None and args.step not in steps:
+        raise UserError(
+            f"--step {args.step}: has no snapshot; the nearest earlier one is of step {steps[-1]}"
+        )
+    checkpoints = list_checkpoints(args.run / "checkpoints")
+    if not checkpoints:
+        raise UserError(f"'{args.run}' has no checkpoints, which hold the configuration; give another run")
+
+    # Put the weights together, into what else the newest checkpoint holds
+    target = Snapshot(steps[-1], args.std)
+    distance = residual(list(files), target)
+    state = load_checkpoint(checkpoints[-1])
+    buffers = {name: value for name, value in state["ema"].items()}
+    state["ema"] = buffers | reconstruct(files, target)
+    state["step"] = target.step
+    state["weights"] = None
+    save_weights(args.output, state)
+    print(
+        f"{args.output}: std {args.std:g} at step {target.step} from {len(files)} snapshots, "
+        f"profile reproduced to {distance:.1%}"
+    )
+    if distance > FAR:
+        print("warning: the snapshots are too far apart for this length; take a longer one")
+
+
+if __name__ == "__main__":
+    cli.run(main)
