@@ -180,7 +180,7 @@ SAMPLING = [
     ("--ckpt {place}/unguided/0000001.pt --cfg-scale 0", "without class dropout; use 1"),
     ("--ckpt {ckpt} --num-sampling-steps 0", "--num-sampling-steps 0: must be from 1 to 1000"),
     ("--ckpt {ckpt} --num-sampling-steps 1001", "--num-sampling-steps 1001: must be from 1 to 1000"),
-    ("--ckpt {ckpt} --sampler plms", "argument --sampler: invalid choice: 'euler'"),
+    ("--ckpt {ckpt} --sampler plms", "argument --sampler: invalid choice: 'plms'"),
     ("--ckpt {ckpt} --seed -1", "--seed -1: must be 0 or greater"),
     ("--ckpt {ckpt} --seed 9223372036854775808", "and below 2**63"),
     ("--ckpt {ckpt} --vae {place}/nowhere", "neither ema, mse nor the folder of a diffusers"),
