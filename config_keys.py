@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
 
+import layouts
 import spellings
 from schema import (
     Constraint,
@@ -57,8 +58,11 @@ EmaDecay = Annotated[
     Constraint(
         "in [0, 1)",
         lambda value: 0 <= value < 1,
-        remedy="; at 1 the EMA would keep the first weights for ever, try 0.9999",
+        remedy="; at 1 the EMA would keep the first weights for ever; try 0.9999",
     ),
+]
+GradientNorm = Annotated[
+    float, Constraint("greater than 0", lambda value: value > 0, remedy="; try null for no limit")
 ]
 Share = Annotated[float, Constraint("in [0, 1]", lambda value: 0 <= value <= 1)]
 GuidanceScale = Annotated[
@@ -73,6 +77,7 @@ class HNetConfig:
     arch_layout: list = network(
         ["c2", ["D12"], "c2"],
         "encoder, main network, decoder; c2: 2 convolution blocks, D12: 12 transformer blocks",
+        layouts.only_lists,
     )
     d_model: Annotated[list[PositiveInt], of_length(2)] = network(
         [768, 768], "width of the scaffold and of the main network, which must be equal", spellings.one_stage
@@ -155,7 +160,7 @@ class TrainingConfig:
         False,
         "at step s the EMA keeps at most (1 + s) / (10 + s), so that short runs forget their first weights",
     )
-    max_grad_norm: PositiveFloat | None = training(
+    max_grad_norm: GradientNorm | None = training(
         1.0,
         "longer gradients are scaled down to this norm; null: gradients of any length",
         spellings.no_limit,
@@ -166,6 +171,7 @@ class TrainingConfig:
         "auto",
         "auto: as accelerate launch says, which is no unless --mixed_precision is given; "
         "without a launcher, bf16 on CUDA",
+        spellings.precision,
     )
     tf32: bool = training(False, "products in float32 may run as TF32 on CUDA; the same as --tf32")
     compile: bool = free(False, "torch.compile of blocks, encoder and decoder; the same as --compile")
