@@ -157,7 +157,7 @@ def build(section: type[T], raw: Any, prefix: str = "", refused: dict[str, UserE
     values: dict[str, Any] = {}
     for name, value in raw.items():
         if name not in hints:
-            raise UserError(f"unknown key '{prefix}{name}'; {_remedy(name, hints, prefix)}")
+            raise UserError(f"unknown key '{prefix}{name}'; {_remedy(name, hints, section, prefix)}")
         key = prefix + name
         if dataclasses.is_dataclass(hints[name]):
             values[name] = build(typing.cast(type, hints[name]), value, f"{key}.", refused)
@@ -186,11 +186,12 @@ def as_mapping(raw: Any, where: str) -> dict:
     return raw
 
 
-def _remedy(name: Any, known: dict, prefix: str) -> str:
+def _remedy(name: Any, known: dict, section: type, prefix: str) -> str:
+    """The key that is probably meant: of this name in a section below, or of a similar name here."""
+    below = [leaf.name for leaf in leaves(section, prefix) if leaf.name.endswith(f".{name}")]
     similar = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    if similar:
-        return f"did you mean '{prefix}{similar[0]}'?"
-    return f"known keys: {', '.join(known)}"
+    meant = below or [prefix + key for key in similar]
+    return f"did you mean '{meant[0]}'?" if meant else f"known keys: {', '.join(known)}"
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
