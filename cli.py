@@ -13,18 +13,15 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from config import Config, OneProcessError, UserError
+from config import Config, OneProcessError, TrainingConfig, UserError
 from schema import leaves
 
 # All keys of the configuration, as `section.key`
 KEYS = [leaf.name for leaf in leaves(Config)]
-# What DiT and other training scripts call a key
-NAMES_IN_DIT = {
-    "lr": "training.learning_rate",
-    "batch_size": "training.global_batch_size",
-    "global_seed": "training.seed",
-    "data_path": "data.feature_path",
-}
+# The keys by their last name, and by what other training programs call them
+SHORT_KEYS = {key.rpartition(".")[2]: key for key in KEYS}
+SHORT_KEYS |= {name: f"training.{key}" for name, key in TrainingConfig.OTHER_NAMES.items()}
+SHORT_KEYS["data_path"] = "data.feature_path"
 # Options of accelerate launch and torchrun, which are often placed after the script
 LAUNCHER_OPTIONS = (
     "mixed_precision",
@@ -82,7 +79,7 @@ class Parser(argparse.ArgumentParser):
                 value = arguments[place + 1]
             mistakes.append(f"unknown option {name}{self._remedy(name, value)}")
         if mistakes:
-            self.error(" ".join(mistakes))
+            self.error("; ".join(mistakes))
 
     def _remedy(self, name: str, value: str) -> str:
         """What an unknown option probably means, to follow its name in an error line."""
@@ -95,11 +92,15 @@ class Parser(argparse.ArgumentParser):
             return "; it belongs to the launcher, before the name of the script"
         # A key of the configuration, or an option of DiT's scripts
         takes_keys = "set" in options
-        keys = {key.rpartition(".")[2]: key for key in KEYS} | {key: key for key in KEYS} | NAMES_IN_DIT
+        keys = SHORT_KEYS | {key: key for key in KEYS}
         if takes_keys and word in keys:
             return f"; did you mean --set {keys[word]}={value or '...'}?"
         if takes_keys and word == "model":
             return "; the network comes from --config in training, and from --ckpt in sampling"
+        # Some words of a longer name
+        longer = [option for option in options if set(word.split("_")) <= set(option.split("_"))]
+        if longer:
+            return f"; did you mean {options[min(longer, key=len)]}?"
         # A typing error
         if similar := difflib.get_close_matches(word, options, n=1):
             return f"; did you mean {options[similar[0]]}?"

@@ -149,6 +149,14 @@ class FractionRange:
 class TrainingConfig:
     """The course of training."""
 
+    # What DiT and other training programs call a key, for error lines
+    OTHER_NAMES = {
+        "lr": "learning_rate",
+        "batch_size": "global_batch_size",
+        "global_seed": "seed",
+        "mixed_precision": "precision",
+    }
+
     epochs: PositiveInt = free(80, "passes over the features")
     max_steps: PositiveInt | None = free(None, "length in optimizer steps, in place of epochs")
     global_batch_size: PositiveInt = training(256, "images per batch over all processes")
@@ -212,10 +220,12 @@ class TrainingConfig:
     init_from: str | None = free(
         None, "start with the weights of this model; a static DiT is upcycled as model.upcycle says"
     )
-    frozen: list[str] = training([], "parameters whose names begin with these do not change for frozen_steps")
+    frozen: list[str] = training(
+        [], "parameters whose names begin with these do not change for frozen_steps", spellings.no_entries
+    )
     frozen_steps: NonNegativeInt = training(0, "optimizer steps until the frozen parameters change")
     lr_scales: dict[str, PositiveFloat] = training(
-        {}, "factors on the learning rate, by beginning of the parameter's name"
+        {}, "factors on the learning rate, by beginning of the parameter's name", spellings.no_pairs
     )
     max_skipped_steps: PositiveInt = free(10, "number of non-finite steps in a row that ends training")
     rank_timeout: PositiveFloat = free(
@@ -264,7 +274,9 @@ class LoggingConfig:
     sample_cfg_scale: GuidanceScale = free(
         4.0, "guidance scale of the sample grids; 1 for a model without a null label"
     )
-    trackers: list[str] = free([], "wandb, tensorboard, or another tracker that Accelerate knows")
+    trackers: list[str] = free(
+        [], "wandb, tensorboard, or another tracker that Accelerate knows", spellings.no_entries
+    )
     wandb_project: str = free("Dynamic-Chunking-DiT", "project in wandb")
 
 

@@ -189,6 +189,9 @@ def as_mapping(raw: Any, where: str) -> dict:
 def _remedy(name: Any, known: dict, section: type, prefix: str) -> str:
     """The key that is probably meant: of this name in a section below, or of a similar name here."""
     below = [leaf.name for leaf in leaves(section, prefix) if leaf.name.endswith(f".{name}")]
+    other_names: dict[str, str] = getattr(section, "OTHER_NAMES", {})
+    if name in other_names:
+        return f"did you mean '{prefix}{other_names[name]}'?"
     similar = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     meant = below or [prefix + key for key in similar]
     return f"did you mean '{meant[0]}'?" if meant else f"known keys: {', '.join(known)}"
@@ -220,16 +223,8 @@ def _fits(value: Any, hint: Any, key: str) -> bool:
 
 
 # Texts that mean true or false elsewhere
-BOOLEANS = {
-    "true": True,
-    "yes": True,
-    "on": True,
-    "1": True,
-    "false": False,
-    "no": False,
-    "off": False,
-    "0": False,
-}
+TRUE = ("true", "yes", "y", "on", "1")
+FALSE = ("false", "no", "n", "off", "0")
 
 
 def _readings(value: Any) -> Iterator[Any]:
@@ -238,8 +233,11 @@ def _readings(value: Any) -> Iterator[Any]:
         return
     word = str(value).strip().lower()
     yield word
-    if word in BOOLEANS:
-        yield BOOLEANS[word]
+    if word == "none":
+        yield None
+        return
+    if word in TRUE + FALSE:
+        yield word in TRUE
     yield _number(word)
     if "," in word:
         parts = str(value).strip("[]() ").split(",")

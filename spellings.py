@@ -80,6 +80,16 @@ def precision(value: Any, key: str) -> Any:
     return names.get(value, value) if isinstance(value, str) else value
 
 
+def no_entries(value: Any, key: str) -> Any:
+    """null -> [], for a list of texts."""
+    return [] if value in (None, "None") else value
+
+
+def no_pairs(value: Any, key: str) -> Any:
+    """null -> {}, for 'name: value' pairs."""
+    return {} if value in (None, "None") else value
+
+
 def never_read(value: Any, key: str) -> Any:
     """Anything -> false: the official code has the key, and does not read it."""
     return False

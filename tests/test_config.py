@@ -194,6 +194,9 @@ OFFICIAL_SPELLINGS = [
     ("model.hnet.d_model=[768, 768, 768]", "model.hnet.d_model=[768, 768]"),
     ("model.hnet.num_heads=[12, 6, 6]", "model.hnet.num_heads=[12, 6]"),
     ("model.hnet.enc_dec_dim_factor=2", "model.hnet.enc_dec_dim_factor=[2, null]"),
+    ("logging.trackers=null", "logging.trackers=[]"),
+    ("training.frozen=None", "training.frozen=[]"),
+    ("training.lr_scales=null", "training.lr_scales={}"),
     ("training.learning_rate='1e-4'", "training.learning_rate=1e-4"),
     ("training.learn_sigma=yes", "training.learn_sigma=true"),
     ("training.precision=no", "training.precision=fp32"),
@@ -701,6 +704,7 @@ TYPED = [
     "training.downsample_factor=[4, 8]", "training.downsample_factor=[1, 8]", "training.downsample_factor=[x, y]",
     "data.image_size=250", "data.image_size=8", "data.image_size=1", "diffusion.diffusion_steps=10",
     "diffusion.cfg_channels=ALL", "diffusion.cfg_channels='3'",
+    "training.max_steps=None", "training.ratio_batch_size=none", "training.max_grad_norm=None",
     # Lists
     "logging.trackers=wandb", "training.frozen=router",
 ]  # fmt: skip
@@ -750,6 +754,9 @@ def test_every_suggestion_for_a_file_works(tmp_path, text):
         ("=3", "--set '=3' must have the form section.key=value"),
         ("training.epochs=[1", "--set 'training.epochs=[1': '[1' is not a valid YAML value"),
         ("training.epoch=3", "unknown key 'training.epoch'; did you mean 'training.epochs'?"),
+        ("training.lr=1e-4", "unknown key 'training.lr'; did you mean 'training.learning_rate'?"),
+        ("training.batch_size=8", "did you mean 'training.global_batch_size'?"),
+        ("training.learn_sigma=y", "training.learn_sigma: 'y' is not true or false; try true"),
         ("epochs=3", "unknown key 'epochs'; did you mean 'training.epochs'?"),
         ("model.d_model=[64, 64]", "unknown key 'model.d_model'; did you mean 'model.hnet.d_model'?"),
         ("training=3", "section 'training' must hold"),

@@ -190,7 +190,7 @@ def check_same_run(config: Config, folder: Path) -> None:
     changed = changed_keys(config, to_dict(load_config(file)))
     if changed:
         raise UserError(
-            f"--output '{folder}' was started with a different {', '.join(changed)}; "
+            f"the run in '{folder}' was started with a different {', '.join(changed)}; "
             f"{new_run_from(config, folder, changed)}"
         )
 
