@@ -97,13 +97,13 @@ class Parser(argparse.ArgumentParser):
             return f"; did you mean --set {keys[word]}={value or '...'}?"
         if takes_keys and word == "model":
             return "; the network comes from --config in training, and from --ckpt in sampling"
-        # Some words of a longer name
+        # A typing error, or some words of a longer name
+        similar = difflib.get_close_matches(word, options, n=1, cutoff=0.8)
         longer = [option for option in options if set(word.split("_")) <= set(option.split("_"))]
-        if longer:
-            return f"; did you mean {options[min(longer, key=len)]}?"
-        # A typing error
-        if similar := difflib.get_close_matches(word, options, n=1):
-            return f"; did you mean {options[similar[0]]}?"
+        longer.sort(key=lambda option: (not option.startswith(word), len(option)))
+        likely = [*similar, *longer, *difflib.get_close_matches(word, options, n=1)]
+        if likely:
+            return f"; did you mean {options[likely[0]]}?"
         if takes_keys and (similar := difflib.get_close_matches(word, keys, n=1, cutoff=0.7)):
             return f"; did you mean --set {keys[similar[0]]}={value or '...'}?"
         return ""

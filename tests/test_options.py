@@ -74,7 +74,6 @@ def test_a_mistyped_option_is_recognised(program, monkeypatch):
         ("sample", "-ckpt a.pt", "unknown option -ckpt; did you mean --ckpt?"),
         ("sample", "--ckpt a.pt --cfg 2", "unknown option --cfg; did you mean --cfg-scale?"),
         ("sample", "--ckpt a.pt --steps 50", "unknown option --steps; did you mean --num-sampling-steps?"),
-        ("sample_ddp", "--ckpt a.pt --samples 50", "did you mean --num-fid-samples?"),
         # Keys of the configuration as options
         ("train", "--num_workers 4", "unknown option --num_workers; did you mean --set data.num_workers=4?"),
         ("train", "--image-size 256", "did you mean --set data.image_size=256?"),
