@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -10,6 +11,7 @@ from schema import UserError, as_mapping
 
 # Keys, as `section.key`, that hold a text, each with whether it may also be null
 TextKeys = Mapping[str, bool]
+NO_KEYS: TextKeys = MappingProxyType({})
 
 # YAML's names of two types
 TEXT, NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
@@ -26,7 +28,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path, text_keys: TextKeys, children: tuple[Path, ...] = ()) -> dict:
+def read_yaml(path: Path, text_keys: TextKeys = NO_KEYS, children: tuple[Path, ...] = ()) -> dict:
     """The mapping in a YAML file, merged over the file that its `_base_` names.
 
     Args:

@@ -23,6 +23,7 @@ from config import (
 )
 from models import build_model
 from schema import Leaf, describe, leaves
+from training.resume import changed_keys
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -355,6 +356,14 @@ def test_every_key_that_is_switched_off_is_tried():
         "model.hnet.arch_layout",
         "model.hnet.d_model",
     }
+
+
+def test_an_unread_key_is_no_reason_to_refuse_a_resumed_run():
+    config = load_config(None, ["training.multi_budget_drop_fractions=[0.5]", "training.frozen_steps=3"])
+    assert changed_keys(config, to_dict(Config())) == []
+    multi_budget = load_config(None, ["training.multi_budget_training=true"])
+    keys = ["training.multi_budget_drop_fractions", "training.multi_budget_training"]
+    assert changed_keys(config, to_dict(multi_budget)) == keys
 
 
 def test_an_unread_key_keeps_a_value_that_could_be_read():
