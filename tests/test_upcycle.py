@@ -315,7 +315,10 @@ MISTAKES = [
         ["training.resume_from_ckpt={dit}", "model.patch_size=2", "training.lr_scales={blocks: 0.5}"],
         "differs from the {} of",
     ),
-    (["model.upcycle.scaffold=old"], "model.upcycle.scaffold: 'old' is not one of dit, fresh"),
+    (
+        ["training.init_from={dit}", "model.upcycle.scaffold=old"],
+        "model.upcycle.scaffold: 'old' is not one of dit, fresh",
+    ),
 ]
 
 

@@ -12,6 +12,7 @@ from config import (
     UserError,
     config_from_dict,
     differences,
+    is_read,
     load_config,
     role_of,
     to_dict,
@@ -205,7 +206,10 @@ def check_same_features(config: Config, folder: Path, state: Checkpoint, store: 
 
 def changed_keys(config: Config, saved: dict) -> list[str]:
     """Keys that differ from a saved configuration and must not change on resume."""
-    return [key for key in differences(to_dict(config), saved) if role_of(key) != "free"]
+    saved_config = config_from_dict(saved)
+    keys = [key for key in differences(to_dict(config), saved) if role_of(key) != "free"]
+    # A key that has no effect in either makes no difference
+    return [key for key in keys if is_read(config, key) or is_read(saved_config, key)]
 
 
 # --------------------------------------------------------------------------------------------- any checkpoint
