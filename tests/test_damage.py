@@ -86,7 +86,7 @@ def test_a_checkpoint_older_than_a_key_is_of_the_same_run(whole_run, tiny_config
     state = load_checkpoint(whole_run / "checkpoints" / "0000008.pt")
     del state["config"]["training"]["max_grad_norm"]
     save_checkpoint(tmp_path / "checkpoints", state, keep=0)
-    start = resume.find_start(config, tmp_path, open_features(config.data.feature_path, 32))
+    start = resume.find_start(config, kills.typed(tmp_path), open_features(config.data.feature_path, 32))
     assert start.state["step"] == 8 and start.warnings == []
 
 
