@@ -17,6 +17,8 @@ import cli
 from config import Config, UserError, config_from_dict, load_config, to_dict, to_yaml
 from data.autoencoder import Autoencoder
 from data.files import write_text
+from data.folders import class_table
+from data.names import repeats_numbers
 from evaluation.in_training import Evaluation
 from models import describe
 from processes import group
@@ -52,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         refuse_unconverted(args.resume, "--resume")
         raise UserError(
             f"--resume '{args.resume}' is not the folder of a run (it has no config.yaml); "
-            "start one with --config"
+            f"{resume.start_again(Path(args.resume))}"
         )
     if not args.config and not args.resume:
         raise UserError("--config is missing; give a file of configs/, or --resume with the folder of a run")
@@ -155,10 +157,13 @@ def make_hooks(
 
 
 def log_start(trainer: Trainer, start: resume.Start) -> None:
-    """Log which checkpoints could not be used, what is trained, and where its first weights come from."""
+    """Log unusable checkpoints, what is trained, the label of each class, and where the first weights come from."""
     for warning in start.warnings:
         trainer.log.line(f"warning: {warning}; using the checkpoint before it")
     trainer.report_start()
+    names = trainer.store.class_names
+    if not repeats_numbers(names):
+        trainer.log.line(f"classes: {class_table(names)}")
     if start.origins:
         trainer.log.origins(str(trainer.config.training.init_from), start.origins)
 

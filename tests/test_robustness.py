@@ -114,6 +114,16 @@ def test_grid_and_metrics_that_a_kill_prevented_follow_on_resume(run, tmp_path):
     assert rows == [{"step": 4, "fid": 4}, {"step": 8, "fid": 8}]
 
 
+def test_a_skipped_evaluation_leaves_no_row(run, tmp_path):
+    def skip():
+        train.Evaluation = lambda *args: lambda model, step: {}
+        train.sample_grids.load_decoder = lambda *args: object()
+
+    codes, printed = run("run", "evaluation.every=4", "evaluation.reference=x", plans=[skip])
+    assert codes == [0], printed
+    assert not (tmp_path / "run" / "evaluation.jsonl").exists()
+
+
 # ---------------------------------------------------------------------------------------------------- signals
 
 

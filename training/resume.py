@@ -172,11 +172,17 @@ def read_run_config(folder: Path, option: str) -> Config:
         return config_from_dict(raw)
     except UserError as error:
         reason = str(error).removeprefix(f"--config '{file.resolve()}' ")
-    remedy = "remove it and start again with --config"
-    if list_checkpoints(folder / "checkpoints"):
-        words = shlex.join(["--output", str(folder)])
-        remedy = f"remove it and resume with --config CONFIG {words}, which the checkpoints are compared with"
-    raise UserError(f"{option} '{folder}': '{file}' cannot be used ({reason}); {remedy}")
+    raise UserError(
+        f"{option} '{folder}': '{file}' cannot be used ({reason}); remove it, then {start_again(folder)}"
+    )
+
+
+def start_again(folder: Path) -> str:
+    """The remedy for a folder whose configuration is missing. Its checkpoints hold the configuration, too."""
+    if not list_checkpoints(folder / "checkpoints"):
+        return "start one with --config"
+    words = shlex.join(["--output", str(folder)])
+    return f"resume with --config CONFIG {words}, where CONFIG is the file that the run was started with"
 
 
 def check_same_run(config: Config, command: CommandLine, store: Features) -> None:
