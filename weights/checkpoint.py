@@ -128,8 +128,13 @@ def plain_data(state: Checkpoint) -> dict[str, Any]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in a folder, oldest first."""
-    checkpoints = [path for path in folder.glob("*.pt") if re.fullmatch(r"\d{7,}", path.stem)]
+    checkpoints = [path for path in folder.glob("*.pt") if is_checkpoint_name(path)]
     return sorted(checkpoints, key=lambda path: int(path.stem))
+
+
+def is_checkpoint_name(path: Path) -> bool:
+    """Whether a file is named like a checkpoint of a run, by its step: 0400000.pt."""
+    return path.suffix == ".pt" and re.fullmatch(r"\d{7,}", path.stem) is not None
 
 
 def load_checkpoint(path: str | Path, option: str = "--ckpt") -> Checkpoint:
