@@ -50,11 +50,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(
             f"--resume '{args.resume}' and --output '{args.output}' both name the run's folder; give one"
         )
-    if args.resume and not (Path(args.resume) / "config.yaml").is_file():
+    if args.resume and not resume.starting_files(Path(args.resume)):
         refuse_unconverted(args.resume, "--resume")
         raise UserError(
             f"--resume '{args.resume}' is not the folder of a run (it has no config.yaml); "
-            f"{resume.start_again(Path(args.resume))}"
+            "start one with --config"
         )
     if not args.config and not args.resume:
         raise UserError("--config is missing; give a file of configs/, or --resume with the folder of a run")

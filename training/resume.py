@@ -159,12 +159,14 @@ def raise_length(config: Config, step: int) -> str:
 
 
 def read_run_config(folder: Path, option: str) -> Config:
-    """The configuration that a run has left in its folder.
+    """The configuration of the run in a folder: from config.yaml, or from a checkpoint if there is no such file.
 
     Raises:
-        UserError: config.yaml is damaged, for example empty or cut off.
+        UserError: config.yaml is damaged, for example empty or cut off, or the folder is not that of a run.
     """
     file = folder / "config.yaml"
+    if not file.is_file():
+        return config_from_dict(load_newest(folder, option)["config"])
     try:
         raw = read_yaml(file)
         # The file holds all keys, so one that is cut off between two lines lacks the last
@@ -173,16 +175,20 @@ def read_run_config(folder: Path, option: str) -> Config:
     except UserError as error:
         reason = str(error).removeprefix(f"--config '{file.resolve()}' ")
     raise UserError(
-        f"{option} '{folder}': '{file}' cannot be used ({reason}); remove it, then {start_again(folder)}"
+        f"{option} '{folder}': '{file}' cannot be used ({reason}); remove it and run the same command again: "
+        "checkpoints hold the configuration, too"
     )
 
 
-def start_again(folder: Path) -> str:
-    """The remedy for a folder whose configuration is missing. Its checkpoints hold the configuration, too."""
-    if not list_checkpoints(folder / "checkpoints"):
-        return "start one with --config"
-    words = shlex.join(["--output", str(folder)])
-    return f"resume with --config CONFIG {words}, where CONFIG is the file that the run was started with"
+def load_newest(folder: Path, option: str) -> Checkpoint:
+    """The newest checkpoint of a run that can be read."""
+    problem = f"{option} '{folder}' has no checkpoint; start a run with --config"
+    for path in reversed(list_checkpoints(folder / "checkpoints")):
+        try:
+            return load_checkpoint(path, option)
+        except UserError as error:
+            problem = str(error)
+    raise UserError(problem)
 
 
 def check_same_run(config: Config, command: CommandLine, store: Features) -> None:
