@@ -264,7 +264,8 @@ def new_run_from(
     # Other groups of parameters do not fit the optimizer of the checkpoint, and its step may be the last one
     is_regrouped = any(key.startswith("training.lr_scales") for key in changed)
     is_late = int(newest.stem) >= total_steps(fitted, len(store))
-    weights_only = is_reshaped or is_regrouped or is_late or not same_labels
+    is_foreign = is_reshaped or is_regrouped or not same_labels
+    weights_only = is_foreign or is_late
     # A network that computes something else does not start from weights alone
     computing = [key for key in changed if key.startswith("model.") and role_of(key) == "process"]
     if weights_only and computing:
@@ -281,8 +282,14 @@ def new_run_from(
         config_from_dict(to_dict(config), overrides)
     except UserError:
         return refusal
-    start = "start at step 0 from its weights" if weights_only else "start a new run from it"
-    return f"{start} with `{command.in_new_folder(overrides)}`"
+    new_command = command.in_new_folder(overrides)
+    if not weights_only:
+        return f"start a new run from it with `{new_command}`"
+    remedy = f"start at step 0 from its weights with `{new_command}`"
+    if is_foreign:
+        return remedy
+    length = raise_length(fitted, int(newest.stem))
+    return f"{remedy}, or {length} and give training.resume_from_ckpt in place of training.init_from"
 
 
 def newest_readable(folder: Path) -> Path | None:
