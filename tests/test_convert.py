@@ -456,6 +456,18 @@ def test_a_file_that_is_not_converted_is_met_with_the_command(
         train.main(["--resume", str(official)])
 
 
+def test_the_command_names_no_file_that_exists(diffusers_dit, tmp_path, monkeypatch):
+    """Also where the folder is given as the current one."""
+    folder = shutil.copytree(diffusers_dit[1], tmp_path / "dit")
+    monkeypatch.chdir(folder)
+    for name in ("dit-converted.safetensors", "dit-converted-2.safetensors"):
+        with pytest.raises(UserError) as caught:
+            load_trained(".")
+        words = shlex.split(str(caught.value).split("`")[1])
+        assert words[-1] == str(tmp_path / name)
+        convert.main(words[3:])
+
+
 def test_what_is_not_ours_and_cannot_be_converted(official, save, tiny_config, tmp_path):
     """No command is promised: for other networks, and for our own files that are damaged."""
     for source in (save({"a": torch.ones(1)}), save({"format": 2, "model": small_dit()})):
@@ -619,6 +631,8 @@ def test_blocks_with_embeddings_of_their_own(diffusers_dit):
 
 
 def test_the_command(official, tmp_path):
-    command = [sys.executable, "-m", "weights.convert", str(official), str(tmp_path / "a.safetensors")]
+    """Into a folder that does not exist yet."""
+    output = tmp_path / "new" / "a.safetensors"
+    command = [sys.executable, "-m", "weights.convert", str(official), str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and f"from official DC-DiT {official}" in done.stdout, done.stderr

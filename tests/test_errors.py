@@ -48,6 +48,8 @@ def place(tiny_config, tmp_path_factory) -> Path:
     whole = (folder / "run" / "checkpoints" / "0000001.pt").read_bytes()
     (folder / "broken" / "checkpoints" / "0000002.pt").write_bytes(whole[: len(whole) // 2])
     (folder / "empty").mkdir()
+    (folder / "project").mkdir()
+    (folder / "project" / "config.yaml").write_text("colour: blue")
     (folder / "photos").mkdir()
     (folder / "photos" / "holiday.png").touch()
     (folder / "a_file").write_text("not a checkpoint, not a folder")
@@ -111,6 +113,8 @@ TRAIN = [
     ("--resume {place}/run --set training.seed=1",
      "--resume '{place}/run' was started with a different training.seed; start a new run from it with `python "
      "train.py --config {place}/run/config.yaml --output {place}/run-2 --set training.seed=1"),
+    ("--config {config} --output {place}/project",
+     "'{place}/project/config.yaml' cannot be used (it is incomplete); choose another folder, or remove the file"),
     ("--config {config} --output {place}/run --set training.lr_scales.router=0.5",
      "--set training.init_from={ckpt}"),
     ("--config {config} --output {place}/run --set training.global_batch_size=2 --set training.ratio_batch_size=4",

@@ -56,8 +56,8 @@ class CommandLine(NamedTuple):
         launcher = ["python"] if self.processes == 1 else ["torchrun", f"--nproc_per_node={self.processes}"]
         words = [*launcher, "train.py", "--config", str(self.config_file)]
         words += ["--output", str(free_folder(Path(self.folder or "run")))]
-        for override in [*self.overrides, *overrides]:
-            words += ["--set", override]
+        for change in [*self.overrides, *overrides]:
+            words += ["--set", change]
         return shlex.join(words)
 
 
@@ -173,11 +173,11 @@ def read_run_config(folder: Path, option: str) -> Config:
         require(LAST_KEY in raw, "it is incomplete")
         return config_from_dict(raw)
     except UserError as error:
-        reason = str(error).removeprefix(f"--config '{file.resolve()}' ")
-    raise UserError(
-        f"{option} '{folder}': '{file}' cannot be used ({reason}); remove it and run the same command again: "
-        "checkpoints hold the configuration, too"
-    )
+        reason = str(error).removeprefix(f"--config '{file.resolve()}'").lstrip(": ")
+    remedy = "choose another folder, or remove the file if nothing needs it"
+    if list_checkpoints(folder / "checkpoints"):
+        remedy = "remove it and run the same command again: checkpoints hold the configuration, too"
+    raise UserError(f"{option} '{folder}': '{file}' cannot be used ({reason}); {remedy}")
 
 
 def load_newest(folder: Path, option: str) -> Checkpoint:

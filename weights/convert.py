@@ -111,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     kind, state = read_source(args)
     check_shapes(state, args.source)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.output.suffix == ".safetensors":
         save_weights(args.output, state)
     else:
