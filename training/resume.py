@@ -6,7 +6,7 @@ same features. Everything else starts a new run from a checkpoint, with `trainin
 
 import shlex
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import yaml
 
@@ -252,28 +252,15 @@ def new_run_from(
         return refusal
     overrides = fitting_batches(config, command.processes)
     fitted = config_from_dict(to_dict(config), overrides)
-
-    # Another network cannot take the weights, unless only the table of labels differs
-    shaping = {key for key in changed if role_of(key) == "network"}
-    is_reshaped = False
-    if shaping:
-        saved = read_run_config(folder, command.option)
-        is_reshaped = network_shapes(config) != network_shapes(saved)
-    if is_reshaped and not shaping <= set(LABEL_KEYS):
-        return refusal
-    # Other groups of parameters do not fit the optimizer of the checkpoint, and its step may be the last one
-    is_regrouped = any(key.startswith("training.lr_scales") for key in changed)
-    is_late = int(newest.stem) >= total_steps(fitted, len(store))
-    is_foreign = is_reshaped or is_regrouped or not same_labels
-    weights_only = is_foreign or is_late
-    # A network that computes something else does not start from weights alone
-    computing = [key for key in changed if key.startswith("model.") and role_of(key) == "process"]
-    if weights_only and computing:
+    step = int(newest.stem)
+    is_late = step >= total_steps(fitted, len(store))
+    use = use_of_checkpoint(config, read_run_config(folder, command.option), changed, same_labels, is_late)
+    if use is None:
         return refusal
 
     # A run has one source
     used, unused = "training.resume_from_ckpt", "training.init_from"
-    if weights_only:
+    if use != "training":
         used, unused = unused, used
     overrides.append(override(used, str(newest)))
     if getattr(config.training, unused.removeprefix("training.")):
@@ -282,14 +269,48 @@ def new_run_from(
         config_from_dict(to_dict(config), overrides)
     except UserError:
         return refusal
+
     new_command = command.in_new_folder(overrides)
-    if not weights_only:
+    if use == "training":
         return f"start a new run from it with `{new_command}`"
     remedy = f"start at step 0 from its weights with `{new_command}`"
-    if is_foreign:
+    if use == "weights":
         return remedy
-    length = raise_length(fitted, int(newest.stem))
-    return f"{remedy}, or {length} and give training.resume_from_ckpt in place of training.init_from"
+    longer = raise_length(fitted, step)
+    return f"{remedy}, or {longer} and give training.resume_from_ckpt in place of training.init_from"
+
+
+# What a new run can take from a checkpoint: also its step and optimizer, its weights alone, or its weights
+# unless the run becomes longer
+Use = Literal["training", "weights", "weights unless longer"]
+
+
+def use_of_checkpoint(
+    config: Config, saved: Config, changed: list[str], same_labels: bool, is_late: bool
+) -> Use | None:
+    """What a new run can take from a checkpoint of a run; None if it can take nothing.
+
+    Args:
+        config: of the new run.
+        saved: of the run.
+        changed: keys in which they differ.
+        same_labels: whether labels stand for the same classes in both.
+        is_late: whether the new run ends at or before the step of the checkpoint.
+    """
+    # Another network cannot take the weights, unless only the table of labels differs
+    shaping = {key for key in changed if role_of(key) == "network"}
+    is_reshaped = bool(shaping) and network_shapes(config) != network_shapes(saved)
+    if is_reshaped and not shaping <= set(LABEL_KEYS):
+        return None
+    # Other groups of parameters do not fit the optimizer
+    is_regrouped = any(key.startswith("training.lr_scales") for key in changed)
+    weights_only = is_reshaped or is_regrouped or not same_labels
+    if not weights_only and not is_late:
+        return "training"
+    # Weights alone start no network that computes something else
+    if any(key.startswith("model.") and role_of(key) == "process" for key in changed):
+        return None
+    return "weights" if weights_only else "weights unless longer"
 
 
 def newest_readable(folder: Path) -> Path | None:
