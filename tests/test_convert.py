@@ -454,6 +454,13 @@ def test_a_file_that_is_not_converted_is_met_with_the_command(
             train.main(["--config", str(tiny_config), "--set", f"{option}={official}"])
     with pytest.raises(UserError, match="^--resume '.*give the result as training.init_from$"):
         train.main(["--resume", str(official)])
+    # In the folder of an official run
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copy(official, tmp_path / "run" / "checkpoints" / "0400000.pt")
+    folder = str(tmp_path / "run")
+    for words in (["--resume", folder], ["--config", str(tiny_config), "--output", folder]):
+        with pytest.raises(UserError, match="` and give the result as training.init_from"):
+            train.main(words)
 
 
 def test_the_command_names_no_file_that_exists(diffusers_dit, tmp_path, monkeypatch):

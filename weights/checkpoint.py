@@ -199,7 +199,7 @@ def refuse_unconverted(path: str | Path, option: str) -> None:
     if hint is None:
         return
     # Converted weights have no optimizer, so they can be the start of a run but not resume one
-    is_start = option in ("--resume", "training.resume_from_ckpt")
+    is_start = option in ("--output", "--resume", "training.resume_from_ckpt")
     target = " as training.init_from" if is_start else ""
     raise UserError(f"{option} '{path}' {hint}{target}")
 
