@@ -213,14 +213,14 @@ def test_no_foreign_entry_stops_training_with_a_traceback(tmp_path_factory, tiny
         "skipped": {"total": 0},
     }
     save_checkpoint(folder / "checkpoints", state, keep=0)
-    assert resume.find_start(config, folder, store).state["step"] == 1
+    assert resume.find_start(config, kills.typed(folder), store).state["step"] == 1
     state[key] = value
     if missing:
         del state[key]
     (folder / "checkpoints" / "0000001.pt").unlink()
     torch.save({"format": 1, **state}, folder / "checkpoints" / "0000001.pt")
     try:
-        found = resume.find_start(config, folder, store).state
+        found = resume.find_start(config, kills.typed(folder), store).state
     except UserError as error:
         assert "\n" not in str(error)
     else:

@@ -19,6 +19,7 @@ from models import build_model
 from sampling import accounting, hub
 from sampling.generate import SamplingOptions, generate_images, load_trained
 from training import sample_grids
+from training.checks import label_ranges
 from weights import convert
 from weights.checkpoint import list_checkpoints, save_checkpoint
 
@@ -181,8 +182,16 @@ def test_images_are_kept_if_the_report_fails(checkpoint, tmp_path, monkeypatch):
 def test_training_says_that_classes_have_no_images(tiny_config, tmp_path, capsys):
     argv = ["--config", str(tiny_config), "--output", str(tmp_path), "--set", "training.max_steps=1"]
     train.main([*argv, "--set", "data.num_classes=5"])
-    said = "warning: data.num_classes is 5, but the features have 3 classes; labels 3 to 4 are never trained"
-    assert said in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    said = "data.num_classes is 5, but the features have images of 3 classes; labels 3 to 4 are never trained; for"
+    assert f"warning: {said}" in printed
+    assert "classes: 0 'a', 1 'b', 2 'c'\n" in printed
+
+
+def test_labels_between_others_that_have_no_images():
+    assert label_ranges([1]) == "1"
+    assert label_ranges([1, 3, 4, 5, 999]) == "1, 3 to 5, 999"
+    assert label_ranges(list(range(0, 20, 2))) == "0, 2, 4, 6, ..., 18"
 
 
 def test_fewer_images_than_before_are_said(checkpoint, tmp_path, capsys):
