@@ -39,7 +39,7 @@ from processes.lock import FolderLock
 from sampling.budgets import ALL, Budget
 from sampling.generate import draw_labels
 from sampling.load import TrainedModel, load_trained
-from sampling.options import SamplingOptions
+from sampling.options import SamplingOptions, possible_scale
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ParetoPlan:
     checkpoints: list[str]
     vae: str | None  # default: the autoencoder that each checkpoint names
     weights: str  # "ema" or "model"
-    cfg_scales: list[float]
+    cfg_scales: list[float] | None  # None: without guidance, at the scale that each model can do
     budgets: list[float]  # dropped fractions
     lite_budgets: list[
         float
@@ -232,7 +232,7 @@ def points_of(trained: TrainedModel, plan: ParetoPlan) -> list[Point]:
     static = trained.config.is_static
     budgets = [0.0] if static else plan.budgets
     points = []
-    for scale in plan.cfg_scales:
+    for scale in plan.cfg_scales or [possible_scale(1.0, trained.config)]:
         lites: list[float | None] = [None]
         if scale > 1 and not static:
             lites += plan.lite_budgets

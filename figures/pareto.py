@@ -27,6 +27,8 @@ from sampling.arguments import add_weights_argument
 
 # The metrics that are drawn: the first one that the table has
 DRAWN = ("fid", "frechet_distance")
+# Titles of the panels of the scales that are no guidance
+TITLES = {0.0: "without classes", 1.0: "without guidance"}
 
 Row = dict[str, str]
 
@@ -165,8 +167,7 @@ def draw(rows: list[Row], path: Path) -> list[Comparison]:
         for comparison, curve, mark in compare_curves(curves):
             annotate(axis, comparison, curve, mark)
             comparisons.append(comparison)
-        guidance = f"guidance scale {float(scale):g}"
-        axis.set_title("without guidance" if float(scale) == 1 else guidance)
+        axis.set_title(TITLES.get(float(scale), f"guidance scale {float(scale):g}"))
         axis.set_xlabel("TFLOP per image, all steps and branches")
         axis.set_ylabel(f"{METRIC_NAMES[metric_of(rows)]} ({rows[0]['images']} images)")
         axis.ticklabel_format(axis="x", scilimits=(-2, 4))
@@ -239,7 +240,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--budgets", type=numbers, default=[0.0], help="tail-dropping fractions, e.g. 0,0.2,0.4 (default: 0)"
     )
     parser.add_argument(
-        "--cfg-scale", type=numbers, default=[1.0], help="guidance scales, e.g. 1,1.5 (default: 1)"
+        "--cfg-scale", type=numbers, help="guidance scales, e.g. 1,1.5 (default: 1, which is none)"
     )
     parser.add_argument(
         "--lite-cfg", type=numbers, default=[], help="also drop these fractions in the unconditional branch"
@@ -272,7 +273,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     cli.check_at_least(args, 4, "num_samples")
     cli.check_at_least(args, 1, "batch_size")
-    if args.lite_cfg and max(args.cfg_scale) <= 1:
+    if args.lite_cfg and max(args.cfg_scale or [1.0]) <= 1:
         raise UserError(
             "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; add a larger scale"
         )

@@ -19,6 +19,8 @@ from data.names import markdown, short_name
 from models import architecture, flops
 from sampling.arguments import add_weights_argument
 from sampling.load import TrainedModel, load_trained
+from sampling.options import possible_scale
+from sampling.pipeline import DEFAULT_SCALE
 from weights.checkpoint import WEIGHTS, Checkpoint, save_weights
 
 # Budgets and sampling steps whose cost the model card gives
@@ -79,6 +81,8 @@ def model_card(trained: TrainedModel) -> str:
     parameters = sum(p.numel() for p in trained.model.parameters())
     weights = "EMA" if trained.weights == "ema" else "Trained"
     autoencoder = short_name(Path(trained.autoencoder.name).name).replace("`", "'")
+    scale = possible_scale(DEFAULT_SCALE, config)
+    kind = "Class-conditional diffusion" if scale else "Unconditional diffusion"
     classes = ""
     if trained.class_names and len(trained.class_names) <= MOST_NAMES:
         classes = f": {', '.join(markdown(name) for name in trained.class_names)}"
@@ -89,13 +93,13 @@ tags: [diffusion, model_hub_mixin]
 ---
 # {markdown(config.model.name)}
 
-Class-conditional diffusion transformer with {parameters / 1e6:.1f} M parameters.
+{kind} transformer with {parameters / 1e6:.1f} M parameters.
 {weights} weights after {trained.step:,} steps.
 
 ```python
 from sampling.pipeline import DCDiTPipeline
 
-images = DCDiTPipeline.from_pretrained("this folder")(class_labels=[0], guidance_scale=4.0).images
+images = DCDiTPipeline.from_pretrained("this folder")(class_labels=[0], guidance_scale={scale}).images
 ```
 
 ## Training data

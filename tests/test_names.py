@@ -17,6 +17,7 @@ from config import UserError, config_from_dict, load_config, to_dict
 from data.features import open_features
 from data.names import markdown, short_name
 from figures import cost, elastic_grid, pareto
+from figures.side_by_side import side_by_side
 from models import build_model, flops
 from sampling import hub
 from sampling.accounting import SamplingRecord, Seconds, save_summary, summarise
@@ -201,8 +202,8 @@ def test_model_card(odd, tmp_path):
     assert r"Autoencoder: `caf\xe9'`" in card and load_trained(tmp_path).class_names == ODD
 
 
-def test_page(odd):
-    """Everything that Gradio gets can be sent to a browser, and its title holds no mark-up."""
+def build_page(trained):
+    """What Gradio is given for the page of a model."""
     seen = []
 
     class Part:
@@ -218,13 +219,29 @@ def test_page(odd):
 
     names = ("Blocks", "Markdown", "Row", "Dropdown", "Number", "Slider", "Image", "Textbox")
     gradio = types.SimpleNamespace(**dict.fromkeys(names, Part), on=lambda *args, **options: None)
-    demo.build_page(gradio, load_trained(odd), 2, "ddim")
+    demo.build_page(gradio, trained, 2, "ddim")
+    return seen
+
+
+def test_page(odd):
+    """Everything that Gradio gets can be sent to a browser, and its title holds no mark-up."""
+    seen = build_page(load_trained(odd))
     repr(seen).encode()
     text = next(args[0] for args, _ in seen if args and str(args[0]).startswith("##"))
     assert text.startswith(r"## \_DiT \$1\_\<b\>: one checkpoint")
     choices = next(args[0] for args, options in seen if options.get("label") == "class")
     assert choices[:2] == [("$5_to_$x^{", 0), (r"caf\xe9 <b>", 1)]
     "".join(name for name, _ in choices).encode()
+
+
+@pytest.mark.parametrize("dropped_labels, scale", [(0.0, 1), (1.0, 0), (0.5, 2)])
+def test_the_page_offers_a_scale_that_the_model_can_do(tiny_config, tmp_path, dropped_labels, scale):
+    config = load_config(tiny_config, [f"training.class_dropout_prob={dropped_labels}"])
+    trained = load_trained(save(config, tmp_path, None))
+    seen = build_page(trained)
+    (lowest, _, shown), options = next(part for part in seen if part[1].get("label") == "guidance")
+    assert shown == scale and lowest == min(scale, 1) and options["interactive"] == (scale == 2)
+    assert side_by_side(trained, 2, "ddim")(1, 0, shown, 0.5).image.shape == (288, 288, 3)
 
 
 def test_any_name_can_be_printed(monkeypatch, capsys):
