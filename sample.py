@@ -27,6 +27,7 @@ from sampling.arguments import (
     add_cuda_graph_argument,
     add_sampling_arguments,
     chosen_labels,
+    describe_labels,
     print_classes,
     read_arguments,
 )
@@ -74,9 +75,9 @@ def main(argv: list[str] | None = None) -> None:
         print_classes(args)
         return
     options, trained = read_arguments(args, group.default_device())
-    labels = chosen_labels(args, trained, default_labels(trained.config))
+    labels = chosen_labels(args, trained, options, default_labels(trained.config))
     if args.dry_run:
-        print(f"{describe(trained.config)}\nsamples       {len(labels)} of classes {labels}, {options}")
+        print(f"{describe(trained.config)}\nsamples       {describe_labels(labels, options)}, {options}")
         return
 
     # A limit on the cost becomes a fraction to drop

@@ -3,13 +3,12 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from config import Config
 from data.autoencoder import Autoencoder
-from evaluation.class_labels import ClassLabels
+from evaluation.class_labels import sampled_classes
 from evaluation.comparison import FeatureSet, check_sizes, check_source, class_note, compare, measure_source
 from evaluation.extractors import load_extractor
 from evaluation.image_sets import open_source
@@ -91,7 +90,7 @@ class Evaluation:
         # The first process compares
         metrics: dict[str, float] = {}
         if is_first:
-            classes = ClassLabels(np.array(self.labels), self.class_names)
+            classes = sampled_classes(self.labels, self.class_names, self.options.cfg_scale)
             samples = FeatureSet(title, features, {}, classes)
             metrics = compare(samples, self.reference, self.extractor)
             self.print_note(class_note(samples, self.extractor))

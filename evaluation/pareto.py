@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
 
 from config import UserError, one_line
 from data.files import write_text
 from data.names import short_name
 from data.store_files import sha256_of
-from evaluation.class_labels import ClassLabels
+from evaluation.class_labels import sampled_classes
 from evaluation.comparison import (
     FeatureSet,
     check_sizes,
@@ -304,7 +303,7 @@ def measure_point(
     if processes.rank > 0:
         return {}
     found = {"tflop_per_image": chunks.mean("tflop"), "kept_share": chunks.mean("kept")}
-    classes = ClassLabels(np.array(labels), point.trained.class_names)
+    classes = sampled_classes(labels, point.trained.class_names, point.cfg_scale)
     own = FeatureSet(str(point), chunks, {}, classes)
     note = class_note(own, yardstick.extractor)
     if note and note not in yardstick.notes:

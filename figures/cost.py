@@ -2,8 +2,8 @@
 
     python -m figures.cost quickstart/summary.json
 
-writes kept_tokens.png, cost_by_component.png and kept_by_class.png beside it, or beside the folder of
-sample_ddp.py's samples.
+writes kept_tokens.png, cost_by_component.png and, for samples with classes, kept_by_class.png beside it, or beside
+the folder of sample_ddp.py's samples.
 """
 
 import json
@@ -162,6 +162,11 @@ def default_folder(summary: Path) -> Path:
     return folder.with_name(f"{folder.name}.charts") if holds_samples else folder
 
 
+def drawable(summary: Summary) -> list[str]:
+    """Names of the pictures: samples without a class have no chart of the classes."""
+    return [name for name in PICTURES if summary["kept_by_class"] or name != "kept_by_class.png"]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("summary", type=Path, help="summary.json of a sampling run")
@@ -172,9 +177,10 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.output or default_folder(args.summary)
     cli.check_output("--output", folder)
     summary = read_summary(args.summary)
-    for name, draw in PICTURES.items():
-        draw(summary, folder / name)
-    print(f"{', '.join(PICTURES)} written to {folder.resolve()}")
+    names = drawable(summary)
+    for name in names:
+        PICTURES[name](summary, folder / name)
+    print(f"{', '.join(names)} written to {folder.resolve()}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from sampling.arguments import (
     add_class_arguments,
     add_sampling_arguments,
     chosen_labels,
+    describe_labels,
     fit_to_model,
     load_trained_from,
     print_classes,
@@ -100,16 +101,19 @@ def main(argv: list[str] | None = None) -> None:
     trained = load_trained_from(args, device)
     config = trained.config
     options = fit_to_model(options, args, config)
-    labels = chosen_labels(args, trained, list(range(min(4, config.data.num_classes))))
-    names = [row_name(label, trained.class_names) for label in labels]
+    labels = chosen_labels(args, trained, options, list(range(min(4, config.data.num_classes))))
+    if options.cfg_scale:
+        names = [row_name(label, trained.class_names) for label in labels]
+    else:
+        names = [f"sample {i}" for i in range(len(labels))]
     columns = []
     for fraction in args.fractions:
         column = dataclasses.replace(options, budget=Budget.fraction(fraction))
         column.check(config)
         columns.append(column)
     if args.dry_run:
-        samples = f"{len(labels)} of classes {labels} at {args.fractions} dropped"
-        print(f"{describe(config)}\nsamples       {samples}")
+        samples = describe_labels(labels, options)
+        print(f"{describe(config)}\nsamples       {samples} at {args.fractions} dropped")
         return
 
     # Sample every column on the same noise

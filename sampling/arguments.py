@@ -201,9 +201,15 @@ def print_classes(args: argparse.Namespace) -> None:
     print(class_table(num_classes, state["class_names"]))
 
 
-def chosen_labels(args: argparse.Namespace, trained: TrainedModel, default: list[int]) -> list[int]:
+def chosen_labels(
+    args: argparse.Namespace, trained: TrainedModel, options: SamplingOptions, default: list[int]
+) -> list[int]:
     """The labels of --classes, or the default. Raises UserError for a class that the model does not know."""
     labels = default
+    if args.classes and not options.cfg_scale:
+        print(
+            "--classes: give only the number of images at --cfg-scale 0, which draws samples without a class"
+        )
     if args.classes:
         labels = choose_labels(args.classes, trained.class_names)
         note = ambiguity(args.classes, trained.class_names)
@@ -211,6 +217,11 @@ def chosen_labels(args: argparse.Namespace, trained: TrainedModel, default: list
             print(note)
     check_labels(labels, trained.config)
     return labels
+
+
+def describe_labels(labels: list[int], options: SamplingOptions) -> str:
+    """How many samples there are, and of which classes."""
+    return f"{len(labels)} of classes {labels}" if options.cfg_scale else f"{len(labels)} without a class"
 
 
 def chosen_checkpoint(args: argparse.Namespace, config: Config | None) -> str:
