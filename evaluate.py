@@ -59,10 +59,13 @@ def main(argv: list[str] | None = None) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Compare, print and save."""
     # Check both sides before any work
-    sources = [open_source(args.samples), open_source(args.reference)]
+    sources = [open_source(args.samples, "SAMPLES"), open_source(args.reference, "REFERENCE")]
     cli.check_output_file("--output", args.output or default_output(args.samples))
     comparison.check_sizes(sources[0].size, sources[1].size)
     processes = group.start_processes()
+    for source in sources:
+        for note in source.notes:
+            group.print_once(note)
     extractor = load_extractor(args.features, args.inception_weights, processes.device)
     for source in sources:
         comparison.check_source(source, extractor)
@@ -85,9 +88,9 @@ def evaluate(args: argparse.Namespace) -> None:
     notes = [comparison.compression_warning(*sources), comparison.class_note(samples, extractor)]
     for side in (samples, reference):
         notes.append(comparison.rank_warning(side.name, side.count, side.width))
-    for note in notes:
-        if note:
-            print(note)
+    for warning in notes:
+        if warning:
+            print(warning)
     for name, value in values.items():
         print(f"{comparison.METRIC_NAMES[name]:<18}{value:12.4f}")
     known = reference.count or "an unknown number of"

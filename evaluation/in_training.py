@@ -9,10 +9,19 @@ import torch.distributed as dist
 from config import Config
 from data.autoencoder import Autoencoder
 from evaluation.class_labels import sampled_classes
-from evaluation.comparison import FeatureSet, check_sizes, check_source, class_note, compare, measure_source
+from evaluation.comparison import (
+    FeatureSet,
+    check_sizes,
+    check_source,
+    class_note,
+    compare,
+    compression_warning,
+    measure_source,
+)
 from evaluation.extractors import load_extractor
 from evaluation.image_sets import open_source
 from evaluation.sample_features import SamplePlan, measure_samples
+from processes import group
 from processes.group import Processes
 from sampling.generate import SamplingOptions, TrainedModel, draw_labels
 from sampling.options import possible_scale
@@ -59,11 +68,16 @@ class Evaluation:
             self.options.seed, list(range(section.num_samples)), config.data.num_classes
         )
         # Measure the reference
-        source = open_source(str(section.reference))
+        source = open_source(str(section.reference), "evaluation.reference")
+        for note in source.notes:
+            group.print_once(note)
         size = config.data.image_size
         check_sizes((size, size), source.size)
         self.extractor = load_extractor(section.features, section.inception_weights, processes.device)
         check_source(source, self.extractor)
+        warning = compression_warning(None, source)
+        if warning:
+            group.print_once(warning)
         self.reference = measure_source(source, self.extractor, folder / "reference", processes)
 
     def __call__(self, model: torch.nn.Module, step: int) -> dict[str, float]:

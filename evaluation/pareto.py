@@ -188,8 +188,10 @@ def measure(plan: ParetoPlan) -> list[dict[str, str]]:
         UserError: models, reference or options do not fit together, or the table has points of other settings.
     """
     # Load and check everything before the first file is written
-    source = open_source(plan.reference)
+    source = open_source(plan.reference, "--reference")
     processes = group.start_processes()
+    for note in source.notes:
+        group.print_once(note)
     models = {}
     for ckpt in plan.checkpoints:
         models[ckpt] = load_trained(ckpt, processes.device, plan.vae, weights=plan.weights)

@@ -43,7 +43,13 @@ def write_reference(path: Path, images: FolderImages, chunks: FeatureChunks, ext
         arrays[covariance_name] = gaussian.covariance
 
     # A note on how the file was made
-    meta = {"extractor": extractor.name, "images": len(images), "image_size": images.size[0]}
+    meta = {
+        "extractor": extractor.name,
+        "images": len(images),
+        "image_size": images.size[0],
+        "lossy": images.lossy,
+        "content": images.digest(),
+    }
     arrays[META] = np.array(json.dumps(meta))
     write_file(path, lambda stream: _write(stream, images, chosen, arrays))
     return len(chosen)

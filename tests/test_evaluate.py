@@ -23,7 +23,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 import evaluate
 from config import OneProcessError, UserError
-from data.images import center_crop
+from data.images import ImageFolder, center_crop
 from evaluation import metrics
 from evaluation.extractors import Inception, download, load_extractor
 from evaluation.feature_cache import FeatureChunks, read_pixels
@@ -377,9 +377,59 @@ def test_lossy_files_on_one_side(place, tmp_path, capsys):
         ("lossless", "lossless", 0),
     ):
         run(place, folders[samples], folders[reference])
-        assert capsys.readouterr().out.count("5 files are lossily compressed") == count
+        assert capsys.readouterr().out.count("5 images are lossily compressed") == count
     run(place, folders["jpeg"], place / "reference.npz")
-    assert "jpeg': 5 files are lossily compressed" in capsys.readouterr().out
+    assert "jpeg': 5 images are lossily compressed" in capsys.readouterr().out
+
+
+def test_a_reference_of_lossy_files_remembers_it(place, tmp_path, capsys):
+    """Unless the crop has scaled them: their blocks are gone then."""
+    folders = {"jpg": tmp_path / "jpg", "png": tmp_path / "png"}
+    tiny = ["--features", place / "tiny.pt", "--cache", tmp_path / "cache"]
+    for ending, folder in folders.items():
+        folder.mkdir()
+        for k in range(5):
+            Image.effect_noise((SIZE, SIZE), 40 + k).convert("RGB").save(folder / f"{k}.{ending}")
+    for size in (SIZE, SIZE // 2):
+        argv = ["--make-reference", folders["jpg"], tmp_path / f"{size}.npz", "--image-size", size, *tiny]
+        evaluate.main([str(part) for part in argv])
+    for samples, count in (("png", 1), ("jpg", 0)):
+        capsys.readouterr()
+        run(place, folders[samples], tmp_path / f"{SIZE}.npz")
+        assert capsys.readouterr().out.count("5 images are lossily compressed") == count
+    assert open_source(tmp_path / f"{SIZE // 2}.npz", "REFERENCE").lossy == 0
+
+
+def test_evaluation_reads_the_files_that_training_reads(place, tmp_path, capsys):
+    """Of a folder that has everything which is left out: the same files, classes, and lines about them."""
+    data = tmp_path / "data"
+    for name in ("b/1.png", "b/0.png", "a/x/2.PNG", "__MACOSX/a/._0.png", ".hidden/0.png", "beside.png"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((SIZE, SIZE), 40).convert("RGB").save(data / name)
+    for name in ("a/2.txt", "b/3.heic", "empty/readme.md"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).touch()
+    own = ImageFolder(data, SIZE, "SAMPLES")
+    images = FolderImages(data, option="SAMPLES")
+    assert (
+        [str(path.relative_to(data)) for path in images.paths]
+        == own.paths
+        == ["a/x/2.PNG", "b/0.png", "b/1.png"]
+    )
+    assert images.labels.tolist() == own.labels and images.class_names == own.class_names
+    assert images.notes == own.notes and len(images.notes) == 3
+    cropped = FolderImages(data, SIZE, "SAMPLES")
+    assert cropped.paths == images.paths and np.array_equal(cropped.read([0, 2]), images.read([0, 2]))
+    shutil.copytree(data / "b", data / "c")
+    run(place, data, place / "reference.npz")
+    printed = capsys.readouterr().out
+    assert f"SAMPLES {data}: 1 images beside the class folders are not read, such as 'beside.png'" in printed
+    # The parent of several data sets is none
+    (data / "beside.png").unlink()
+    for part in ("train", "val"):
+        shutil.copytree(data, tmp_path / "parent" / part)
+    with pytest.raises(UserError, match="REFERENCE .*: looks like the parent of data sets: 'train', 'val'"):
+        open_source(tmp_path / "parent", "REFERENCE")
 
 
 class HalfBlind(torch.nn.Module):
@@ -502,7 +552,7 @@ def test_a_reference_has_the_images_of_training(place, tmp_path, capsys):
     assert "statistics of 4 images" in printed and "1 images beside the class folders are not read" in printed
     with np.load(own) as arrays:
         assert arrays["arr_1"].tolist() == [0, 0, 1, 1]
-    assert open_source(own).labels.names == ["a", "b"]
+    assert open_source(own, "SAMPLES").labels.names == ["a", "b"]
 
 
 # --------------------------------------------------------------------------------------------------- mistakes
@@ -592,7 +642,7 @@ def test_pickles_are_never_loaded(tmp_path):
         arrays[name] = np.array([Payload()], dtype=object)
         np.savez(tmp_path / "evil.npz", **arrays)
         with pytest.raises(UserError):
-            open_source(tmp_path / "evil.npz")
+            open_source(tmp_path / "evil.npz", "SAMPLES")
         assert not (tmp_path / "executed").exists()
 
 
