@@ -187,7 +187,12 @@ def one_budget(
 
 def add_class_arguments(parser: argparse.ArgumentParser, one_per_class: str) -> None:
     """Which classes: by name or by label. `one_per_class` says what is drawn, and for which by default."""
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help=f"names or labels; {one_per_class}")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help=f"names or labels, also joined by commas; {one_per_class}",
+    )
     parser.add_argument(
         "--list-classes", action="store_true", help="print label and name of every class and stop"
     )
