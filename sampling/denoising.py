@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from config import Config, UserError
+from data.autoencoder import Autoencoder, NonFiniteImage
 from data.streams import rng
 from diffusion import GaussianDiffusion, create_diffusion
 from diffusion.guidance import ConditionedDenoise, Conditioning, condition, guide
@@ -138,6 +139,19 @@ def check_finite_samples(finite: Tensor, timesteps: Sequence[int], indices: Sequ
         f"sample {sample} is not finite from step {step + 1} of {len(timesteps)} (t = {timesteps[step]}) on; "
         "lower the guidance scale, or look for infinite or very large weights"
     )
+
+
+def decode_samples(
+    autoencoder: Autoencoder, latents: Tensor, indices: Sequence[int], bf16: bool = False
+) -> Tensor:
+    """Images (B, 3, H, W) uint8 of the samples with these indices; FloatingPointError for one that overflows."""
+    try:
+        return autoencoder.decode(latents, bf16)
+    except NonFiniteImage as error:
+        raise FloatingPointError(
+            f"sample {indices[error.index]} has finite latents, but its decoded image is not finite; decode in "
+            "float32, lower the guidance scale, or look for very large weights in the autoencoder"
+        ) from None
 
 
 def split_branches(routings: list[Routing], batch: int, has_classes: bool) -> BranchRouting:

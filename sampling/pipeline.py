@@ -26,7 +26,7 @@ from diffusion.samplers import Denoise
 from sampling.accounting import StepCounts
 from sampling.budgets import ALL, Budget
 from sampling.classes import choose_labels
-from sampling.denoising import sampling_steps
+from sampling.denoising import decode_samples, sampling_steps
 from sampling.generate import check_labels
 from sampling.load import TrainedModel, load_trained
 from sampling.options import SamplingOptions, possible_scale
@@ -111,7 +111,8 @@ class DCDiTPipeline:
         kept = []
         for step, routing in sampling_steps(self.trained, labels, options, sampler):
             kept.append(routing.counts(step.t))
-        return PipelineOutput(to_pil(self.trained.autoencoder.decode(step.x_next)), kept)
+        images = decode_samples(self.trained.autoencoder, step.x_next, range(len(labels)))
+        return PipelineOutput(to_pil(images), kept)
 
     def scheduler_steps(
         self, denoise: Denoise, batch: int, generator: Generators | None
