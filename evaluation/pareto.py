@@ -61,6 +61,7 @@ class ParetoPlan:
     sampler: str
     seed: int
     bf16: bool
+    tf32: bool  # of the network, the autoencoder and the features
     batch_size: int  # per process
 
     # What they are compared with, and where the results go
@@ -193,15 +194,18 @@ def measure(plan: ParetoPlan) -> list[dict[str, str]]:
     for note in source.notes:
         group.print_once(note)
     models = {}
+    overrides = ["training.tf32=true"] if plan.tf32 else []
     for ckpt in plan.checkpoints:
-        models[ckpt] = load_trained(ckpt, processes.device, plan.vae, weights=plan.weights)
+        models[ckpt] = load_trained(
+            ckpt, processes.device, plan.vae, overrides=overrides, weights=plan.weights
+        )
     points = []
     for trained in models.values():
         points += points_of(trained, plan)
     for point in points:
         point.options(plan).check(point.trained.config)
     check_models(models, source)
-    extractor = load_extractor(plan.features, plan.inception_weights, processes.device)
+    extractor = load_extractor(plan.features, plan.inception_weights, processes.device, plan.tf32)
     check_source(source, extractor)
     settings = settings_of(plan, source, points[0], extractor)
 
@@ -274,7 +278,7 @@ def settings_of(plan: ParetoPlan, source: Source, point: Point, extractor: Extra
         "sampler": plan.sampler,
         "bf16": str(plan.bf16),
         "image_size": str(point.trained.config.data.image_size),
-        "features": f"{kind}:{content[:12]}",
+        "features": f"{kind}:{content[:12]}" + ("+tf32" if plan.tf32 else ""),
         "reference": reference[:12],
         "reference_images": str(source.count(extractor.name) or ""),
     }
