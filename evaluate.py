@@ -12,10 +12,10 @@ import cli
 from config import UserError
 from data.files import write_json
 from evaluation import comparison
-from evaluation.extractors import load_extractor
+from evaluation.extractors import load_extractor, precise_name
 from evaluation.feature_cache import extract
 from evaluation.image_sets import FolderImages, open_source
-from evaluation.reference import write_reference
+from evaluation.reference import is_reference_of, write_reference
 from processes import group
 
 
@@ -28,6 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--image-size", type=int, help="pixels of ADM's crop, with --make-reference")
     add("--features", default="inception", help="or a TorchScript file or timm folder (default: %(default)s)")
     add("--inception-weights", metavar="FILE", help="torch-fidelity's weights (default: download them)")
+    cli.add_measuring_tf32_argument(parser)
     add("--cache", type=Path, default=Path.home() / ".cache/dc-dit", help="folder for features (%(default)s)")
     add("--output", type=Path, help="JSON file for the metrics (default: beside SAMPLES)")
     args = parser.parse_args(argv)
@@ -66,9 +67,14 @@ def evaluate(args: argparse.Namespace) -> None:
     for source in sources:
         for note in source.notes:
             group.print_once(note)
-    extractor = load_extractor(args.features, args.inception_weights, processes.device)
+    extractor = load_extractor(args.features, args.inception_weights, processes.device, args.tf32)
     for source in sources:
         comparison.check_source(source, extractor)
+    question = {"samples": args.samples, "reference": args.reference, "features": precise_name(extractor)}
+    if args.output and args.output.exists() and not answers(args.output, question):
+        raise UserError(
+            f"--output '{args.output}': holds something else than this comparison; give another file"
+        )
 
     # Compare
     samples = comparison.measure_source(sources[0], extractor, args.cache, processes)
@@ -79,7 +85,6 @@ def evaluate(args: argparse.Namespace) -> None:
 
     # Write
     counts = {"num_samples": samples.count, "num_reference": reference.count}
-    question = {"samples": args.samples, "reference": args.reference, "features": extractor.name}
     output = args.output or free_output(default_output(args.samples), question)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, {**values, **counts, **question})
@@ -134,7 +139,12 @@ def make_reference(args: argparse.Namespace) -> None:
     processes = group.start_processes()
     for note in images.notes:
         group.print_once(note)
-    extractor = load_extractor(args.features, args.inception_weights, processes.device)
+    extractor = load_extractor(args.features, args.inception_weights, processes.device, args.tf32)
+    if output.exists() and not is_reference_of(output, images, extractor):
+        raise UserError(
+            f"--make-reference '{output}': exists and is no reference of these images and features; "
+            "give another file, or remove it"
+        )
     chunks = extract(images, extractor, args.cache, processes)
     if processes.rank == 0:
         output.parent.mkdir(parents=True, exist_ok=True)

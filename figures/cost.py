@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 
 import cli
 from config import UserError
-from data.names import short_name
-from figures.canvas import SMALL, save_figure
+from figures.canvas import SMALL, figure_name, save_figure
+from sampling.pictures import check_is_no_sample_folder
+from sampling.sample_folder import SETTINGS
 
 COLOURS = {"conditional": "tab:blue", "unconditional": "tab:orange"}
 MOST_CLASSES = 30  # of more, only those with the lowest and the highest shares are drawn
@@ -91,7 +92,7 @@ def draw_classes(summary: Summary, path: Path) -> None:
     rows = sorted(summary["kept_by_class"], key=lambda row: row["share"]["mean"])
     if len(rows) > MOST_CLASSES:
         rows = rows[: MOST_CLASSES // 2] + rows[-MOST_CLASSES // 2 :]
-    names = [f"{short_name(row['name'])} ({row['images']})" for row in rows]
+    names = [f"{figure_name(row['name'])} ({row['images']})" for row in rows]
     mean = [row["share"]["mean"] for row in rows]
     std = [row["share"]["std"] for row in rows]
 
@@ -142,7 +143,7 @@ def check_summary(summary: Summary) -> None:
     # Shares of each class
     for row in summary["kept_by_class"]:
         check_numbers(row["images"], row["share"]["mean"], row["share"]["std"])
-        short_name(row["name"])
+        figure_name(row["name"])
 
 
 def check_numbers(*values: object) -> None:
@@ -158,7 +159,7 @@ def default_folder(summary: Path) -> Path:
     Charts among those samples would be evaluated as images.
     """
     folder = summary.resolve().parent
-    holds_samples = (folder / "settings.json").is_file()
+    holds_samples = (folder / SETTINGS).is_file()
     return folder.with_name(f"{folder.name}.charts") if holds_samples else folder
 
 
@@ -176,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder = args.output or default_folder(args.summary)
     cli.check_output("--output", folder)
+    check_is_no_sample_folder("--output", folder)
     summary = read_summary(args.summary)
     names = drawable(summary)
     for name in names:

@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 import cli
 from config import UserError
-from data.names import short_name
 from diffusion.samplers import Step
-from figures.canvas import SMALL, save_figure
+from figures.canvas import SMALL, figure_name, save_figure
 from models import describe
 from models.types import Routing
 from processes import group
@@ -34,9 +33,8 @@ from sampling.arguments import (
     sampling_options,
 )
 from sampling.budgets import ALL, Budget
-from sampling.classes import shown_name
 from sampling.generate import SampledBatch, generate
-from sampling.pictures import save_grid
+from sampling.pictures import check_picture, save_grid
 
 # Characters of a name beside a row
 LONGEST_NAME = 20
@@ -63,10 +61,9 @@ def draw_grid(batches: list[SampledBatch], titles: list[str], names: list[str], 
 
 def row_name(label: int, names: list[str] | None) -> str:
     """Name of a class, short enough for the side of a row."""
-    name = shown_name(label, names)
-    if name == str(label):
+    if not names or label >= len(names) or names[label] == str(label):
         return f"class {label}"
-    return short_name(name, LONGEST_NAME)
+    return figure_name(names[label], LONGEST_NAME)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -86,6 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     cli.check_output_file("--output", args.output)
+    check_picture("--output", args.output)
     return args
 
 

@@ -17,11 +17,10 @@ from matplotlib.figure import Figure
 
 import cli
 from config import UserError
-from data.names import short_name
 from diffusion.samplers import SAMPLERS
 from evaluation.comparison import METRIC_NAMES
 from evaluation.pareto import ParetoPlan, measure
-from figures.canvas import SMALL, save_figure
+from figures.canvas import SMALL, figure_name, save_figure
 from processes import group
 from sampling.arguments import add_weights_argument
 
@@ -108,7 +107,7 @@ def read_curves(rows: list[Row], scale: str) -> list[Curve]:
         lite = row["lite_cfg"]
         key = (row["name"], row["step"], row["static"], lite, row["model"])
         if key not in curves:
-            label = f"{short_name(row['name'])}, {int(row['step']):,} steps"
+            label = f"{figure_name(row['name'])}, {int(row['step']):,} steps"
             if lite:
                 label += f", Lite-CFG {float(lite):.0%}"
             curves[key] = Curve(label, row["static"] == "True", lite, [])
@@ -255,6 +254,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="run the network in bfloat16")
+    cli.add_measuring_tf32_argument(parser)
     parser.add_argument(
         "--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)"
     )
@@ -295,6 +295,7 @@ def plan_of(args: argparse.Namespace) -> ParetoPlan:
         sampler=args.sampler,
         seed=args.seed,
         bf16=args.bf16,
+        tf32=args.tf32,
         batch_size=args.batch_size,
         reference=args.reference,
         features=args.features,

@@ -49,6 +49,7 @@ def write_colours(folder, names, images=4):
 
 def run(samples, reference, classifier, folder, capsys) -> tuple[dict, str]:
     output = folder / "numbers.json"
+    output.unlink(missing_ok=True)
     argv = [samples, reference, "--features", classifier, "--cache", folder / "cache", "--output", output]
     evaluate.main([str(part) for part in argv])
     return json.loads(output.read_text()), capsys.readouterr().out

@@ -25,9 +25,10 @@ import evaluate
 from config import OneProcessError, UserError
 from data.images import ImageFolder, center_crop
 from evaluation import metrics
-from evaluation.extractors import Inception, download, load_extractor
+from evaluation.extractors import Inception, TorchScriptModel, download, load_extractor
 from evaluation.feature_cache import FeatureChunks, read_pixels
 from evaluation.image_sets import FolderImages, open_source
+from models.ops.precision import allow_tf32
 from processes import group
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +86,7 @@ def inception_weights(tmp_path_factory) -> Path:
 
 def run(place: Path, *argv, cache="cache", features="tiny.pt") -> dict:
     output = place / "numbers.json"
+    output.unlink(missing_ok=True)
     options = ["--features", place / features, "--cache", place / cache, "--output", output]
     evaluate.main([str(part) for part in (*argv, *options)])
     return json.loads(output.read_text())
@@ -357,6 +359,67 @@ def test_results_of_other_comparisons_are_kept(place, tmp_path, capsys):
     for name, reference in (("s.evaluation.json", "reference.npz"), ("s.evaluation-2.json", "samples")):
         assert json.loads((tmp_path / name).read_text())["reference"] == str(place / reference)
     assert "s.evaluation.json" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_tf32_only_where_it_is_asked_for(place, tmp_path, monkeypatch):
+    """Whatever the process allows, as a model sampled before may have; and its features are others."""
+    seen = []
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    call = TorchScriptModel.__call__
+
+    def look(self, images):
+        seen.append({switch.allow_tf32 for switch in switches})
+        return call(self, images)
+
+    monkeypatch.setattr(TorchScriptModel, "__call__", look)
+    before = [switch.allow_tf32 for switch in switches]
+    allow_tf32(True)
+    argv = [
+        place / "samples.npz",
+        place / "samples",
+        "--features",
+        place / "tiny.pt",
+        "--cache",
+        tmp_path / "c",
+    ]
+    for k, switch in enumerate(([], ["--tf32"])):
+        output = tmp_path / f"{k}.json"
+        evaluate.main([str(part) for part in (*argv, *switch, "--output", output)])
+        assert seen and all(found == {bool(switch)} for found in seen)
+        assert json.loads(output.read_text())["features"].endswith("+tf32") == bool(switch)
+        seen.clear()
+    after = [switch.allow_tf32 for switch in switches]
+    for switch, value in zip(switches, before):
+        switch.allow_tf32 = value
+    assert after == [True, True]
+
+
+def test_no_output_replaces_something_else(place, tmp_path):
+    """The same question replaces its answer; another answer, and any other file, are kept."""
+    samples, output = place / "samples.npz", tmp_path / "numbers.json"
+    tiny = ["--features", place / "tiny.pt", "--cache", place / "cache"]
+    compare = [samples, place / "reference.npz", *tiny, "--output"]
+    for _ in range(2):
+        evaluate.main([str(part) for part in (*compare, output)])
+    kept = output.read_bytes()
+    assert "holds something else than this comparison" in refusal(samples, samples, *tiny, "--output", output)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "notes.txt': holds something else" in refusal(*compare, tmp_path / "notes.txt")
+    assert output.read_bytes() == kept and (tmp_path / "notes.txt").read_text() == "mine"
+
+    # A reference
+    own = tmp_path / "own.npz"
+    make = ["--make-reference", place / "samples", own, *tiny, "--image-size"]
+    for _ in range(2):
+        evaluate.main([str(part) for part in (*make, SIZE)])
+    kept = own.read_bytes()
+    assert "is no reference of these images and features" in refusal(*make, SIZE // 2)
+    shutil.copytree(place / "samples", tmp_path / "other")
+    Image.new("RGB", (SIZE, SIZE)).save(min((tmp_path / "other").rglob("*.png")))
+    assert "is no reference of these images" in refusal(make[0], tmp_path / "other", *make[2:], SIZE)
+    assert own.read_bytes() == kept
+    shutil.copy(samples, tmp_path / "copy.npz")
+    assert "copy.npz': exists and is no ref" in refusal(*make[:2], tmp_path / "copy.npz", *make[3:], SIZE)
 
 
 def test_lossy_files_on_one_side(place, tmp_path, capsys):

@@ -110,6 +110,26 @@ def test_folder(checkpoint, tmp_path, capsys):
     assert costs == sorted(costs, reverse=True) and costs[3] < costs[0]
 
 
+def test_no_other_model_is_replaced(checkpoint, tiny_config, tmp_path):
+    """The same one is written again, as after an interruption; other files are no model."""
+    folder = tmp_path / "hub"
+    export = ["--output", str(folder), "--ckpt"]
+    hub.main([*export, str(checkpoint)])
+    (folder / "README.md").unlink()
+    hub.main([*export, str(checkpoint)])
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    other = save(load_config(tiny_config, ["training.class_dropout_prob=0"]), tmp_path)
+    with pytest.raises(UserError, match="--output .*hub': holds another model; give another folder"):
+        hub.main([*export, str(other)])
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    (folder / "model.safetensors").write_bytes(b"another program's")
+    with pytest.raises(UserError, match="holds another model"):
+        hub.main([*export, str(checkpoint)])
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds other files, such as README.md"):
+        hub.main([*export, str(checkpoint)])
+
+
 def test_push(checkpoint, monkeypatch):
     """What would be uploaded is the folder."""
     seen = {}

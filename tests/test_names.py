@@ -21,7 +21,7 @@ from figures.side_by_side import side_by_side
 from models import build_model, flops
 from sampling import hub
 from sampling.accounting import SamplingRecord, Seconds, save_summary, summarise
-from sampling.classes import ambiguity, choose_labels
+from sampling.classes import ambiguity, choose_labels, class_table
 from sampling.load import load_trained
 from sampling.pipeline import DCDiTPipeline
 from weights.checkpoint import save_checkpoint
@@ -77,12 +77,45 @@ def test_a_name_that_no_class_has():
         choose_labels(["1_0"], NUMBERS)
 
 
+TYPED_BACK = [
+    "$x$ {a}",
+    "caf\udce9",
+    "tench, Tinca tinca",
+    "two  words",
+    "new\nline",
+    "a\tlong\nname " + "y" * 50,
+    "c" * 60 + "1",
+    "c" * 60 + "2",
+    "-dash",
+    "猫",
+    "0",
+    "tench",
+]
+
+
+def test_what_the_table_prints_can_be_typed_back():
+    rows = class_table(len(TYPED_BACK), TYPED_BACK).splitlines()
+    assert len(rows) == len(TYPED_BACK)
+    for label, row in enumerate(rows):
+        printed = row.split("  ", 1)[1]
+        assert choose_labels([printed], TYPED_BACK) == [label]
+    # Cut as in other reports, if only one class can be meant
+    assert choose_labels([short_name(TYPED_BACK[5])], TYPED_BACK) == [5]
+    with pytest.raises(UserError, match="several classes are called so"):
+        choose_labels([short_name(TYPED_BACK[6])], TYPED_BACK)
+    # A list
+    assert choose_labels(["tench, 猫,new\\nline,3"], TYPED_BACK) == [11, 9, 4, 3]
+    assert "with label 10; label 0 is '$x$ {a}'" in ambiguity(["tench,0"], TYPED_BACK)
+    with pytest.raises(UserError, match="--classes 'cat': no class has this name"):
+        choose_labels(["tench,cat"], TYPED_BACK)
+
+
 def test_the_table_of_classes(numbered, odd, tiny_config, tmp_path, capsys):
     sample.main(["--ckpt", str(numbered), "--list-classes"])
     assert capsys.readouterr().out == "0  1\n1  10\n2  2\n"
     elastic_grid.main(["--ckpt", str(odd), "--list-classes"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["0  $5_to_$x^{", r"1  caf\xe9 <b>"] and lines[2].startswith(r"2  new\nline_xxx")
+    assert lines[:2] == ["0  $5_to_$x^{", r"1  caf\xe9 <b>"] and lines[2] == r"2  new\nline_" + "x" * 200
     sample.main(["--ckpt", str(save(load_config(tiny_config), tmp_path, None)), "--list-classes"])
     assert capsys.readouterr().out == "no class names are known; the labels are 0 to 2\n"
 
@@ -139,6 +172,29 @@ def test_elastic_grid(odd, tmp_path):
     assert np.asarray(Image.open(tmp_path / "grid.png")).std() > 1
 
 
+def test_pictures_replace_pictures_only(odd, tmp_path):
+    """A figure is drawn again; a photograph, a trace that is none, and the folder of many samples are kept."""
+    argv = ["--ckpt", str(odd), "--num-sampling-steps", "1", "--classes", "0", "--output"]
+    photo, model = tmp_path / "photo.png", tmp_path / "model.pt"
+    Image.new("RGB", (8, 8)).save(photo)
+    model.write_bytes(b"{weights}")
+    before = photo.read_bytes()
+    for file in (photo, model):
+        with pytest.raises(UserError, match=f"--output '{file}': exists and is no figure"):
+            elastic_grid.main([*argv, str(file)])
+    with pytest.raises(UserError, match="--profile-trace-path .*: exists and is no trace"):
+        sample.main([*argv, str(tmp_path), "--profile-trace-path", str(model)])
+    for _ in range(2):
+        elastic_grid.main([*argv, str(tmp_path / "grid.png"), "--fractions", "0"])
+        sample.main([*argv, str(tmp_path), "--profile-trace-path", str(tmp_path / "trace.json")])
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "other").mkdir()
+    for command, line in ((sample, argv), (cost, [str(tmp_path / "summary.json"), "--output"])):
+        with pytest.raises(UserError, match="holds the samples of sample_ddp.py; give another folder"):
+            command.main([*line, str(tmp_path)])
+    assert photo.read_bytes() == before and model.read_bytes() == b"{weights}"
+
+
 def test_chart_of_classes(tmp_path, monkeypatch):
     """A row for each class, also for long names that are equal where they are cut off."""
     names = [*ODD, "x" * 99 + "a", "x" * 99 + "b"]
@@ -156,6 +212,19 @@ def test_chart_of_classes(tmp_path, monkeypatch):
     texts = [label.get_text() for label in axes.get_yticklabels()]
     assert len(axes.patches) == len(texts) == 5 and "$5_to_$x^{ (1)" in texts
     assert all("\n" not in text and len(text) < 50 for text in texts)
+
+
+def test_no_warning_about_a_name_that_the_font_lacks(tmp_path, recwarn):
+    """CJK and Devanagari become escapes; what the font has stays."""
+    names = ["猫", "été ☃", "😀", "क", "犬" * 30]
+    rows = [{"name": name, "images": 1, "share": {"mean": 0.5, "std": 0.1}} for name in names]
+    cost.draw_classes({"kept_by_class": rows}, tmp_path / "classes.png")
+    images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    batch = types.SimpleNamespace(images=images)
+    titles = [elastic_grid.row_name(label, names) for label in range(5)]
+    assert titles == [r"\u732b", "été ☃", "😀", r"\u0915", r"\u72ac\u72ac\u72a" + "..."]
+    elastic_grid.draw_grid([batch], ["all"], titles, tmp_path / "grid.png")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_an_error_while_drawing_does_not_blame_the_file(tmp_path, monkeypatch):
