@@ -61,7 +61,10 @@ def build_page(gradio: ModuleType, trained: TrainedModel, steps: int, sampler: s
         # A field is empty while its number is being typed
         if seed is None or guidance is None or dropped is None:
             return gradio.skip()
-        return draw_pair(label, int(seed), guidance, dropped)
+        try:
+            return draw_pair(label, int(seed), guidance, dropped)
+        except (UserError, FloatingPointError) as error:
+            raise gradio.Error(str(error)) from None
 
     classes = []
     for label in range(config.data.num_classes):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from config import Config
+from config import Config, UserError
 from data.autoencoder import Autoencoder
 from evaluation.class_labels import sampled_classes
 from evaluation.comparison import (
@@ -19,6 +19,7 @@ from evaluation.comparison import (
     measure_source,
 )
 from evaluation.extractors import load_extractor
+from evaluation.feature_cache import FeatureChunks
 from evaluation.image_sets import open_source
 from evaluation.sample_features import SamplePlan, measure_samples
 from processes import group
@@ -92,11 +93,11 @@ class Evaluation:
         # Every process samples its share and writes the features to the folder
         trained = TrainedModel(model, self.config, self.autoencoder, None, step, fingerprint="")
         plan = SamplePlan(self.options, self.labels, self.config.evaluation.batch_size, title)
-        # Samples that overflow are no reason to end a run
+        # Samples that overflow, or whose features do, are no reason to end a run
         features = None
         try:
             features = measure_samples(trained, plan, self.extractor, folder, self.processes)
-        except FloatingPointError as error:
+        except (FloatingPointError, UserError) as error:
             print(f"warning: no evaluation at step {step}: {error}")
         if self.any_process(features is None) or features is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -105,13 +106,20 @@ class Evaluation:
         metrics: dict[str, float] = {}
         if is_first:
             classes = sampled_classes(self.labels, self.class_names, self.options.cfg_scale)
-            samples = FeatureSet(title, features, {}, classes)
-            metrics = compare(samples, self.reference, self.extractor)
-            self.print_note(class_note(samples, self.extractor))
-            metrics["kept"] = features.mean("kept")
-            metrics["tflop_per_image"] = features.mean("tflop")
+            try:
+                metrics = self.compare(FeatureSet(title, features, {}, classes), features)
+            except UserError as error:
+                print(f"warning: no evaluation at step {step}: {error}")
             shutil.rmtree(folder)
         self.wait()
+        return metrics
+
+    def compare(self, samples: FeatureSet, features: FeatureChunks) -> dict[str, float]:
+        """Metrics and costs of the samples; UserError for a metric that is not finite."""
+        metrics = compare(samples, self.reference, self.extractor)
+        self.print_note(class_note(samples, self.extractor))
+        metrics["kept"] = features.mean("kept")
+        metrics["tflop_per_image"] = features.mean("tflop")
         return metrics
 
     def any_process(self, flag: bool) -> bool:

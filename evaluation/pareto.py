@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from data.names import short_name
 from data.store_files import sha256_of
 from evaluation.class_labels import sampled_classes
 from evaluation.comparison import (
+    METRIC_NAMES,
     FeatureSet,
     check_sizes,
     check_source,
@@ -152,8 +154,8 @@ class PointTable:
             raise UserError(
                 f"'{self.path}' cannot be read ({one_line(error)}); give another --output"
             ) from None
-        # A spreadsheet program may have written it with other separators
-        if any(row.get("point") is None for row in rows):
+        # A spreadsheet program may have written it with other separators, or rounded and emptied cells
+        if not rows and self.path.stat().st_size or not all(is_point(row) for row in rows):
             raise UserError(f"'{self.path}' is not a table of points; give another --output")
         return rows
 
@@ -171,6 +173,18 @@ class PointTable:
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.path, text.getvalue())
+
+
+def is_point(row: dict[str, str]) -> bool:
+    """Whether a row of the table has what the figure shows."""
+    numbers = [row.get(key) for key in ("cfg_scale", "budget", "tflop_per_image", "step")]
+    numbers += [row[key] for key in METRIC_NAMES if row.get(key)]
+    try:
+        finite = [math.isfinite(float(number or "")) for number in numbers]
+    except ValueError:
+        return False
+    has_metric = row.get("fid") or row.get("frechet_distance")
+    return all(finite) and bool(row.get("point") and row.get("name") and has_metric)
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,8 @@ def check_summary(summary: Summary) -> None:
     """
     # Shares at each step
     check_numbers(summary["tokens"], summary["steps"])
+    if not summary["kept_by_step"] or not set(summary["tflop_by_branch"]) <= set(COLOURS):
+        raise ValueError("there are no steps, or branches of another kind")
     for branch in summary["tflop_by_branch"]:
         for row in summary["kept_by_step"]:
             check_numbers(row["t"])

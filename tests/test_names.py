@@ -271,9 +271,10 @@ def test_model_card(odd, tmp_path):
     assert r"Autoencoder: `caf\xe9'`" in card and load_trained(tmp_path).class_names == ODD
 
 
-def build_page(trained):
-    """What Gradio is given for the page of a model."""
+def build_page(trained, changes=None, error=None):
+    """What Gradio is given for the page of a model; and in `changes` what it calls."""
     seen = []
+    calls = [] if changes is None else changes
 
     class Part:
         def __init__(self, *args, **options):
@@ -287,7 +288,9 @@ def build_page(trained):
             pass
 
     names = ("Blocks", "Markdown", "Row", "Dropdown", "Number", "Slider", "Image", "Textbox")
-    gradio = types.SimpleNamespace(**dict.fromkeys(names, Part), on=lambda *args, **options: None)
+    gradio = types.SimpleNamespace(
+        **dict.fromkeys(names, Part), on=lambda *args, **options: calls.append(args), Error=error
+    )
     demo.build_page(gradio, trained, 2, "ddim")
     return seen
 
@@ -301,6 +304,21 @@ def test_page(odd):
     choices = next(args[0] for args, options in seen if options.get("label") == "class")
     assert choices[:2] == [("$5_to_$x^{", 0), (r"caf\xe9 <b>", 1)]
     "".join(name for name, _ in choices).encode()
+
+
+def test_the_page_shows_an_error_in_a_line(odd):
+    """Of a seed or a scale out of range, in place of a traceback in the terminal."""
+
+    class Error(Exception):
+        pass
+
+    changes = []
+    build_page(load_trained(odd), changes, Error)
+    (_, update, *_) = changes[0]
+    with pytest.raises(Error, match="--seed -1: must be 0 or greater"):
+        update(0, -1, 2.0, 0.0)
+    with pytest.raises(Error, match="--cfg-scale 0.5: must be a number of at least 1"):
+        update(0, 0, 0.5, 0.0)
 
 
 @pytest.mark.parametrize("dropped_labels, scale", [(0.0, 1), (1.0, 0), (0.5, 2)])

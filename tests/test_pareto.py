@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import warnings
 from pathlib import Path
 
 import kills
@@ -17,6 +18,7 @@ from data.features import open_features
 from evaluation import sample_features
 from evaluation.extractors import load_extractor
 from evaluation.metrics import Gaussian, frechet_distance
+from evaluation.pareto import PointTable
 from evaluation.sample_features import SamplePlan, measure_samples
 from figures import elastic_grid, pareto
 from figures.pareto import Curve, Mark, compare_curves, read_curves
@@ -350,6 +352,66 @@ def test_evaluation_during_training_on_two_processes(run, tiny_extractor, place,
         chunks.read("tflop").mean(), rel=1e-12
     )
     assert row["class_accuracy"] == (chunks.read("logits").argmax(1) == labels).mean()
+
+
+class Unmeasurable(torch.nn.Module):
+    """Features that no sample has, only the reference."""
+
+    def forward(self, images):
+        return (
+            (images.float().mean((2, 3)) - 255).log() if images.shape[0] == 4 else images.float().mean((2, 3))
+        )
+
+
+def test_training_outlives_features_that_are_not_finite(tiny_config, place, tmp_path, capsys):
+    """Weeks of training do not end because a classifier overflows on a sample."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Unmeasurable()), tmp_path / "odd.pt")
+    changes = ["every=2", "num_samples=4", "num_sampling_steps=2", "batch_size=4"]
+    changes += [f"reference={place / 'reference.npz'}", f"features={tmp_path / 'odd.pt'}"]
+    words = [word for change in changes for word in ("--set", f"evaluation.{change}")]
+    train.main(
+        [
+            "--config",
+            str(tiny_config),
+            "--output",
+            str(tmp_path / "run"),
+            "--set",
+            "training.max_steps=2",
+            *words,
+        ]
+    )
+    assert "warning: no evaluation at step 2: evaluation at step 2, sample 0: its" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoints" / "0000002.pt").is_file()
+
+
+def test_a_damaged_table_is_refused(tmp_path):
+    """Before any sampling; an unfinished file of a spreadsheet would fail the figure after it."""
+    whole = {
+        "point": "a",
+        "name": "m",
+        "cfg_scale": "1.0",
+        "budget": "0.0",
+        "tflop_per_image": "1",
+        "step": "5",
+    }
+    for row in (
+        {"cost": "3"},
+        whole,
+        {**whole, "fid": "1,5"},
+        {**whole, "fid": "nan"},
+        {**whole, "fid": "1", "step": ""},
+    ):
+        with open(tmp_path / "pareto.csv", "w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(row))
+            writer.writeheader()
+            writer.writerow(row)
+        with pytest.raises(UserError, match="is not a table of points"):
+            PointTable(tmp_path / "pareto.csv", {})
+    (tmp_path / "pareto.csv").write_text("my,notes\n")
+    with pytest.raises(UserError, match="is not a table of points"):
+        PointTable(tmp_path / "pareto.csv", {})
 
 
 def test_mistakes_in_the_section_are_found_before_training(tiny_config, tiny_extractor, place, tmp_path):
