@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from config import UserError
+from data.folders import quote
 from data.names import LONGEST, one_line_name, short_name
 
 
@@ -55,8 +56,9 @@ def find_label(choice: str | int, known: list[str]) -> int | None:
         return known.index(choice)
     if is_number(choice):
         return int(choice)
-    # Whole but escaped, or cut as well; cut names may be those of several classes
-    for shown in ([one_line_name(name) for name in known], [short_name(name) for name in known]):
+    # Whole but escaped, cut as well, or as extraction prints it; cut names may be those of several classes
+    for form in (one_line_name, short_name, lambda name: quote(name)[1:-1]):
+        shown = [form(name) for name in known]
         if shown.count(choice) == 1:
             return shown.index(choice)
     return None

@@ -150,7 +150,7 @@ def decode_samples(
     except NonFiniteImage as error:
         raise FloatingPointError(
             f"sample {indices[error.index]} has finite latents, but its decoded image is not finite; decode in "
-            "float32, lower the guidance scale, or look for very large weights in the autoencoder"
+            "float32, lower the guidance scale, or look for infinite or very large weights in the autoencoder"
         ) from None
 
 

@@ -103,6 +103,8 @@ def test_what_the_table_prints_can_be_typed_back():
     assert choose_labels([short_name(TYPED_BACK[5])], TYPED_BACK) == [5]
     with pytest.raises(UserError, match="several classes are called so"):
         choose_labels([short_name(TYPED_BACK[6])], TYPED_BACK)
+    # As extraction prints it
+    assert choose_labels([r"caf\udce9"], TYPED_BACK) == [1]
     # A list
     assert choose_labels(["tench, 猫,new\\nline,3"], TYPED_BACK) == [11, 9, 4, 3]
     assert "with label 10; label 0 is '$x$ {a}'" in ambiguity(["tench,0"], TYPED_BACK)
