@@ -46,9 +46,10 @@ def on_one_thread_of_the_cpu():
 
 @pytest.fixture(scope="module")
 def place(tiny_config, tmp_path_factory) -> Path:
-    """Models a.pt and b.pt, large.pt of larger images, static.pt, a static DiT, and reference.npz."""
+    """Models a.pt and b.pt, large.pt of larger images, static.pt, a static DiT, classless.pt, and reference.npz."""
     folder = tmp_path_factory.mktemp("pareto")
     overrides_of = {"a": [], "b": [], "large": ["data.image_size=64"], "static": ["model.patch_size=2"]}
+    overrides_of["classless"] = ["training.class_dropout_prob=1.0"]
     for step, (name, overrides) in enumerate(overrides_of.items(), 1):
         config = load_config(tiny_config, [f"model.name={name}", *overrides])
         torch.manual_seed(step)
@@ -180,6 +181,17 @@ def test_a_static_model_is_one_point_per_scale(place, tiny_extractor, tmp_path, 
         assert float(row["tflop_per_image"]) == pytest.approx(branches * STEPS * forward, rel=1e-6)
     printed = capsys.readouterr().out
     assert "a, 1 steps against static, 4 steps" in printed and "Lite-CFG 75% against static" in printed
+
+
+def test_without_a_scale_each_model_has_the_one_that_it_can_do(place, tiny_extractor, tmp_path, capsys):
+    """Samples without a class have no class accuracy; and TF32 is another question."""
+    models = ["--ckpt", place / "a.pt", "--ckpt", place / "classless.pt"]
+    pareto.main(arguments(place, tmp_path, tiny_extractor, *models))
+    rows = read(tmp_path)
+    assert [(row["name"], row["cfg_scale"]) for row in rows] == [("a", "1.0"), ("classless", "0.0")]
+    assert rows[0]["class_accuracy"] and not rows[1]["class_accuracy"]
+    with pytest.raises(UserError, match=r"holds points with features torchscript:\w* instead of .*\+tf32"):
+        pareto.main(arguments(place, tmp_path, tiny_extractor, *models, "--tf32"))
 
 
 def test_samples_do_not_depend_on_the_processes(place, tiny_extractor, tmp_path):
