@@ -64,7 +64,7 @@ def build_page(gradio: ModuleType, trained: TrainedModel, steps: int, sampler: s
         try:
             return draw_pair(label, int(seed), guidance, dropped)
         except (UserError, FloatingPointError) as error:
-            raise gradio.Error(str(error)) from None
+            raise gradio.Error(str(error), print_exception=False) from None
 
     classes = []
     for label in range(config.data.num_classes):

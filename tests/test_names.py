@@ -312,7 +312,9 @@ def test_the_page_shows_an_error_in_a_line(odd):
     """Of a seed or a scale out of range, in place of a traceback in the terminal."""
 
     class Error(Exception):
-        pass
+        def __init__(self, message, print_exception):
+            assert not print_exception
+            super().__init__(message)
 
     changes = []
     build_page(load_trained(odd), changes, Error)
