@@ -15,8 +15,13 @@ MARKUP = re.compile(r"[\\`*_\[\]<>&|$~]")
 
 def short_name(name: str, longest: int = LONGEST) -> str:
     """A name as one short line: what cannot be printed is escaped, and a long end is left out."""
-    text = "".join(char if char.isprintable() else escape(char) for char in name)
+    text = one_line_name(name)
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def one_line_name(name: str) -> str:
+    """A whole name as one line: what cannot be printed is escaped."""
+    return "".join(char if char.isprintable() else escape(char) for char in name)
 
 
 def escape(char: str) -> str:

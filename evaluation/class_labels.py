@@ -21,6 +21,13 @@ class ClassLabels:
     names: Sequence[str] | None  # of all classes, by number, where they are known
 
 
+def sampled_classes(
+    labels: Sequence[int], names: Sequence[str] | None, cfg_scale: float
+) -> ClassLabels | None:
+    """Classes of samples of a model; none at guidance scale 0, which draws them without a class."""
+    return ClassLabels(np.array(labels), names) if cfg_scale else None
+
+
 class ClassMatch(NamedTuple):
     """Class numbers of a classifier for each image, (N,), or None without a match; and a note, or nothing."""
 

@@ -13,11 +13,14 @@ import sample
 import sample_ddp
 import train
 from config import UserError, load_config, to_dict
+from data.autoencoder import Autoencoder
 from data.features import open_features
 from figures import elastic_grid
+from figures.chunking import as_pixels
 from models import build_model
 from sampling import accounting, hub
 from sampling.generate import SamplingOptions, generate_images, load_trained
+from sampling.pipeline import DCDiTPipeline
 from training import sample_grids
 from training.checks import label_ranges
 from weights import convert
@@ -122,6 +125,36 @@ def test_samples_that_overflow_end_the_program(checkpoint, tmp_path, capsys):
         assert str(caught.value.code).startswith("error: sample 0 is not finite from step ")
         assert "of 2 (t = " in str(caught.value.code)
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_images_that_overflow_end_the_program(checkpoint, tmp_path, monkeypatch):
+    """Finite latents and an autoencoder that makes infinite pixels of the second sample."""
+    decode = Autoencoder.decode_pixels
+
+    def overflow(self, latents, bf16=False):
+        pixels = decode(self, latents, bf16)
+        pixels[1, 0, 3, 3] = float("inf")
+        return pixels
+
+    monkeypatch.setattr(Autoencoder, "decode_pixels", overflow)
+    for script, output in ((sample, "--output"), (sample_ddp, "--output-dir")):
+        argv = ["--ckpt", str(checkpoint), *FEW_STEPS, output, str(tmp_path / "out")]
+        if script is sample_ddp:
+            argv += ["--num-fid-samples", "4", "--per-proc-batch-size", "2"]
+        with pytest.raises(SystemExit) as caught:
+            cli.run(lambda script=script, argv=argv: script.main(argv))
+        assert str(caught.value.code).startswith(
+            "error: sample 1 has finite latents, but its decoded image is"
+        )
+    assert not list((tmp_path / "out").glob("*.png"))
+    with pytest.raises(FloatingPointError, match="sample 1 has finite latents"):
+        DCDiTPipeline(load_trained(checkpoint))([0, 1], num_inference_steps=1)
+
+
+def test_the_picture_of_the_chunking_does_not_fail(checkpoint):
+    """It is drawn after the work, also of estimates that no decoder takes."""
+    latents = torch.tensor([3e38, float("nan")]).view(2, 1, 1, 1).expand(2, 4, 8, 8)
+    assert as_pixels(load_trained(checkpoint).autoencoder, latents).shape == (2, 32, 32, 3)
 
 
 def test_training_outlives_samples_that_overflow(tiny_config, tmp_path, monkeypatch, capsys):
