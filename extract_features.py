@@ -27,7 +27,7 @@ from data.feature_writer import FeatureWriter, StoreOptions, StoreSettings, enco
 from data.folders import class_table
 from data.images import ImageFolder, SkippedImage
 from data.loading import ImageBatch, read_shards
-from data.source_files import FileState
+from data.source_files import FileState, SourceChanges
 from data.store_files import DTYPES, STORE_KINDS, read_json
 from processes import group
 from processes.lock import FolderLock
@@ -105,16 +105,35 @@ def prepare(writer: FeatureWriter, lock: FolderLock, processes: group.Processes)
         writer.check()
         lock.acquire()
         changes = writer.find_changes()
-        missing = writer.prepare(changes)
         if changes:
             print(f"{writer.folder}: {changes}")
+        if writer.list_has_changed():
+            print(
+                f"{writer.folder}: images were added or removed since the extraction began; "
+                "what is encoded of unchanged images is kept"
+            )
+        missing = writer.prepare(changes)
         if missing:
-            to_encode = sum(len(writer.sources(shard)) for shard in missing)
-            print(f"{writer.folder}: {to_encode:,} of {writer.settings.source_count:,} images to encode")
+            print(f"{writer.folder}: {describe_work(writer, missing, changes)}")
         return missing
 
     missing = group.on_first(prepare_folder)
     return None if missing is None else missing[processes.rank :: processes.world]
+
+
+def describe_work(writer: FeatureWriter, missing: list[int], changes: SourceChanges | None) -> str:
+    """How many images there are to encode, and why these are more than have changed."""
+    to_encode = sum(len(writer.sources(shard)) for shard in missing)
+    text = f"{to_encode:,} of {writer.settings.source_count:,} images to encode"
+    if not changes:
+        return text
+    unchanged = to_encode - len(changes.new) - len(changes.changed)
+    if unchanged <= 0:
+        return text
+    size = writer.settings.shard_size
+    return (
+        f"{text}; {unchanged:,} of them are unchanged, but have moved or share a shard of {size} with others"
+    )
 
 
 def extract(

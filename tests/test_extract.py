@@ -14,6 +14,7 @@ import cli
 import extract_features
 from config import config_from_dict
 from data.autoencoder import Autoencoder
+from data.feature_writer import FeatureWriter
 from data.features import open_features
 from data.images import ImageFolder
 from data.streams import rng
@@ -149,6 +150,40 @@ def test_an_image_replaced_under_its_name_is_encoded_again(tiny_images, tiny_vae
     assert "2 of 10 images to encode" in printed
     extract_features.main(options)
     assert "already complete" in capsys.readouterr().out
+
+
+def test_an_image_added_before_the_extraction_was_finished(
+    tiny_images, tiny_vae, tmp_path, capsys, monkeypatch
+):
+    images = shutil.copytree(tiny_images, tmp_path / "images")
+    write = FeatureWriter.write
+
+    def stop_at_the_last(writer, shard, *rest):
+        if shard == 4:
+            raise KeyboardInterrupt
+        write(writer, shard, *rest)
+
+    options = arguments(images, tiny_vae, tmp_path / "store")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FeatureWriter, "write", stop_at_the_last)
+        extract_features.main(options)
+    shutil.copy(images / "a" / "0.png", images / "b" / "8.png")
+    capsys.readouterr()
+    extract_features.main(options)
+    printed = capsys.readouterr().out
+    assert "images were added or removed since the extraction began; what is encoded of unchanged" in printed
+    assert "5 of 11 images to encode" in printed
+    extract_features.main([*options[:3], str(tmp_path / "new"), *options[4:]])
+    assert content(tmp_path / "store") == content(tmp_path / "new")
+
+    # And after it was finished
+    shutil.copy(images / "a" / "0.png", images / "b" / "9.png")
+    capsys.readouterr()
+    extract_features.main(options)
+    said = (
+        "4 of 12 images to encode; 3 of them are unchanged, but have moved or share a shard of 2 with others"
+    )
+    assert said in capsys.readouterr().out
 
 
 def test_two_processes_make_the_same_store(tiny_images, tiny_vae, whole, tmp_path):
