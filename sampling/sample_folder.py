@@ -12,10 +12,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
-
 from config import UserError
 from data.files import write_json
+from data.images import is_whole_png
 from processes.lock import FolderLock
 from sampling.accounting import count_recorded
 from sampling.budgets import Budget
@@ -77,9 +76,11 @@ class SampleFolder:
         else:
             changed = [key for key in settings if settings[key] != earlier.get(key)]
             if changed:
-                keys = ", ".join(changed)
+                differences = ", ".join(
+                    describe_change(key, earlier.get(key), settings[key]) for key in changed
+                )
                 raise UserError(
-                    f"--output-dir '{self.path}' holds samples of another {keys}; give another folder"
+                    f"--output-dir '{self.path}' holds samples of another {differences}; give another folder"
                 )
         (self.path / "records").mkdir(exist_ok=True)
         return self._missing()
@@ -167,14 +168,12 @@ class SampleFolder:
         return damaged
 
 
-def is_whole_png(file: Path) -> bool:
-    """Whether all parts of a PNG file are there and have the right checksums. The pixels are not decoded."""
-    try:
-        with Image.open(file, formats=["PNG"]) as image:
-            image.verify()
-    except Exception:  # Pillow raises nearly every built-in error on damaged files
-        return False
-    return True
+def describe_change(key: str, earlier: object, asked: object) -> str:
+    """A setting that differs, with both values where they are short, such as "seed (0, not 1)"."""
+    name = "per_proc_batch_size" if key == "batch" else key
+    if key in ("model", "vae") or isinstance(earlier, (dict, list)) or isinstance(asked, (dict, list)):
+        return name
+    return f"{name} ({earlier}, not {asked})"
 
 
 def budgets_of(chosen: dict) -> tuple[Budget, Budget | None]:
