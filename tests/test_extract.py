@@ -241,6 +241,31 @@ def test_unreadable_images_are_listed_and_counted(tiny_images, tiny_vae, tmp_pat
     assert capsys.readouterr().err.count("unreadable: ") == 2
 
 
+def test_an_empty_store_is_no_success(tiny_vae, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_text("not an image")
+    argv = arguments(tmp_path / "images", tiny_vae, tmp_path / "store", max_bad=5)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as caught:
+            extract_features.main(argv)
+        assert caught.value.code == "error: --data-path: none of the 1 images can be read; the store is empty"
+
+
+def test_a_folder_of_samples_is_one_class(tiny_images, tiny_vae, tmp_path, capsys):
+    """Its records and settings are no classes."""
+    images = tmp_path / "samples"
+    (images / "records").mkdir(parents=True)
+    for name in ("settings.json", "summary.json", "records/000000.npz"):
+        (images / name).write_text("{}")
+    for index, file in enumerate(sorted(tiny_images.rglob("*.png"))):
+        shutil.copy(file, images / f"{index:06d}.png")
+    extract_features.main(arguments(images, tiny_vae, tmp_path / "store"))
+    printed = capsys.readouterr().out
+    assert f"--data-path {images}: no class folders, so its 10 images are one class\n" in printed
+    assert "left out: 2 .json, 1 .npz" in printed
+    assert open_features(tmp_path / "store", 16).class_names == ["samples"]
+
+
 def test_frozen_samples(tiny_images, tiny_vae, tmp_path):
     extract_features.main(arguments(tiny_images, tiny_vae, tmp_path, store="sample"))
     store = open_features(tmp_path, 16)
@@ -276,6 +301,10 @@ def test_dry_run_writes_nothing(tiny_images, tiny_vae, tmp_path, capsys):
         ({"vae": "nothing"}, "--vae nothing"),
         ({"features_path": "{file}/x"}, "--features-path"),
         ({"features_path": "data"}, "--features-path data: holds"),
+        (
+            {"features_path": "data/new", "data_path": "data"},
+            "--features-path data/new: lies in --data-path data",
+        ),
         ({"global_batch_size": 0}, "--global-batch-size 0"),
         ({"store": "official"}, "--store: training reads the official layout, but it is not written"),
     ],
