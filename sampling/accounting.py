@@ -239,6 +239,17 @@ def save_record(kept: Sequence[StepCounts], seconds: Seconds, path: Path) -> Non
     )
 
 
+def count_recorded(path: Path) -> int:
+    """Images that a file of `save_record` is about; 0 if it cannot be read."""
+    try:
+        with np.load(path) as arrays:
+            counts = arrays["counts"]
+            is_whole = arrays["t"].shape == counts.shape[1:2] and arrays["seconds"].shape == (2,)
+    except Exception:  # NumPy and zipfile raise many kinds on damaged files
+        return 0
+    return len(counts) if is_whole else 0
+
+
 def read_records(paths: Sequence[Path], labels: Sequence[int]) -> SamplingRecord:
     """The files of several batches together, of their first len(labels) images only.
 

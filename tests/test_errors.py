@@ -268,9 +268,11 @@ def test_samples_of_other_settings_are_not_mixed(fill, tmp_path, capsys):
     sample_ddp.main([*few, str(tmp_path / "images")])
     before = files(tmp_path)
     for change, key in (
-        ("--seed 1", "seed"),
-        ("--cfg-scale 2", "cfg_scale"),
-        ("--labels balanced", "labels"),
+        ("--seed 1", "seed (0, not 1)"),
+        ("--cfg-scale 2", "cfg_scale (1.5, not 2.0)"),
+        ("--labels balanced", "labels (uniform, not balanced)"),
+        ("--token-budget 5", "budget"),
+        ("--per-proc-batch-size 5", "per_proc_batch_size (32, not 5)"),
     ):
         line = refusal(sample_ddp, [*few, tmp_path / "images", *change.split()], capsys)
         assert f"holds samples of another {key}; give another folder" in line

@@ -241,3 +241,89 @@ def test_the_images_of_a_finite_model_are_images(checkpoint):
     """The models above do not sample rubbish."""
     images = generate_images(load_trained(checkpoint), [0, 1], SamplingOptions(num_sampling_steps=2))
     assert images.float().std() > 1
+
+
+# ------------------------------------------------------------------------------------------------ damaged folders
+
+
+@pytest.fixture
+def sample_set(checkpoint, tmp_path) -> Path:
+    """A folder of five samples in batches of two."""
+    sample_five(checkpoint, tmp_path / "set")
+    return tmp_path / "set"
+
+
+def sample_five(checkpoint: Path, folder: Path) -> None:
+    argv = ["--ckpt", str(checkpoint), *FEW_STEPS, "--output-dir", str(folder), "--num-fid-samples", "5"]
+    sample_ddp.main([*argv, "--per-proc-batch-size", "2"])
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.png"))}
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def zero(file: Path) -> None:
+    """What a power cut may leave on some file systems."""
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[: size // 2].ljust(size, b"\0"))
+
+
+@pytest.mark.parametrize("damage", [cut, empty, zero])
+def test_damaged_samples_are_drawn_again(checkpoint, sample_set, capsys, damage):
+    before = pictures(sample_set)
+    damage(sample_set / "000001.png")
+    damage(sample_set / "records" / "000004.npz")
+    sample_five(checkpoint, sample_set)
+    printed = capsys.readouterr().out
+    assert f"{sample_set}: 2 damaged files, such as 000001.png; their batches are drawn again\n" in printed
+    assert pictures(sample_set) == before
+    sample_five(checkpoint, sample_set)
+    assert "damaged files" not in capsys.readouterr().out
+
+
+def test_a_power_cut_that_emptied_every_file(checkpoint, sample_set):
+    before = pictures(sample_set)
+    for file in sample_set.rglob("*.*"):
+        if file.is_file():
+            empty(file)
+    sample_five(checkpoint, sample_set)
+    assert pictures(sample_set) == before
+    assert np.load(sample_set.with_suffix(".npz"))["arr_0"].shape == (5, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"seed": 0', "[]", '{"seed": 0}', '{"chosen": {"budget": 1, "uncond": null}}']
+)
+def test_damaged_settings_of_samples(checkpoint, sample_set, text):
+    before = pictures(sample_set)
+    (sample_set / "settings.json").write_text(text)
+    with pytest.raises(
+        UserError, match="set': settings.json is damaged, .* remove the folder and set.npz to draw"
+    ):
+        sample_five(checkpoint, sample_set)
+    assert pictures(sample_set) == before
+
+
+def test_an_npz_of_other_origin_is_not_overwritten(checkpoint, tmp_path):
+    reference = tmp_path / "set.npz"
+    reference.write_text("a reference batch")
+    with pytest.raises(UserError, match="set.npz would be overwritten; remove it or give another folder"):
+        sample_five(checkpoint, tmp_path / "set")
+    assert reference.read_text() == "a reference batch"
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_larger_set_draws_its_last_batch_again_without_a_complaint(checkpoint, sample_set, capsys):
+    capsys.readouterr()
+    argv = ["--ckpt", str(checkpoint), *FEW_STEPS, "--output-dir", str(sample_set), "--num-fid-samples", "6"]
+    sample_ddp.main([*argv, "--per-proc-batch-size", "2"])
+    assert "damaged files" not in capsys.readouterr().out
+    assert json.loads((sample_set / "summary.json").read_text())["images"] == 6
