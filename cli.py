@@ -171,6 +171,13 @@ def add_tf32_argument(parser: Parser) -> None:
     )
 
 
+def add_measuring_tf32_argument(parser: Parser) -> None:
+    """Add --tf32 as a switch; for scripts that have no --set and measure images."""
+    parser.add_argument(
+        "--tf32", action="store_true", help="products in float32 may run as TF32, those of the features too"
+    )
+
+
 def boolean(text: str) -> bool:
     """The type of an option whose value is true or false."""
     if text.lower() not in ("true", "false"):

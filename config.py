@@ -370,9 +370,13 @@ def validate_processes(config: Config, processes: int) -> int:
     )
     local = batch // processes
     if config.training.ratio_loss_weight > 0 and group and local % group:
-        divisor = max(number for number in range(1, group + 1) if local % number == 0)
         raise UserError(
             f"training.ratio_batch_size: {group} does not divide the local batch of {local} "
-            f"({batch} over {processes} processes); try {divisor}"
+            f"({batch} over {processes} processes); try {largest_divisor(local, group)}"
         )
     return local
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`."""
+    return max(divisor for divisor in range(1, most + 1) if number % divisor == 0)
