@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import errno
+import importlib
 import io
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from config import Config, OneProcessError, TrainingConfig, UserError
+from config import Config, OneProcessError, TrainingConfig, UserError, one_line
 from schema import leaves
 
 # All keys of the configuration, as `section.key`
@@ -150,11 +151,33 @@ def run(main: Callable[[], None]) -> None:
 # ------------------------------------------------------------------------------------------------- options
 
 
+class ImportModule(argparse.Action):
+    """Imports a module, also from the current folder. Nothing but the command line can name one."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None
+    ) -> None:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            importlib.import_module(values)
+        except ImportError as error:
+            raise UserError(
+                f"--import {values}: {one_line(error)}; give a module of an installed package or of this folder"
+            ) from None
+
+
 def add_config_arguments(parser: Parser) -> None:
-    """Add --config, --set and --dry-run."""
+    """Add --config, --set, --import and --dry-run."""
     parser.add_argument("--config", help="YAML file, e.g. configs/DCDiT-B-N4.yaml")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key; repeatable"
+    )
+    parser.add_argument(
+        "--import",
+        action=ImportModule,
+        metavar="MODULE",
+        help="import a module of yours first, which registers a router or an objective; repeatable",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
 

@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 
 from config_keys import (
+    CONTROL_ROUTERS,
+    VARIANCE_OBJECTIVES,
     DataConfig,
     DiffusionConfig,
     EvaluationConfig,
@@ -52,10 +54,6 @@ __all__ = [
     "parse_layout",
     "printable",
 ]
-
-
-# Routers that learn nothing: the controls of models/router.py
-CONTROL_ROUTERS = ("uniform", "random", "contrast")
 
 
 @dataclass
@@ -169,8 +167,8 @@ def config_from_dict(raw: dict, overrides: Sequence[str] = ()) -> Config:
         leave_scaffold_out(config.model.hnet)
     elif not config.has_learned_router:
         config.training.ratio_loss_weight = 0.0
-    if config.diffusion.objective == "flow":
-        config.training.learn_sigma = False  # a flow has no variance to learn
+    if config.diffusion.objective not in VARIANCE_OBJECTIVES:
+        config.training.learn_sigma = False
     # A key that another one switches off is not read, so its value has not to be right
     for key, error in refused.items():
         if is_read(config, key):

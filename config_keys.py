@@ -52,6 +52,19 @@ def free(default: T, meaning: str, rewrite: Rewrite | None = None) -> T:
 
 # -------------------------------------------------------------------------------------------------- the table
 
+# Names that a module of --import may add to. What they stand for is in models/router.py and diffusion/process.py
+ROUTERS = ["learned", "hnet", "uniform", "random", "contrast"]
+CONTROL_ROUTERS = ["uniform", "random", "contrast"]  # those that learn nothing
+OBJECTIVES = ["gaussian", "flow"]
+VARIANCE_OBJECTIVES = ["gaussian"]  # those that can learn a variance
+
+
+def one_of(names: list[str]) -> Constraint:
+    """One of a list of names that can grow."""
+    remedy = "; name the module that adds another with --import"
+    return Constraint(f"one of {', '.join(names)}", lambda value: value in names, remedy)
+
+
 Seed = Annotated[int, at_least(0), Constraint("below 2**63", lambda value: value < 2**63)]
 EmaDecay = Annotated[
     float,
@@ -130,7 +143,7 @@ class ModelConfig:
     attention: Literal["auto", "flash", "varlen", "sdpa"] = training(
         "auto", "attention kernel; auto: the fastest that works here"
     )
-    router: Literal["learned", "hnet", "uniform", "random", "contrast"] = network(
+    router: Annotated[str, one_of(ROUTERS)] = network(
         "learned",
         "which tokens are kept; hnet compares neighbours; uniform (a grid), random and contrast learn nothing "
         "and keep 1 token in N",
@@ -268,7 +281,7 @@ class DataConfig:
 class DiffusionConfig:
     """The diffusion process and its guidance."""
 
-    objective: Literal["gaussian", "flow"] = process(
+    objective: Annotated[str, one_of(OBJECTIVES)] = process(
         "gaussian", "gaussian: predict epsilon; flow: predict the velocity of the straight path"
     )
     flow_shift: PositiveFloat = process(

@@ -15,7 +15,6 @@ import cli
 from config import UserError
 from data.names import markdown, short_name
 from diffusion import OBJECTIVES
-from diffusion.process import ALL_SAMPLERS
 from figures.side_by_side import PIXELS, side_by_side
 from models import describe
 from processes import group
@@ -33,7 +32,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cli.add_config_arguments(parser)
     add_run_arguments(parser)
     parser.add_argument("--num-sampling-steps", type=int, default=50, help="(default: %(default)s)")
-    parser.add_argument("--sampler", choices=ALL_SAMPLERS, help="(default: ddim; euler for a flow)")
+    parser.add_argument(
+        "--sampler", help="ddpm, ddim, dpm++; of a flow euler, heun, sde (default: ddim; euler)"
+    )
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     return parser.parse_args(argv)
 

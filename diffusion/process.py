@@ -37,42 +37,43 @@ Sampler = Callable[[Any, Denoise, Tensor, Callable[[], Tensor]], Iterator[Step]]
 
 
 class Objective(NamedTuple):
-    """A kind of process."""
+    """A kind of process. The network predicts a channel per latent channel; two for a learned variance."""
 
+    build: Callable[..., Process]  # takes what `build_process` takes
     samplers: Mapping[str, Sampler]
     default: str  # the sampler of sample.py and sample_ddp.py
     fast: str  # the sampler of everything that must not take long: sample grids, evaluation in training, the demo
+    learns_variance: bool = False  # whether `training.learn_sigma` means something
 
 
-OBJECTIVES = {
-    "gaussian": Objective(SAMPLERS, default="ddpm", fast="ddim"),
-    "flow": Objective(FLOW_SAMPLERS, default="euler", fast="euler"),
-}
-ALL_SAMPLERS = [name for objective in OBJECTIVES.values() for name in objective.samplers]
-
-
-def build_process(
-    objective: str,
-    noise_schedule: str,
-    diffusion_steps: int,
-    learn_sigma: bool,
-    flow_shift: float,
-    sampling_steps: int | None = None,
+def build_gaussian(
+    noise_schedule: str, diffusion_steps: int, learn_sigma: bool, sampling_steps: int | None, **_: Any
 ) -> Process:
-    """The process that a configuration describes (`Config.process`).
+    return create_diffusion(noise_schedule, diffusion_steps, learn_sigma, sampling_steps)
+
+
+def build_flow(diffusion_steps: int, flow_shift: float, sampling_steps: int | None, **_: Any) -> Process:
+    return respaced(diffusion_steps, flow_shift, sampling_steps)
+
+
+# The names of `diffusion.objective`
+OBJECTIVES = {
+    "gaussian": Objective(build_gaussian, SAMPLERS, default="ddpm", fast="ddim", learns_variance=True),
+    "flow": Objective(build_flow, FLOW_SAMPLERS, default="euler", fast="euler"),
+}
+
+
+def build_process(objective: str, sampling_steps: int | None = None, **settings: Any) -> Process:
+    """The process that a configuration describes.
 
     Args:
-        noise_schedule, learn_sigma: of the Gaussian process. flow_shift: of the flow.
+        objective, settings: `Config.process`. An objective reads the settings that it needs.
         sampling_steps: visit fewer timesteps.
 
     Raises:
-        ValueError: an unknown name, or sampling_steps outside [1, diffusion_steps].
+        ValueError: sampling_steps is outside [1, diffusion_steps].
     """
-    if objective == "gaussian":
-        return create_diffusion(noise_schedule, diffusion_steps, learn_sigma, sampling_steps)
-    if objective == "flow":
-        return respaced(diffusion_steps, flow_shift, sampling_steps)
-    raise ValueError(f"objective '{objective}' is not one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[objective].build(sampling_steps=sampling_steps, **settings)
 
 
 def evaluated_timesteps(process: Process, sampler: str | None) -> np.ndarray:

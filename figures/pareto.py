@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 
 import cli
 from config import UserError
-from diffusion.process import ALL_SAMPLERS
 from evaluation.comparison import METRIC_NAMES
 from evaluation.pareto import ParetoPlan, measure
 from figures.canvas import SMALL, figure_name, save_figure
@@ -248,7 +247,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--num-samples", type=int, default=50000, help="images per point (default: %(default)s)"
     )
     parser.add_argument("--num-sampling-steps", type=int, default=250, help="(default: %(default)s)")
-    parser.add_argument("--sampler", default="ddpm", choices=ALL_SAMPLERS, help="(default: %(default)s)")
+    parser.add_argument("--sampler", default="ddpm", help="(default: %(default)s)")
     parser.add_argument(
         "--batch-size", type=int, default=64, help="images per batch and process (default: %(default)s)"
     )

@@ -226,6 +226,7 @@ class ContrastRouter(ControlRouter):
         return 2 * cells * width
 
 
+# The names of `model.router`
 ROUTERS: dict[str, type[Router]] = {
     "learned": LearnedRouter,
     "hnet": HNetRouter,

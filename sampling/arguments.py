@@ -9,7 +9,6 @@ import torch
 import cli
 from config import Config, UserError, config_from_dict, load_config
 from diffusion import OBJECTIVES
-from diffusion.process import ALL_SAMPLERS
 from models import compile_parts
 from models.dc_dit import DCDiT
 from models.dit import DiT
@@ -58,7 +57,9 @@ def add_sampling_arguments(parser: cli.Parser, cfg_scale: float, seed: int) -> N
     parser.add_argument(
         "--num-sampling-steps", type=int, default=250, help="steps of the sampler (default: %(default)s)"
     )
-    parser.add_argument("--sampler", choices=ALL_SAMPLERS, help="(default: ddpm; euler for a flow)")
+    parser.add_argument(
+        "--sampler", help="ddpm, ddim, dpm++; of a flow euler, heun, sde (default: ddpm; euler)"
+    )
     parser.add_argument("--seed", type=int, default=seed, help="(default: %(default)s)")
     parser.add_argument(
         "--guidance-interval",

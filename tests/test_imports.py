@@ -15,7 +15,7 @@ LAYERS = (
     ("config",),
     ("cli",),
     ("models", "diffusion", "data", "processes"),
-    ("weights",),
+    ("plugins", "weights"),
     ("sampling",),
     ("evaluation", "training"),
     ("toy", "figures"),

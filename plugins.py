@@ -1,0 +1,28 @@
+"""For modules of your own that --import names: add a router or an objective under a name.
+
+# my_paper.py
+import plugins
+plugins.add_router("mine", MyRouter)
+
+python train.py --import my_paper --config configs/shapes.yaml --set model.router=mine
+"""
+
+import config_keys
+from diffusion.process import OBJECTIVES, Objective
+from models.router import ROUTERS, Router
+
+
+def add_router(name: str, router: type[Router]) -> None:
+    """Let `model.router` be this name."""
+    ROUTERS[name] = router
+    config_keys.ROUTERS.append(name)
+    if not router.is_learned:
+        config_keys.CONTROL_ROUTERS.append(name)
+
+
+def add_objective(name: str, objective: Objective) -> None:
+    """Let `diffusion.objective` be this name."""
+    OBJECTIVES[name] = objective
+    config_keys.OBJECTIVES.append(name)
+    if objective.learns_variance:
+        config_keys.VARIANCE_OBJECTIVES.append(name)
