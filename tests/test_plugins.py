@@ -1,37 +1,12 @@
 """A user's own router and objective, in a module that --import names."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MODULE = """
-import torch
-
-import plugins
-from diffusion.flow import euler, respaced
-from diffusion.process import Objective
-from models.router import ControlRouter
-
-
-class LeftRouter(ControlRouter):
-    \"\"\"The leftmost columns.\"\"\"
-
-    def importance(self, features, draw):
-        batch, _, rows, columns = features.shape
-        order = torch.linspace(1, 0, columns, device=features.device)
-        return order.expand(batch, rows, columns).flatten(1)
-
-
-def build(diffusion_steps, sampling_steps, **_):
-    return respaced(diffusion_steps, 5.0, sampling_steps)
-
-
-steep = Objective(build, {"steep-euler": euler}, default="steep-euler", fast="steep-euler")
-plugins.add_router("left", LeftRouter)
-plugins.add_objective("steep", steep)
-"""
 
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess:
@@ -39,12 +14,12 @@ def command(folder: Path, *words: str) -> subprocess.CompletedProcess:
 
 
 def test_a_module_of_the_user_trains_and_samples(tiny_config, tmp_path):
-    (tmp_path / "my_paper.py").write_text(MODULE)
+    shutil.copy(ROOT / "examples" / "my_paper.py", tmp_path)
     train = [str(ROOT / "train.py"), "--config", str(tiny_config), "--output", str(tmp_path / "run")]
-    keys = ["--set", "model.router=left", "--set", "diffusion.objective=steep"]
+    keys = ["--set", "model.router=centre", "--set", "diffusion.objective=steep_flow"]
     refused = command(tmp_path, *train, *keys)
     assert refused.returncode == 2
-    assert "model.router: 'left' must be one of learned, " in refused.stderr
+    assert "model.router: 'centre' must be one of learned, " in refused.stderr
     assert "name the module that adds another with --import" in refused.stderr
 
     trained = command(tmp_path, *train, "--import", "my_paper", *keys)

@@ -1,0 +1,37 @@
+"""A router and an objective of one's own. Try them:
+
+python train.py --import examples.my_paper --config configs/shapes.yaml --set model.router=centre
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import plugins
+from diffusion.flow import euler, respaced
+from diffusion.process import Objective, Process
+from models.router import ControlRouter
+
+
+class CentreRouter(ControlRouter):
+    """The tokens nearest to the centre."""
+
+    def importance(self, features: Tensor, draw: Tensor) -> Tensor:
+        batch, _, rows, columns = features.shape
+        y = torch.linspace(-1, 1, rows, device=features.device)
+        x = torch.linspace(-1, 1, columns, device=features.device)
+        distance = (y[:, None] ** 2 + x**2) / 2
+        return (1 - distance).flatten().expand(batch, -1)
+
+
+def build_steep_flow(diffusion_steps: int, sampling_steps: int | None, **_: Any) -> Process:
+    """A flow that spends most of its path in the noise."""
+    return respaced(diffusion_steps, 5.0, sampling_steps)
+
+
+plugins.add_router("centre", CentreRouter)
+plugins.add_objective(
+    "steep_flow",
+    Objective(build_steep_flow, {"steep-euler": euler}, default="steep-euler", fast="steep-euler"),
+)
