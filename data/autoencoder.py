@@ -1,4 +1,4 @@
-"""Pixels <-> moments <-> latents: a diffusers AutoencoderKL with the latent scale folded in.
+"""Pixels <-> moments <-> latents: an autoencoder of any kind of data/codecs.py, with the latent scale folded in.
 
 Everything outside this file sees latents in scaled units only, z = (raw - shift) * scale, of about unit
 variance, and asks this class for scale, stride and channel count. Weights stay in float32; encoding uses no
@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from config import UserError, one_line
+from data.codecs import CODECS, Codec, PixelCodec, pixel_stride
 
 # Files of weights; the variant is None in the usual case.
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[\w-]+))?\.(safetensors|bin)")
 HUB_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
-
-# Annotations cannot name the class: importing diffusers takes seconds.
-AutoencoderKL = Any
 
 
 class NonFiniteImage(FloatingPointError):
@@ -34,10 +32,10 @@ class NonFiniteImage(FloatingPointError):
 
 
 class Autoencoder:
-    """A pretrained AutoencoderKL; make one with `Autoencoder.load`.
+    """A pretrained autoencoder; make one with `Autoencoder.load`.
 
     Attributes:
-        name: "ema", "mse" or the absolute path of a diffusers folder; `load` accepts it again.
+        name: "ema", "mse", "pixels", or the absolute path of a diffusers folder; `load` accepts it again.
         stride: pixels per latent cell and side.
         channels: channels C of a latent.
         shift: one number per channel.
@@ -45,29 +43,32 @@ class Autoencoder:
         sha256: hash of the weights; two autoencoders with the same hash, shift and scale are the same.
     """
 
-    def __init__(self, model: AutoencoderKL, name: str, device: torch.device | str):
+    def __init__(self, codec: Codec, name: str, device: torch.device | str):
         device = torch.device(device)
+        self.codec = codec
         self.name = name
-        # Every down block but the last one halves the resolution.
-        self.stride: int = 2 ** (len(model.config.down_block_types) - 1)
-        self.channels: int = model.config.latent_channels
-        self.shift, self.scale = shift_and_scale(model.config, self.channels)
-        self.sha256 = hash_weights(model)
+        self.stride = codec.stride
+        self.channels = codec.channels
+        self.shift = codec.shift
+        self.scale = codec.scale
+        self.sha256 = hash_weights(codec.model)
 
         # Each (1, C, 1, 1) float32.
         self.shift_map = torch.tensor(self.shift, dtype=torch.float32, device=device).view(1, -1, 1, 1)
         self.scale_map = torch.tensor(self.scale, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
         layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
-        self.model = model.requires_grad_(False).eval().to(device, memory_format=layout)
+        codec.model.requires_grad_(False).eval().to(device, memory_format=layout)
 
     @classmethod
     def load(cls, name_or_path: str, device: torch.device | str) -> "Autoencoder":
-        """Load "ema" or "mse" (stabilityai/sd-vae-ft-*, from local cache or hub) or a diffusers folder.
+        """Load "ema" or "mse" (stabilityai/sd-vae-ft-*, from local cache or hub), a diffusers folder, or "pixels".
 
         Raises:
             UserError: the name is unknown, or loading fails.
         """
+        if stride := pixel_stride(name_or_path):
+            return cls(PixelCodec(stride), name_or_path, device)
         if name_or_path in HUB_NAMES:
             name = name_or_path
             source = HUB_NAMES[name]
@@ -75,19 +76,19 @@ class Autoencoder:
         elif folder := find_folder(name_or_path):
             name = os.path.abspath(folder)
             source = folder
-            remedy = "give a folder that AutoencoderKL.save_pretrained wrote"
+            remedy = "give a folder that save_pretrained of diffusers wrote"
         else:
             raise UserError(
-                f"--vae {name_or_path}: is neither ema, mse nor the folder of a diffusers AutoencoderKL "
+                f"--vae {name_or_path}: is neither ema, mse nor the folder of a diffusers autoencoder "
                 "(with config.json)"
             )
 
         try:
-            model = read_model(source)
+            codec = read_codec(source)
         except Exception as error:  # the hub client, safetensors and diffusers raise a dozen kinds
             reason = one_line(error, 200)
             raise UserError(f"--vae {name_or_path}: cannot load {source} ({reason}); {remedy}") from None
-        return cls(model, name, device)
+        return cls(codec, name, device)
 
     def describe(self) -> dict[str, Any]:
         """Plain data that identifies this autoencoder in manifests and checkpoints."""
@@ -122,10 +123,9 @@ class Autoencoder:
             mean and standard deviation, each (B, C, H / stride, W / stride) float32, in scaled latent units.
         """
         pixels = images.to(self.shift_map.device).float() / 127.5 - 1
-        posterior = self.model.encode(pixels).latent_dist
-        mean = (posterior.mean.float() - self.shift_map) * self.scale_map
-        std = posterior.std.float() * self.scale_map
-        return mean, std
+        raw_mean, raw_std = self.codec.encode(pixels)
+        mean = (raw_mean.float() - self.shift_map) * self.scale_map
+        return mean, raw_std.float() * self.scale_map
 
     @torch.no_grad()
     def decode(self, latents: Tensor, bf16: bool = False) -> Tensor:
@@ -152,7 +152,7 @@ class Autoencoder:
         """As `decode`, but (B, 3, s * stride, s * stride) float32 of about -1 to 1, finite or not."""
         raw = latents.to(self.shift_map.device).float() / self.scale_map + self.shift_map
         with torch.autocast(raw.device.type, torch.bfloat16, enabled=bf16):
-            return self.model.decode(raw).sample.float()
+            return self.codec.decode(raw).float()
 
 
 def to_levels(pixels: Tensor) -> Tensor:
@@ -170,22 +170,24 @@ def find_folder(path: str) -> str | None:
     return None
 
 
-def read_model(source: str) -> AutoencoderKL:
-    """The AutoencoderKL of a hub name or a local folder, in float32. Raises whatever diffusers raises."""
-    from diffusers import AutoencoderKL
+def read_codec(source: str) -> Codec:
+    """The autoencoder of a hub name or a local folder, in float32. Raises whatever diffusers raises."""
+    import diffusers  # here, because this import takes seconds
 
     # A cached copy needs no network, and many processes do not ask the hub at once.
     local_only = True
     try:
-        config = AutoencoderKL.load_config(source, local_files_only=local_only)
+        config = diffusers.AutoencoderKL.load_config(source, local_files_only=local_only)
     except OSError:
         local_only = False
-        config = AutoencoderKL.load_config(source)
-    if config.get("_class_name") != "AutoencoderKL":
-        raise ValueError("its config.json does not describe an AutoencoderKL")
-    return AutoencoderKL.from_pretrained(
+        config = diffusers.AutoencoderKL.load_config(source)
+    kind = config.get("_class_name")
+    if kind not in CODECS:
+        raise ValueError(f"its config.json describes none of {', '.join(CODECS)}")
+    model = getattr(diffusers, kind).from_pretrained(
         source, torch_dtype=torch.float32, local_files_only=local_only, variant=find_variant(source)
     )
+    return CODECS[kind](model)
 
 
 def find_variant(source: str) -> str | None:
@@ -196,22 +198,6 @@ def find_variant(source: str) -> str | None:
         if found:
             variants.add(found["variant"])
     return None if None in variants or not variants else min(variants)
-
-
-def shift_and_scale(config: Any, channels: int) -> tuple[list[float], list[float]]:
-    """Shift and scale of each channel, from a diffusers AutoencoderKL configuration.
-
-    Two conventions exist: one shift_factor and scaling_factor for all channels, or per-channel latents_mean
-    and latents_std, which replace the shift and divide the scaling factor.
-    """
-    shift = config.get("latents_mean")
-    if shift is None:
-        shift = [config.get("shift_factor") or 0.0] * channels
-    deviations = config.get("latents_std")
-    if deviations is None:
-        deviations = [1.0] * channels
-    scale = [config.scaling_factor / deviation for deviation in deviations]
-    return [float(value) for value in shift], scale
 
 
 def hash_weights(model: torch.nn.Module) -> str:

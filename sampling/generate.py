@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from config import Config, UserError
+from data.codecs import KLCodec, decoder_flops
 from data.streams import rng
-from models import architecture
+from models import architecture, flops
 from sampling.accounting import SamplingRecord, Seconds, StepCounts, stack_kept, summarise
 from sampling.budgets import ALL
 from sampling.cost_limit import CostModel, CostPrediction, choose_fractions
@@ -110,8 +111,13 @@ def generate_images(
 
 def summarise_run(trained: TrainedModel, options: SamplingOptions, record: SamplingRecord) -> dict:
     """What summary.json holds: the options, and what the samples cost."""
-    decoder = trained.autoencoder.model.config
-    account = summarise(trained.config, decoder, trained.class_names, record)
+    codec = trained.autoencoder.codec
+    side = trained.config.latent_size
+    if isinstance(codec, KLCodec):
+        decoding = sum(flops.decoder_flops(codec.model.config, side).values())
+    else:
+        decoding = decoder_flops(codec, side)
+    account = summarise(trained.config, decoding, trained.class_names, record)
     return {"options": dataclasses.asdict(options), **account}
 
 

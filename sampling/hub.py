@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 import cli
 from config import Config, UserError, to_dict, to_yaml
 from data.autoencoder import HUB_NAMES
+from data.codecs import pixel_stride
 from data.files import write_json, write_text
 from data.names import markdown, short_name
 from models import architecture, flops
@@ -59,8 +60,9 @@ class Pretrained(
         write_json(save_directory / "config.json", config)
         write_text(save_directory / "README.md", str(self.generate_model_card()))
         # Whoever downloads the folder has the published autoencoders, but not one of this machine
-        if trained.autoencoder.name not in HUB_NAMES:
-            trained.autoencoder.model.save_pretrained(save_directory / "vae")
+        autoencoder = trained.autoencoder
+        if autoencoder.name not in HUB_NAMES and pixel_stride(autoencoder.name) is None:
+            autoencoder.codec.model.save_pretrained(save_directory / "vae")
 
     @classmethod
     def _from_pretrained(

@@ -88,7 +88,9 @@ def test_autoencoder_inverts_its_scale(tiny_vae):
     autoencoder = Autoencoder.load(str(tiny_vae), "cpu")
     latents = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        pixels = autoencoder.model.decode(latents / autoencoder.model.config.scaling_factor).sample
+        pixels = autoencoder.codec.model.decode(
+            latents / autoencoder.codec.model.config.scaling_factor
+        ).sample
     images = autoencoder.decode(latents)
     assert autoencoder.stride == 4
     assert autoencoder.channels == 4
@@ -102,7 +104,7 @@ def test_autoencoder_inverts_its_scale(tiny_vae):
 def test_per_channel_latent_statistics(tiny_vae):
     from diffusers import AutoencoderKL
 
-    from data.autoencoder import shift_and_scale
+    from data.codecs import shift_and_scale
 
     model = AutoencoderKL.from_pretrained(tiny_vae)
     model.register_to_config(
@@ -133,7 +135,7 @@ def test_a_variant_of_sixteen_channels(tmp_path):
         assert autoencoder.shift == [0.0609] * 16
         assert autoencoder.scale == [0.3611] * 16
         assert autoencoder.name == str(tmp_path / "vae")
-        assert autoencoder.model.dtype == torch.float32
+        assert autoencoder.codec.model.dtype == torch.float32
 
 
 def test_an_image_replaced_under_its_name_is_encoded_again(tiny_images, tiny_vae, tmp_path, capsys):
