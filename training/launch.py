@@ -70,11 +70,7 @@ def make_accelerator(config: Config) -> Accelerator:
     """Start Accelerate, which joins the processes. UserError if it cannot train this configuration."""
     device = group.default_device()
     if config.training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch insists on it
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # a help for debugging, at a launch per tensor
-        )
+        choose_deterministic_kernels()
     no_changing_buffers = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     meeting = InitProcessGroupKwargs(timeout=group.COLLECTIVE_TIMEOUT)
     if announced_processes() > 1:
@@ -104,6 +100,14 @@ def make_accelerator(config: Config) -> Accelerator:
             "precision: float32, as the launcher says; with --mixed_precision bf16 training is faster"
         )
     return accelerator
+
+
+def choose_deterministic_kernels() -> None:
+    """Have this process run only kernels that add in one order."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch insists on it
+    torch.use_deterministic_algorithms(True)
+    # A help for debugging, at a launch per tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def check_processes(accelerator: Accelerator) -> None:
