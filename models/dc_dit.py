@@ -14,6 +14,9 @@ from models.types import Architecture, DenoiserOutput, Packing, Routing
 
 TIMESTEP_BOUND = 1 << 20  # above every timestep
 
+# Parts with weights that stay in float32 under autocast if `fp32_chunking` says so
+CHUNKING = ("router", "residual_proj")
+
 
 class DCDiT(nn.Module):
     """Noised latents -> epsilon and variance logits, with a learned number of tokens in the transformer."""

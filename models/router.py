@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.conv import Conv3x3, to_tokens
+from models.ops.norm_silu import norm_silu
 from models.tail_drop import drop_tail, force_ends, keep_top
 from models.types import Routing
 
@@ -110,7 +111,7 @@ class LearnedRouter(Router):
     def score(self, features: Tensor, draw: Tensor) -> Scores:
         z = self.proj(features)  # (B, D / 4, S, S)
         surprise = z - self.context_predictor(z)
-        prob = to_tokens(self.residual_scorer(surprise)).squeeze(2).sigmoid()  # (B, L)
+        prob = to_tokens(self.logits(surprise)).squeeze(2).sigmoid()  # (B, L)
         return Scores(prob, prob)
 
     @staticmethod
@@ -141,6 +142,12 @@ class LearnedRouter(Router):
         bias = -(SILU_MEAN * weight.sum() + quantile * SILU_STD * weight.norm())
         self.residual_scorer.get_parameter("3.bias").copy_(bias)
         return ["residual_scorer.3.bias"]
+
+    def logits(self, surprise: Tensor) -> Tensor:
+        """(B, D / 4, S, S) -> logits (B, 1, S, S), by `residual_scorer`, whose norm and SiLU are one operation."""
+        conv, norm, _, last_conv = self.residual_scorer
+        assert isinstance(norm, nn.GroupNorm)
+        return last_conv(norm_silu(conv(surprise), norm))
 
 
 class HNetRouter(Router):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from config import Config, UserError
-from data.autoencoder import Autoencoder, NonFiniteImage
+from data.autoencoder import NonFiniteImage
 from data.streams import rng
 from diffusion import OBJECTIVES, Process, build_process
 from diffusion.guidance import ConditionedDenoise, Conditioning, condition, guide
@@ -17,7 +17,7 @@ from diffusion.process import evaluated_timesteps
 from diffusion.samplers import Denoise, Step
 from models import draws_at_random
 from models.attention import kernel_problem
-from models.ops.precision import allow_tf32
+from models.ops.precision import allow_tf32, bfloat16_problem, tf32
 from models.types import Routing
 from sampling.accounting import StepCounts
 from sampling.budgets import Budget
@@ -149,11 +149,15 @@ def check_finite_samples(finite: Tensor, timesteps: Sequence[int], indices: Sequ
 
 
 def decode_samples(
-    autoencoder: Autoencoder, latents: Tensor, indices: Sequence[int], bf16: bool = False
+    trained: TrainedModel, latents: Tensor, indices: Sequence[int], bf16: bool = False
 ) -> Tensor:
-    """Images (B, 3, H, W) uint8 of the samples with these indices; FloatingPointError for one that overflows."""
+    """Images (B, 3, H, W) uint8 of the samples with these indices; FloatingPointError for one that overflows.
+
+    They are decoded with TF32 only where the configuration asks for it.
+    """
     try:
-        return autoencoder.decode(latents, bf16)
+        with tf32(trained.config.allows_tf32(bf16=False)):
+            return trained.autoencoder.decode(latents, bf16)
     except NonFiniteImage as error:
         raise FloatingPointError(
             f"sample {indices[error.index]} has finite latents, but its decoded image is not finite; decode in "
@@ -217,12 +221,15 @@ def branch_conditioning(labels: Tensor, budget: Budget, pass_drop: bool) -> Cond
 
 
 def prepare_arithmetic(trained: TrainedModel, bf16: bool) -> None:
-    """Set TF32 for this process as the configuration says; UserError for an attention kernel that cannot run."""
+    """Set TF32 for this process as the configuration says; UserError for what cannot run on this device."""
     config = trained.config
+    problem = bfloat16_problem(trained.device) if bf16 else None
+    if problem:
+        raise UserError(f"--precision bf16: {problem}; use fp32")
     problem = kernel_problem(config.model.attention, trained.device, bf16, config.head_size)
     if problem:
         raise UserError(f"model.attention: {problem}")
-    allow_tf32(config.uses_tf32)
+    allow_tf32(config.allows_tf32(bf16))
 
 
 def sampling_process(config: Config, options: SamplingOptions) -> Process:

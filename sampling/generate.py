@@ -95,7 +95,7 @@ def generate(
         if latents.device.type != "cpu":
             torch.accelerator.synchronize()
         denoised = time.perf_counter()
-        images = decode_samples(trained.autoencoder, latents, indices[part], options.bf16_vae).cpu()
+        images = decode_samples(trained, latents, indices[part], options.bf16_vae).cpu()
         seconds = Seconds(denoised - started, time.perf_counter() - denoised)
         yield SampledBatch(indices[part], labels[part], images, kept, seconds)
 

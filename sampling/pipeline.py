@@ -117,7 +117,7 @@ class DCDiTPipeline:
         kept = []
         for step, routing in sampling_steps(self.trained, labels, options, sampler):
             kept.append(routing.counts(step.t))
-        images = decode_samples(self.trained.autoencoder, step.x_next, range(len(labels)))
+        images = decode_samples(self.trained, step.x_next, range(len(labels)))
         return PipelineOutput(to_pil(images), kept)
 
     def scheduler_steps(
