@@ -143,7 +143,7 @@ def test_chart_of_classes(tmp_path, monkeypatch):
     names = [*ODD, "x" * 99 + "a", "x" * 99 + "b"]
     config = config_from_dict({"data": {"image_size": 64, "num_classes": 5}})
     counts = np.random.default_rng(0).integers(2, 65, (5, 3, 2))
-    record = SamplingRecord([900, 500, 100], counts, range(5), Seconds(1, 1))
+    record = SamplingRecord([900, 500, 100], counts, range(5), Seconds(1, 1), 0)
     save_summary(summarise(config, flops.STABLE_DIFFUSION, names, record), tmp_path / "summary.json")
     figures = []
     write = cost.save_figure
@@ -159,7 +159,7 @@ def test_chart_of_classes(tmp_path, monkeypatch):
 
 def test_an_error_while_drawing_does_not_blame_the_file(tmp_path, monkeypatch):
     config = config_from_dict({"data": {"image_size": 64}})
-    record = SamplingRecord([900], np.full((2, 1, 2), 5), [0, 1], Seconds(1, 1))
+    record = SamplingRecord([900], np.full((2, 1, 2), 5), [0, 1], Seconds(1, 1), 0)
     summary = summarise(config, flops.STABLE_DIFFUSION, None, record)
 
     def fail(figure, path):
