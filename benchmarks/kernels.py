@@ -54,12 +54,14 @@ def list_kernels(case: Case, setup: Setup) -> list[Row]:
     with torch.profiler.profile() as profiler:
         step()
         synchronize(setup.device)
-    on_cuda = setup.device.type == "cuda"
+    averages = profiler.key_averages()
+    # Kernels, where there are any
+    kinds = {average.device_type for average in averages}
+    kind = DeviceType.CUDA if DeviceType.CUDA in kinds else DeviceType.CPU
     times = {}
-    for average in profiler.key_averages():
-        is_kernel = average.device_type == DeviceType.CUDA
-        if is_kernel == on_cuda:
-            time = average.self_device_time_total if on_cuda else average.self_cpu_time_total
+    for average in averages:
+        if average.device_type == kind:
+            time = average.self_cpu_time_total if kind == DeviceType.CPU else average.self_device_time_total
             times[average.key] = (time / 1e3, average.count)
     whole = sum(time for time, _ in times.values()) or 1.0
     longest = sorted(times.items(), key=lambda item: item[1], reverse=True)[:MOST_KERNELS]

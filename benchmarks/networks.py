@@ -36,7 +36,7 @@ class NetworkSizes(NamedTuple):
 
 
 def measure_extraction(sizes: NetworkSizes, setup: Setup) -> list[Row]:
-    """The autoencoder alone, and the whole of extract_features.py from JPEG files to a store, its start included."""
+    """The autoencoder alone, and the whole of extract_features.py from JPEG files to a store."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder / "images" / "one", sizes)

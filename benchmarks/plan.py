@@ -1,4 +1,4 @@
-"""What is measured, and in which sizes. A part of the report is a list of jobs, and each job has its own process."""
+"""What is measured, and in which sizes: each part of the report is a list of jobs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ PARTS = {
     "compiled": "The same with torch.compile.",
     "roofline": "What an H100 needs at least: bytes, products and launches, counted operation by operation. "
     "The measured time stands beside it where this device is a GPU.",
-    "budgets": "Time of sampling against FLOPs as the budget falls, both as shares of guidance with nothing dropped; "
+    "budgets": "Time of sampling against FLOPs as the budget falls, as shares of guidance with nothing dropped; "
     "excess is time / FLOPs.",
     "dropping": "Time of a training step against FLOPs as tokens drop.",
     "graphs": "Guided sampling steps under a token budget, launched kernel by kernel and as a CUDA graph.",
