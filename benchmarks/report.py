@@ -4,6 +4,7 @@ import json
 import platform
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,17 @@ def environment(device: torch.device) -> dict[str, str]:
             f"capability {properties.major}.{properties.minor}",
             "CUDA": str(torch.version.cuda),
             "cuDNN": str(torch.backends.cudnn.version()),
+            "flash-attn": version_of("flash-attn"),
         }
     return found
+
+
+def version_of(package: str) -> str:
+    """Its version, if it is installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 # ------------------------------------------------------------------------------------------------ tables
