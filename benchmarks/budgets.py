@@ -21,60 +21,65 @@ DROPPED = (0.0, 0.3, 0.6, 0.9)
 STEPS = 2  # per measurement
 GUIDED = SamplingOptions(cfg_scale=1.5, num_sampling_steps=STEPS, sampler="ddim")
 
-# How a budget is spent -> the options at a dropped fraction
-Way = Callable[[float], SamplingOptions]
+Key = tuple[str, float]  # the way of sampling, the dropped fraction
 
 
 def measure_budgets(case: Case, setup: Setup) -> list[Row]:
     """Milliseconds of denoising per image and step, at every budget: guided, with Lite-CFG, and as CUDA graphs.
 
     Time and FLOPs are shares of guided sampling with nothing dropped; "excess" is the first by the second. The
-    router's probabilities are fixed, and everything else is what sample.py runs. With Lite-CFG the unconditional
-    branch drops 90 % of its tokens at every budget of the other branch.
+    router's probabilities are fixed, and everything else is what sample.py runs.
     """
     workload = build_workload(case.config(), case.batch, setup)
-    tokens = workload.config.tokens / downsampling(workload.config)
-
-    def guided(dropped: float) -> SamplingOptions:
-        return dataclasses.replace(GUIDED, bf16=setup.bf16, budget=fraction(dropped))
-
-    def lite(dropped: float) -> SamplingOptions:
-        return dataclasses.replace(guided(dropped), uncond=fraction(LITE_DROPPED))
-
-    def graph(dropped: float) -> SamplingOptions:
-        kept = max(2, round(tokens * (1 - dropped)))
-        return dataclasses.replace(guided(dropped), budget=Budget.tokens(kept))
-
-    # Every way at every budget
-    plain = trained_model(workload, workload.model)
-    ways: dict[str, tuple[Way, TrainedModel]] = {"guidance": (guided, plain), "Lite-CFG": (lite, plain)}
-    if setup.device.type == "cuda":
-        ways["CUDA graph"] = (graph, trained_model(workload, GraphedDenoiser(workload.model)))
-    runs: dict[tuple[str, float], Callable[[], float]] = {}
-    for way, (options, trained) in ways.items():
-        for dropped in DROPPED:
-            runs[way, dropped] = sampling_run(workload, trained, options(dropped))
-    cost = {key: run() for key, run in runs.items()}
-    times = medians(runs, setup.device, setup.seconds)
+    runs = sampling_runs(workload)
+    tflop = {key: run() for key, run in runs.items()}
+    seconds = medians(runs, setup.device, setup.seconds)
 
     first = next(iter(runs))
     rows = []
-    for way, dropped in runs:
-        time = times[way, dropped] / times[first]
-        flops = cost[way, dropped] / cost[first]
+    for key in runs:
+        time = seconds[key] / seconds[first]
+        flops = tflop[key] / tflop[first]
         rows.append(
             {
                 **case.columns,
-                "way": way,
-                "dropped": dropped,
-                "ms per image and step": times[way, dropped] * 1e3 / case.batch / STEPS,
-                "GFLOP per image and step": cost[way, dropped] * 1e3 / STEPS,
+                "way": key[0],
+                "dropped": key[1],
+                "ms per image and step": seconds[key] * 1e3 / case.batch / STEPS,
+                "GFLOP per image and step": tflop[key] * 1e3 / STEPS,
                 "time": time,
                 "FLOPs": flops,
                 "excess": time / flops,
             }
         )
     return rows
+
+
+def sampling_runs(workload: Workload) -> dict[Key, Callable[[], float]]:
+    """A function for every way to sample and every budget.
+
+    With Lite-CFG the unconditional branch drops 90 % of its tokens at every budget of the other branch.
+    """
+    options = dataclasses.replace(GUIDED, bf16=workload.bf16)
+    lite = dataclasses.replace(options, uncond=fraction(LITE_DROPPED))
+    plain = trained_model(workload, workload.model)
+    runs: dict[Key, Callable[[], float]] = {}
+    for way, own in (("guidance", options), ("Lite-CFG", lite)):
+        for dropped in DROPPED:
+            budget = fraction(dropped)
+            runs[way, dropped] = sampling_run(workload, plain, dataclasses.replace(own, budget=budget))
+    if workload.x.device.type != "cuda":
+        return runs
+
+    # Graphs need numbers of tokens that are known in advance
+    graphed = trained_model(workload, GraphedDenoiser(workload.model))
+    for dropped in DROPPED:
+        tokens = workload.config.tokens / downsampling(workload.config) * (1 - dropped)
+        budget = Budget.tokens(max(2, round(tokens)))
+        runs["CUDA graph", dropped] = sampling_run(
+            workload, graphed, dataclasses.replace(options, budget=budget)
+        )
+    return runs
 
 
 def fraction(dropped: float) -> Budget:
