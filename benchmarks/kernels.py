@@ -19,12 +19,14 @@ def count_launches(case: Case, setup: Setup) -> list[Row]:
     workload = build_workload(case.config(), case.batch, setup)
     training = TrainingStep(workload, workload.model)
     masks = varied_masks(workload)
-    steps: dict[str, StepFunction] = {
-        "training": in_turn([with_mask(workload, mask, training) for mask in masks]),
-        "guided sampling": in_turn([sampling_step(workload, workload.model, mask) for mask in masks]),
+    steps: dict[str, list[StepFunction]] = {
+        "training": [with_mask(workload, mask, training) for mask in masks],
+        "guided sampling": [sampling_step(workload, workload.model, mask) for mask in masks],
     }
     rows = []
-    for name, step in steps.items():
+    for name, variants in steps.items():
+        forget_memory(setup)
+        step = in_turn(variants)
         counts = Counter(kind_of(event) for event in profile_events(step, setup))
         memory = {"allocated MB": 0.0, "reserved MB": 0.0}
         if setup.device.type == "cuda":
@@ -46,6 +48,13 @@ def count_launches(case: Case, setup: Setup) -> list[Row]:
     return rows
 
 
+def forget_memory(setup: Setup) -> None:
+    """Give back what PyTorch's allocator holds, so that the next step's memory is its own."""
+    if setup.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(setup.device)
+
+
 def list_kernels(case: Case, setup: Setup) -> list[Row]:
     """The kernels that take most time in a training step; on a CPU the operations."""
     workload = build_workload(case.config(), case.batch, setup)
@@ -60,7 +69,7 @@ def list_kernels(case: Case, setup: Setup) -> list[Row]:
     kind = DeviceType.CUDA if DeviceType.CUDA in kinds else DeviceType.CPU
     times = {}
     for average in averages:
-        if average.device_type == kind:
+        if average.device_type == kind and not average.is_user_annotation:
             time = average.self_cpu_time_total if kind == DeviceType.CPU else average.self_device_time_total
             times[average.key] = (time / 1e3, average.count)
     whole = sum(time for time, _ in times.values()) or 1.0
@@ -83,6 +92,8 @@ def profile_events(step: StepFunction, setup: Setup) -> list[Any]:
 def kind_of(event: Any) -> str:
     """What an event of the profiler is."""
     name = event.name
+    if event.is_user_annotation:
+        return "annotation"
     if event.device_type == DeviceType.CUDA:
         if name.startswith("Memcpy DtoH"):
             return "read"
