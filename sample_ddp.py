@@ -130,7 +130,7 @@ def sample_missing(
             indices = folder.batch(start)
             own_labels = [labels[i] for i in indices]
             (batch,) = generate(trained, indices, own_labels, options, folder.batch_size)
-            save_record(batch.kept, batch.seconds, folder.record(start))
+            save_record(batch.kept, batch.seconds, batch.peak_memory, folder.record(start))
             # Errors of the batch before show up here, and at most one batch waits in memory
             wait_for(writing)
             writing = [

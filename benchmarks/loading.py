@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.meters import medians
 from benchmarks.report import Row
+from benchmarks.workload import Setup
 from data.feature_writer import FeatureWriter, StoreSettings
 from data.features import Features, open_features
 from data.folders import Listing
@@ -18,9 +19,9 @@ KINDS = ("moments", "sample", "official")
 LATENT_SHAPE = (4, 32, 32)
 
 
-def measure_loading(images: int, seconds: float) -> list[Row]:
+def measure_loading(images: int, setup: Setup) -> list[Row]:
     """Latents per second out of each kind of store, read at random, with the page cache cold and warm."""
-    return [measure_store(kind, images, seconds / len(KINDS)) for kind in KINDS]
+    return [measure_store(kind, images, setup.seconds / len(KINDS)) for kind in KINDS]
 
 
 def measure_store(kind: str, images: int, seconds: float) -> Row:

@@ -2,24 +2,27 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 LEAST_ROUNDS = 3
 
+Key = TypeVar("Key", bound=Hashable)  # names what is measured
+
 # ------------------------------------------------------------------------------------------------ time
 
 
 def medians(
-    functions: Mapping[str, Callable[[], object]], device: torch.device, seconds: float
-) -> dict[str, float]:
+    functions: Mapping[Key, Callable[[], object]], device: torch.device, seconds: float
+) -> dict[Key, float]:
     """Median time of each function in seconds.
 
     The functions take turns for about `seconds`, so that a drift of the machine affects all of them alike.
     """
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Key, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()  # warm-up
     end = time.perf_counter() + seconds

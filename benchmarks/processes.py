@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.meters import synchronize
 from benchmarks.report import Row
 from benchmarks.step_functions import TrainingStep
-from benchmarks.workload import Setup, build_workload, load
+from benchmarks.workload import Case, Setup, build_workload
 
 WARM_UP_STEPS = 2  # the first ones allocate
 STEPS = 4
@@ -24,14 +24,13 @@ STEPS = 4
 class Job:
     """What every process trains, and the folder where they meet."""
 
-    name: str  # of the configuration
-    batch: int  # per process
+    case: Case  # its batch is that of one process
     setup: Setup
     world: int
     folder: str
 
 
-def measure_processes(name: str, batch: int, setup: Setup) -> list[Row]:
+def measure_processes(case: Case, setup: Setup) -> list[Row]:
     """Images per second of training with 1, 2, ... processes.
 
     Each process has a batch of its own, and one GPU or one CPU thread.
@@ -42,12 +41,12 @@ def measure_processes(name: str, batch: int, setup: Setup) -> list[Row]:
         if world > most:
             break
         with tempfile.TemporaryDirectory() as folder:
-            job = Job(name, batch, setup, world, folder)
+            job = Job(case, setup, world, folder)
             torch.multiprocessing.spawn(run_process, (job,), nprocs=world)
             seconds = float((Path(folder) / "seconds").read_text())
-        rate = world * batch / seconds
+        rate = world * case.batch / seconds
         alone = rows[0]["images/s"] if rows else rate
-        rows.append({"model": name, "processes": world, "images/s": rate, "of ideal": rate / alone / world})
+        rows.append({**case.columns, "processes": world, "images/s": rate, "of ideal": rate / alone / world})
     return rows
 
 
@@ -58,7 +57,7 @@ def run_process(rank: int, job: Job) -> None:
     device = torch.device("cuda", rank) if on_cuda else torch.device("cpu")
     backend = "nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, f"file://{job.folder}/meet", rank=rank, world_size=job.world)
-    workload = build_workload(load(job.name), job.batch, replace(job.setup, device=device))
+    workload = build_workload(job.case.config(), job.case.batch, replace(job.setup, device=device))
     model = DistributedDataParallel(workload.model, gradient_as_bucket_view=True, broadcast_buffers=False)
     step = TrainingStep(workload, model)
 

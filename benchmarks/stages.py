@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.meters import largest_difference, medians, peak_bytes, saved_bytes
 from benchmarks.report import Row
-from benchmarks.workload import Setup, Workload
+from benchmarks.workload import Case, Setup, Workload, build_workload
 from models import reference
 from models.blocks import DiTBlock
 from models.conv import ConvStack, to_grid, to_tokens
@@ -31,8 +31,14 @@ class Stage:
     is_float32: bool = False  # in float32 also where the network runs in bfloat16
 
 
-def measure_stages(workload: Workload, setup: Setup) -> list[Row]:
-    """A row per stage: times in milliseconds, memory in MB.
+def measure_stages(case: Case, setup: Setup) -> list[Row]:
+    """A row per stage: times in milliseconds, memory in MB."""
+    workload = build_workload(case.config(), case.batch, setup)
+    return [{**case.columns, **row} for row in compare_stages(workload, setup)]
+
+
+def compare_stages(workload: Workload, setup: Setup) -> list[Row]:
+    """The same, of a model that is built.
 
     Ratios are plain / ours for times and ours / plain for memory.
     """

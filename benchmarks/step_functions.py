@@ -21,6 +21,24 @@ EMA_DECAY = 0.9999
 LITE_DROPPED = 0.9  # share of the tokens that the unconditional branch of Lite-CFG drops
 
 
+def training_loss(workload: Workload, forward: Forward) -> Callable[[], Tensor]:
+    """A function that returns a scalar: diffusion loss, and ratio loss where the configuration has one."""
+    config = workload.config
+    weight = config.training.ratio_loss_weight
+    diffusion = build_process(**config.process)
+
+    def loss() -> Tensor:
+        x0, t, labels = workload.inputs
+        x_t = diffusion.add_noise(x0, t, workload.noise)
+        with workload.autocast():
+            out = forward(x_t, t, labels)
+        terms = diffusion.losses(out.prediction.float(), x0, x_t, t, workload.noise)
+        total = torch.stack(list(terms.values())).sum(0).mean()
+        return total + weight * ratio_loss(out.routing, downsampling(config)) if weight > 0 else total
+
+    return loss
+
+
 class TrainingStep:
     """A training step on one batch, as the trainer does it: loss, backward, clipping, fused AdamW and EMA.
 
@@ -34,10 +52,9 @@ class TrainingStep:
 
     def __init__(self, workload: Workload, forward: Forward, is_textbook: bool = False):
         self.workload = workload
-        self.forward = forward
+        self.loss = training_loss(workload, forward)
         self.is_textbook = is_textbook
         self.training = workload.config.training
-        self.diffusion = build_process(**workload.config.process)
         self.ema = ModelEmaV3(workload.model, decay=EMA_DECAY, exclude_buffers=True)
         self.optimizer = torch.optim.AdamW(
             workload.model.parameters(),
@@ -46,22 +63,12 @@ class TrainingStep:
             fused=None if is_textbook else True,
         )
 
-    def loss(self) -> Tensor:
-        """Scalar: diffusion loss, and ratio loss where the configuration has one."""
-        x0, t, labels = self.workload.inputs
-        noise = self.workload.noise
-        x_t = self.diffusion.add_noise(x0, t, noise)
-        with self.workload.autocast():
-            out = self.forward(x_t, t, labels)
-        terms = self.diffusion.losses(out.prediction.float(), x0, x_t, t, noise)
-        loss = torch.stack(list(terms.values())).sum(0).mean()
-        if self.training.ratio_loss_weight > 0:
-            ratio = ratio_loss(out.routing, downsampling(self.workload.config))
-            loss = loss + self.training.ratio_loss_weight * ratio
-        return loss
-
     def __call__(self) -> None:
         self.loss().backward()
+        self.update()
+
+    def update(self) -> None:
+        """What follows the backward pass: clipping, optimizer and EMA."""
         torch.nn.utils.clip_grad_norm_(self.workload.model.parameters(), self.training.longest_gradient)
         self.optimizer.step()
         self.optimizer.zero_grad()

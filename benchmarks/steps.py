@@ -7,17 +7,18 @@ import statistics
 
 import torch
 
-from benchmarks.meters import largest_difference, medians, peak_bytes, synchronize
+from benchmarks.meters import largest_difference, matmul_peak, medians, peak_bytes
 from benchmarks.report import Row
 from benchmarks.step_functions import StepFunction, TrainingStep, in_turn, sampling_step, with_mask
 from benchmarks.workload import (
+    Case,
     Setup,
     Workload,
     build_workload,
     downsampling,
     fixed_probabilities,
-    load,
     token_counts,
+    varied_masks,
 )
 from config import Config, switch_router_off
 from models import architecture, compile_parts
@@ -32,21 +33,21 @@ DROPPED = (0.0, 0.2, 0.4, 0.6)
 FORWARDS_PER_STEP = 3  # in FLOPs: a backward pass costs as much as two forward passes
 
 
-def measure_step(name: str, batch: int, setup: Setup, peak: float, compiled: bool) -> Row:
+def measure_step(case: Case, setup: Setup, compiled: bool = False) -> list[Row]:
     """One configuration's row: step times in milliseconds, memory in MB, ratios textbook / ours.
 
-    Batches with two different numbers of tokens take turns, so that compiled code must serve any number,
-    as in training.
+    Batches with different numbers of tokens take turns, so that compiled code must serve any number, as in
+    training.
 
     Args:
-        name: of the configuration.
-        peak: FLOP/s of a matrix product, for the MFU.
         compiled: with torch.compile.
     """
-    workload = build_workload(load(name), batch, setup)
+    peak = matmul_peak(setup.device, torch.bfloat16 if setup.bf16 else torch.float32)
+    workload = build_workload(case.config(), case.batch, setup)
+    batch = case.batch
     if compiled:
         compile_model(workload.model)
-    masks = masks_around(workload)
+    masks = varied_masks(workload)
     ours = TrainingStep(workload, workload.model)
     plain = TrainingStep(workload, workload.textbook_forward, is_textbook=True)
 
@@ -67,14 +68,14 @@ def measure_step(name: str, batch: int, setup: Setup, peak: float, compiled: boo
     static_config = static_twin(workload.config)
     static_time = measure_static(static_config, batch, setup, compiled)
     static_flops = batch * total_flops(architecture(static_config), TokenCounts(0, 0))
-    return {
-        "model": name,
-        "batch": batch,
+    row = {
+        **case.columns,
         "train plain ms": training["plain"] * 1e3,
         "train ours ms": training["ours"] * 1e3,
         "train ratio": training["plain"] / training["ours"],
         "train DiT on 2 x 2 patches ms": static_time * 1e3,
         "the same, scaled to equal FLOPs": static_time * 1e3 * flops / static_flops,
+        "a product reaches TFLOP/s": peak / 1e12,
         "MFU": FORWARDS_PER_STEP * flops / training["ours"] / peak,
         **memory,
         "sample plain ms": sampling["plain"] * 1e3,
@@ -82,6 +83,7 @@ def measure_step(name: str, batch: int, setup: Setup, peak: float, compiled: boo
         "sample ratio": sampling["plain"] / sampling["ours"],
         "Lite-CFG ratio": sampling["ours"] / sampling["lite"],
     }
+    return [row]
 
 
 def training_times(
@@ -104,16 +106,6 @@ def sampling_times(workload: Workload, masks: list[torch.Tensor], setup: Setup) 
         "lite": in_turn([sampling_step(workload, model, mask, lite=True) for mask in masks]),
     }
     return medians(steps, setup.device, setup.seconds / 2)
-
-
-def masks_around(workload: Workload) -> list[torch.Tensor]:
-    """Two masks (B, L), which keep a little less and a little more than one token in N."""
-    batch, length = workload.prob.shape
-    masks = []
-    for factor in (0.95, 1.05):
-        share = factor / downsampling(workload.config)
-        masks.append(fixed_probabilities(batch, length, share, workload.prob.device))
-    return masks
 
 
 def mask_flops(workload: Workload, prob: torch.Tensor) -> float:
@@ -144,9 +136,10 @@ def measure_static(config: Config, batch: int, setup: Setup, compiled: bool) -> 
     return medians({"static": step}, setup.device, setup.seconds / 4)["static"]
 
 
-def measure_graph(name: str, batch: int, setup: Setup) -> Row:
+def measure_graph(case: Case, setup: Setup) -> list[Row]:
     """Guided sampling steps under a token budget, their kernels launched one by one and as a CUDA graph."""
-    workload = build_workload(load(name), batch, setup)
+    batch = case.batch
+    workload = build_workload(case.config(), batch, setup)
     length = workload.prob.shape[1]
     tokens = length // int(downsampling(workload.config))
     budget = [tokens] * (2 * batch)  # both branches
@@ -163,26 +156,26 @@ def measure_graph(name: str, batch: int, setup: Setup) -> Row:
     plain = sampling_step(workload, plain_forward, prob)
     graph = sampling_step(workload, graph_forward, prob)
     times = medians({"plain": plain, "graph": graph}, setup.device, setup.seconds)
-    return {
-        "model": name,
-        "batch": batch,
+    row = {
+        **case.columns,
         "tokens": tokens,
         "plain ms": times["plain"] * 1e3,
         "graph ms": times["graph"] * 1e3,
         "ratio": times["plain"] / times["graph"],
         "difference": largest_difference([graph()], [plain()]),
     }
+    return [row]
 
 
-def measure_dropping(name: str, batch: int, setup: Setup) -> list[Row]:
+def measure_dropping(case: Case, setup: Setup) -> list[Row]:
     """Time of a training step as tokens drop, against its FLOPs, both as shares of those without dropping."""
-    workload = build_workload(load(name), batch, setup)
+    workload = build_workload(case.config(), case.batch, setup)
     length = workload.prob.shape[1]
     step = TrainingStep(workload, workload.model)
     masks = {}
     for dropped in DROPPED:
         share = (1 - dropped) / downsampling(workload.config)
-        masks[dropped] = fixed_probabilities(batch, length, share, setup.device)
+        masks[dropped] = fixed_probabilities(case.batch, length, share, setup.device)
 
     # Both as shares of the first row
     steps = {str(dropped): with_mask(workload, prob, step) for dropped, prob in masks.items()}
@@ -194,31 +187,20 @@ def measure_dropping(name: str, batch: int, setup: Setup) -> list[Row]:
         time = times[str(dropped)]
         flops = mask_flops(workload, prob)
         rows.append(
-            {"dropped": dropped, "ms": time * 1e3, "time": time / all_time, "flops": flops / all_flops}
+            {
+                **case.columns,
+                "dropped": dropped,
+                "ms": time * 1e3,
+                "time": time / all_time,
+                "flops": flops / all_flops,
+            }
         )
     return rows
 
 
-def measure_sizes(name: str, sizes: list[tuple[int, int]], setup: Setup) -> list[Row]:
-    """Images per second of a training step at each of the sizes: pixels per side, batch."""
-    rows = []
-    for pixels, batch in sizes:
-        workload = build_workload(load(name, f"data.image_size={pixels}"), batch, setup)
-        step = TrainingStep(workload, workload.model)
-        time = medians({"step": step}, setup.device, setup.seconds / len(sizes))["step"]
-        rows.append(
-            {"model": name, "pixels": pixels, "batch": batch, "ms": time * 1e3, "images/s": batch / time}
-        )
-    return rows
-
-
-def profile_step(name: str, batch: int, setup: Setup) -> str:
-    """A table of the operations that take most of one training step."""
-    workload = build_workload(load(name), batch, setup)
+def measure_size(case: Case, setup: Setup) -> list[Row]:
+    """Images per second of a training step."""
+    workload = build_workload(case.config(), case.batch, setup)
     step = TrainingStep(workload, workload.model)
-    step()  # warm-up
-    with torch.profiler.profile() as profiler:
-        step()
-        synchronize(setup.device)
-    order = f"self_{setup.device.type}_time_total"
-    return profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60)
+    time = medians({"step": step}, setup.device, setup.seconds)["step"]
+    return [{**case.columns, "ms": time * 1e3, "images/s": case.batch / time}]

@@ -4,10 +4,10 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import Config, load_config
 from models import build_model, reference
@@ -15,10 +15,30 @@ from models.dc_dit import DCDiT
 from models.dit import DiT
 from models.flops import TokenCounts
 from models.ops.precision import allow_tf32
-from models.tail_drop import force_ends
+from models.tail_drop import drop_tail, force_ends, keep_top
 from models.types import DenoiserOutput, Routing
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+class Case(NamedTuple):
+    """A configuration of `configs/` at a batch size."""
+
+    model: str
+    batch: int
+    overrides: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join([self.model, f"batch {self.batch}", *self.overrides])
+
+    def config(self) -> Config:
+        """The configuration."""
+        return load(self.model, *self.overrides)
+
+    @property
+    def columns(self) -> dict[str, str | int]:
+        """The columns of a table that name the case."""
+        return {"model": ", ".join([self.model, *self.overrides]), "batch": self.batch}
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,14 @@ class Workload:
         boundary = prob > 0.5
         return Routing(prob, boundary, boundary)
 
+    def fix_routing(self, router: nn.Module, inputs: tuple, routing: Routing) -> Routing:
+        """A hook of the router: the same, then the budget that the router was given."""
+        _, drop, tokens = inputs
+        fixed = self.replace_probability(routing)
+        if drop is not None:
+            return fixed._replace(keep=drop_tail(fixed.prob, fixed.boundary, drop))
+        return fixed if tokens is None else fixed._replace(keep=keep_top(fixed.prob, tokens))
+
 
 def load(name: str, *overrides: str) -> Config:
     """A configuration of `configs/` by its name."""
@@ -118,9 +146,7 @@ def build_workload(config: Config, batch: int, setup: Setup) -> Workload:
     prob = fixed_probabilities(batch, config.latent_size**2, 1 / downsampling(config), device)
     workload = Workload(config, model, x, t, labels, noise, prob, setup.bf16)
     if isinstance(model, DCDiT):
-        model.router.register_forward_hook(
-            lambda module, inputs, routing: workload.replace_probability(routing)
-        )
+        model.router.register_forward_hook(workload.fix_routing)
     return workload
 
 
@@ -130,6 +156,20 @@ def fixed_probabilities(batch: int, length: int, share: float, device: torch.dev
     kept = torch.rand(batch, length, generator=generator) < share
     half = torch.rand(batch, length, generator=generator).clamp(0.002, 0.998) / 2
     return force_ends(torch.where(kept, half + 0.5, half)).to(device)
+
+
+def varied_masks(workload: Workload) -> list[Tensor]:
+    """Masks (B, L) that keep about one token in N, and never the same number of tokens T, as in training.
+
+    On a GPU there are many: its allocator meets new shapes in every step. A CPU has no time for that.
+    """
+    batch, length = workload.prob.shape
+    device = workload.prob.device
+    number = 16 if device.type == "cuda" else 2
+    masks = []
+    for factor in torch.linspace(0.95, 1.05, number).tolist():
+        masks.append(fixed_probabilities(batch, length, factor / downsampling(workload.config), device))
+    return masks
 
 
 def token_counts(prob: Tensor) -> TokenCounts:

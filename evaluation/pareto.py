@@ -322,7 +322,12 @@ def measure_point(
         dist.barrier()
     if processes.rank > 0:
         return {}
-    found = {"tflop_per_image": chunks.mean("tflop"), "kept_share": chunks.mean("kept")}
+    found = {
+        "tflop_per_image": chunks.mean("tflop"),
+        "ms_per_image": chunks.mean("ms"),
+        "peak_memory_mb": chunks.read("peak_memory").max() / 1e6,
+        "kept_share": chunks.mean("kept"),
+    }
     classes = sampled_classes(labels, point.trained.class_names, point.cfg_scale)
     own = FeatureSet(str(point), chunks, {}, classes)
     note = class_note(own, yardstick.extractor)

@@ -29,7 +29,8 @@ def measure_samples(
     """Draw the samples and write what is measured on them to `folder`, one chunk per batch.
 
     The chunks hold what `measure_batch` returns. Batches that have a file are not sampled again. When all
-    processes have returned, the result is complete; it does not depend on their number.
+    processes have returned, the result is complete; it does not depend on their number, time and
+    memory aside.
     """
     chunks = FeatureChunks(folder, len(plan.labels), plan.batch_size)
     missing = chunks.missing(processes)
@@ -48,11 +49,15 @@ def measure_samples(
 def measure_batch(trained: TrainedModel, batch: SampledBatch, extractor: Extractor) -> dict[str, np.ndarray]:
     """Arrays with a row per image.
 
-    They are what the extractor gives; `tflop`, the cost of the image; and `kept`, the kept share over all steps
-    of the conditional branch or, in samples without a class, of the only one.
+    They are what the extractor gives; `tflop`, the cost of the image; `kept`, the kept share over all steps of the
+    conditional branch or, in samples without a class, of the only one; `ms`, the milliseconds of denoising per
+    image; and `peak_memory`, bytes of the batch.
     """
     arrays = as_arrays([run_extractor(extractor, batch.images)])
     counts = torch.stack([step.shown for step in batch.kept])  # (steps, B)
     arrays["kept"] = counts.double().mean(0).cpu().numpy() / trained.config.tokens
     arrays["tflop"] = image_tflop(trained.config, batch.kept)
+    images = len(batch.indices)
+    arrays["ms"] = np.full(images, batch.ms_per_image)
+    arrays["peak_memory"] = np.full(images, batch.peak_memory)
     return arrays

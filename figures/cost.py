@@ -78,6 +78,10 @@ def draw_cost(summary: Summary, path: Path) -> None:
 
     shares = [f" {width / total:.1%}" for width in widths]
     axes.bar_label(bars, shares, fontsize=7)
+    # The summaries of earlier versions lack both
+    if "ms_per_image" in summary:
+        ms = summary["ms_per_image"]
+        axes.set_title(f"{ms:.4g} ms per image, peak memory {summary['peak_memory_mb']:.0f} MB")
     axes.margins(x=0.12)
     axes.set_xlabel(
         f"TFLOP per image over {summary['steps']} steps; % of the {total:.4g} without the autoencoder"
@@ -141,6 +145,8 @@ def check_summary(summary: Summary) -> None:
     # Cost by component
     check_numbers(summary["tflop_decoding"], summary["tflop_per_image"]["mean"])
     check_numbers(*summary["tflop_by_component"].values())
+    if "ms_per_image" in summary:
+        check_numbers(summary["ms_per_image"], summary["peak_memory_mb"])
 
     # Shares of each class
     for row in summary["kept_by_class"]:

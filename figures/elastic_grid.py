@@ -2,7 +2,7 @@
 
     python -m figures.elastic_grid --ckpt quickstart/run/checkpoints/0001400.pt --fractions 0 0.3 0.6 0.9
 
-writes elastic_grid.png: a row per sample, a column per dropped fraction, TFLOP per image above it.
+writes elastic_grid.png: a row per sample, a column per dropped fraction, TFLOP and milliseconds per image above it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from sampling.arguments import (
 )
 from sampling.budgets import ALL, Budget
 from sampling.denoising import network_timesteps
-from sampling.generate import SampledBatch, generate
+from sampling.generate import SampledBatch, generate, warm_up
 from sampling.pictures import check_picture, save_grid
 
 # Characters of a name beside a row
@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # Sample every column on the same noise
+    warm_up(trained, labels, options)
     indices = list(range(len(labels)))
     batches: list[SampledBatch] = []
     steps = len(network_timesteps(config, options))
@@ -135,8 +136,10 @@ def main(argv: list[str] | None = None) -> None:
     titles = []
     for fraction, batch in zip(args.fractions, batches):
         tflop = image_tflop(config, batch.kept).mean()
-        titles.append(f"{fraction:.0%} dropped\n{tflop:.3g} TFLOP")
-        print(f"{fraction:.0%} dropped: {tflop:.4g} TFLOP per image")
+        ms = batch.ms_per_image
+        peak = batch.peak_memory / 1e6
+        titles.append(f"{fraction:.0%} dropped\n{tflop:.3g} TFLOP\n{ms:.3g} ms")
+        print(f"{fraction:.0%} dropped: {tflop:.4g} TFLOP, {ms:.4g} ms per image, peak memory {peak:.0f} MB")
     draw_grid(batches, titles, names, args.output)
     print(f"written to {args.output.resolve()}")
 

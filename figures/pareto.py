@@ -75,15 +75,16 @@ class Comparison(NamedTuple):
     curve: str
     saving: float | None
     gain: float | None
+    cost: str = "TFLOP"  # or "time"
 
     def __str__(self) -> str:
         parts = []
         if self.saving is not None:
             direction = "less" if self.saving > 0 else "more"
-            parts.append(f"{abs(self.saving):.1%} {direction} TFLOP at equal quality")
+            parts.append(f"{abs(self.saving):.1%} {direction} {self.cost} at equal quality")
         if self.gain is not None:
             direction = "lower" if self.gain > 0 else "higher"
-            parts.append(f"{abs(self.gain):.4g} {direction} at equal cost")
+            parts.append(f"{abs(self.gain):.4g} {direction} at equal {self.cost}")
         found = ", ".join(parts) or "no overlap to interpolate in"
         return f"{self.curve} against {self.baseline}: {found}"
 
@@ -96,8 +97,8 @@ def metric_of(rows: list[Row]) -> str:
     return next(name for name in DRAWN if rows[0].get(name))
 
 
-def read_curves(rows: list[Row], scale: str) -> list[Curve]:
-    """The curves of one panel."""
+def read_curves(rows: list[Row], scale: str, cost: str = "tflop_per_image") -> list[Curve]:
+    """The curves of one panel; `cost` is a column of the table."""
     metric = metric_of(rows)
     curves: dict[tuple[str, ...], Curve] = {}
     for row in rows:
@@ -110,7 +111,7 @@ def read_curves(rows: list[Row], scale: str) -> list[Curve]:
             if lite:
                 label += f", Lite-CFG {float(lite):.0%}"
             curves[key] = Curve(label, row["static"] == "True", lite, [])
-        mark = Mark(float(row["tflop_per_image"]), float(row[metric]), float(row["budget"]))
+        mark = Mark(float(row[cost]), float(row[metric]), float(row["budget"]))
         curves[key].marks.append(mark)
     for curve in curves.values():
         curve.marks.sort()
@@ -149,12 +150,20 @@ def compare_curves(curves: list[Curve]) -> list[tuple[Comparison, Curve, Mark]]:
     return found
 
 
+def compare_times(rows: list[Row], scale: str) -> list[Comparison]:
+    """The comparisons of a panel in milliseconds per image. Tables of earlier versions have no times."""
+    if not all(row.get("ms_per_image") for row in rows):
+        return []
+    found = compare_curves(read_curves(rows, scale, "ms_per_image"))
+    return [comparison._replace(cost="time") for comparison, _, _ in found]
+
+
 # ---------------------------------------------------------------------------------------------------- picture
 
 
 @rc_context(SMALL)
 def draw(rows: list[Row], path: Path) -> list[Comparison]:
-    """Write the figure, a panel per guidance scale; returns the comparisons that it shows."""
+    """Write the figure, a panel per guidance scale; returns its comparisons, and those of the times."""
     scales = sorted({row["cfg_scale"] for row in rows}, key=float)
     figure = Figure(figsize=(5.2 * len(scales), 4), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(scales), squeeze=False)[0]
@@ -165,6 +174,7 @@ def draw(rows: list[Row], path: Path) -> list[Comparison]:
         for comparison, curve, mark in compare_curves(curves):
             annotate(axis, comparison, curve, mark)
             comparisons.append(comparison)
+        comparisons += compare_times(rows, scale)
         axis.set_title(TITLES.get(float(scale), f"guidance scale {float(scale):g}"))
         axis.set_xlabel("TFLOP per image, all steps and branches")
         axis.set_ylabel(f"{METRIC_NAMES[metric_of(rows)]} ({rows[0]['images']} images)")

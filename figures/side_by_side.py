@@ -12,7 +12,7 @@ from figures.chunking import as_map, boundary_overlay
 from models.types import Routing
 from sampling.accounting import image_tflop
 from sampling.budgets import Budget
-from sampling.generate import generate
+from sampling.generate import generate, warm_up
 from sampling.load import TrainedModel
 from sampling.options import SamplingOptions
 
@@ -27,10 +27,13 @@ class Drawn(NamedTuple):
     boundaries: np.ndarray  # (H, W, 3) uint8, the image under the boundary probability of the last step
     tflop: float
     kept: float  # share of the tokens, mean over steps of the conditional branch or the only one
+    ms: float  # of denoising
+    peak_memory: int  # bytes
 
     @property
     def cost(self) -> str:
-        return f"{self.tflop:.4g} TFLOP, {self.kept:.1%} of the tokens kept"
+        spent = f"{self.tflop:.4g} TFLOP, {self.ms:.4g} ms, peak memory {self.peak_memory / 1e6:.0f} MB"
+        return f"{spent}, {self.kept:.1%} of the tokens kept"
 
 
 class Pair(NamedTuple):
@@ -45,6 +48,7 @@ class Pair(NamedTuple):
 
 def side_by_side(trained: TrainedModel, steps: int, sampler: str) -> Callable[[int, int, float, float], Pair]:
     """A function (label, seed, guidance scale, dropped fraction) -> Pair; it remembers what it has drawn."""
+    warm_up(trained, [0], SamplingOptions(sampler=sampler))
 
     @functools.lru_cache(maxsize=256)
     def draw(label: int, seed: int, guidance: float, dropped: float) -> Drawn:
@@ -60,7 +64,8 @@ def side_by_side(trained: TrainedModel, steps: int, sampler: str) -> Callable[[i
     def draw_pair(label: int, seed: int, guidance: float, dropped: float) -> Pair:
         cheap = draw(label, seed, guidance, dropped)
         full = draw(label, seed, guidance, 0.0)
-        cost = f"{cheap.cost}: {cheap.tflop / full.tflop:.0%} of the full cost"
+        shares = f"{cheap.tflop / full.tflop:.0%} of the full TFLOP and {cheap.ms / full.ms:.0%} of the time"
+        cost = f"{cheap.cost}: {shares}"
         return Pair(cheap.image, cheap.boundaries, full.image, cost, full.cost)
 
     return draw_pair
@@ -78,7 +83,8 @@ def draw_sample(trained: TrainedModel, label: int, options: SamplingOptions) -> 
     boundaries = boundary_overlay(image, as_map(probabilities[-1]))
     tflop = float(image_tflop(trained.config, batch.kept)[0])
     counts = [step.shown.item() for step in batch.kept]
-    return Drawn(image, boundaries, tflop, float(np.mean(counts)) / trained.config.tokens)
+    kept = float(np.mean(counts)) / trained.config.tokens
+    return Drawn(image, boundaries, tflop, kept, batch.ms_per_image, batch.peak_memory)
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:

@@ -1,11 +1,11 @@
-"""What samples cost: kept tokens, FLOPs by component and by branch of guidance, and time.
+"""What samples cost: kept tokens, FLOPs by component and by branch of guidance, time and memory.
 
 Each image's cost follows from its own kept counts, so attention is counted for its own token pairs.
 """
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ class SamplingRecord(NamedTuple):
     counts: np.ndarray  # (images, steps, 2) kept tokens, as `stack_kept` makes it
     labels: Sequence[int]  # of each image
     seconds: Seconds  # of all images together, added over processes
+    peak_memory: int  # bytes, of the batch that took most
 
 
 def stack_kept(kept: Sequence[StepCounts]) -> np.ndarray:
@@ -134,6 +135,8 @@ def summarise(
         "tflop_by_branch": mean_by_branch,
         "tflop_by_component": by_component,
         "tflop_decoding": decoding_flops / 1e12,
+        "ms_per_image": 1e3 * seconds.denoising / images,
+        "peak_memory_mb": record.peak_memory / 1e6,
         "seconds_per_image": {
             "denoising": seconds.denoising / images,
             "decoding": seconds.decoding / images,
@@ -193,7 +196,8 @@ def report(summary: dict) -> str:
     seconds = summary["seconds_per_image"]
     together = sum(seconds.values())
     lines = [
-        f"{summary['images']} images, {together:.2f} s each, of which decoding {seconds['decoding']:.2f} s"
+        f"{summary['images']} images, {together:.2f} s each, of which decoding {seconds['decoding']:.2f} s; "
+        f"peak memory {summary['peak_memory_mb']:.0f} MB"
     ]
     for branch in summary["tflop_by_branch"]:
         lines.append(report_branch(summary, branch))
@@ -227,15 +231,15 @@ def report_branch(summary: dict, branch: str) -> str:
 # ------------------------------------------------------------------------------------------------------ files
 
 
-def save_record(kept: Sequence[StepCounts], seconds: Seconds, path: Path) -> None:
-    """Write one batch's kept tokens and time."""
-    timesteps = np.array([step.t for step in kept])
-    counts = stack_kept(kept)
-    write_file(
-        path,
-        lambda stream: np.savez_compressed(stream, t=timesteps, counts=counts, seconds=np.array(seconds)),
-        durable=False,
-    )
+def save_record(kept: Sequence[StepCounts], seconds: Seconds, peak_memory: int, path: Path) -> None:
+    """Write one batch's kept tokens, time and peak memory in bytes."""
+    arrays: dict[str, Any] = {
+        "t": np.array([step.t for step in kept]),
+        "counts": stack_kept(kept),
+        "seconds": np.array(seconds),
+        "peak_memory": np.array(peak_memory),
+    }
+    write_file(path, lambda stream: np.savez_compressed(stream, **arrays), durable=False)
 
 
 def count_recorded(path: Path) -> int:
@@ -256,6 +260,7 @@ def read_records(paths: Sequence[Path], labels: Sequence[int]) -> SamplingRecord
     """
     counts = []
     seconds = np.zeros(2)
+    peak_memory = 0
     missing = len(labels)
     for path in paths:
         with np.load(path) as arrays:
@@ -263,9 +268,11 @@ def read_records(paths: Sequence[Path], labels: Sequence[int]) -> SamplingRecord
             timesteps = arrays["t"].tolist()
             used = own[:missing]
             seconds += arrays["seconds"] * len(used) / len(own)
+            # Batches of earlier versions have no entry
+            peak_memory = max(peak_memory, int(arrays.get("peak_memory", 0)))
         counts.append(used)
         missing -= len(used)
-    return SamplingRecord(timesteps, np.concatenate(counts), labels, Seconds(*seconds.tolist()))
+    return SamplingRecord(timesteps, np.concatenate(counts), labels, Seconds(*seconds.tolist()), peak_memory)
 
 
 def save_summary(summary: dict, path: Path) -> None:

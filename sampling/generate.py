@@ -20,6 +20,7 @@ from config import Config, UserError
 from data.codecs import KLCodec, decoder_flops
 from data.streams import rng
 from models import architecture, flops
+from processes.memory import peak_memory, reset_peak_memory
 from sampling.accounting import SamplingRecord, Seconds, StepCounts, stack_kept, summarise
 from sampling.budgets import ALL
 from sampling.cost_limit import CostModel, CostPrediction, choose_fractions
@@ -43,11 +44,17 @@ class SampledBatch(NamedTuple):
     images: Tensor  # (B, 3, H, W) uint8, on the CPU
     kept: list[StepCounts]  # one per step
     seconds: Seconds
+    peak_memory: int  # bytes: allocated on a GPU, resident elsewhere
+
+    @property
+    def ms_per_image(self) -> float:
+        """Milliseconds of denoising per image; decoding is not a matter of the budget."""
+        return 1e3 * self.seconds.denoising / len(self.indices)
 
     def record(self) -> SamplingRecord:
         """What accounting needs of the batch."""
         timesteps = [step.t for step in self.kept]
-        return SamplingRecord(timesteps, stack_kept(self.kept), self.labels, self.seconds)
+        return SamplingRecord(timesteps, stack_kept(self.kept), self.labels, self.seconds, self.peak_memory)
 
 
 # ----------------------------------------------------------------------------------------------------- labels
@@ -90,6 +97,7 @@ def generate(
     options, _ = replace_cost_limits(trained, indices, labels, options)
     for start in range(0, len(indices), batch_size):
         part = slice(start, start + batch_size)
+        reset_peak_memory(trained.device)
         started = time.perf_counter()
         latents, kept = sample_latents(trained, indices[part], labels[part], options, on_step)
         if latents.device.type != "cpu":
@@ -97,7 +105,8 @@ def generate(
         denoised = time.perf_counter()
         images = decode_samples(trained, latents, indices[part], options.bf16_vae).cpu()
         seconds = Seconds(denoised - started, time.perf_counter() - denoised)
-        yield SampledBatch(indices[part], labels[part], images, kept, seconds)
+        peak = peak_memory(trained.device)
+        yield SampledBatch(indices[part], labels[part], images, kept, seconds, peak)
 
 
 def generate_images(
@@ -107,6 +116,13 @@ def generate_images(
     indices = list(range(len(labels)))
     batches = generate(trained, indices, labels, options or SamplingOptions())
     return torch.cat([batch.images for batch in batches])
+
+
+def warm_up(trained: TrainedModel, labels: list[int], options: SamplingOptions) -> None:
+    """Sample one step for nothing: kernels are loaded and memory is allocated before anything is timed."""
+    one_step = dataclasses.replace(options, num_sampling_steps=1, budget=ALL, uncond=None)
+    for _ in generate(trained, list(range(len(labels))), labels, one_step, len(labels)):
+        pass
 
 
 def summarise_run(trained: TrainedModel, options: SamplingOptions, record: SamplingRecord) -> dict:

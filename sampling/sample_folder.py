@@ -2,7 +2,7 @@
 
 settings.json        what decides the samples; `chosen`: the budgets, with fractions in place of limits on the cost
 NNNNNN.png           sample NNNNNN
-records/NNNNNN.npz   kept tokens and time of the batch that begins with sample NNNNNN
+records/NNNNNN.npz   kept tokens, time and peak memory of the batch that begins with sample NNNNNN
 summary.json         what all samples cost
 """
 

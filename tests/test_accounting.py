@@ -44,7 +44,7 @@ def one_pass(count: int) -> float:
 
 
 def account(kept: list[StepCounts]) -> dict:
-    record = SamplingRecord(TIMESTEPS, stack_kept(kept), LABELS, Seconds(3.0, 0.6))
+    record = SamplingRecord(TIMESTEPS, stack_kept(kept), LABELS, Seconds(3.0, 0.6), 500_000_000)
     return summarise(CONFIG, DECODING, ["a", "b", "c"], record)
 
 
@@ -75,6 +75,7 @@ def test_summary():
         assert sum(summary[split].values()) == pytest.approx(cost.mean())
     assert summary["tflop_decoding"] == DECODING / 1e12
     assert summary["seconds_per_image"] == pytest.approx({"denoising": 0.5, "decoding": 0.1})
+    assert summary["ms_per_image"] == pytest.approx(500) and summary["peak_memory_mb"] == 500
     assert [(row["t"], row["unconditional"] is None) for row in summary["kept_by_step"]] == [
         (900, True),
         (500, False),
@@ -89,6 +90,7 @@ def test_summary():
     assert rows["a"]["share"]["mean"] == pytest.approx(share[[0, 3]].mean().item())
     text = report(summary)
     assert "unconditional branch" in text and "in 1 steps" in text and "6 images, 0.60 s each" in text
+    assert "peak memory 500 MB" in text
 
 
 def test_records_of_batches_make_the_whole(tmp_path):
@@ -98,11 +100,12 @@ def test_records_of_batches_make_the_whole(tmp_path):
         for part in (slice(4), slice(4, 6))
     ]
     for k, part in enumerate(parts):
-        save_record(part, Seconds(1.0 + k, 0.5), tmp_path / f"{k}.npz")
+        save_record(part, Seconds(1.0 + k, 0.5), 10 - k, tmp_path / f"{k}.npz")
     files = [tmp_path / "0.npz", tmp_path / "1.npz"]
     record = read_records(files, LABELS)
     assert record.timesteps == TIMESTEPS and record.labels == LABELS
     assert np.array_equal(record.counts, stack_kept(whole)) and record.seconds == Seconds(3.0, 1.0)
+    assert record.peak_memory == 10
     record = read_records(files, LABELS[:5])  # half of the last batch
     assert len(record.counts) == 5 and record.seconds == Seconds(2.0, 0.75)
 
@@ -127,7 +130,7 @@ def test_pictures(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*cost.PICTURES, "summary.json"])
     counts = np.random.default_rng(0).integers(2, 65, (100, 3, 1))
     counts = np.concatenate([counts, 0 * counts], 2)
-    record = SamplingRecord(TIMESTEPS, counts, range(100), Seconds(1, 1))
+    record = SamplingRecord(TIMESTEPS, counts, range(100), Seconds(1, 1), 0)
     summary = summarise(CONFIG, DECODING, None, record)
     save_summary(summary, tmp_path / "many" / "summary.json")
     cost.main([str(tmp_path / "many" / "summary.json"), "--output", str(tmp_path / "pictures")])

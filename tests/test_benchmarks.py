@@ -1,19 +1,29 @@
 """The textbook versions are oracles: every stage and the whole model agree with them, on less memory."""
 
 import json
+import os
+import pickle
+import subprocess
+import sys
+import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import benchmarks.__main__ as command
-from benchmarks import meters, report, stages, steps
+from benchmarks import attention, budgets, meters, plan, report, roofline, runner, stages, steps
 from benchmarks.step_functions import TrainingStep, sampling_step
-from benchmarks.workload import Setup, build_workload
+from benchmarks.workload import Case, Setup, build_workload, varied_masks
 from config import UserError, config_from_dict
+from models import architecture, build_model, flops
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 SETUP = Setup(CPU, bf16=False, seconds=0)
+SHAPES = Case("shapes", 2)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +34,7 @@ def workload():
 
 
 def test_stages_agree_and_keep_less(workload):
-    rows = {row["stage"]: row for row in stages.measure_stages(workload, SETUP)}
+    rows = {row["stage"]: row for row in stages.compare_stages(workload, SETUP)}
     assert set(rows) == {"encoder", "decoder", "router", "pack", "attention", "block", "dechunk"}
     for name, row in rows.items():
         assert row["difference"] < 1e-5, name
@@ -80,26 +90,120 @@ def test_counting_memory_frees_the_graph():
     assert results[0]() is None
 
 
-def test_command_line(tmp_path, capsys, monkeypatch):
-    nothing = [{"what": "nothing", "ms": 0.0}]
-    monkeypatch.setattr(command.updates, "measure_updates", lambda *arguments: nothing)  # takes GB
-    measure_loading = command.loading.measure_loading
-    monkeypatch.setattr(
-        command.loading, "measure_loading", lambda images, seconds: measure_loading(16, seconds)
-    )
-    file = tmp_path / "out.json"
-    machine = report.machine(CPU)
-    earlier = {"another machine": {"loading": []}, machine: {"loading": [], "steps": [{"ms": 1}]}}
-    file.write_text(json.dumps(earlier))
-    command.main(["--device", "cpu", "--only", "around", "--seconds", "0", "--output", str(file)])
-    content = json.loads(file.read_text())
-    tables = content[machine]
+@pytest.fixture(scope="module")
+def report_folder(tmp_path_factory) -> Path:
+    """Where the whole command wrote its file and its report, in tiny sizes."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    done = run_command(folder / "out.json")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder
 
-    # Other measurements stay
-    assert content["another machine"] == {"loading": []}
-    assert tables["steps"] == [{"ms": 1}]
-    assert {row["store"] for row in tables["loading"]} == {"moments", "sample", "official"}
-    assert "| official |" in capsys.readouterr().out
+
+def run_command(output: Path, *more: str, device="cpu", launcher=("-m", "benchmarks")):
+    """python -m benchmarks in a process of its own."""
+    argv = ["--device", device, "--smoke", "--seconds", "0", "--output", str(output), *more]
+    command = [sys.executable, *launcher, *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def measured(folder: Path) -> dict:
+    """Part -> job -> result, of the one machine in the file."""
+    (parts,) = json.loads((folder / "out.json").read_text()).values()
+    return parts
+
+
+def test_every_part_is_measured_and_reported(report_folder):
+    report = (report_folder / "out.md").read_text()
+    jobs = plan.plan_jobs(plan.choose_sizes("cpu", smoke=True))
+    for job in jobs:
+        result = measured(report_folder)[job.part][job.name]
+        assert result.get("rows"), (job, result)
+        assert f"## {job.part.capitalize()}\n" in report
+    assert "not measured" not in report
+    # The parts that only large sizes or several processes have
+    assert set(plan.PARTS) - {job.part for job in jobs} == {"compiled", "graphs", "resolutions", "processes"}
+
+
+def test_the_device_computes_what_was_recorded(report_folder):
+    rows = [row for job in measured(report_folder)["correctness"].values() for row in job["rows"]]
+    assert {row["precision"] for row in rows} == {"float32", "bfloat16"} and len(rows) == 12
+    for row in rows:
+        assert row["right"] == "yes", row
+        if row["precision"] == "float32":
+            assert row["tokens decided differently"] == 0 and row["prediction"] < 1e-5
+
+
+def test_the_command_resumes(report_folder, tmp_path):
+    """It measures what is missing or failed, and leaves the rest."""
+    file = tmp_path / "out.json"
+    content = json.loads((report_folder / "out.json").read_text())
+    (machine,) = content
+    before = content[machine]["loading"]
+    del content[machine]["updates"]
+    content[machine]["batches"] = {"shapes, batch 2": {"failed": "It took longer."}}
+    content["another machine"] = {"loading": {}}
+    file.write_text(json.dumps(content))
+    done = run_command(file)
+    assert done.returncode == 0 and "2 of 2 measured" in done.stdout, done.stdout + done.stderr
+    after = json.loads(file.read_text())
+    assert after["another machine"] == {"loading": {}} and after[machine]["loading"] == before
+    assert after[machine]["updates"] and "rows" in after[machine]["batches"]["shapes, batch 2"]
+
+
+def end_process(setup):
+    os._exit(9)
+
+
+def raise_error(setup):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_job_that_fails_loses_its_own_rows_only(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    for measure, reason in ((end_process, "ended with status 9"), (raise_error, "CUDA out of memory")):
+        assert not runner.run_job(plan.Job("steps", measure.__name__, measure), SETUP, file, "here")
+        assert reason in capsys.readouterr().out
+    results = report.read_json(file)["here"]
+    report.write_report(tmp_path / "out.md", "here", {"GPU": "none"}, results, plan.PARTS)
+    text = (tmp_path / "out.md").read_text()
+    assert "**end_process**: not measured." in text and "- GPU: none" in text
+
+
+def test_a_slow_job_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "LONGEST", 0.1)
+    assert not runner.run_job(plan.Job("steps", "slow", wait_long), SETUP, tmp_path / "out.json", "here")
+    assert "longer than" in report.read_json(tmp_path / "out.json")["here"]["steps"]["slow"]["failed"]
+
+
+def wait_long(setup):
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_jobs_of_every_device(device):
+    """Names are unique in their part, and every configuration exists."""
+    jobs = plan.plan_jobs(plan.choose_sizes(device, smoke=False))
+    names = [(job.part, job.name) for job in jobs]
+    assert len(set(names)) == len(names)
+    for job in jobs:
+        for argument in getattr(job.measure, "args", ()):
+            if isinstance(argument, Case):
+                assert argument.config()
+        pickle.dumps(job)
+
+
+def test_chosen_jobs():
+    def chosen(*argv, done=frozenset()):
+        return [(job.part, job.name) for job in command.chosen_jobs(command.parse([*argv]), set(done))]
+
+    everything = chosen("--device", "cpu")
+    assert chosen("--device", "cpu", done=everything) == []
+    assert chosen("--device", "cpu", done=everything[1:]) == everything[:1]
+    assert chosen("--device", "cpu", "--only", "loading", done=everything) == [("loading", "stores")]
+    own = chosen("--device", "cpu", "--model", "DCDiT-B-N4", "--batch", "3")
+    assert own == [("steps", "DCDiT-B-N4, batch 3"), ("compiled", "DCDiT-B-N4, batch 3")]
+    assert chosen("--device", "cpu", "--only", "loading", "--tf32") == [("loading", "stores, TF32")]
 
 
 MISTAKES = [
@@ -122,16 +226,90 @@ def test_the_default_device_is_one_with_benchmarks(monkeypatch):
     assert command.parse([]).device in ("cpu", "cuda")
 
 
-def test_a_row_of_steps(monkeypatch, workload):
-    monkeypatch.setattr(steps, "load", lambda name: workload.config)
-    row = steps.measure_step("small", 2, SETUP, peak=1e12, compiled=False)
-    assert row["model"] == "small"
-    assert all(value > 0 for key, value in row.items() if key != "model")
-
-
-def test_rows_of_dropping_start_at_one(monkeypatch, workload):
-    monkeypatch.setattr(steps, "load", lambda name: workload.config)
-    rows = steps.measure_dropping("small", 2, SETUP)
+def test_dropping_rows_start_at_one():
+    rows = steps.measure_dropping(SHAPES, SETUP)
     assert [row["dropped"] for row in rows] == [0, 0.2, 0.4, 0.6]
     assert rows[0]["time"] == rows[0]["flops"] == 1
     assert rows[3]["flops"] < rows[1]["flops"] < 1
+
+
+def test_costs_of_budgets_are_those_of_the_account():
+    """FLOPs fall with the budget, and Lite-CFG saves half of what it drops."""
+    rows = budgets.measure_budgets(SHAPES, SETUP)
+    cost = {(row["way"], row["dropped"]): row["FLOPs"] for row in rows}
+    assert cost["guidance", 0] == 1
+    assert cost["guidance", 0.9] < cost["guidance", 0.6] < cost["guidance", 0.3] < 1
+    assert cost["Lite-CFG", 0.9] == cost["guidance", 0.9]
+    half = (cost["guidance", 0] + cost["guidance", 0.9]) / 2
+    assert cost["Lite-CFG", 0] == pytest.approx(half, rel=1e-3)
+    for row in rows:
+        assert row["ms per image and step"] > 0 and row["excess"] == pytest.approx(row["time"] / row["FLOPs"])
+
+
+def test_masks_differ_in_the_number_of_tokens(workload):
+    counts = [int((mask > 0.5).sum()) for mask in varied_masks(workload)]
+    assert len(set(counts)) == len(counts) > 1
+
+
+def test_attention_kernels_are_compared_with_softmax():
+    rows = attention.measure_kernels(SHAPES, SETUP)
+    ran = {(row["kernel"], row["precision"]): row for row in rows if not row["cannot run because"]}
+    assert set(ran) == {(kernel, dtype) for kernel in ("sdpa", "auto") for dtype in ("bfloat16", "float32")}
+    for (_, precision), row in ran.items():
+        assert row["gradient error"] < (1e-5 if precision == "float32" else 2e-2)
+
+
+# ----------------------------------------------------------------------------------------------- roofline
+
+
+def test_bytes_of_an_operation():
+    """By hand: an addition reads two tensors and writes one, a gather reads the rows it takes, a view nothing."""
+    with FakeTensorMode(), roofline.Counter(tf32=False) as counter:
+        x = torch.empty(100, 10, device="cuda")
+        index = torch.empty(5, dtype=torch.int64, device="cuda")
+        x + x.view(100, 10)
+        assert counter.counts.bytes == 3 * 4000 and counter.counts.launches == 1
+        x.index_select(0, index)
+        assert counter.counts.bytes == 12000 + 2 * 200 + 40
+        x + x[:1].expand(100, 10)
+        assert counter.counts.launches == 3
+
+
+def test_products_count_as_the_formulas_say():
+    """FLOPs of a guided step are those of models/flops.py, in float32 those of router, projection and dechunk."""
+    case = Case("DCDiT-B-N4", 2)
+    counts = roofline.count_sampling(case, dropped=0.6)
+    network = architecture(case.config())
+    expected = flops.forward_flops(network, flops.TokenCounts(102, 102**2))
+    softmax = network.heads * 3 * 102**2 * 12
+    assert counts.all_flops == pytest.approx(4 * (sum(expected.values()) - softmax), rel=0.01)
+    scaffold = expected["router"] + expected["residual_proj"] + expected["dechunk"]
+    assert counts.flops["float32"] == pytest.approx(4 * scaffold, rel=0.01)
+
+
+def test_a_training_step_is_three_forward_passes():
+    """In products; bytes, launches and time of the whole table are finite and positive."""
+    case = Case("shapes", 4)
+    counts = roofline.count_training(case, tf32=True)
+    network = architecture(case.config())
+    forward = flops.total_flops(network, flops.TokenCounts(36, 36**2))
+    assert counts.all_flops == pytest.approx(3 * 4 * forward, rel=0.1)
+    assert counts.flops["float32"] == 0 and counts.flops["TF32"] > 0
+    assert 0 < counts.device_seconds <= counts.seconds
+
+
+def test_gradients_node_by_node():
+    """`backward` gives every parameter the gradient that PyTorch's engine gives it."""
+    config = Case("shapes", 2).config()
+    model = build_model(config)
+    x, t, labels = torch.randn(2, 4, 12, 12), torch.tensor([5, 900]), torch.tensor([0, 3])
+
+    def gradients(run):
+        model.zero_grad()
+        out = model(x, t, labels, tokens=20)
+        run(out.prediction.square().sum() + out.routing.prob.sum())
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = gradients(torch.Tensor.backward)
+    for ours, wanted in zip(gradients(roofline.backward), expected, strict=True):
+        torch.testing.assert_close(ours, wanted)

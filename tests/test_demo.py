@@ -1,6 +1,7 @@
 """The demo: what it shows, and the page in a headless browser (skipped without gradio, selenium or chromium)."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -51,6 +52,7 @@ def test_pictures_and_costs(tiny_config, tmp_path):
     assert pair.image.shape == pair.boundaries.shape == pair.full_image.shape == (288, 288, 3)
     assert not np.array_equal(pair.image, pair.full_image)
     assert float(pair.cost.split()[0]) < float(pair.full_cost.split()[0])
+    assert re.search(r"TFLOP, \S+ ms, peak memory \d+ MB, .* of the time$", pair.cost)
     assert np.array_equal(draw_pair(1, 0, 2.0, 0.0).image, pair.full_image)
 
 

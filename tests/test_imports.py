@@ -19,8 +19,8 @@ LAYERS = (
     ("sampling",),
     ("evaluation", "training"),
     ("toy", "figures"),
-    ("extract_features", "train", "sample", "sample_ddp", "evaluate", "demo", "benchmarks"),
-    ("quickstart", "scripts", "examples"),
+    ("extract_features", "train", "sample", "sample_ddp", "evaluate", "demo"),
+    ("quickstart", "scripts", "benchmarks", "examples"),
 )
 LAYER = {place: level for level, row in enumerate(LAYERS) for place in row}
 PACKAGES = [place for place in LAYER if (ROOT / place / "__init__.py").is_file()]

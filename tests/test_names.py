@@ -202,7 +202,7 @@ def test_chart_of_classes(tmp_path, monkeypatch):
     names = [*ODD, "x" * 99 + "a", "x" * 99 + "b"]
     config = config_from_dict({"data": {"image_size": 64, "num_classes": 5}})
     counts = np.random.default_rng(0).integers(2, 65, (5, 3, 2))
-    record = SamplingRecord([900, 500, 100], counts, range(5), Seconds(1, 1))
+    record = SamplingRecord([900, 500, 100], counts, range(5), Seconds(1, 1), 0)
     save_summary(summarise(config, 1e12, names, record), tmp_path / "summary.json")
     figures = []
     write = cost.save_figure
@@ -231,7 +231,7 @@ def test_no_warning_about_a_name_that_the_font_lacks(tmp_path, recwarn):
 
 def test_an_error_while_drawing_does_not_blame_the_file(tmp_path, monkeypatch):
     config = config_from_dict({"data": {"image_size": 64}})
-    record = SamplingRecord([900], np.full((2, 1, 2), 5), [0, 1], Seconds(1, 1))
+    record = SamplingRecord([900], np.full((2, 1, 2), 5), [0, 1], Seconds(1, 1), 0)
     summary = summarise(config, 1e12, None, record)
 
     def fail(figure, path):

@@ -557,9 +557,10 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def account(folder: Path) -> dict:
-    """What a run of sample_ddp.py says that its samples cost, without the times."""
+    """What a run of sample_ddp.py says that its samples cost, without times and memory."""
     summary = json.loads((folder / "summary.json").read_text())
     assert min(summary.pop("seconds_per_image").values()) > 0
+    assert summary.pop("ms_per_image") > 0 and summary.pop("peak_memory_mb") > 0
     return summary
 
 
