@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
         reason = "is a static DiT, which has no budget to show"
         raise UserError(f"--ckpt '{args.ckpt}': {reason}; draw its samples with sample.py")
     sampler = args.sampler or OBJECTIVES[trained.config.diffusion.objective].fast
-    SamplingOptions(num_sampling_steps=args.num_sampling_steps, sampler=sampler).check(trained.config)
+    scale = possible_scale(1.0, trained.config)
+    SamplingOptions(scale, num_sampling_steps=args.num_sampling_steps, sampler=sampler).check(trained.config)
     if args.dry_run:
         print(describe(trained.config))
         return

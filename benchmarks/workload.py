@@ -101,7 +101,7 @@ class Workload:
 
     def fix_routing(self, router: nn.Module, inputs: tuple, routing: Routing) -> Routing:
         """A hook of the router: the same, then the budget that the router was given."""
-        _, drop, tokens = inputs
+        _, drop, tokens, _ = inputs
         fixed = self.replace_probability(routing)
         if drop is not None:
             return fixed._replace(keep=drop_tail(fixed.prob, fixed.boundary, drop))
