@@ -35,7 +35,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", help="measure steps of this configuration only, e.g. DCDiT-XL-N4")
     add("--batch", type=int, default=8, help="batch size of --model (default: 8)")
     add("--smoke", action="store_true", help="tiny sizes, which only show that every part runs")
-    add("--output", type=Path, default=Path("benchmarks.json"), help="JSON file (default: benchmarks.json)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("results/benchmarks.json"),
+        help="JSON file (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     check_arguments(args)
     return args
@@ -49,7 +54,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(
             f"--model {args.model}: is a static DiT, which has no textbook version here; give a DCDiT-..."
         )
-    cli.check_output("--output", args.output.parent)
+    cli.check_output_file("--output", args.output)
     read_json(args.output)
 
 

@@ -145,6 +145,7 @@ def add_to_json(path: Path, machine_name: str, part: str, job: str, result: Resu
     """Add the result of a job to a file. It replaces the result of this job on this machine, and no other."""
     content = read_json(path)
     content.setdefault(machine_name, {}).setdefault(part, {})[job] = result
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, content)
 
 

@@ -17,7 +17,7 @@ from diffusion.process import evaluated_timesteps
 from diffusion.samplers import Denoise, Step
 from models import draws_at_random
 from models.attention import kernel_problem
-from models.ops.precision import allow_tf32, bfloat16_problem, tf32
+from models.ops.precision import allow_tf32, bfloat16_problem, tf32, tf32
 from models.types import Routing
 from sampling.accounting import StepCounts
 from sampling.budgets import Budget

@@ -93,7 +93,7 @@ def test_counting_memory_frees_the_graph():
 @pytest.fixture(scope="module")
 def report_folder(tmp_path_factory) -> Path:
     """Where the whole command wrote its file and its report, in tiny sizes."""
-    folder = tmp_path_factory.mktemp("benchmarks")
+    folder = tmp_path_factory.mktemp("benchmarks") / "new"
     done = run_command(folder / "out.json")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder

@@ -10,8 +10,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import steps
-from benchmarks.workload import Setup
+from benchmarks import steps, workload
+from benchmarks.workload import Case, Setup
 from config import config_from_dict
 from models import attention, build_model
 from sampling.cuda_graph import GraphedDenoiser, cast_weights
@@ -132,9 +132,9 @@ def test_without_a_budget_nothing_is_recorded(tapes):
 def test_the_benchmark_of_graphs(tapes, monkeypatch):
     hnet = {"arch_layout": ["c1", ["D1"], "c1"], "d_model": [64, 64], "num_heads": [2, 2]}
     config = config_from_dict({"model": {"hnet": hnet}, "data": {"image_size": 64, "num_classes": 3}})
-    monkeypatch.setattr(steps, "load", lambda name: config)
+    monkeypatch.setattr(workload, "load", lambda name: config)
     setup = Setup(torch.device("cpu"), bf16=False, seconds=0)
-    row = steps.measure_graph("small", 2, setup)
+    (row,) = steps.measure_graph(Case("small", 2), setup)
     assert row["tokens"] == 16 and row["difference"] < 1e-6 and len(tapes) == 1
 
 
