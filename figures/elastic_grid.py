@@ -33,10 +33,7 @@ from sampling.arguments import (
     sampling_options,
 )
 from sampling.budgets import ALL, Budget
-<<<<<<< HEAD
 from sampling.denoising import network_timesteps
-=======
->>>>>>> refs/heads/kit
 from sampling.generate import SampledBatch, generate, warm_up
 from sampling.pictures import check_picture, save_grid
 

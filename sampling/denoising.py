@@ -17,7 +17,7 @@ from diffusion.process import evaluated_timesteps
 from diffusion.samplers import Denoise, Step
 from models import draws_at_random
 from models.attention import kernel_problem
-from models.ops.precision import allow_tf32, bfloat16_problem, tf32, tf32
+from models.ops.precision import allow_tf32, bfloat16_problem, tf32
 from models.types import Routing
 from sampling.accounting import StepCounts
 from sampling.budgets import Budget
@@ -153,7 +153,7 @@ def decode_samples(
 ) -> Tensor:
     """Images (B, 3, H, W) uint8 of the samples with these indices; FloatingPointError for one that overflows.
 
-    They are decoded with TF32 only where the configuration asks for it.
+    TF32 is used only where the configuration asks for it.
     """
     try:
         with tf32(trained.config.allows_tf32(bf16=False)):
