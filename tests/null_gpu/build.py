@@ -59,6 +59,7 @@ def environment(capability: str = "9.0") -> dict[str, str]:
         "LD_LIBRARY_PATH": str(folder),
         "NULL_GPU_CAPABILITY": capability,
         "TRITON_LIBCUDA_PATH": str(folder),
+        "PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}",
     }
 
 

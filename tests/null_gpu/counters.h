@@ -5,7 +5,7 @@
 enum counter {
     LAUNCHES,       /* kernels, products and convolutions that the host launches one by one */
     PRODUCTS,       /* those among them that are matrix products of cuBLAS */
-    CONVOLUTIONS,   /* those among them that are plans of cuDNN */
+    CONVOLUTIONS,   /* those among them that are convolutions of cuDNN */
     TO_HOST,        /* copies from the device to the host */
     TO_DEVICE,      /* copies from the host to the device */
     ON_DEVICE,      /* copies within the device */

@@ -16,7 +16,7 @@ class Counts:
 
     launches: int = 0  # kernels, products and convolutions launched one by one
     products: int = 0  # those among them that are matrix products
-    convolutions: int = 0  # those among them that are plans of cuDNN
+    convolutions: int = 0  # those among them that are convolutions of cuDNN
     to_host: int = 0
     to_device: int = 0
     on_device: int = 0
