@@ -147,7 +147,17 @@ def compile_libraries(folder: Path) -> None:
 
 
 def compile_shared(arguments: list[str]) -> None:
-    command = [compiler() or "cc", "-w", "-O1", "-fno-builtin", "-shared", "-fPIC", *arguments, "-ldl", "-pthread"]
+    command = [
+        compiler() or "cc",
+        "-w",
+        "-O1",
+        "-fno-builtin",
+        "-shared",
+        "-fPIC",
+        *arguments,
+        "-ldl",
+        "-pthread",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise CannotBuild(f"the null GPU does not compile: {result.stderr.strip()}")

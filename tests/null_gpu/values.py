@@ -1,52 +1,90 @@
-"""A pytest plugin for processes on the null GPU, where no value means anything.
+"""Replaces what depends on values, which mean nothing on the null GPU. A pytest plugin, and used by script.py.
 
-It fixes what the product reads back, the number of kept tokens, and leaves of comparisons what can be compared:
-shapes, types and devices.
+The number of kept tokens is read as always, and then made up. Of comparisons in the tests of a CUDA device, those
+of shapes, types and devices are left.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from models import dc_dit, packing
+from models.types import Packing
+from sampling import accounting, denoising, generate
+from sampling.accounting import StepCounts
+
+stack_kept = accounting.stack_kept
 
 
 class KeptTokens:
-    """Plans of packed tokens whose lengths are made up: a quarter, and one token more in every plan, up to `vary`."""
+    """Makes up the number of tokens that a router keeps.
+
+    Attributes:
+        vary: plan i keeps `i % vary` tokens of a sample more than a quarter.
+    """
 
     def __init__(self) -> None:
         self.plans = 0
-        self.vary = 1
+        self.vary = 5
 
-    def plan(self, keep: torch.Tensor, lengths: int | list[int] | None = None):
+    def plan(self, keep: Tensor, lengths: int | list[int] | None = None) -> Packing:
+        """In place of models.packing.plan_packing."""
         if lengths is None:
-            keep.sum(1).tolist()  # what the product reads
+            keep.sum(1).tolist()  # the product's reading
             lengths = keep.shape[1] // 4 + self.plans % self.vary
             self.plans += 1
         return packing.plan_packing(keep, lengths)
 
 
-def assert_alike(actual, expected, **options) -> None:
+def read_only(finite: Tensor, timesteps: list[int], indices: list[int]) -> None:
+    """In place of sampling.denoising.check_finite_samples."""
+    bool(finite.all())
+
+
+def stack_made_up(kept: Sequence[StepCounts]) -> np.ndarray:
+    """In place of sampling.accounting.stack_kept: reads the counts, and makes them one token per computed branch."""
+    counts = np.ones_like(stack_kept(kept))
+    for index, step in enumerate(kept):
+        if step.unconditional is None:
+            counts[:, index, 1] = 0
+    return counts
+
+
+def make_up_values(kept: KeptTokens) -> None:
+    """Replace what reads values, in this process."""
+    dc_dit.plan_packing = kept.plan  # type: ignore[assignment]
+    denoising.check_finite_samples = read_only  # type: ignore[assignment]
+    accounting.stack_kept = stack_made_up
+    generate.stack_kept = stack_made_up
+
+
+def assert_alike(actual: Tensor, expected: Tensor, **options) -> None:
     """What is left of torch.testing.assert_close."""
-    torch.testing.assert_close(
-        torch.empty_like(actual, device="meta"), torch.empty_like(expected, device="meta"), check_device=False
-    )
-    assert actual.device == expected.device
+    assert (actual.shape, actual.dtype, actual.device) == (expected.shape, expected.dtype, expected.device)
 
 
-def are_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+def are_alike(a: Tensor, b: Tensor) -> bool:
     """What is left of torch.equal."""
-    return a.shape == b.shape and a.dtype == b.dtype
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+KEPT = KeptTokens()
+
+
+def pytest_configure() -> None:
+    """Values are made up in the whole process, which is one on the null GPU."""
+    make_up_values(KEPT)
 
 
 @pytest.fixture(autouse=True)
-def kept_tokens(monkeypatch) -> KeptTokens:
-    kept = KeptTokens()
-    monkeypatch.setattr(dc_dit, "plan_packing", kept.plan)
-    return kept
-
-
-@pytest.fixture
-def no_values(monkeypatch) -> None:
-    """For tests that compare: only shapes, types and devices are compared."""
-    monkeypatch.setattr(torch.testing, "assert_close", assert_alike)
-    monkeypatch.setattr(torch, "equal", are_alike)
+def kept_tokens(request, monkeypatch) -> KeptTokens:
+    """Every test begins with the same plans. A test of a CUDA device compares no values."""
+    monkeypatch.setattr(KEPT, "plans", 0)
+    monkeypatch.setattr(KEPT, "vary", 5)
+    if request.node.get_closest_marker("cuda"):
+        monkeypatch.setattr(torch.testing, "assert_close", assert_alike)
+        monkeypatch.setattr(torch, "equal", are_alike)
+    return KEPT

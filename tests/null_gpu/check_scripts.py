@@ -1,0 +1,123 @@
+"""Every script on the null GPU as a user runs it: in bfloat16, with and without budgets and graphs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import evaluate
+import extract_features
+import sample
+import sample_ddp
+import train
+from data.features import open_features
+from figures.side_by_side import side_by_side
+from null_gpu.counts import counting
+from sampling.load import load_trained
+
+
+@pytest.fixture(autouse=True)
+def new_accelerator():
+    """Accelerate keeps the precision of a process; every run here has its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_config, tmp_path_factory) -> Path:
+    """A checkpoint of two steps on the device."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train.main(["--config", str(tiny_config), "--output", str(folder), "--set", "training.max_steps=2"])
+    return folder / "checkpoints" / "0000002.pt"
+
+
+def test_training_resumes(tiny_config, tmp_path):
+    folder = tmp_path / "run"
+    argv = ["--config", str(tiny_config), "--output", str(folder)]
+    train.main([*argv, "--set", "training.max_steps=4"])
+    assert "starting, 1 x cuda, bf16" in (folder / "log.txt").read_text()
+    train.main([*argv, "--set", "training.max_steps=6"])
+    assert "resuming from step 4, 1 x cuda, bf16" in (folder / "log.txt").read_text()
+    assert (folder / "checkpoints" / "0000006.pt").exists()
+
+
+# What changes which CUDA code runs
+VARIANTS = {
+    "static DiT": ["model.patch_size=2"],
+    "gradient checkpointing": ["training.gradient_checkpointing=true"],
+    "float32": ["training.precision=fp32"],
+    "loader processes": ["data.num_workers=2"],
+    "samples and evaluation": ["logging.sample_every=2", "evaluation.every=2", "evaluation.num_samples=4"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_with(variant, tiny_config, tiny_images, tiny_extractor, tmp_path):
+    folder = tmp_path / "run"
+    paths = [f"evaluation.reference={tiny_images}", f"evaluation.features={tiny_extractor}"]
+    overrides = []
+    for override in ["training.max_steps=2", *paths, *VARIANTS[variant]]:
+        overrides += ["--set", override]
+    train.main(["--config", str(tiny_config), "--output", str(folder), *overrides])
+    assert (folder / "checkpoints" / "0000002.pt").exists()
+
+
+BUDGETS = {
+    "nothing": [],
+    "a share": ["--tail-dropping-fraction", "0.5"],
+    "tokens": ["--token-budget", "20"],
+    "lite": ["--token-budget", "20", "--lite-cfg", "--uncond-token-budget", "10"],
+    "flops": ["--tflops-per-image", "1"],
+    "schedule": ["--budget-schedule", "1000:0.6,0:0"],
+}
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_sampling(budget, checkpoint, tmp_path):
+    steps = ["--num-sampling-steps", "3", "--classes", "0", "1"]
+    sample.main(["--ckpt", str(checkpoint), "--output", str(tmp_path), *steps, *BUDGETS[budget]])
+    assert Image.open(tmp_path / "sample.png").size[1] >= 32
+    assert json.loads((tmp_path / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_samplers(sampler, checkpoint, tmp_path):
+    steps = ["--num-sampling-steps", "3", "--classes", "0", "--sampler", sampler, "--no-visualize"]
+    sample.main(["--ckpt", str(checkpoint), "--output", str(tmp_path), *steps])
+
+
+def test_sampling_many(checkpoint, tmp_path):
+    """Seven images in batches of three, then one more batch."""
+    argv = ["--ckpt", str(checkpoint), "--output-dir", str(tmp_path), "--num-sampling-steps", "2"]
+    sample_ddp.main([*argv, "--num-fid-samples", "7", "--per-proc-batch-size", "3"])
+    sample_ddp.main([*argv, "--num-fid-samples", "10", "--per-proc-batch-size", "3"])
+    (archive,) = tmp_path.glob("*.npz")
+    assert np.load(archive)["arr_0"].shape == (10, 32, 32, 3)
+
+
+def test_extraction(tiny_images, tiny_vae, tmp_path):
+    """Latents come from the device, and encoding a batch reads it once."""
+    paths = ["--data-path", str(tiny_images), "--features-path", str(tmp_path), "--vae", str(tiny_vae)]
+    with counting() as counts:
+        extract_features.main([*paths, "--image-size", "32", "--num-workers", "0"])
+    assert len(open_features(tmp_path, 32)) == 10
+    assert counts.convolutions > 0 and counts.to_host == 1
+
+
+def test_evaluation(tiny_extractor, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images)
+    shutil.copy(tmp_path / "a.npz", tmp_path / "b.npz")
+    cache = ["--features", str(tiny_extractor), "--cache", str(tmp_path / "cache")]
+    evaluate.main([str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), *cache])
+    assert "frechet_distance" in json.loads((tmp_path / "a.evaluation.json").read_text())
+
+
+def test_demo(checkpoint):
+    """The function behind the page."""
+    pair = side_by_side(load_trained(checkpoint, "cuda"), 2, "ddim")(0, 0, 2.0, 0.5)
+    assert pair.image.shape == (288, 288, 3)
