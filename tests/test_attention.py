@@ -13,6 +13,7 @@ from models.attention import (
 )
 from models.packing import plan_packing
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 LENGTHS = [1, 5, 2, 7]
 
 
@@ -56,7 +57,7 @@ def test_auto_is_sdpa_on_the_cpu():
     assert torch.equal(auto(x, packing), forced(x, packing))
 
 
-@pytest.mark.cuda
+@needs_cuda
 @pytest.mark.parametrize("kernel", ["varlen", "flash"])
 def test_cuda_kernels_equal_sdpa(kernel):
     if kernel == "flash":
@@ -72,7 +73,7 @@ def test_cuda_kernels_equal_sdpa(kernel):
         torch.testing.assert_close(ours.float(), plain.float(), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.cuda
+@needs_cuda
 def test_auto_on_cuda_depends_on_the_precision():
     assert pick_kernel(torch.zeros(1, device="cuda")) == "sdpa"
     assert pick_kernel(torch.zeros(1, device="cuda", dtype=torch.bfloat16)) in ("varlen", "flash")

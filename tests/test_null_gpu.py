@@ -1,7 +1,7 @@
 """CUDA code paths on a machine without a GPU: see tests/null_gpu/__init__.py.
 
-The checks are tests of their own in tests/null_gpu, a process for each group, because a process either sees the null
-GPU from its start or not at all. One of them by hand, here the counts of a training step:
+The checks are tests of their own in tests/null_gpu, a process for each group, because a process sees the null GPU
+from its start or not at all. Some of them by hand, here those of a training step:
 
     python tests/null_gpu/launch.py -m pytest --gpu -p null_gpu.values tests/null_gpu/check_counts.py -k training
 """

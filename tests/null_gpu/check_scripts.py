@@ -1,7 +1,6 @@
 """Every script on the null GPU as a user runs it: in bfloat16, with and without budgets and graphs."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +55,10 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_training_with(variant, tiny_config, tiny_images, tiny_extractor, tmp_path):
+def test_training_with(variant, tiny_config, tiny_extractor, tmp_path):
     folder = tmp_path / "run"
-    paths = [f"evaluation.reference={tiny_images}", f"evaluation.features={tiny_extractor}"]
+    reference = save_images(tmp_path / "reference.npz")
+    paths = [f"evaluation.reference={reference}", f"evaluation.features={tiny_extractor}"]
     overrides = []
     for override in ["training.max_steps=2", *paths, *VARIANTS[variant]]:
         overrides += ["--set", override]
@@ -91,12 +91,12 @@ def test_samplers(sampler, checkpoint, tmp_path):
 
 
 def test_sampling_many(checkpoint, tmp_path):
-    """Seven images in batches of three, then one more batch."""
-    argv = ["--ckpt", str(checkpoint), "--output-dir", str(tmp_path), "--num-sampling-steps", "2"]
+    """Seven images in batches of three, then three more."""
+    folder = tmp_path / "samples"
+    argv = ["--ckpt", str(checkpoint), "--output-dir", str(folder), "--num-sampling-steps", "2"]
     sample_ddp.main([*argv, "--num-fid-samples", "7", "--per-proc-batch-size", "3"])
     sample_ddp.main([*argv, "--num-fid-samples", "10", "--per-proc-batch-size", "3"])
-    (archive,) = tmp_path.glob("*.npz")
-    assert np.load(archive)["arr_0"].shape == (10, 32, 32, 3)
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (10, 32, 32, 3)
 
 
 def test_extraction(tiny_images, tiny_vae, tmp_path):
@@ -109,12 +109,17 @@ def test_extraction(tiny_images, tiny_vae, tmp_path):
 
 
 def test_evaluation(tiny_extractor, tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
-    np.savez(tmp_path / "a.npz", images)
-    shutil.copy(tmp_path / "a.npz", tmp_path / "b.npz")
+    samples = save_images(tmp_path / "a.npz")
+    reference = save_images(tmp_path / "b.npz")
     cache = ["--features", str(tiny_extractor), "--cache", str(tmp_path / "cache")]
-    evaluate.main([str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), *cache])
+    evaluate.main([str(samples), str(reference), *cache])
     assert "frechet_distance" in json.loads((tmp_path / "a.evaluation.json").read_text())
+
+
+def save_images(path: Path) -> Path:
+    """Twenty images of 32 x 32 pixels."""
+    np.savez(path, np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
+    return path
 
 
 def test_demo(checkpoint):

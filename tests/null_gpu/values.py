@@ -45,7 +45,7 @@ def read_only(finite: Tensor, timesteps: list[int], indices: list[int]) -> None:
 
 
 def stack_made_up(kept: Sequence[StepCounts]) -> np.ndarray:
-    """In place of sampling.accounting.stack_kept: reads the counts, and makes them one token per computed branch."""
+    """In place of sampling.accounting.stack_kept: reads the counts; then every computed branch kept a token."""
     counts = np.ones_like(stack_kept(kept))
     for index, step in enumerate(kept):
         if step.unconditional is None:
