@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
@@ -14,9 +15,12 @@ import sample
 import sample_ddp
 import train
 from data.features import open_features
+from figures import elastic_grid, pareto
 from figures.side_by_side import side_by_side
 from null_gpu.counts import counting
 from sampling.load import load_trained
+from sampling.pipeline import DCDiTPipeline
+from toy import autoencoder, classifier, shapes
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +124,43 @@ def save_images(path: Path) -> Path:
     """Twenty images of 32 x 32 pixels."""
     np.savez(path, np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))
     return path
+
+
+def test_figures(checkpoint, tiny_extractor, tmp_path):
+    reference = save_images(tmp_path / "reference.npz")
+    command = ["--ckpt", str(checkpoint), "--reference", str(reference), "--features", str(tiny_extractor)]
+    plan = ["--num-samples", "8", "--num-sampling-steps", "2", "--budgets", "0,0.5", "--bf16"]
+    pareto.main([*command, *plan, "--output", str(tmp_path / "pareto")])
+    assert (tmp_path / "pareto" / "pareto.csv").exists()
+    grid = [
+        "--ckpt",
+        str(checkpoint),
+        "--num-sampling-steps",
+        "2",
+        "--classes",
+        "0",
+        "--fractions",
+        "0",
+        "0.5",
+    ]
+    elastic_grid.main([*grid, "--output", str(tmp_path / "grid.png")])
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_pipeline(checkpoint):
+    pipe = DCDiTPipeline.from_pretrained(checkpoint, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    output = pipe([0, 1], drop_fraction=0.4, num_inference_steps=2, generator=generator)
+    assert len(output.images) == 2
+
+
+def test_toy_world(tmp_path):
+    """The small autoencoder and the small classifier train."""
+    images = tmp_path / "images"
+    shapes.write_images(images, 32, image_size=16)
+    argv = ["--images", str(images), "--image-size", "16", "--steps", "2"]
+    autoencoder.main([*argv, "--output", str(tmp_path / "vae"), "--batch-size", "2"])
+    classifier.main([*argv, "--output", str(tmp_path / "classifier.pt")])
 
 
 def test_demo(checkpoint):
