@@ -2,11 +2,12 @@
 
 flash   flash-attn's variable-length kernel, if that package is installed (CUDA, half precision)
 varlen  torch.nn.attention.varlen (CUDA, half precision)
-sdpa    scaled_dot_product_attention, sample by sample (any device, any precision); on a CPU as one operation that
-        the compiler does not look into (models/ops/cpu_attention.py)
+sdpa    scaled_dot_product_attention (any device, any precision). On CUDA its memory-efficient kernel takes all
+        samples in one launch, on a CPU models/ops/cpu_attention.py as one operation; elsewhere sample by sample
 """
 
-import importlib.util
+import contextlib
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,9 @@ from models.ops import cpu_attention
 from models.ops.recompute import Modulated, linear
 from models.types import Packing
 
-HAS_FLASH = importlib.util.find_spec("flash_attn") is not None
-# On some devices PyTorch would take cuDNN first. It makes a plan per shape, and T differs in every step.
-VARLEN_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+HALF = (torch.float16, torch.bfloat16)
+LEAST_CAPABILITY = (8, 0)  # of GPUs with the kernels for packed tokens in half precision
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 
 
 class Attention(nn.Module):
@@ -31,6 +32,7 @@ class Attention(nn.Module):
         self.kernel = kernel
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.has_flash = has_flash()  # asked here, because the compiler cannot trace an import that fails
         self.attend_by_sample = attend_by_sample  # `models.compile_parts` keeps it out of the compiled graph
 
     def forward(self, x: Tensor | Modulated, packing: Packing) -> Tensor:
@@ -41,23 +43,35 @@ class Attention(nn.Module):
 
     def attend(self, qkv: Tensor, packing: Packing) -> Tensor:
         """(T, 3, heads, size) -> (T, heads, size), by the configured kernel or the fastest that works."""
-        kernel = pick_kernel(qkv) if self.kernel == "auto" else self.kernel
+        kernel = pick_kernel(qkv, self.has_flash) if self.kernel == "auto" else self.kernel
         if kernel == "flash":
             return attend_flash(qkv, packing)
         if kernel == "varlen":
             return attend_varlen(qkv, packing)
         if qkv.is_cpu:
             return cpu_attention.attend(qkv, packing.lengths)
+        if qkv.is_cuda and qkv.dtype != torch.float64:
+            return attend_efficient(qkv, packing)
         return self.attend_by_sample(qkv, packing)
 
 
-def pick_kernel(qkv: Tensor) -> str:
+@functools.cache
+def has_flash() -> bool:
+    """Whether flash-attn's function can be imported. Version 4 has the package and no such function."""
+    try:
+        from flash_attn import flash_attn_varlen_qkvpacked_func  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def pick_kernel(qkv: Tensor, has_flash: bool) -> str:
     """The fastest kernel that works for this device, precision and head size."""
-    if not qkv.is_cuda or qkv.dtype == torch.float32 or not fits(qkv.shape[-1]):
+    if not qkv.is_cuda or qkv.dtype not in HALF or not fits(qkv.shape[-1]):
         return "sdpa"
-    if torch.cuda.get_device_capability(qkv.device) < (8, 0):
+    if torch.cuda.get_device_capability(qkv.device) < LEAST_CAPABILITY:
         return "sdpa"
-    return "flash" if HAS_FLASH else "varlen"
+    return "flash" if has_flash else "varlen"
 
 
 def fits(head_size: int) -> bool:
@@ -67,15 +81,20 @@ def fits(head_size: int) -> bool:
 
 def kernel_problem(kernel: str, device: torch.device, half: bool, head_size: int) -> str | None:
     """Why a kernel cannot run on this device, in this precision or with heads of this size; None if it can."""
-    if kernel in ("flash", "varlen") and (device.type != "cuda" or not half):
+    if kernel not in ("flash", "varlen"):
+        return None
+    if device.type != "cuda" or not half:
         return f"'{kernel}' needs a CUDA device and bfloat16; use auto or sdpa"
-    if kernel in ("flash", "varlen") and not fits(head_size):
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < LEAST_CAPABILITY:
+        return f"'{kernel}' needs compute capability 8.0, and this GPU has {major}.{minor}; use auto or sdpa"
+    if not fits(head_size):
         return (
             f"'{kernel}' needs heads of 8, 16, ... or 256 channels, "
             f"and the model's have {head_size}; use auto or sdpa"
         )
-    if kernel == "flash" and not HAS_FLASH:
-        return "'flash' needs the package flash-attn; install it, or use auto"
+    if kernel == "flash" and not has_flash():
+        return "'flash' needs the package flash-attn, version 2; install it, or use auto"
     return None
 
 
@@ -87,16 +106,50 @@ def attend_flash(qkv: Tensor, packing: Packing) -> Tensor:
 
 
 def attend_varlen(qkv: Tensor, packing: Packing) -> Tensor:
-    """(T, 3, heads, size) -> (T, heads, size) by PyTorch's variable-length attention."""
+    """(T, 3, heads, size) -> (T, heads, size) by PyTorch's variable-length attention, always its Flash kernel."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = qkv.unbind(1)
     starts = packing.cu_seqlens
     longest = packing.max_length
-    with sdpa_kernel(VARLEN_BACKENDS, set_priority=True):
-        attended = varlen_attn(q, k, v, starts, starts, longest, longest)
+    with prefer_flash():
+        attended = varlen_attn(q, k, v, starts, starts, longest, longest, **flash_options(longest))
     assert isinstance(attended, Tensor)  # a pair only where the log-sum-exp is asked for
     return attended
+
+
+def flash_options(longest: int) -> dict[str, tuple[int, int]]:
+    """Options of `varlen_attn` that keep version 2.14 of PyTorch from cuDNN, in both passes.
+
+    On Hopper and Blackwell that version takes cuDNN unless there is a window. cuDNN makes a plan for every
+    number of tokens T and keeps it for ever, and T differs in every step. A window over the whole sample is full
+    attention, and Flash computes it as that. Older versions never take cuDNN here; newer ones ask for an order.
+    """
+    return {"window_size": (longest, longest)} if TORCH == (2, 14) else {}
+
+
+def prefer_flash() -> contextlib.AbstractContextManager:
+    """From 2.15 on, the order in which `varlen_attn` tries its kernels: Flash first."""
+    if TORCH < (2, 15):
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION], set_priority=True)
+
+
+def attend_efficient(qkv: Tensor, packing: Packing) -> Tensor:
+    """(T, 3, heads, size) -> (T, heads, size) by PyTorch's memory-efficient kernel, which takes float32 too.
+
+    It is the kernel of `scaled_dot_product_attention` on dense batches, told where each sample starts.
+    """
+    q, k, v = qkv[None].unbind(2)  # (1, T, heads, size) each
+    starts = packing.cu_seqlens
+    longest = packing.max_length
+    no_bias = None
+    no_dropout = 0.0
+    no_mask = 0
+    attended = torch.ops.aten._efficient_attention_forward(
+        q, k, v, no_bias, starts, starts, longest, longest, no_dropout, no_mask, compute_log_sumexp=True
+    )[0]
+    return attended[0]
 
 
 def attend_by_sample(qkv: Tensor, packing: Packing) -> Tensor:

@@ -217,7 +217,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def attention(module: Attention, x: Tensor, chunks: Chunks) -> Tensor:
     """(T, D) -> (T, D), padded with a mask over keys; where a kernel for packed tokens works, with that kernel."""
     qkv = module.qkv(x).view(len(x), 3, module.heads, -1)  # (T, 3, heads, D / heads)
-    kernel = pick_kernel(qkv)
+    kernel = pick_kernel(qkv, module.has_flash)
     if kernel != "sdpa":
         attend = attend_flash if kernel == "flash" else attend_varlen
         return module.proj(attend(qkv, chunks.packing).flatten(1))
