@@ -1,7 +1,7 @@
 """Compile the null GPU for the installed PyTorch, once; the files are kept in a cache folder."""
 
+import contextlib
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -74,7 +74,7 @@ def build() -> Path:
             work.mkdir()
             compile_libraries(work)
             # Another process may have been faster
-            if not folder.exists():
+            with contextlib.suppress(OSError):
                 work.rename(folder)
     return folder
 
@@ -178,9 +178,3 @@ def symbols(library: Path, which: str) -> set[str]:
     command = ["nm", "--dynamic", "--without-symbol-versions", which, str(library)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return {line.split()[-1] for line in lines}
-
-
-if __name__ == "__main__":
-    for name, value in {**os.environ, **environment()}.items():
-        if name in environment():
-            print(f"{name}={value}")

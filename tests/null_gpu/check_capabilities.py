@@ -17,8 +17,8 @@ FORK = multiprocessing.get_context("fork")  # this process has not asked for the
 
 def on(capability: str, function, *arguments):
     """Call a function in a process that sees a GPU of this generation."""
-    os.environ["NULL_GPU_CAPABILITY"] = capability
-    with ProcessPoolExecutor(1, mp_context=FORK) as pool:
+    variable = ("NULL_GPU_CAPABILITY", capability)
+    with ProcessPoolExecutor(1, FORK, os.environ.__setitem__, variable) as pool:
         return pool.submit(function, *arguments).result()
 
 

@@ -20,7 +20,7 @@ from figures.side_by_side import side_by_side
 from null_gpu.counts import counting
 from sampling.load import load_trained
 from sampling.pipeline import DCDiTPipeline
-from toy import autoencoder, classifier, shapes
+from toy import classifier, shapes
 
 
 @pytest.fixture(autouse=True)
@@ -148,18 +148,22 @@ def test_figures(checkpoint, tiny_extractor, tmp_path):
 
 
 def test_pipeline(checkpoint):
+    """The scheduler is the host's: a step reads the number of kept tokens and waits for nothing else."""
     pipe = DCDiTPipeline.from_pretrained(checkpoint, device="cuda")
     generator = torch.Generator("cuda").manual_seed(0)
-    output = pipe([0, 1], drop_fraction=0.4, num_inference_steps=2, generator=generator)
+    waits = []
+    for steps in (2, 3):
+        with counting() as counts:
+            output = pipe([0, 1], drop_fraction=0.4, num_inference_steps=steps, generator=generator)
+        waits.append(counts.waits)
     assert len(output.images) == 2
+    assert waits[1] - waits[0] == 1
 
 
-def test_toy_world(tmp_path):
-    """The small autoencoder and the small classifier train."""
+def test_toy_classifier(tmp_path):
     images = tmp_path / "images"
     shapes.write_images(images, 32, image_size=16)
     argv = ["--images", str(images), "--image-size", "16", "--steps", "2"]
-    autoencoder.main([*argv, "--output", str(tmp_path / "vae"), "--batch-size", "2"])
     classifier.main([*argv, "--output", str(tmp_path / "classifier.pt")])
 
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
-
 
 @dataclass
 class Counts:
@@ -28,11 +26,6 @@ class Counts:
     graph_launches: int = 0
     unsafe: int = 0  # calls that a capture forbids
     kernels: dict[str, int] = field(default_factory=dict)  # launches by name, most frequent first
-
-
-def is_active() -> bool:
-    """Whether this process runs on the null GPU."""
-    return "libnullgpu" in os.environ.get("LD_PRELOAD", "")
 
 
 def library() -> ctypes.CDLL:
@@ -67,10 +60,3 @@ def read_kernels() -> dict[str, int]:
     for name, (_, number) in zip(names, found):
         kernels[name] = kernels.get(name, 0) + number
     return dict(sorted(kernels.items(), key=lambda item: -item[1]))
-
-
-def peak_bytes(reset: bool = False) -> int:
-    """Largest number of bytes that tensors have occupied since the last reset."""
-    if reset:
-        torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.max_memory_allocated()
