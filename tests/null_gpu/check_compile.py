@@ -2,11 +2,11 @@
 
 import copy
 
-import sample
 import torch
-import train
 from torch._dynamo.utils import counters
 
+import sample
+import train
 from config import config_from_dict
 from models import build_model, compile_parts
 from null_gpu.counts import counting
