@@ -60,10 +60,11 @@ class Config:
         """Whether the network is a static DiT, which has no router."""
         return self.model.patch_size is not None
 
-    @property
-    def uses_tf32(self) -> bool:
-        """Whether products in float32 may run as TF32."""
-        return self.training.tf32 or self.model.hnet.fp32_router_dechunk == "tf32"
+    def allows_tf32(self, bf16: bool) -> bool:
+        """Whether the network's products in float32 may run as TF32; `bf16`: whether its others are in bfloat16."""
+        if self.model.hnet.fp32_router_dechunk == "tf32":
+            return True
+        return bf16 if self.training.tf32 == "auto" else self.training.tf32
 
     @property
     def latent_size(self) -> int:

@@ -167,7 +167,14 @@ class TrainingConfig:
         "auto: as accelerate launch says, which is no unless --mixed_precision is given; "
         "without a launcher, bf16 on CUDA",
     )
-    tf32: bool = training(False, "products in float32 may run as TF32 on CUDA; the same as --tf32")
+    tf32: bool | Literal["auto"] = training(
+        "auto",
+        "the network's products in float32 may run as TF32 on CUDA; auto: where its others are in bfloat16; "
+        "true is the same as --tf32",
+    )
+    deterministic: bool = free(
+        False, "only GPU kernels that repeat their sums in one order; slower, and not needed on a CPU"
+    )
     compile: bool = free(False, "torch.compile of blocks, encoder and decoder; the same as --compile")
     class_dropout_prob: Share = network(
         0.1,

@@ -110,7 +110,7 @@ def settings_of(args: argparse.Namespace, options: SamplingOptions, trained: Tra
         "batch": args.per_proc_batch_size,
         "model": trained.fingerprint,
         "vae": trained.autoencoder.sha256,
-        "tf32": trained.config.uses_tf32,
+        "tf32": trained.config.allows_tf32(options.bf16),
         "cfg_channels": trained.config.diffusion.cfg_channels,
     }
 

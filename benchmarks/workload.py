@@ -96,7 +96,7 @@ def build_workload(config: Config, batch: int, setup: Setup) -> Workload:
     TF32 is switched for the whole process, and so for the textbook version too: on if the setup or the
     configuration asks for it.
     """
-    allow_tf32(setup.tf32 or config.uses_tf32)
+    allow_tf32(setup.tf32 or config.allows_tf32(setup.bf16))
 
     # On the device, because filling the weights of a large model on the host takes longer than measuring it
     device = setup.device

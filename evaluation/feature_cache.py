@@ -20,6 +20,7 @@ from evaluation.adm_npz import NpzImages
 from evaluation.extractors import Extractor, ExtractorOutput
 from evaluation.image_sets import FolderImages
 from evaluation.metrics import Gaussian, Moments
+from models.ops.precision import tf32
 from processes.group import Processes
 
 FORMAT = 1  # of cached features; raise it whenever their meaning changes
@@ -145,8 +146,8 @@ def read_pixels(images: FolderImages | NpzImages, index: range) -> Tensor:
 
 
 def run_extractor(extractor: Extractor, images: Tensor) -> ExtractorOutput:
-    """Features of images (B, 3, H, W) uint8, in full float32: TF32 convolutions would cost digits."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    """Features of images (B, 3, H, W) uint8, in full float32: TF32 would cost digits."""
+    with tf32(False):
         return extractor(images.to(extractor.device))
 
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.ops.precision import tf32
+
 NEIGHBOURS = 3  # k of precision and recall
 SPLIT = 5000  # images per split of the Inception Score; the last split may be smaller
 BLOCK = 1024  # rows of a distance matrix in memory at a time
@@ -148,6 +150,7 @@ def covered(points: Tensor, centres: Tensor, squared_radii: Tensor) -> float:
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """(n, D), (m, D) -> (n, m)."""
-    products = a @ b.T
+    with tf32(False):
+        products = a @ b.T
     distances = a.square().sum(1)[:, None] - 2 * products + b.square().sum(1)
     return distances.clamp(min=0)

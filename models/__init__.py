@@ -57,8 +57,8 @@ def compile_parts(model: DCDiT | DiT, backend: str = "inductor") -> None:
     """Have torch.compile fuse the transformer blocks, the encoder and the decoder, in place; names of weights stay.
 
     The compiler takes the number of tokens for fixed until it sees a second one. It therefore compiles in the
-    first two batches and in no later one. Attention sample by sample (off the CPU, without a kernel for packed
-    tokens) stays outside the graphs: it would need a new one for every list of lengths.
+    first two batches and in no later one. Attention sample by sample (MPS, and float64 on CUDA) stays outside
+    the graphs: it would need a new one for every list of lengths.
     """
     for block in model.blocks:
         assert isinstance(block, DiTBlock)

@@ -8,6 +8,7 @@ sdpa    scaled_dot_product_attention (any device, any precision). On CUDA its me
 
 import contextlib
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,7 @@ def attend_varlen(qkv: Tensor, packing: Packing) -> Tensor:
     return attended
 
 
-def flash_options(longest: int) -> dict[str, tuple[int, int]]:
+def flash_options(longest: int) -> dict[str, Any]:
     """Options of `varlen_attn` that keep version 2.14 of PyTorch from cuDNN, in both passes.
 
     On Hopper and Blackwell that version takes cuDNN unless there is a window. cuDNN makes a plan for every

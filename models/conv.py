@@ -1,13 +1,13 @@
 """Convolutional encoder and decoder, at full latent resolution.
 
-The network's input is in channels_last memory. After a layer that preserves it, `to_tokens` copies nothing.
+The network's input is in channels_last memory. All layers preserve it, so `to_tokens` copies nothing.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import RMSNorm
 from models.ops.conv_gradients import WIDE, WideConv
+from models.ops.norm_silu import norm_silu
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -48,10 +48,10 @@ class ConvBlock(nn.Module):
         self.skip_proj = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(norm_silu(x, self.norm1))
         # The conditioning shifts every channel, the same at all cells
         h = h + self.cond_proj(c)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(norm_silu(h, self.norm2))
         return h + self.skip_proj(x)
 
 

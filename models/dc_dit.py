@@ -12,6 +12,9 @@ from models.packing import pack, plan_packing
 from models.router import Router
 from models.types import Architecture, DenoiserOutput, Packing, Routing
 
+# Parts with weights that stay in float32 under autocast if `fp32_chunking` says so
+CHUNKING = ("router", "residual_proj")
+
 
 class DCDiT(nn.Module):
     """Noised latents -> epsilon and variance logits, with a learned number of tokens in the transformer."""

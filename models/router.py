@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.conv import Conv3x3, to_tokens
+from models.ops.norm_silu import norm_silu
 from models.types import Routing
 
 INITIAL_BIAS = -1.1  # sigmoid(-1.1) is about 0.25
@@ -52,7 +53,7 @@ class Router(nn.Module):
         # The score of a token follows from how badly its surroundings predict it
         z = self.proj(features)  # (B, D / 4, S, S)
         surprise = z - self.context_predictor(z)
-        score = to_tokens(self.residual_scorer(surprise)).squeeze(2)  # (B, L)
+        score = to_tokens(self.score(surprise)).squeeze(2)  # (B, L)
         prob = force_ends(score.sigmoid())
 
         # Without a budget every boundary token is kept
@@ -64,6 +65,12 @@ class Router(nn.Module):
         else:
             keep = boundary
         return Routing(prob, boundary, keep)
+
+    def score(self, surprise: Tensor) -> Tensor:
+        """(B, D / 4, S, S) -> logits (B, 1, S, S), by `residual_scorer`, whose norm and SiLU are one operation."""
+        conv, norm, _, last_conv = self.residual_scorer
+        assert isinstance(norm, nn.GroupNorm)
+        return last_conv(norm_silu(conv(surprise), norm))
 
 
 def force_ends(prob: Tensor) -> Tensor:

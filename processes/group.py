@@ -38,7 +38,7 @@ def default_device(local_rank: int = 0) -> torch.device:
 
 
 def start_processes() -> Processes:
-    """Join the process group that torchrun describes: NCCL on CUDA, gloo elsewhere. No torchrun, no group."""
+    """Join the process group that torchrun describes. No torchrun, no group."""
     follow_launcher()
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -46,9 +46,16 @@ def start_processes() -> Processes:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(choose_backend(device), timeout=COLLECTIVE_TIMEOUT)
     return Processes(rank, world, device)
+
+
+def choose_backend(device: torch.device) -> str:
+    """NCCL where each process of this machine has a GPU of its own, which NCCL insists on; otherwise gloo."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type == "cuda" and processes <= torch.cuda.device_count():
+        return "nccl"
+    return "gloo"
 
 
 def follow_launcher() -> None:

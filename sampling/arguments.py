@@ -12,6 +12,7 @@ from diffusion.samplers import SAMPLERS
 from models import compile_parts
 from models.dc_dit import DCDiT
 from models.dit import DiT
+from models.ops.precision import has_bfloat16
 from processes import group
 from sampling.budgets import ALL, Budget
 from sampling.classes import ambiguity, choose_labels, class_table
@@ -124,8 +125,8 @@ def add_cuda_graph_argument(parser: argparse.ArgumentParser) -> None:
     """For scripts that evaluate the network often with the same budget."""
     parser.add_argument(
         "--cuda-graph",
-        action="store_true",
-        help="launch each evaluation as one CUDA graph; with --token-budget",
+        action=argparse.BooleanOptionalAction,
+        help="launch each evaluation as one CUDA graph; the default on CUDA with --token-budget or a static DiT",
     )
 
 
@@ -147,7 +148,7 @@ def sampling_options(args: argparse.Namespace, device: torch.device) -> Sampling
         raise UserError(f"{uncond.option(unconditional=True)} {uncond.value}: needs --lite-cfg")
     bf16 = args.precision == "bf16"
     if args.precision == "auto":
-        bf16 = device.type == "cuda"
+        bf16 = has_bfloat16(device)
     interval = args.guidance_interval
     return SamplingOptions(
         cfg_scale=args.default_cfg_scale if args.cfg_scale is None else args.cfg_scale,
@@ -245,7 +246,13 @@ def read_arguments(args: argparse.Namespace, device: torch.device) -> tuple[Samp
             "--lite-cfg: without a budget it is plain guidance, whose branches keep the same tokens"
         )
     options.check(trained.config)
-    if args.cuda_graph:
+    use_graphs = args.cuda_graph
+    if use_graphs is None and graph_problem(trained, options) is None and not args.compile:
+        group.print_once(
+            "evaluations run as CUDA graphs, because their shapes are fixed; --no-cuda-graph: not"
+        )
+        use_graphs = True
+    if use_graphs:
         trained = with_cuda_graphs(trained, options)
     return options, trained
 
@@ -271,9 +278,17 @@ def fit_to_model(options: SamplingOptions, args: argparse.Namespace, config: Con
 
 def with_cuda_graphs(trained: TrainedModel, options: SamplingOptions) -> TrainedModel:
     """The model with its evaluations as CUDA graphs; UserError where there can be none."""
+    problem = graph_problem(trained, options)
+    if problem:
+        raise UserError(f"--cuda-graph: {problem}")
+    return trained._replace(model=GraphedDenoiser(trained.model))
+
+
+def graph_problem(trained: TrainedModel, options: SamplingOptions) -> str | None:
+    """Why there can be no CUDA graphs; None if there can."""
     if options.budget.token_count is None and not trained.config.is_static:
-        raise UserError("--cuda-graph: needs a number of tokens that is known in advance; add --token-budget")
+        return "needs a number of tokens that is known in advance; add --token-budget"
     device = trained.device.type
     if device != "cuda":
-        raise UserError(f"--cuda-graph: needs a CUDA device, and the model is on {device}; leave it out")
-    return trained._replace(model=GraphedDenoiser(trained.model))
+        return f"needs a CUDA device, and the model is on {device}; leave it out"
+    return None

@@ -4,12 +4,16 @@ A small batch waits for the host, which launches hundreds of kernels per evaluat
 in a static DiT, every evaluation launches the same ones: they are recorded once and then launched together.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from models.dc_dit import DCDiT
+from models.dc_dit import CHUNKING, DCDiT
+from models.dit import DiT
 from models.types import DenoiserOutput, Routing
 
 # Evaluations before the recording: kernels are chosen, and compiled, in the first ones
@@ -19,12 +23,15 @@ WARM_UP = 3
 class GraphedDenoiser(nn.Module):
     """A denoiser for sampling, called like the network that it wraps; there is a graph where tokens are fixed.
 
-    There is one graph per batch size and token budget; they share their memory. The weights must not move.
+    There is one graph per batch size and token budget; they share their memory. The weights must not change.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.half_weights: dict[
+            str, Tensor
+        ] = {}  # made when the first recording in half precision asks for them
         self.recordings: dict[tuple, Recording] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()
@@ -43,8 +50,23 @@ class GraphedDenoiser(nn.Module):
         shapes = (len(x_t), torch.is_autocast_enabled("cuda"), *(tokens or ()))
         if shapes not in self.recordings:
             inputs = (x_t, t, labels)
-            self.recordings[shapes] = Recording(self.model, inputs, tokens, self.pool, self.stream)
+            if torch.is_autocast_enabled("cuda") and not self.half_weights:
+                self.half_weights = cast_weights(self.model, torch.get_autocast_dtype("cuda"))
+            network = functools.partial(functional_call, self.model, self.half_weights)
+            self.recordings[shapes] = Recording(network, inputs, tokens, self.pool, self.stream)
         return self.recordings[shapes].replay(x_t, t, labels)
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies of the weights that autocast would cast in every evaluation, by name: the same values, cast once."""
+    assert isinstance(model, DCDiT | DiT)
+    in_float32 = CHUNKING if isinstance(model, DCDiT) and model.fp32_chunking else ()
+    copies = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and not prefix.startswith(in_float32):
+            for name, parameter in module.named_parameters():
+                copies[f"{prefix}.{name}"] = parameter.detach().to(dtype)
+    return copies
 
 
 class Recording:
@@ -52,25 +74,25 @@ class Recording:
 
     def __init__(
         self,
-        model: nn.Module,
+        network: Callable[..., DenoiserOutput],
         inputs: tuple[Tensor, ...],
         tokens: list[int] | None,
         pool: Any,
         stream: torch.cuda.Stream,
     ):
         self.inputs = tuple(x.clone() for x in inputs)
-        # Without its cache, autocast's copies of the weights belong to the graph and live as long as it does.
+        # Without its cache, autocast's copies belong to the graph and live as long as it does.
         with torch.autocast("cuda", torch.bfloat16, torch.is_autocast_enabled("cuda"), cache_enabled=False):
             # Warm up on another stream, as recording requires
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
-                    model(*self.inputs, tokens=tokens)
+                    network(self.inputs, {"tokens": tokens})
             torch.cuda.current_stream().wait_stream(stream)
             # "thread_local": other threads may write images meanwhile.
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
-                self.output = model(*self.inputs, tokens=tokens)
+                self.output = network(self.inputs, {"tokens": tokens})
 
     def replay(self, *inputs: Tensor) -> DenoiserOutput:
         """Evaluate the network on other values; the results are copies, which later replays leave alone."""

@@ -14,7 +14,7 @@ from diffusion import GaussianDiffusion, create_diffusion
 from diffusion.guidance import ConditionedDenoise, Conditioning, condition, guide
 from diffusion.samplers import SAMPLERS, Denoise, Step
 from models.attention import kernel_problem
-from models.ops.precision import allow_tf32
+from models.ops.precision import allow_tf32, bfloat16_problem
 from models.types import Routing
 from sampling.accounting import StepCounts
 from sampling.budgets import Budget
@@ -178,12 +178,15 @@ def branch_conditioning(labels: Tensor, budget: Budget, pass_drop: bool) -> Cond
 
 
 def prepare_arithmetic(trained: TrainedModel, bf16: bool) -> None:
-    """Set TF32 for this process as the configuration says; UserError for an attention kernel that cannot run."""
+    """Set TF32 for this process as the configuration says; UserError for what cannot run on this device."""
     config = trained.config
+    problem = bfloat16_problem(trained.device) if bf16 else None
+    if problem:
+        raise UserError(f"--precision bf16: {problem}; use fp32")
     problem = kernel_problem(config.model.attention, trained.device, bf16, config.head_size)
     if problem:
         raise UserError(f"model.attention: {problem}")
-    allow_tf32(config.uses_tf32)
+    allow_tf32(config.allows_tf32(bf16))
 
 
 def sampling_process(config: Config, options: SamplingOptions) -> GaussianDiffusion:

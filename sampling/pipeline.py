@@ -27,7 +27,7 @@ from sampling.accounting import StepCounts
 from sampling.budgets import ALL, Budget
 from sampling.classes import choose_labels
 from sampling.denoising import sampling_steps
-from sampling.generate import check_labels
+from sampling.generate import check_labels, decode
 from sampling.load import TrainedModel, load_trained
 from sampling.options import SamplingOptions
 
@@ -105,7 +105,7 @@ class DCDiTPipeline:
         kept = []
         for step, routing in sampling_steps(self.trained, labels, options, sampler):
             kept.append(routing.counts(step.t))
-        return PipelineOutput(to_pil(self.trained.autoencoder.decode(step.x_next)), kept)
+        return PipelineOutput(to_pil(decode(self.trained, step.x_next)), kept)
 
     def scheduler_steps(
         self, denoise: Denoise, batch: int, generator: Generators | None

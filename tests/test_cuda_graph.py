@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -13,7 +14,7 @@ from benchmarks import steps
 from benchmarks.workload import Setup
 from config import config_from_dict
 from models import attention, build_model
-from sampling.cuda_graph import GraphedDenoiser
+from sampling.cuda_graph import GraphedDenoiser, cast_weights
 
 BATCH, SIDE = 2, 8
 BUDGETS = ([20, 20], [30, 9])  # the second is that of Lite-CFG
@@ -104,6 +105,20 @@ def test_replays_equal_evaluations(tapes, patch):
     assert len(tapes) == len(budgets)
     for ours, theirs in earlier:  # a later replay changes nothing that was handed out
         torch.testing.assert_close(ours.prediction, theirs.prediction)
+
+
+@pytest.mark.parametrize("patch", [None, 2])
+@torch.inference_mode()
+def test_weights_cast_once_give_what_autocast_gives(patch):
+    model = small_model(patch)
+    copies = cast_weights(model, torch.bfloat16)
+    assert not any(name.startswith(("router", "residual_proj")) for name in copies)
+    tokens = None if patch else [20, 9]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(*inputs(0), tokens=tokens)
+        ours = functional_call(model, copies, inputs(0), {"tokens": tokens})
+    assert torch.equal(ours.prediction, expected.prediction)
+    assert torch.equal(ours.routing.prob, expected.routing.prob)
 
 
 @torch.inference_mode()

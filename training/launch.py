@@ -16,7 +16,7 @@ from data.autoencoder import hash_weights
 from data.features import Features
 from models import flops
 from models.attention import kernel_problem
-from models.ops.precision import allow_tf32
+from models.ops.precision import allow_tf32, bfloat16_problem, has_bfloat16
 from processes import group
 from processes.agreement import check_agreement
 from processes.sharding import is_sharded, prepare_sharding
@@ -59,7 +59,7 @@ def choose_precision(config: Config, device: torch.device) -> str:
     if config.training.precision == "fp32":
         return "no"
     # The precision is "auto"
-    unsaid = "bf16" if device.type == "cuda" else "no"
+    unsaid = "bf16" if has_bfloat16(device) else "no"
     return os.environ.get("ACCELERATE_MIXED_PRECISION", unsaid)
 
 
@@ -69,16 +69,23 @@ def choose_precision(config: Config, device: torch.device) -> str:
 def make_accelerator(config: Config) -> Accelerator:
     """Start Accelerate, which joins the processes. UserError if it cannot train this configuration."""
     device = group.default_device()
-    allow_tf32(config.uses_tf32)
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch insists on it
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = (
+            False  # a help for debugging, at a launch per tensor
+        )
     no_changing_buffers = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    patient = InitProcessGroupKwargs(timeout=group.COLLECTIVE_TIMEOUT)
+    meeting = InitProcessGroupKwargs(timeout=group.COLLECTIVE_TIMEOUT)
+    if announced_processes() > 1:
+        meeting.backend = group.choose_backend(device)
     accelerator = Accelerator(
         # Without this, Accelerate takes the processes of torchrun on a CPU for separate runs
         cpu=device.type == "cpu",
         mixed_precision=choose_precision(config, device),
         log_with=config.logging.trackers or None,
         project_dir=config.logging.results_dir,  # until the folder of the run is known
-        kwargs_handlers=[no_changing_buffers, patient],
+        kwargs_handlers=[no_changing_buffers, meeting],
     )
     # Refuse what Accelerate would accept
     check_processes(accelerator)
@@ -87,7 +94,8 @@ def make_accelerator(config: Config) -> Accelerator:
     if is_sharded(accelerator):
         check_no_samples(config)
     check_precision(accelerator, config)
-    is_slow = device.type == "cuda" and accelerator.mixed_precision == "no"
+    allow_tf32(config.allows_tf32(accelerator.mixed_precision == "bf16"))
+    is_slow = has_bfloat16(device) and accelerator.mixed_precision == "no"
     if is_slow and config.training.precision == "auto":
         accelerator.print(
             "precision: float32, as the launcher says; with --mixed_precision bf16 training is faster"
@@ -137,6 +145,9 @@ def check_precision(accelerator: Accelerator, config: Config) -> None:
             "use bf16"
         )
     is_bf16 = accelerator.mixed_precision == "bf16"
+    problem = bfloat16_problem(accelerator.device) if is_bf16 else None
+    if problem:
+        raise UserError(f"training.precision bf16: {problem}; use fp32")
     problem = kernel_problem(config.model.attention, accelerator.device, is_bf16, config.head_size)
     if problem:
         raise UserError(f"model.attention: {problem}")
