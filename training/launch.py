@@ -79,6 +79,9 @@ def make_accelerator(config: Config) -> Accelerator:
     meeting = InitProcessGroupKwargs(timeout=group.COLLECTIVE_TIMEOUT)
     if announced_processes() > 1:
         meeting.backend = group.choose_backend(device)
+        if meeting.backend == "gloo":
+            # Accelerate would hand each process the GPU of its own number, which is not there if they share one
+            os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     accelerator = Accelerator(
         # Without this, Accelerate takes the processes of torchrun on a CPU for separate runs
         cpu=device.type == "cpu",

@@ -4,7 +4,10 @@ The number of kept tokens is read as always, and then made up. Of comparisons in
 of shapes, types and devices are left.
 """
 
+import functools
+import importlib
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ import torch
 from torch import Tensor
 
 from models import dc_dit, packing
+from models.ops import fused
+from models.ops.fused import Compare
 from models.types import Packing
 from sampling import accounting, denoising, generate
 from sampling.accounting import StepCounts
@@ -61,9 +66,18 @@ def count_as_good(guard: FiniteGuard, flag: Flag) -> None:
     bool(flag.is_bad)
 
 
+@functools.cache
+def accept_kernels(name: str, device: torch.device, width: int, compare: Compare) -> ModuleType:
+    """In place of models.ops.fused.checked_kernels: compiles and compares the kernels, and takes them."""
+    kernels = importlib.import_module(f"models.ops.{name}")
+    compare(kernels, device, width)
+    return kernels
+
+
 def make_up_values(kept: KeptTokens) -> None:
     """Replace what reads values, in this process."""
     replace(dc_dit, "plan_packing", kept.plan)
+    replace(fused, "checked_kernels", accept_kernels)
     replace(denoising, "check_finite_samples", read_only)
     replace(FiniteGuard, "count", count_as_good)
     replace(accounting, "stack_kept", stack_made_up)
