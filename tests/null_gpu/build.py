@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ CAPABILITIES = ("7.5", "8.0", "8.6", "9.0", "10.0")  # of device.c
 
 PRELOADED = "libnullgpu.so"
 DRIVER = "libcuda.so.1"
-PRELOADED_SOURCES = ("counters.c", "device.c", "runtime.c", "libraries.c")
+PRELOADED_SOURCES = ("counters.c", "device.c", "runtime.c", "memory.c", "libraries.c")
 
 # Libraries of PyTorch that call NVIDIA's
 CALLERS = ("libtorch_cuda.so", "libc10_cuda.so", "libtorch_python.so", "libtorch_cuda_linalg.so")
@@ -54,9 +55,10 @@ def environment(capability: str = "9.0") -> dict[str, str]:
     """
     assert capability in CAPABILITIES
     folder = build()
+    others = os.environ.get("LD_LIBRARY_PATH", "")
     return {
         "LD_PRELOAD": str(folder / PRELOADED),
-        "LD_LIBRARY_PATH": str(folder),
+        "LD_LIBRARY_PATH": f"{folder}:{others}",
         "NULL_GPU_CAPABILITY": capability,
         "TRITON_LIBCUDA_PATH": str(folder),
         "PYTHONPATH": f"{HERE.parents[1]}:{HERE.parent}",

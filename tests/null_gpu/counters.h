@@ -30,4 +30,7 @@ void null_gpu_name_kernel(const void *key, const char *name);
 /* Whether launches are being recorded into a graph. */
 int null_gpu_is_capturing(void);
 
+/* Count a call that a capture forbids. Returns the error that it gets, or 0 if there is no capture. */
+int null_gpu_refuse_while_capturing(void);
+
 #endif

@@ -69,7 +69,8 @@ int cublasLtMatrixLayoutCreate(void **layout, int type, uint64_t rows, uint64_t 
 
 /* One algorithm, whose description is a cublasLtMatmulHeuristicResult_t of zeros: no workspace, success. */
 int cublasLtMatmulAlgoGetHeuristic(
-    void *handle, void *product, void *a, void *b, void *c, void *d, void *preference, int wanted, void *results, int *found
+    void *handle, void *product, void *a, void *b, void *c, void *d, void *preference,
+    int wanted, void *results, int *found
 ) {
     memset(results, 0, 96);
     *found = 1;
@@ -91,7 +92,7 @@ enum {
     ATTRIBUTE_INT32 = 23,
 };
 
-/* A plan is made of a configuration of an engine for a graph of operations: each inherits the name of the operation.
+/* A plan is made of a configuration of an engine for a graph of operations, and each inherits the operation's name.
  * Only convolutions have one; what has none is attention, in this repository. */
 struct descriptor {
     const char *operation;

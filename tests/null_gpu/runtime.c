@@ -1,8 +1,6 @@
-/* The CUDA runtime of a GPU that computes nothing.
+/* The CUDA runtime of a GPU that computes nothing, without its memory (memory.c).
  *
- * Kernels are counted and not run. Device memory is reserved address space: it costs no RAM until the host copies
- * into it, and holds zeros until then. Copies between host and device, and small ones on the device, move bytes.
- * Everything has always finished already, so waiting means counting.
+ * Kernels are counted and not run. Everything has always finished already, so waiting means counting.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -11,7 +9,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "counters.h"
 #include "device.h"
@@ -40,8 +37,7 @@ int null_gpu_is_capturing(void) {
     return is_capturing;
 }
 
-/* Count a call that a capture forbids. Returns the error that it gets, or success if there is no capture. */
-static cudaError_t refuse_while_capturing(void) {
+int null_gpu_refuse_while_capturing(void) {
     if (!is_capturing || capture_mode == cudaStreamCaptureModeRelaxed)
         return cudaSuccess;
     if (thread_mode == cudaStreamCaptureModeRelaxed)
@@ -104,7 +100,9 @@ cudaError_t cudaStreamGetCaptureInfo(
     return cudaSuccess;
 }
 
-cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *executable, cudaGraph_t graph, unsigned long long flags) {
+cudaError_t cudaGraphInstantiateWithFlags(
+    cudaGraphExec_t *executable, cudaGraph_t graph, unsigned long long flags
+) {
     *executable = new_handle();
     return cudaSuccess;
 }
@@ -131,10 +129,13 @@ void __cudaRegisterFatBinaryEnd(void **handle) {}
 
 void __cudaUnregisterFatBinary(void **handle) {}
 
-void __cudaRegisterVar(void **handle, char *address, char *name, const char *device, int a, size_t b, int c, int d) {}
+void __cudaRegisterVar(
+    void **handle, char *address, char *name, const char *device, int a, size_t b, int c, int d
+) {}
 
 void __cudaRegisterFunction(
-    void **handle, const char *function, char *device, const char *name, int a, void *b, void *c, void *d, void *e, int *f
+    void **handle, const char *function, char *device, const char *name,
+    int a, void *b, void *c, void *d, void *e, int *f
 ) {
     null_gpu_name_kernel(function, name);
 }
@@ -147,7 +148,7 @@ cudaError_t __cudaGetKernel(void **kernel, const void *function) {
 /* While one stream is captured, its thread must launch nothing on others: no graph would hold it. */
 static cudaError_t launch(const void *function, cudaStream_t stream) {
     if (is_capturing && stream != captured_stream) {
-        cudaError_t refused = refuse_while_capturing();
+        cudaError_t refused = null_gpu_refuse_while_capturing();
         if (refused)
             return refused;
     }
@@ -211,7 +212,9 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const v
     return cudaSuccess;
 }
 
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *function, int size, size_t shared) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+    int *blocks, const void *function, int size, size_t shared
+) {
     *blocks = 2;
     return cudaSuccess;
 }
@@ -315,7 +318,8 @@ const char *cudaGetErrorString(cudaError_t error) {
 
 /* PyTorch asks here for functions of the driver, and Triton links them: both get driver.c's. */
 cudaError_t cudaGetDriverEntryPointByVersion(
-    const char *name, void **function, unsigned version, unsigned long long flags, enum cudaDriverEntryPointQueryResult *result
+    const char *name, void **function, unsigned version, unsigned long long flags,
+    enum cudaDriverEntryPointQueryResult *result
 ) {
     void *driver = dlopen("libcuda.so.1", RTLD_NOW);
     *function = dlsym(driver, name);
@@ -326,176 +330,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(
     return cudaSuccess;
 }
 
-/* ------------------------------------------------------------------------------------------------------- memory */
-
-/* The pieces of memory that CUDA knows of: on the device, or pinned on the host. */
-#define PIECES 65536
-
-static struct piece {
-    char *start;
-    size_t size;
-    enum cudaMemoryType type;
-} pieces[PIECES];
-
-static int used_pieces; /* those behind it have never been used */
-static size_t device_bytes;
-static pthread_mutex_t memory_lock = PTHREAD_MUTEX_INITIALIZER;
-
-/* The piece that an address lies in, or NULL. The caller holds the lock. */
-static struct piece *find_piece(const void *address) {
-    const char *wanted = address;
-    for (int i = 0; i < used_pieces; i++) {
-        if (pieces[i].start && pieces[i].start <= wanted && wanted < pieces[i].start + pieces[i].size)
-            return &pieces[i];
-    }
-    return NULL;
-}
-
-/* Reserve a piece. Returns NULL if there is no more. */
-static void *make_piece(size_t size, enum cudaMemoryType type) {
-    if (size == 0)
-        size = 1;
-    pthread_mutex_lock(&memory_lock);
-    int free = 0;
-    while (free < used_pieces && pieces[free].start)
-        free++;
-    int is_full = free == PIECES || (type == cudaMemoryTypeDevice && device_bytes + size > null_gpu_device()->memory);
-    void *start = MAP_FAILED;
-    if (!is_full)
-        start = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (start != MAP_FAILED) {
-        pieces[free].start = start;
-        pieces[free].size = size;
-        pieces[free].type = type;
-        if (free == used_pieces)
-            used_pieces++;
-        if (type == cudaMemoryTypeDevice)
-            device_bytes += size;
-    }
-    pthread_mutex_unlock(&memory_lock);
-    return start == MAP_FAILED ? NULL : start;
-}
-
-static void free_piece(void *address) {
-    pthread_mutex_lock(&memory_lock);
-    struct piece *piece = address ? find_piece(address) : NULL;
-    if (piece) {
-        if (piece->type == cudaMemoryTypeDevice)
-            device_bytes -= piece->size;
-        munmap(piece->start, piece->size);
-        piece->start = NULL;
-    }
-    pthread_mutex_unlock(&memory_lock);
-}
-
-static enum cudaMemoryType type_of(const void *address) {
-    pthread_mutex_lock(&memory_lock);
-    struct piece *piece = find_piece(address);
-    enum cudaMemoryType type = piece ? piece->type : cudaMemoryTypeUnregistered;
-    pthread_mutex_unlock(&memory_lock);
-    return type;
-}
-
-cudaError_t cudaMalloc(void **address, size_t size) {
-    cudaError_t refused = refuse_while_capturing();
-    if (refused)
-        return refused;
-    null_gpu_count(ALLOCATIONS);
-    *address = make_piece(size, cudaMemoryTypeDevice);
-    return *address ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-
-cudaError_t cudaFree(void *address) {
-    cudaError_t refused = refuse_while_capturing();
-    if (!refused)
-        free_piece(address);
-    return refused;
-}
-
-cudaError_t cudaHostAlloc(void **address, size_t size, unsigned flags) {
-    *address = make_piece(size, cudaMemoryTypeHost);
-    return *address ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-
-cudaError_t cudaFreeHost(void *address) {
-    free_piece(address);
-    return cudaSuccess;
-}
-
-cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
-    *total = null_gpu_device()->memory;
-    *free = *total - device_bytes;
-    return cudaSuccess;
-}
-
-cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *address) {
-    memset(attributes, 0, sizeof *attributes);
-    attributes->type = type_of(address);
-    attributes->devicePointer = (void *)address;
-    attributes->hostPointer = (void *)address;
-    return cudaSuccess;
-}
-
-/* Larger copies within the device move nothing: they would turn reserved memory into RAM. */
-#define SMALL (1 << 16)
-
-static void copy(void *target, const void *source, size_t size, enum cudaMemcpyKind kind) {
-    if (kind == cudaMemcpyDefault) {
-        int from_device = type_of(source) == cudaMemoryTypeDevice;
-        int to_device = type_of(target) == cudaMemoryTypeDevice;
-        if (from_device)
-            kind = to_device ? cudaMemcpyDeviceToDevice : cudaMemcpyDeviceToHost;
-        else
-            kind = to_device ? cudaMemcpyHostToDevice : cudaMemcpyHostToHost;
-    }
-    if (kind == cudaMemcpyDeviceToHost)
-        null_gpu_count(TO_HOST);
-    if (kind == cudaMemcpyHostToDevice)
-        null_gpu_count(TO_DEVICE);
-    if (kind == cudaMemcpyDeviceToDevice)
-        null_gpu_count(ON_DEVICE);
-    if (kind != cudaMemcpyDeviceToDevice || size < SMALL)
-        memmove(target, source, size);
-}
-
-cudaError_t cudaMemcpy(void *target, const void *source, size_t size, enum cudaMemcpyKind kind) {
-    cudaError_t refused = refuse_while_capturing();
-    if (refused)
-        return refused;
-    null_gpu_count(WAITS);
-    copy(target, source, size, kind);
-    return cudaSuccess;
-}
-
-/* CUDA can capture a copy between host and device, but replays would read and write the same host memory again. */
-cudaError_t cudaMemcpyAsync(void *target, const void *source, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
-    if (kind != cudaMemcpyDeviceToDevice) {
-        cudaError_t refused = refuse_while_capturing();
-        if (refused)
-            return refused;
-    }
-    copy(target, source, size, kind);
-    return cudaSuccess;
-}
-
-/* Fills are made where that costs nothing: memory that nobody has written to holds zeros. */
-static void fill(void *target, int value, size_t size) {
-    null_gpu_count(FILLS);
-    if (size < SMALL)
-        memset(target, value, size);
-}
-
-cudaError_t cudaMemset(void *target, int value, size_t size) {
-    fill(target, value, size);
-    return cudaSuccess;
-}
-
-cudaError_t cudaMemsetAsync(void *target, int value, size_t size, cudaStream_t stream) {
-    fill(target, value, size);
-    return cudaSuccess;
-}
-
-/* -------------------------------------------------------------------------------------------- streams and events */
+/* ------------------------------------------------------------------------------------------ streams and events */
 
 cudaError_t cudaStreamCreate(cudaStream_t *stream) {
     *stream = new_handle();
@@ -518,7 +353,7 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
 }
 
 static cudaError_t wait_for_device(enum counter counter) {
-    cudaError_t refused = refuse_while_capturing();
+    cudaError_t refused = null_gpu_refuse_while_capturing();
     if (!refused)
         null_gpu_count(counter);
     return refused;
