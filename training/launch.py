@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -79,17 +80,15 @@ def make_accelerator(config: Config) -> Accelerator:
     meeting = InitProcessGroupKwargs(timeout=group.COLLECTIVE_TIMEOUT)
     if announced_processes() > 1:
         meeting.backend = group.choose_backend(device)
-        if meeting.backend == "gloo":
-            # Accelerate would hand each process the GPU of its own number, which is not there if they share one
-            os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
-    accelerator = Accelerator(
-        # Without this, Accelerate takes the processes of torchrun on a CPU for separate runs
-        cpu=device.type == "cpu",
-        mixed_precision=choose_precision(config, device),
-        log_with=config.logging.trackers or None,
-        project_dir=config.logging.results_dir,  # until the folder of the run is known
-        kwargs_handlers=[no_changing_buffers, meeting],
-    )
+    with numbered_by_gpu(device):
+        accelerator = Accelerator(
+            # Without this, Accelerate takes the processes of torchrun on a CPU for separate runs
+            cpu=device.type == "cpu",
+            mixed_precision=choose_precision(config, device),
+            log_with=config.logging.trackers or None,
+            project_dir=config.logging.results_dir,  # until the folder of the run is known
+            kwargs_handlers=[no_changing_buffers, meeting],
+        )
     # Refuse what Accelerate would accept
     check_processes(accelerator)
     check_installed_trackers(accelerator, config)
@@ -104,6 +103,22 @@ def make_accelerator(config: Config) -> Accelerator:
             "precision: float32, as the launcher says; with --mixed_precision bf16 training is faster"
         )
     return accelerator
+
+
+@contextlib.contextmanager
+def numbered_by_gpu(device: torch.device) -> Iterator[None]:
+    """Give the launcher's number of this process as that of its GPU, which is another where processes share one.
+
+    Accelerate takes the one for the other.
+    """
+    number = os.environ.get("LOCAL_RANK")
+    if device.type == "cuda" and number is not None:
+        os.environ["LOCAL_RANK"] = str(int(number) % torch.cuda.device_count())
+    try:
+        yield
+    finally:
+        if number is not None:
+            os.environ["LOCAL_RANK"] = number
 
 
 def check_processes(accelerator: Accelerator) -> None:

@@ -1,52 +1,30 @@
-"""torch.compile on the null GPU: Triton compiles its kernels for the device that it sees."""
+"""torch.compile and CUDA graphs on the null GPU: Triton compiles its kernels for the device that it sees."""
 
-import copy
-
-import torch
 from torch._dynamo.utils import counters
 
 import sample
+import sample_ddp
 import train
-from config import config_from_dict
-from models import build_model, compile_parts
-from null_gpu.counts import counting
+from training.trainer import Trainer
 
 
-def test_a_block_is_compiled_twice_and_never_again(kept_tokens):
-    """Once for the first number of tokens, and once for all others."""
-    hnet = {"arch_layout": ["c1", ["D1"], "c1"], "d_model": [64, 64], "num_heads": [1, 1]}
-    config = config_from_dict({"model": {"hnet": hnet}, "data": {"image_size": 64, "num_classes": 3}})
-    plain = build_model(config).cuda()
-    model = copy.deepcopy(plain)
-    compile_parts(model)
-    kept_tokens.vary = 5
-    graphs = []
-    for _ in range(4):
-        launches = step(model)
+def test_training_and_sampling(tiny_config, tmp_path, monkeypatch, capsys):
+    """Compiled for the first number of tokens and for all others, and never again; then inside a CUDA graph."""
+    graphs: list[int] = []
+    step = Trainer.optimizer_step
+
+    def count_graphs(trainer, batches):
+        step(trainer, batches)
         graphs.append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(Trainer, "optimizer_step", count_graphs)
+    run = tmp_path / "run"
+    overrides = ["--set", "training.max_steps=4", "--set", "training.gradient_accumulation_steps=1"]
+    train.main(["--config", str(tiny_config), "--output", str(run), "--compile", *overrides])
     assert graphs[0] < graphs[1] == graphs[3]
     assert not counters["graph_break"]
-    assert launches < step(plain)
 
-
-def step(model: torch.nn.Module) -> int:
-    """Launches of a forward and backward pass."""
-    x = torch.zeros(2, 4, 8, 8, device="cuda")
-    numbers = torch.zeros(2, dtype=torch.int64, device="cuda")
-    with counting() as counts:
-        with torch.autocast("cuda", torch.bfloat16):
-            prediction = model(x, numbers, numbers).prediction
-        prediction.float().sum().backward()
-    return counts.launches
-
-
-def test_scripts(tiny_config, tmp_path):
-    """Training, and sampling with a compiled network inside a CUDA graph."""
-    run = tmp_path / "run"
-    train.main(
-        ["--config", str(tiny_config), "--output", str(run), "--compile", "--set", "training.max_steps=3"]
-    )
-    checkpoint = str(run / "checkpoints" / "0000003.pt")
+    checkpoint = str(run / "checkpoints" / "0000004.pt")
     options = [
         "--num-sampling-steps",
         "3",
@@ -59,3 +37,10 @@ def test_scripts(tiny_config, tmp_path):
     ]
     sample.main(["--ckpt", checkpoint, "--output", str(tmp_path), *options])
     assert (tmp_path / "sample.png").exists()
+
+    # Without the compiler, graphs are the default under a token budget
+    options = ["--num-sampling-steps", "2", "--num-fid-samples", "4", "--per-proc-batch-size", "2"]
+    argv = ["--ckpt", checkpoint, "--output-dir", str(tmp_path / "samples"), *options]
+    sample_ddp.main([*argv, "--token-budget", "20"])
+    assert "evaluations run as CUDA graphs" in capsys.readouterr().out
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 4
