@@ -1,6 +1,7 @@
 """Exact counts on the null GPU: what a step launches, reads, waits for and occupies.
 
-The bounds are what was measured, and a little more: a change that costs launches has to say so here.
+Launches and memory are those of PyTorch 2.14. Other versions may differ by the slack; a change that costs more has to
+say so here.
 """
 
 import gc
@@ -25,6 +26,7 @@ from training.batches import Batch
 from training.trainer import Trainer
 
 GIB = 2**30
+SLACK = 1.02
 
 
 # ----------------------------------------------------------------------------------------------------- training
@@ -87,20 +89,27 @@ def test_a_step_of_a_static_dit_waits_for_nothing(make_trainer):
     assert (counts.to_host, counts.waits, counts.event_waits) == (1, 0, 1)
 
 
-def test_launches_and_memory_of_a_training_step(make_trainer, kept_tokens):
-    """B-N4 with 256 images, which keep a quarter of their tokens."""
+@pytest.mark.parametrize(
+    "name, launches, products, convolutions, gib",
+    [("DCDiT-B-N4", 1832, 216, 44, 25.8), ("DiT-B-2", 1330, 191, 2, 18.9)],
+)
+def test_launches_and_memory_of_a_training_step(
+    make_trainer, kept_tokens, name, launches, products, convolutions, gib
+):
+    """Of 256 images, which keep a quarter of their tokens."""
     kept_tokens.vary = 1
-    trainer = make_trainer("DCDiT-B-N4")
-    counts = count_step(trainer)
-    assert counts.launches < 2800
-    assert counts.products < 220
-    assert counts.convolutions <= 44
+    counts = count_step(make_trainer(name))
+    assert counts.launches <= SLACK * launches
+    assert (counts.products, counts.convolutions) == (products, convolutions)
     assert counts.allocations == 0
-    assert torch.cuda.max_memory_allocated() < 29.5 * GIB
-    # Memory stays where it is when T changes
+    assert torch.cuda.max_memory_allocated() <= SLACK * gib * GIB
+
+
+def test_memory_settles_when_the_number_of_tokens_varies(make_trainer, kept_tokens):
+    """The caching allocator finds pieces for every T, after eight steps."""
     kept_tokens.vary = 8
-    count_step(trainer, warm_up=8)
-    assert torch.cuda.memory_reserved() < 50 * GIB
+    count_step(make_trainer("DCDiT-B-N4"), warm_up=16)
+    assert torch.cuda.memory_reserved() <= SLACK * 44.4 * GIB
 
 
 def test_attention_is_flash(make_trainer):
@@ -155,18 +164,18 @@ LITE = {"budget": Budget.tokens(128), "uncond": Budget.tokens(32)}
 @pytest.mark.parametrize(
     "name, options, readings, launches",
     [
-        ("DCDiT-B-N4", {"budget": ALL}, 1, 920),
-        ("DCDiT-B-N4", {"budget": Budget.fraction(0.5)}, 1, 945),
-        ("DCDiT-B-N4", {"budget": Budget.tokens(128)}, 0, 930),
-        ("DCDiT-B-N4", LITE, 0, 930),
-        ("DiT-B-2", {"budget": ALL}, 0, 700),
+        ("DCDiT-B-N4", {"budget": ALL}, 1, 584),
+        ("DCDiT-B-N4", {"budget": Budget.fraction(0.5)}, 1, 609),
+        ("DCDiT-B-N4", {"budget": Budget.tokens(128)}, 0, 594),
+        ("DCDiT-B-N4", LITE, 0, 596),
+        ("DiT-B-2", {"budget": ALL}, 0, 380),
     ],
 )
 def test_a_sampling_step(make_trained, name, options, readings, launches):
-    """With a token budget, and without a router, the host waits for nothing."""
+    """Of one image, guided. With a token budget, and without a router, the host waits for nothing."""
     counts = count_sampling_step(make_trained(name), 1, **options)
     assert (counts.to_host, counts.waits, counts.event_waits) == (readings, readings, 0)
-    assert counts.launches < launches
+    assert counts.launches <= SLACK * launches
     assert counts.allocations == 0
 
 
@@ -179,12 +188,13 @@ def test_a_sampling_step(make_trained, name, options, readings, launches):
     ],
 )
 def test_a_sampling_step_as_a_graph(make_trained, name, options):
+    """One launch for the network; the others are guidance and sampler."""
     trained = make_trained(name)
     graphed = with_cuda_graphs(trained, SamplingOptions(**options))
     with counting() as recording:
         counts = count_sampling_step(graphed, 8, **options)
     assert counts.graph_launches == 1
-    assert counts.launches < 45
+    assert counts.launches <= 41
     assert (counts.to_host, counts.waits, counts.captured, counts.unsafe) == (0, 0, 0, 0)
     assert recording.unsafe == 0
 
