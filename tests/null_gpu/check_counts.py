@@ -1,7 +1,7 @@
 """Exact counts on the null GPU: what a step launches, reads, waits for and occupies.
 
-Launches and memory are those of PyTorch 2.14. Other versions may differ by the slack; a change that costs more has to
-say so here.
+Launches and memory are those of PyTorch 2.14. Other versions may differ by the slack. A change that costs more has
+to say so here.
 """
 
 import gc
