@@ -5,7 +5,7 @@ from torch import Tensor
 
 from models.types import Packing
 
-# Sums over a sample (`per_sample` in models/ops/recompute.py) are split into this many pieces; as one piece, a
+# Sums over a sample (`per_sample` in models/ops/rows.py) are split into this many pieces; as one piece, a
 # single GPU thread would do all the work.
 PIECES = 16
 

@@ -125,8 +125,12 @@ def add_cuda_graph_argument(parser: argparse.ArgumentParser) -> None:
     """For scripts that evaluate the network often with the same budget."""
     parser.add_argument(
         "--cuda-graph",
-        action=argparse.BooleanOptionalAction,
+        action="store_true",
+        default=None,
         help="launch each evaluation as one CUDA graph; the default on CUDA with --token-budget or a static DiT",
+    )
+    parser.add_argument(
+        "--no-cuda-graph", dest="cuda_graph", action="store_false", help="launch each kernel by itself"
     )
 
 

@@ -255,8 +255,8 @@ def test_layouts():
 # ------------------------------------------------------------------------------------------------------ roles
 
 FREE = {
-    "training": "epochs max_steps compile profile profile_steps resume_from_ckpt init_from max_skipped_steps "
-    "rank_timeout",
+    "training": "epochs max_steps deterministic compile profile profile_steps resume_from_ckpt init_from "
+    "max_skipped_steps rank_timeout",
     "data": "feature_path num_workers vae",
     "logging": "results_dir log_every ckpt_every ckpt_keep sample_every sample_cfg_scale trackers "
     "wandb_project",

@@ -100,3 +100,12 @@ def test_graphs_need_fixed_shapes_and_a_gpu(patch, device, budget, problem):
     Trained.device = torch.device(device)
     found = graph_problem(Trained, SamplingOptions(budget=budget))
     assert found is None if problem is None else problem in found
+
+
+def test_one_order_of_sums(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    launch.choose_deterministic_kernels()
+    assert asked == [True] and not torch.utils.deterministic.fill_uninitialized_memory

@@ -121,6 +121,7 @@ def test_wrong_kernels_are_not_used(monkeypatch):
 
 
 @interpreted
+@torch.inference_mode()
 def test_the_comparison_before_the_use_passes():
     from models.ops import triton_norm, triton_rows
 

@@ -484,6 +484,7 @@ def test_no_limit_on_the_gradient_norm_leaves_gradients_as_they_are():
 def test_the_precision_is_the_configurations_or_the_launchers(
     device, launcher, precision, chosen, monkeypatch
 ):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launcher is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)

@@ -71,11 +71,7 @@ def make_accelerator(config: Config) -> Accelerator:
     """Start Accelerate, which joins the processes. UserError if it cannot train this configuration."""
     device = group.default_device()
     if config.training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch insists on it
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = (
-            False  # a help for debugging, at a launch per tensor
-        )
+        choose_deterministic_kernels()
     no_changing_buffers = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     meeting = InitProcessGroupKwargs(timeout=group.COLLECTIVE_TIMEOUT)
     if announced_processes() > 1:
@@ -119,6 +115,14 @@ def numbered_by_gpu(device: torch.device) -> Iterator[None]:
     finally:
         if number is not None:
             os.environ["LOCAL_RANK"] = number
+
+
+def choose_deterministic_kernels() -> None:
+    """Have this process run only kernels that add in one order."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch insists on it
+    torch.use_deterministic_algorithms(True)
+    # A help for debugging, at a launch per tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def check_processes(accelerator: Accelerator) -> None:

@@ -48,6 +48,7 @@ class _NormSilu(torch.autograd.Function):
         return *ctx.kernels.norm_silu_backward(grad, *ctx.saved_tensors, ctx.groups), None, None
 
 
+@torch.inference_mode(False)  # sampling may be what asks first
 def largest_difference(kernels: ModuleType, device: torch.device, width: int) -> float:
     """Largest difference of the kernels to the plain form, relative to the largest value, in a small case."""
     side = 8
