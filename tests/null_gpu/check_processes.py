@@ -20,7 +20,11 @@ def torchrun(*arguments: object) -> str:
     return done.stdout + done.stderr
 
 
-def test_training_and_sampling(tiny_config, tmp_path):
+def test_the_workflow(tiny_config, tiny_images, tiny_vae, tiny_extractor, tmp_path):
+    features = tmp_path / "features"
+    paths = ["--data-path", tiny_images, "--features-path", features, "--vae", tiny_vae]
+    assert "10 images" in torchrun("extract_features.py", *paths, "--image-size", 32, "--num-workers", 0)
+
     run = tmp_path / "run"
     torchrun("train.py", "--config", tiny_config, "--output", run, "--set", "training.max_steps=3")
     assert "2 x cuda:0, bf16" in (run / "log.txt").read_text()
@@ -29,3 +33,8 @@ def test_training_and_sampling(tiny_config, tmp_path):
         "--num-sampling-steps", 2, "--num-fid-samples", 6, "--per-proc-batch-size", 2, "--no-cuda-graph",
     )  # fmt: skip
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (6, 32, 32, 3)
+
+    archive = tmp_path / "samples.npz"
+    cache = tmp_path / "cache"
+    torchrun("evaluate.py", archive, archive, "--features", tiny_extractor, "--cache", cache)
+    assert (tmp_path / "samples.evaluation.json").exists()
