@@ -143,9 +143,7 @@ def attend_efficient(qkv: Tensor, packing: Packing) -> Tensor:
     """
     q, k, v = qkv[None].unbind(2)  # (1, T, heads, size) each
     starts = packing.cu_seqlens
-    longest = min(
-        packing.max_length, len(qkv)
-    )  # the backward pass refuses a sample longer than all tokens together
+    longest = min(packing.max_length, len(qkv))  # its backward pass refuses a bound above T
     no_bias = None
     no_dropout = 0.0
     no_mask = 0

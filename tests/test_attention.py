@@ -27,9 +27,9 @@ from models.packing import plan_packing
 LENGTHS = [1, 5, 2, 7]
 
 
-def make_packing(device="cpu"):
-    keep = torch.arange(8, device=device)[None] < torch.tensor(LENGTHS, device=device)[:, None]
-    return plan_packing(keep, LENGTHS)
+def make_packing(device="cpu", lengths=LENGTHS):
+    keep = torch.arange(8, device=device)[None] < torch.tensor(lengths, device=device)[:, None]
+    return plan_packing(keep, lengths)
 
 
 def attend_densely(attention: Attention, x, packing):
@@ -98,9 +98,10 @@ def test_auto_on_cuda_depends_on_the_precision():
 
 
 @pytest.mark.cuda
-def test_float32_on_cuda_is_one_launch_for_all_samples():
-    packing = make_packing("cuda")
-    qkv = torch.randn(sum(LENGTHS), 3, 4, 64, device="cuda", requires_grad=True)
+@pytest.mark.parametrize("lengths", [LENGTHS, [1, 3]])  # the second has fewer tokens than one whole sample
+def test_float32_on_cuda_is_one_launch_for_all_samples(lengths):
+    packing = make_packing("cuda", lengths)
+    qkv = torch.randn(sum(lengths), 3, 4, 64, device="cuda", requires_grad=True)
     weights = torch.randn(qkv[:, 0].shape, device="cuda")
     results = []
     for attend in (attend_efficient, attend_by_sample):

@@ -39,7 +39,9 @@ def make_trainer(tiny_config, tmp_path):
 
     def make(name: str, *overrides: str) -> Trainer:
         AcceleratorState._reset_state(reset_partial_state=True)
-        gc.collect()  # networks of other tests, which would count
+        # Networks of other tests would count
+        gc.collect()
+        torch.cuda.empty_cache()
         store = open_features(load_config(tiny_config).data.feature_path, 32)
         config = load_config(f"configs/{name}.yaml", list(overrides))
         trainers.append(Trainer(config, Accelerator(mixed_precision="bf16"), store, tmp_path, None))
@@ -106,10 +108,11 @@ def test_launches_and_memory_of_a_training_step(
 
 
 def test_memory_settles_when_the_number_of_tokens_varies(make_trainer, kept_tokens):
-    """The caching allocator finds pieces for every T, after eight steps."""
+    """The caching allocator has pieces for every T when it has seen them twice."""
     kept_tokens.vary = 8
-    count_step(make_trainer("DCDiT-B-N4"), warm_up=16)
-    assert torch.cuda.memory_reserved() <= SLACK * 44.4 * GIB
+    counts = count_step(make_trainer("DCDiT-B-N4"), warm_up=16)
+    assert counts.allocations == 0
+    assert torch.cuda.memory_reserved() <= 50 * GIB
 
 
 def test_attention_is_flash(make_trainer):

@@ -1,40 +1,53 @@
-"""Two processes on one null GPU, which talk by gloo: NCCL refuses two on one device."""
+"""Two processes on one null GPU, which talk by gloo: NCCL refuses two on one device.
 
-import os
-import subprocess
-import sys
+The processes are forks of this one, which has imported everything and has asked for no device.
+"""
+
 from pathlib import Path
 
+import kills
 import numpy as np
+import pytest
+from conftest import TINY_CONFIG
 
-ROOT = Path(__file__).parents[2]
-
-
-def torchrun(*arguments: object) -> str:
-    """Run a script in two processes; its output."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, "tests/null_gpu/script.py", *(str(argument) for argument in arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
+import evaluate
+import extract_features
+import sample_ddp
+import train
 
 
-def test_the_workflow(tiny_config, tiny_images, tiny_vae, tiny_extractor, tmp_path):
+@pytest.fixture
+def in_two_processes(tmp_path, monkeypatch):
+    """Run the main function of a script; what both processes printed."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    printed = tmp_path / "printed"
+
+    def run(main, *arguments: object) -> str:
+        printed.unlink(missing_ok=True)
+        codes = kills.attempt(main, list(arguments), printed, [None, None])
+        assert codes == [0, 0], printed.read_text()[-4000:]
+        return printed.read_text()
+
+    return run
+
+
+def test_the_workflow(in_two_processes, tiny_images, tiny_vae, tiny_extractor, tmp_path: Path):
     features = tmp_path / "features"
     paths = ["--data-path", tiny_images, "--features-path", features, "--vae", tiny_vae]
-    assert "10 images" in torchrun("extract_features.py", *paths, "--image-size", 32, "--num-workers", 0)
+    printed = in_two_processes(extract_features.main, *paths, "--image-size", 32, "--num-workers", 0)
+    assert "10 of 10 images to encode" in printed
 
-    run = tmp_path / "run"
-    torchrun("train.py", "--config", tiny_config, "--output", run, "--set", "training.max_steps=3")
+    config, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(TINY_CONFIG.format(folder=tmp_path, vae=tiny_vae))
+    in_two_processes(train.main, "--config", config, "--output", run, "--set", "training.max_steps=3")
     assert "2 x cuda:0, bf16" in (run / "log.txt").read_text()
-    torchrun(
-        "sample_ddp.py", "--ckpt", run / "checkpoints" / "0000003.pt", "--output-dir", tmp_path / "samples",
-        "--num-sampling-steps", 2, "--num-fid-samples", 6, "--per-proc-batch-size", 2, "--no-cuda-graph",
-    )  # fmt: skip
-    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (6, 32, 32, 3)
 
+    checkpoint, samples = run / "checkpoints" / "0000003.pt", tmp_path / "samples"
+    options = ["--num-sampling-steps", 2, "--num-fid-samples", 6, "--per-proc-batch-size", 2]
+    in_two_processes(sample_ddp.main, "--ckpt", checkpoint, "--output-dir", samples, *options)
     archive = tmp_path / "samples.npz"
+    assert np.load(archive)["arr_0"].shape == (6, 32, 32, 3)
+
     cache = tmp_path / "cache"
-    torchrun("evaluate.py", archive, archive, "--features", tiny_extractor, "--cache", cache)
+    in_two_processes(evaluate.main, archive, archive, "--features", tiny_extractor, "--cache", cache)
     assert (tmp_path / "samples.evaluation.json").exists()

@@ -1,4 +1,4 @@
-"""Replaces what depends on values, which mean nothing on the null GPU. A pytest plugin, and used by script.py.
+"""Replaces what depends on values, which mean nothing on the null GPU. A pytest plugin.
 
 The number of kept tokens is read as always, and then made up. Of comparisons in the tests of a CUDA device, those
 of shapes, types and devices are left.
