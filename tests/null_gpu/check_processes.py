@@ -1,6 +1,6 @@
 """Two processes on one null GPU, which talk by gloo: NCCL refuses two on one device.
 
-The processes are forks of this one, which has imported everything and has asked for no device.
+The processes are forks of this one, which has imported everything and has asked for no device. Importing diffusers asks.
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import kills
 import numpy as np
 import pytest
-from conftest import TINY_CONFIG
+from conftest import TINY_CONFIG, save_tiny_vae
 
 import evaluate
 import extract_features
@@ -31,14 +31,22 @@ def in_two_processes(tmp_path, monkeypatch):
     return run
 
 
-def test_the_workflow(in_two_processes, tiny_images, tiny_vae, tiny_extractor, tmp_path: Path):
+@pytest.fixture
+def vae(tmp_path) -> Path:
+    process = kills.FORK.Process(target=save_tiny_vae, args=(tmp_path / "vae",))
+    process.start()
+    process.join()
+    return tmp_path / "vae"
+
+
+def test_the_workflow(in_two_processes, tiny_images, vae, tiny_extractor, tmp_path):
     features = tmp_path / "features"
-    paths = ["--data-path", tiny_images, "--features-path", features, "--vae", tiny_vae]
+    paths = ["--data-path", tiny_images, "--features-path", features, "--vae", vae]
     printed = in_two_processes(extract_features.main, *paths, "--image-size", 32, "--num-workers", 0)
     assert "10 of 10 images to encode" in printed
 
     config, run = tmp_path / "tiny.yaml", tmp_path / "run"
-    config.write_text(TINY_CONFIG.format(folder=tmp_path, vae=tiny_vae))
+    config.write_text(TINY_CONFIG.format(folder=tmp_path, vae=vae))
     in_two_processes(train.main, "--config", config, "--output", run, "--set", "training.max_steps=3")
     assert "2 x cuda:0, bf16" in (run / "log.txt").read_text()
 
