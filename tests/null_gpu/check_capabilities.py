@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from config import config_from_dict
+from config import UserError, config_from_dict
 from models import attention, build_model
 from null_gpu.counts import counting
 from training import launch
@@ -63,11 +63,13 @@ def test_float32(capability):
 
 
 def test_without_bfloat16():
-    """A T4: float32 by itself; bfloat16 only where it was asked for."""
+    """A T4 trains in float32, and says why it does not train in bfloat16."""
     name, precision, kernels = on("7.5", train_a_model, "auto")
     assert name == "Tesla T4"
     assert precision == "no"
     assert not any("flash_fwd" in kernel for kernel in kernels)
+    with pytest.raises(UserError, match="training.precision bf16: needs compute capability 8.0"):
+        on("7.5", train_a_model, "bf16")
 
 
 def test_kernels_for_packed_tokens_need_ampere():
