@@ -1,6 +1,7 @@
 """Two processes on one null GPU, which talk by gloo: NCCL refuses two on one device.
 
-The processes are forks of this one, which has imported everything and has asked for no device. Importing diffusers asks.
+The processes are forks of this one, which has imported everything but diffusers: that would ask for a device, and
+forks of a process that has asked for one cannot use it.
 """
 
 from pathlib import Path
