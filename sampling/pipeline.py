@@ -109,7 +109,7 @@ class DCDiTPipeline:
         options.check(config)
         labels = choose_labels(class_labels, self.trained.class_names)
         check_labels(labels, config)
-        prepare_scheduler(self.scheduler, config, num_inference_steps, self.trained.device)
+        prepare_scheduler(self.scheduler, config, num_inference_steps)
 
         def sampler(denoise: Denoise) -> Iterator[SchedulerStep]:
             return self.scheduler_steps(denoise, len(labels), generator)
@@ -135,7 +135,8 @@ class DCDiTPipeline:
         x = randn_tensor(shape, generator=generator, device=self.trained.device)
         x = x * self.scheduler.init_noise_sigma
         for t in self.scheduler.timesteps:
-            prediction = denoise(self.scheduler.scale_model_input(x, t), t.expand(batch))
+            on_device = torch.full((batch,), t.item(), dtype=t.dtype, device=x.device)
+            prediction = denoise(self.scheduler.scale_model_input(x, t), on_device)
             if not with_variance:
                 prediction = prediction[:, :channels]
             x = self.scheduler.step(prediction, t, x, **arguments).prev_sample
@@ -154,12 +155,15 @@ def default_scheduler(config: Config) -> DDPMScheduler:
     )
 
 
-def prepare_scheduler(scheduler: SchedulerMixin, config: Config, steps: int, device: torch.device) -> None:
-    """Set the timesteps of a scheduler; UserError if it is not one for the model's process."""
+def prepare_scheduler(scheduler: SchedulerMixin, config: Config, steps: int) -> None:
+    """Set the timesteps of a scheduler; UserError if it is not one for the model's process.
+
+    The timesteps stay on the host. On a GPU, schedulers that look up the next one would wait for it in every step.
+    """
     problem = scheduler_problem(scheduler, config)
     if problem is None:
         try:
-            scheduler.set_timesteps(steps, device=device)
+            scheduler.set_timesteps(steps)
         except Exception as error:  # a scheduler has conditions of its own, and any kind of error for them
             problem = f"cannot make {steps} steps ({one_line(error)})"
     if problem is None:

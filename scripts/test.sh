@@ -8,3 +8,7 @@ ruff check .
 ruff format --check .
 mypy
 python -m pytest "$@"
+# The suite sees no GPU. Where there is one, the tests of CUDA run once more, with real kernels.
+if [ $# -eq 0 ] && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    python -m pytest --gpu -m cuda
+fi

@@ -20,10 +20,26 @@ FAST = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run the tests marked cuda, and no others, on a GPU")
+
+
+def pytest_configure(config):
+    """Without --gpu, this process and those that it starts see no GPU: their numbers are the CPU's."""
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config, items):
+    on_gpu = config.getoption("--gpu")
     for item in items:
         if item.path.name in FAST:
             item.add_marker(pytest.mark.fast)
+        for_gpu = item.get_closest_marker("cuda") is not None or item.path.parent.name == "null_gpu"
+        if for_gpu and not on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs --gpu; tests/test_null_gpu.py runs it"))
+        if on_gpu and not for_gpu:
+            item.add_marker(pytest.mark.skip(reason="is a test of the CPU"))
     # The compiler's tests come last: they leave threads behind, and other tests fork.
     items.sort(key=lambda item: item.path.name == "test_compile.py")
 

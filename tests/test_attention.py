@@ -24,7 +24,6 @@ from models.attention import (
 )
 from models.packing import plan_packing
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 LENGTHS = [1, 5, 2, 7]
 
 
@@ -69,7 +68,7 @@ def test_auto_is_sdpa_on_the_cpu():
     assert torch.equal(auto(x, packing), forced(x, packing))
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("kernel", ["varlen", "flash"])
 def test_cuda_kernels_equal_sdpa(kernel):
     if kernel == "flash":
@@ -85,7 +84,7 @@ def test_cuda_kernels_equal_sdpa(kernel):
         torch.testing.assert_close(ours.float(), plain.float(), rtol=0.02, atol=0.02)
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_auto_on_cuda_depends_on_the_precision():
     qkv = torch.zeros(1, 3, 1, 64, device="cuda")
     assert pick_kernel(qkv, False) == pick_kernel(qkv.double(), False) == "sdpa"
@@ -98,7 +97,7 @@ def test_auto_on_cuda_depends_on_the_precision():
     torch.testing.assert_close(ours.float(), dense.float(), rtol=0.02, atol=0.02)
 
 
-@needs_cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("lengths", [LENGTHS, [1, 3]])  # the second has fewer tokens than one whole sample
 def test_float32_on_cuda_is_one_launch_for_all_samples(lengths):
     packing = make_packing("cuda", lengths)

@@ -175,7 +175,7 @@ def test_an_evaluation_moves_nothing_between_host_and_device(tokens, monkeypatch
         assert transfers.found == ["_to_copy"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 @pytest.mark.parametrize("patch", [None, 2])
 @torch.inference_mode()
 def test_cuda_graphs_equal_evaluations(patch):

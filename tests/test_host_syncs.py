@@ -116,7 +116,7 @@ def test_the_counter_sees_what_waits(monkeypatch):
     assert sorted(set(waits.found)) == ["__bool__", "cpu", "index", "item", "nonzero", "tolist"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_a_training_step_waits_once_on_a_gpu(make_trainer):
     trainer = make_trainer(mixed_precision="bf16")
     batches = [batch for batch, _ in zip(trainer.batches(), range(STEPS))]
