@@ -112,6 +112,8 @@ def extract(
     """
     # Equal content has an equal folder
     made_of = f"{images.digest()[:32]}-{extractor.name.replace(':', '-')[:48]}"
+    if extractor.tf32:
+        made_of += "-tf32"
     chunks = FeatureChunks(cache / f"{FORMAT}-{made_of}", len(images), CHUNK)
     missing = chunks.missing(processes)
     with progress_bar(chunks.images_in(missing), "features", processes) as bar:
@@ -146,8 +148,8 @@ def read_pixels(images: FolderImages | NpzImages, index: range) -> Tensor:
 
 
 def run_extractor(extractor: Extractor, images: Tensor) -> ExtractorOutput:
-    """Features of images (B, 3, H, W) uint8, in full float32: TF32 would cost digits."""
-    with tf32(False):
+    """Features of images (B, 3, H, W) uint8, in full float32 unless TF32 was asked for, which costs digits."""
+    with tf32(extractor.tf32):
         return extractor(images.to(extractor.device))
 
 

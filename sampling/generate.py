@@ -19,11 +19,10 @@ from torch import Tensor
 from config import Config, UserError
 from data.streams import rng
 from models import architecture
-from models.ops.precision import tf32
 from sampling.accounting import SamplingRecord, Seconds, StepCounts, stack_kept, summarise
 from sampling.budgets import ALL
 from sampling.cost_limit import CostModel, CostPrediction, choose_fractions
-from sampling.denoising import OnStep, sample_latents, sampling_process
+from sampling.denoising import OnStep, decode_samples, sample_latents, sampling_process
 from sampling.load import TrainedModel, load_trained
 from sampling.options import SamplingOptions
 
@@ -95,15 +94,9 @@ def generate(
         if latents.device.type != "cpu":
             torch.accelerator.synchronize()
         denoised = time.perf_counter()
-        images = decode(trained, latents, options.bf16_vae).cpu()
+        images = decode_samples(trained, latents, indices[part], options.bf16_vae).cpu()
         seconds = Seconds(denoised - started, time.perf_counter() - denoised)
         yield SampledBatch(indices[part], labels[part], images, kept, seconds)
-
-
-def decode(trained: TrainedModel, latents: Tensor, bf16: bool = False) -> Tensor:
-    """Images of latents, (B, 3, H, W) uint8; with TF32 only where the configuration asks for it."""
-    with tf32(trained.config.allows_tf32(bf16=False)):
-        return trained.autoencoder.decode(latents, bf16)
 
 
 def generate_images(
