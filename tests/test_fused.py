@@ -148,7 +148,7 @@ def test_off_cuda_the_plain_form_serves(monkeypatch):
 
 
 @not_interpreted
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_the_kernels_are_used_on_cuda():
     assert rows.kernels_for(torch.zeros(2, 64, device="cuda")) is not None
     assert rows.kernels_for(torch.zeros(2, 64, device="cuda", dtype=torch.float64)) is None

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.autoencoder import Autoencoder, to_levels
 from models import dc_dit, packing
 from models.ops import fused
 from models.ops.fused import Compare
@@ -50,6 +51,14 @@ def read_only(finite: Tensor, timesteps: list[int], indices: list[int]) -> None:
     bool(finite.all())
 
 
+@torch.no_grad()
+def decode_anything(autoencoder: Autoencoder, latents: Tensor, bf16: bool = False) -> Tensor:
+    """In place of Autoencoder.decode: no image is refused."""
+    pixels = autoencoder.decode_pixels(latents, bf16)
+    bool(pixels.isfinite().all())
+    return to_levels(pixels)
+
+
 def stack_made_up(kept: Sequence[StepCounts]) -> np.ndarray:
     """In place of sampling.accounting.stack_kept: reads the counts; then every computed branch kept a token."""
     counts = np.ones_like(stack_kept(kept))
@@ -78,6 +87,7 @@ def make_up_values(kept: KeptTokens) -> None:
     """Replace what reads values, in this process."""
     replace(dc_dit, "plan_packing", kept.plan)
     replace(fused, "checked_kernels", accept_kernels)
+    replace(Autoencoder, "decode", decode_anything)
     replace(denoising, "check_finite_samples", read_only)
     replace(FiniteGuard, "count", count_as_good)
     replace(accounting, "stack_kept", stack_made_up)
