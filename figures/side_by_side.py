@@ -14,7 +14,7 @@ from sampling.accounting import image_tflop
 from sampling.budgets import Budget
 from sampling.generate import generate, warm_up
 from sampling.load import TrainedModel
-from sampling.options import SamplingOptions
+from sampling.options import SamplingOptions, possible_scale
 
 # Small images are enlarged to about this number of pixels
 PIXELS = 288
@@ -48,7 +48,8 @@ class Pair(NamedTuple):
 
 def side_by_side(trained: TrainedModel, steps: int, sampler: str) -> Callable[[int, int, float, float], Pair]:
     """A function (label, seed, guidance scale, dropped fraction) -> Pair; it remembers what it has drawn."""
-    warm_up(trained, [0], SamplingOptions(sampler=sampler))
+    scale = possible_scale(1.0, trained.config)
+    warm_up(trained, [0], SamplingOptions(cfg_scale=scale, sampler=sampler))
 
     @functools.lru_cache(maxsize=256)
     def draw(label: int, seed: int, guidance: float, dropped: float) -> Drawn:
