@@ -20,6 +20,7 @@ from config import UserError, one_line
 # Files of weights; the variant is None in the usual case.
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[\w-]+))?\.(safetensors|bin)")
 HUB_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+SHORT_NAMES = {full: short for short, full in HUB_NAMES.items()}
 
 # Annotations cannot name the class: importing diffusers takes seconds.
 AutoencoderKL = Any
@@ -65,9 +66,13 @@ class Autoencoder:
     def load(cls, name_or_path: str, device: torch.device | str) -> "Autoencoder":
         """Load "ema" or "mse" (stabilityai/sd-vae-ft-*, from local cache or hub) or a diffusers folder.
 
+        The full names of these two on the hub mean the same, unless folders of these names are there.
+
         Raises:
             UserError: the name is unknown, or loading fails.
         """
+        if not os.path.isdir(name_or_path):
+            name_or_path = SHORT_NAMES.get(name_or_path, name_or_path)
         if name_or_path in HUB_NAMES:
             name = name_or_path
             source = HUB_NAMES[name]
