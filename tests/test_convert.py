@@ -643,3 +643,19 @@ def test_the_command(official, tmp_path):
     command = [sys.executable, "-m", "weights.convert", str(official), str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and f"from official DC-DiT {official}" in done.stdout, done.stderr
+
+
+def test_no_message_passes_on_the_advice_to_load_unsafely(tmp_path):
+    """A whole module, a module in torch's older format, a web page, and the pointer of a file that is not there."""
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "page.pt").write_text("<html>404</html>")
+    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for source in tmp_path.glob("*.pt"):
+        with pytest.raises(UserError) as caught:
+            load_checkpoint(source)
+        for message in (str(caught.value), refusal(source, tmp_path / "out.safetensors")):
+            assert "weights_only" not in message and "Weights only" not in message, message
+            assert message.isprintable()
+            if source.stem in ("module", "old"):
+                assert "torch.nn.modules.linear.Linear" in message or "zip" in message, message
