@@ -62,9 +62,12 @@ def read_untrusted(path: Path) -> object:
 
 def unpickling_problem(error: Exception) -> str:
     """Why torch.load has refused a file, without its advice to load the file unsafely."""
+    text = str(error)
+    if "TorchScript" in text:
+        return "it is a TorchScript module"
     if not isinstance(error, pickle.UnpicklingError):
         return one_line(error)
-    found = re.search(r"GLOBAL (\S+)", str(error))
+    found = re.search(r"GLOBAL (\S+)", text)
     if found is None:
         return "it was not written by torch.save, or is damaged"
     return f"it holds {printable(found[1])}, which is neither tensor nor plain data"
