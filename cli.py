@@ -19,10 +19,28 @@ from schema import leaves
 
 # All keys of the configuration, as `section.key`
 KEYS = [leaf.name for leaf in leaves(Config)]
-# The keys by their last name, and by what other training programs call them
-SHORT_KEYS = {key.rpartition(".")[2]: key for key in KEYS}
-SHORT_KEYS |= {name: f"training.{key}" for name, key in TrainingConfig.OTHER_NAMES.items()}
-SHORT_KEYS["data_path"] = "data.feature_path"
+# Keys that are true or false
+SWITCHES = [leaf.name for leaf in leaves(Config) if leaf.hint is bool]
+# The keys by their own and their last name, and by what other training programs call them
+OTHER_KEYS = {key.rpartition(".")[2]: key for key in KEYS}
+OTHER_KEYS |= {name: f"training.{key}" for name, key in TrainingConfig.OTHER_NAMES.items()}
+OTHER_KEYS["data_path"] = "data.feature_path"
+OTHER_KEYS["train_batch_size"] = "training.global_batch_size"
+OTHER_KEYS["num_train_epochs"] = "training.epochs"
+OTHER_KEYS |= {key: key for key in KEYS}
+# What DiT, fast-DiT and diffusers call an option -> its names here; a program has at most one of them
+OTHER_OPTIONS = {
+    "allow_tf32": ["--tf32"],
+    "batch_size": ["--per-proc-batch-size"],
+    "checkpoint": ["--ckpt"],
+    "ckpt_path": ["--ckpt"],
+    "data_dir": ["--data-path"],
+    "global_seed": ["--seed"],
+    "guidance_scale": ["--cfg-scale"],
+    "model_path": ["--ckpt"],
+    "num_samples": ["--num-fid-samples"],
+    "sample_dir": ["--output-dir", "--output"],
+}
 # Options of accelerate launch and torchrun, which are often placed after the script
 LAUNCHER_OPTIONS = (
     "mixed_precision",
@@ -91,13 +109,13 @@ class Parser(argparse.ArgumentParser):
             return f"; did you mean {options[word]}?"
         if word in LAUNCHER_OPTIONS:
             return "; it belongs to the launcher, before the name of the script"
-        # A key of the configuration, or an option of DiT's scripts
+        # An option of other programs, or a key of the configuration
         takes_keys = "set" in options
-        keys = SHORT_KEYS | {key: key for key in KEYS}
-        if takes_keys and word in keys:
-            return f"; did you mean --set {keys[word]}={value or '...'}?"
-        if takes_keys and word == "model":
-            return "; the network comes from --config in training, and from --ckpt in sampling"
+        remedy = self._remedy_of_other_name(word) or self._remedy_of_opposite(word, options)
+        if not remedy and takes_keys:
+            remedy = remedy_of_key(word, value)
+        if remedy:
+            return remedy
         # A typing error, or some words of a longer name
         similar = difflib.get_close_matches(word, options, n=1, cutoff=0.8)
         longer = [option for option in options if set(word.split("_")) <= set(option.split("_"))]
@@ -105,14 +123,44 @@ class Parser(argparse.ArgumentParser):
         likely = [*similar, *longer, *difflib.get_close_matches(word, options, n=1)]
         if likely:
             return f"; did you mean {options[likely[0]]}?"
-        if takes_keys and (similar := difflib.get_close_matches(word, keys, n=1, cutoff=0.7)):
-            return f"; did you mean --set {keys[similar[0]]}={value or '...'}?"
+        if takes_keys and (similar := difflib.get_close_matches(word, OTHER_KEYS, n=1, cutoff=0.7)):
+            return f"; did you mean --set {OTHER_KEYS[similar[0]]}={value or '...'}?"
         return ""
+
+    def _remedy_of_other_name(self, word: str) -> str:
+        """The option of this program that other programs call by this name."""
+        for option in OTHER_OPTIONS.get(word, []):
+            if option in self._option_string_actions:
+                return f"; did you mean {option}?"
+        return ""
+
+    def _remedy_of_opposite(self, word: str, options: dict[str, str]) -> str:
+        """For --no-tf32 or --visualize, whose opposites are switches of this program."""
+        negated = word.removeprefix("no_") if word.startswith("no_") else f"no_{word}"
+        opposite = options.get(negated)
+        if opposite is None or self._option_string_actions[opposite].nargs != 0:
+            return ""
+        return f"; it is the default, so leave it out ({opposite} is the opposite)"
 
     def _remedy_of_extra(self, argument: str) -> str:
         """What a value without an option probably means, such as training.seed=1."""
         is_key = argument.partition("=")[0] in KEYS and "--set" in self._option_string_actions
         return f"; did you mean --set {argument}?" if is_key else ""
+
+
+def remedy_of_key(word: str, value: str) -> str:
+    """What an option that is none means for a program with --set."""
+    if word == "model":
+        return "; the network comes from --config in training, and from --ckpt in sampling"
+    if word == "ckpt" or "--ckpt" in OTHER_OPTIONS.get(word, []):
+        return f"; training starts from a checkpoint with --set training.init_from={value or '...'}"
+    if word in ("wandb", "report_to"):
+        return "; did you mean --set logging.trackers=[wandb]?"
+    if word not in OTHER_KEYS:
+        return ""
+    key = OTHER_KEYS[word]
+    default = "true" if key in SWITCHES else "..."
+    return f"; did you mean --set {key}={value or default}?"
 
 
 def run(main: Callable[[], None]) -> None:

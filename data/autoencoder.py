@@ -21,6 +21,7 @@ from data.codecs import CODECS, Codec, PixelCodec, pixel_stride
 # Files of weights; the variant is None in the usual case.
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[\w-]+))?\.(safetensors|bin)")
 HUB_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+SHORT_NAMES = {full: short for short, full in HUB_NAMES.items()}
 
 
 class NonFiniteImage(FloatingPointError):
@@ -64,11 +65,15 @@ class Autoencoder:
     def load(cls, name_or_path: str, device: torch.device | str) -> "Autoencoder":
         """Load "ema" or "mse" (stabilityai/sd-vae-ft-*, from local cache or hub), a diffusers folder, or "pixels".
 
+        The full names of these two on the hub mean the same, unless folders of these names are there.
+
         Raises:
             UserError: the name is unknown, or loading fails.
         """
         if stride := pixel_stride(name_or_path):
             return cls(PixelCodec(stride), name_or_path, device)
+        if not os.path.isdir(name_or_path):
+            name_or_path = SHORT_NAMES.get(name_or_path, name_or_path)
         if name_or_path in HUB_NAMES:
             name = name_or_path
             source = HUB_NAMES[name]

@@ -18,6 +18,7 @@ from config import UserError, one_line
 from data.store_files import sha256_of
 from evaluation.adm_npz import parse_class_names
 from processes import group
+from weights.untrusted import unpickling_problem
 
 SPATIAL_CHANNELS = 7  # sFID takes the first channels of mixed_6/conv: 17 x 17 x 7 = 2023 values
 CLASS_NAMES_FILE = "class_names.json"  # in a TorchScript archive
@@ -128,7 +129,7 @@ class Inception:
             ValueError,
         ) as error:
             raise UserError(
-                f"--inception-weights '{path}': does not hold the Inception weights ({one_line(error)}); "
+                f"--inception-weights '{path}': does not hold the Inception weights ({unpickling_problem(error)}); "
                 f"download them from {url}"
             ) from None
         self.name = f"inception:{hashlib.sha256(data).hexdigest()}"
@@ -225,7 +226,7 @@ class TimmModel:
             self.network.load_state_dict(read_timm_weights(path))
         except Exception as error:  # timm, safetensors and json raise a dozen kinds
             raise UserError(
-                f"--features '{path}': is not the folder of a timm model ({one_line(error)})"
+                f"--features '{path}': is not the folder of a timm model ({unpickling_problem(error)})"
             ) from None
 
         # Preprocessing

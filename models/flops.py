@@ -236,7 +236,8 @@ def table(config: Config, fractions: Sequence[float], boundary_share: float, ste
 
 def decoder_config(vae: str) -> Mapping[str, Any]:
     """Configuration of an autoencoder by its name, or of a local diffusers folder."""
-    if vae in ("ema", "mse"):
+    is_full_name = vae.startswith("stabilityai/sd-vae-ft-") and not Path(vae).is_dir()
+    if vae in ("ema", "mse") or is_full_name:
         return STABLE_DIFFUSION
     try:
         return json.loads((Path(vae) / "config.json").read_text(encoding="utf-8"))

@@ -91,7 +91,8 @@ class DCDiTPipeline:
         Args:
             class_labels: labels, or names of classes.
             guidance_scale: 1 is none, and 0 samples without a class; default: 4, or the only scale that the model
-                can do. drop_fraction: share of the kept tokens to drop, in [0, 1).
+                can do.
+            drop_fraction: share of the kept tokens to drop, in [0, 1).
             generator: of the noise, as everywhere in diffusers.
 
         Raises:

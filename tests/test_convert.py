@@ -202,6 +202,23 @@ def test_official_dc_dit(official, tmp_path):
     assert torch.equal(raw["ema"]["norm.weight"], state["ema"]["norm.weight"] + 1)
 
 
+def test_a_configuration_that_is_refused_can_be_replaced(official, tmp_path):
+    """A key that a fork of the official code has added, or a value that this code refuses."""
+    state = read_untrusted(official)
+    plain = config_from_dict(state["config"])
+    (tmp_path / "given.yaml").write_text(to_yaml(plain))
+    changes = {"new_key": 3, "ema_decay": 1.0}
+    for key, value in changes.items():
+        config = to_dict(plain)
+        config["training"][key] = value
+        torch.save({**state, "config": config}, tmp_path / "fork.pt")
+        message = refusal(tmp_path / "fork.pt", tmp_path / "out.safetensors")
+        assert key in message and "--set or --config" in message
+        converted(
+            tmp_path / "fork.pt", tmp_path / "out.safetensors", "--config", str(tmp_path / "given.yaml")
+        )
+
+
 def test_to_safetensors_and_back(tiny_config, tiny_vae, tmp_path):
     config = load_config(tiny_config)
     model = build_model(config)
@@ -643,3 +660,20 @@ def test_the_command(official, tmp_path):
     command = [sys.executable, "-m", "weights.convert", str(official), str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and f"from official DC-DiT {official}" in done.stdout, done.stderr
+
+
+def test_no_message_passes_on_the_advice_to_load_unsafely(tmp_path):
+    """A whole module, in both formats of torch and as TorchScript; a web page; the pointer of a missing file."""
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    (tmp_path / "page.pt").write_text("<html>404</html>")
+    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    for source in tmp_path.glob("*.pt"):
+        with pytest.raises(UserError) as caught:
+            load_checkpoint(source)
+        for message in (str(caught.value), refusal(source, tmp_path / "out.safetensors")):
+            assert "weights_only" not in message and "Weights only" not in message, message
+            assert message.isprintable()
+            if source.stem in ("module", "old"):
+                assert "torch.nn.modules.linear.Linear" in message or "zip" in message, message

@@ -13,6 +13,7 @@ import torch
 import cli
 import extract_features
 from config import config_from_dict
+from data import autoencoder as autoencoder_module
 from data.autoencoder import Autoencoder
 from data.feature_writer import FeatureWriter
 from data.features import open_features
@@ -99,6 +100,25 @@ def test_autoencoder_inverts_its_scale(tiny_vae):
     levels = (pixels * 127.5 + 127.5).clamp(0, 255)
     assert (levels - images.float()).abs().max() < 0.502  # rounding, half a level
     assert Autoencoder.load(autoencoder.describe()["name"], "cpu").describe() == autoencoder.describe()
+
+
+def test_the_published_autoencoders_by_their_full_name(tiny_vae, tmp_path, monkeypatch):
+    """As diffusers spells them; a folder of this name comes first."""
+    read = []
+    tiny_model = autoencoder_module.read_model(str(tiny_vae))
+
+    def read_model(source):
+        read.append(source)
+        return tiny_model
+
+    monkeypatch.setattr(autoencoder_module, "read_model", read_model)
+    monkeypatch.chdir(tmp_path)
+    name = "stabilityai/sd-vae-ft-mse"
+    assert Autoencoder.load(name, "cpu").name == "mse"
+    assert Autoencoder.load("mse", "cpu").name == "mse"
+    shutil.copytree(tiny_vae, name)
+    assert Autoencoder.load(name, "cpu").name == str(tmp_path / name)
+    assert read == [name, name, name]
 
 
 def test_per_channel_latent_statistics(tiny_vae):

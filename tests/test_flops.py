@@ -9,7 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import config_from_dict, load_config
 from models import architecture, build_model, flops
-from models.flops import STABLE_DIFFUSION, TokenCounts, decoder_flops, forward_flops, peak_flops, total_flops
+from models.flops import (
+    STABLE_DIFFUSION,
+    TokenCounts,
+    decoder_config,
+    decoder_flops,
+    forward_flops,
+    peak_flops,
+    total_flops,
+)
 
 ATTEND = torch.ops.dc_dit.attend  # the counter does not know it
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -186,3 +194,8 @@ def test_peaks_by_the_drivers_name():
         "NVIDIA GeForce RTX 4090": 165e12, "Tesla V100-SXM2-16GB": None, "NVIDIA A1000": None,
     }  # fmt: skip
     assert {name: peak_flops(name) for name in peaks} == peaks
+
+
+@pytest.mark.parametrize("name", ["ema", "mse", "stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse"])
+def test_the_published_decoders_by_any_name(name):
+    assert decoder_config(name) is STABLE_DIFFUSION

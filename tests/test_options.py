@@ -85,6 +85,22 @@ def test_a_mistyped_option_is_recognised(program, monkeypatch):
         ("train", "--config a.yaml training.seed=1", "did you mean --set training.seed=1?"),
         ("train", "--set training.seed=1 training.epochs=2", "did you mean --set training.epochs=2?"),
         ("train", "--model DiT-XL/2", "unknown option --model; the network comes from --config"),
+        # Options of DiT, fast-DiT and diffusers
+        ("sample_ddp", "--sample-dir a", "unknown option --sample-dir; did you mean --output-dir?"),
+        ("sample_ddp", "--global-seed 1", "did you mean --seed?"),
+        ("sample_ddp", "--batch-size 4", "did you mean --per-proc-batch-size?"),
+        ("sample_ddp", "--num-samples 4", "did you mean --num-fid-samples?"),
+        ("sample", "--guidance-scale 4", "did you mean --cfg-scale?"),
+        ("sample", "--checkpoint a.pt", "did you mean --ckpt?"),
+        ("extract_features", "--data-dir a", "did you mean --data-path?"),
+        ("train", "--allow_tf32", "did you mean --tf32?"),
+        ("train", "--ckpt a.pt", "training starts from a checkpoint with --set training.init_from=a.pt"),
+        ("train", "--train_batch_size 64", "did you mean --set training.global_batch_size=64?"),
+        ("train", "--wandb", "did you mean --set logging.trackers=[wandb]?"),
+        ("train", "--gradient_checkpointing", "did you mean --set training.gradient_checkpointing=true?"),
+        # A switch, the other way round
+        ("sample_ddp", "--no-tf32", "--no-tf32; it is the default, so leave it out (--tf32 is the opposite)"),
+        ("sample", "--visualize", "it is the default, so leave it out (--no-visualize is the opposite)"),
         # Options of the launcher
         ("train", "--mixed_precision bf16", "unknown option --mixed_precision; it belongs to the launcher"),
         # Several mistakes, or none that is like an option

@@ -24,7 +24,7 @@ from torch import Tensor
 from config import Config, UserError, one_line, printable
 from data.files import write_file
 from models import build_model
-from weights.untrusted import is_archive
+from weights.untrusted import is_archive, unpickling_problem
 from weights.unwrap import conversion_hint, is_state_dict, precision_problem
 
 FORMAT = 1
@@ -166,7 +166,7 @@ def load_checkpoint(path: str | Path, option: str = "--ckpt") -> Checkpoint:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # a foreign file can make the unpickler raise anything
-            problem = one_line(error)
+            problem = unpickling_problem(error)
     if problem is not None:
         if not is_damaged:
             refuse_unconverted(path, option)

@@ -299,7 +299,10 @@ def configure(args: argparse.Namespace, found: dict | None) -> Config:
     """The configuration from --config, otherwise the one `found` in the source; --set applies to either."""
     if args.config or found is None:
         return load_config(args.config, args.set)
-    return config_from_dict(found, args.set)
+    try:
+        return config_from_dict(found, args.set)
+    except UserError as error:
+        raise UserError(f"{error}; change the source's configuration with --set or --config") from None
 
 
 def with_config(state: Checkpoint, args: argparse.Namespace) -> Checkpoint:

@@ -6,6 +6,7 @@ of these becomes an `Inert` object. Any other class or function in the file is r
 """
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -52,11 +53,24 @@ def read_untrusted(path: Path) -> object:
     except OSError:
         raise
     except Exception as error:  # a mutilated pickle can make the unpickler raise anything
-        raise Refused(one_line(error)) from None
+        raise Refused(unpickling_problem(error)) from None
     try:
         return to_plain(content)
     except RecursionError:
         raise Refused("something in it contains itself") from None
+
+
+def unpickling_problem(error: Exception) -> str:
+    """Why torch.load has refused a file, without its advice to load the file unsafely."""
+    text = str(error)
+    if "TorchScript" in text:
+        return "it is a TorchScript module"
+    if not isinstance(error, pickle.UnpicklingError):
+        return one_line(error)
+    found = re.search(r"GLOBAL (\S+)", text)
+    if found is None:
+        return "it was not written by torch.save, or is damaged"
+    return f"it holds {printable(found[1])}, which is neither tensor nor plain data"
 
 
 def is_archive(path: Path) -> bool:
@@ -74,7 +88,7 @@ def unknown_names(path: Path) -> list[str]:
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except (RuntimeError, ValueError, EOFError, IndexError, pickle.UnpicklingError) as error:
-        raise Refused(f"it is not a torch.save file ({one_line(error)})") from None
+        raise Refused(f"it is not a torch.save file ({unpickling_problem(error)})") from None
 
 
 def to_plain(content: object) -> object:
