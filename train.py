@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     start = resume.find_start(config, folder, store)
 
     # Meet the other processes
-    accelerator = launch.make_accelerator(config)
+    accelerator = launch.make_accelerator(config, start.state)
     autoencoder = sample_grids.load_decoder(config, store, accelerator.device)
     folder = folder or launch.make_run_folder(config, accelerator)
     accelerator.project_configuration.set_directories(str(folder))

@@ -8,7 +8,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from models.conv import Conv3x3, to_tokens
+from models.conv import Conv1x1, Conv3x3, GroupNorm, to_tokens
 from models.types import Routing
 
 INITIAL_BIAS = -1.1  # sigmoid(-1.1) is about 0.25
@@ -25,10 +25,10 @@ class Router(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         inner = width // 4
-        self.proj = nn.Conv2d(width, inner, 1)
+        self.proj = Conv1x1(width, inner)
         self.context_predictor = Conv3x3(inner, inner)
         self.residual_scorer = nn.Sequential(
-            Conv3x3(inner, inner), nn.GroupNorm(8, inner), nn.SiLU(), nn.Conv2d(inner, 1, 1)
+            Conv3x3(inner, inner), GroupNorm(8, inner), nn.SiLU(), Conv1x1(inner, 1)
         )
 
     @torch.no_grad()

@@ -490,6 +490,7 @@ class Trainer:
                 "optimizer": weights["optimizer"],
                 "averages": averages,
                 "skipped": skipped,
+                "precision": self.accelerator.mixed_precision,
             }
             path = save_checkpoint(self.folder / "checkpoints", state, self.config.logging.ckpt_keep)
             self.log.line(f"step {self.step:7d}: saved {path}")

@@ -32,7 +32,7 @@ WEIGHTS = "model.safetensors"  # the weights file in a folder that is laid out f
 
 
 class Checkpoint(TypedDict, total=False):
-    """What a checkpoint holds. A weights file lacks the last four entries."""
+    """What a checkpoint holds. A weights file lacks the last five entries."""
 
     format: int  # FORMAT
     step: int  # optimizer steps done
@@ -46,6 +46,7 @@ class Checkpoint(TypedDict, total=False):
     optimizer: dict
     averages: dict[str, Tensor]  # what the log has summed since its last line
     skipped: dict[str, int]  # what the guard has counted
+    precision: str  # Accelerate's name of the precision of training: "no" or "bf16"
 
 
 # Entries of plain data, which a weights file has too. An optional one that is missing is read as None.
