@@ -507,6 +507,7 @@ def test_narrow_models_train_in_float32_on_a_cpu(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(launch, "has_bf16_products", lambda: True)
     cpu = torch.device("cpu")
-    for width, chosen in ((launch.BF16_WIDTH, "bf16"), (launch.BF16_WIDTH - 32, "no")):
-        config = load_config(None, [f"model.hnet.d_model=[{width},{width}]"])
+    for width, chosen in ((launch.BF16_WIDTH, "bf16"), (launch.BF16_WIDTH // 2, "no")):
+        shape = [f"d_model=[{width},{width}]", "num_heads=[4,4]", "enc_dec_dim_factor=[1,null]"]
+        config = load_config(None, [f"model.hnet.{key}" for key in shape])
         assert launch.choose_precision(config, cpu, None) == chosen
