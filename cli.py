@@ -5,6 +5,7 @@ import difflib
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,27 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from config import OneProcessError, UserError
+from config import Config, OneProcessError, TrainingConfig, UserError
+from schema import leaves
+
+# All keys of the configuration, as `section.key`
+KEYS = [leaf.name for leaf in leaves(Config)]
+# The keys by their last name, and by what other training programs call them
+SHORT_KEYS = {key.rpartition(".")[2]: key for key in KEYS}
+SHORT_KEYS |= {name: f"training.{key}" for name, key in TrainingConfig.OTHER_NAMES.items()}
+SHORT_KEYS["data_path"] = "data.feature_path"
+# Options of accelerate launch and torchrun, which are often placed after the script
+LAUNCHER_OPTIONS = (
+    "mixed_precision",
+    "multi_gpu",
+    "gpu_ids",
+    "num_processes",
+    "num_machines",
+    "machine_rank",
+    "main_process_port",
+    "nproc_per_node",
+    "standalone",
+)
 
 # Faults of the disk, which are not faults of the program.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -32,19 +53,68 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As in argparse; a UserError for an unknown option suggests the most similar one."""
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if not unknown:
-            return parsed
-        message = f"unrecognized arguments: {' '.join(unknown)}"
-        name = unknown[0].partition("=")[0]
-        similar = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        if similar and name.startswith("-"):
-            message += f"; perhaps {similar[0]} is meant"
-        self.error(message)
+        """As in argparse, but unknown options are reported first, with what is probably meant."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        try:
+            parsed, extra = self.parse_known_args(arguments, namespace)
+        except UserError:
+            # The mistyped option may be the one that is missing
+            self._refuse_unknown_options(arguments)
+            raise
+        self._refuse_unknown_options(arguments)
+        if extra:
+            self.error(f"unrecognized arguments: {' '.join(extra)}{self._remedy_of_extra(extra[0])}")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+    def _refuse_unknown_options(self, arguments: Sequence[str]) -> None:
+        """UserError for arguments that look like options of this program and are none."""
+        mistakes = []
+        for place, argument in enumerate(arguments):
+            if argument == "--":
+                break
+            name, _, value = argument.partition("=")
+            if not re.fullmatch(r"--?[A-Za-z][^ ]*", name) or name in self._option_string_actions:
+                continue
+            if value == "" and place + 1 < len(arguments) and not arguments[place + 1].startswith("-"):
+                value = arguments[place + 1]
+            mistakes.append(f"unknown option {name}{self._remedy(name, value)}")
+        if mistakes:
+            self.error("; ".join(mistakes))
+
+    def _remedy(self, name: str, value: str) -> str:
+        """What an unknown option probably means, to follow its name in an error line."""
+        word = name.lstrip("-").lower().replace("-", "_")
+        options = {option.lstrip("-").replace("-", "_"): option for option in self._option_string_actions}
+        # The same option with other hyphens
+        if word in options:
+            return f"; did you mean {options[word]}?"
+        if word in LAUNCHER_OPTIONS:
+            return "; it belongs to the launcher, before the name of the script"
+        # A key of the configuration, or an option of DiT's scripts
+        takes_keys = "set" in options
+        keys = SHORT_KEYS | {key: key for key in KEYS}
+        if takes_keys and word in keys:
+            return f"; did you mean --set {keys[word]}={value or '...'}?"
+        if takes_keys and word == "model":
+            return "; the network comes from --config in training, and from --ckpt in sampling"
+        # A typing error, or some words of a longer name
+        similar = difflib.get_close_matches(word, options, n=1, cutoff=0.8)
+        longer = [option for option in options if set(word.split("_")) <= set(option.split("_"))]
+        longer.sort(key=lambda option: (not option.startswith(word), len(option)))
+        likely = [*similar, *longer, *difflib.get_close_matches(word, options, n=1)]
+        if likely:
+            return f"; did you mean {options[likely[0]]}?"
+        if takes_keys and (similar := difflib.get_close_matches(word, keys, n=1, cutoff=0.7)):
+            return f"; did you mean --set {keys[similar[0]]}={value or '...'}?"
+        return ""
+
+    def _remedy_of_extra(self, argument: str) -> str:
+        """What a value without an option probably means, such as training.seed=1."""
+        is_key = argument.partition("=")[0] in KEYS and "--set" in self._option_string_actions
+        return f"; did you mean --set {argument}?" if is_key else ""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -103,6 +173,13 @@ def add_tf32_argument(parser: Parser) -> None:
         default=[],
         const="training.tf32=true",
         help="products in float32 may run as TF32; the same as --set training.tf32=true",
+    )
+
+
+def add_measuring_tf32_argument(parser: Parser) -> None:
+    """Add --tf32 as a switch; for scripts that have no --set and measure images."""
+    parser.add_argument(
+        "--tf32", action="store_true", help="products in float32 may run as TF32, those of the features too"
     )
 
 

@@ -6,12 +6,10 @@ line that names the key, the value and the remedy.
 """
 
 import dataclasses
-import itertools
-import re
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import yaml
 
@@ -27,8 +25,19 @@ from config_keys import (
     TrainingConfig,
     free,
 )
+from layouts import main_network_only, parse_layout, spell_layout
 from plain_data import differences, flatten, merge, parse_override, read_yaml
-from schema import OneProcessError, UserError, build, leaves, one_line, printable, require
+from schema import (
+    OneProcessError,
+    UserError,
+    build,
+    is_text,
+    leaves,
+    one_line,
+    options,
+    printable,
+    require,
+)
 
 # Passed on to the packages above.
 __all__ = [
@@ -39,6 +48,7 @@ __all__ = [
     "differences",
     "flatten",
     "one_line",
+    "parse_layout",
     "printable",
 ]
 
@@ -98,6 +108,8 @@ class Config:
 
 
 ROLES: dict[str, Role] = {leaf.name: leaf.field.metadata["role"] for leaf in leaves(Config)}
+# Whether a key that holds a text may also be null
+TEXT_KEYS = {leaf.name: type(None) in options(leaf.hint) for leaf in leaves(Config) if is_text(leaf.hint)}
 
 
 def role_of(name: str) -> Role:
@@ -121,17 +133,23 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         UserError: unreadable file, unknown key, wrong type, or a combination that cannot work.
     """
-    raw = read_yaml(Path(path)) if path else {}
+    raw = read_yaml(Path(path), TEXT_KEYS) if path else {}
     return config_from_dict(raw, overrides)
 
 
 def config_from_dict(raw: dict, overrides: Sequence[str] = ()) -> Config:
     """Build and check a Config from nested plain data (as in a checkpoint) with overrides."""
     for override in overrides:
-        raw = merge(raw, parse_override(override))
-    config = build(Config, raw)
+        raw = merge(raw, parse_override(override, TEXT_KEYS))
+    refused: dict[str, UserError] = {}
+    config = build(Config, raw, refused=refused)
     if config.is_static:
         switch_router_off(config.training)
+        leave_scaffold_out(config.model.hnet)
+    # A key that another one switches off is not read, so its value has not to be right
+    for key, error in refused.items():
+        if is_read(config, key):
+            raise error
     check_combinations(config)
     # Equal layouts get equal spellings
     config.model.hnet.arch_layout = spell_layout(parse_layout(config.model.hnet.arch_layout))
@@ -144,6 +162,43 @@ def switch_router_off(training: TrainingConfig) -> None:
     training.multi_budget_training = False
 
 
+def leave_scaffold_out(hnet: HNetConfig) -> None:
+    """A static DiT has the main network only, so that no entry for the encoder or the decoder is checked."""
+    hnet.arch_layout = main_network_only(hnet.arch_layout)
+    hnet.d_model = [hnet.d_model[-1]] * 2
+
+
+# What switches keys off. A name that ends in a dot stands for all keys of a section
+UNREAD: list[tuple[Callable[[Config], bool], tuple[str, ...]]] = [
+    (
+        lambda config: not config.training.multi_budget_training,
+        ("training.multi_budget_drop_fractions", "training.multi_budget_start_step"),
+    ),
+    (lambda config: not config.training.profile, ("training.profile_steps",)),
+    (lambda config: not config.training.ratio_loss_weight, ("training.ratio_batch_size",)),
+    (lambda config: config.training.max_steps is not None, ("training.epochs",)),
+    (lambda config: not config.training.frozen, ("training.frozen_steps",)),
+    (lambda config: config.training.init_from is None, ("model.upcycle.",)),
+    (lambda config: config.is_static, ("model.hnet.enc_dec_dim_factor", "model.hnet.dechunk_kernel_sigma")),
+    (lambda config: not config.logging.sample_every, ("logging.sample_cfg_scale",)),
+    (
+        lambda config: not {"wandb", "all"} & set(config.logging.trackers),
+        ("logging.wandb_project",),
+    ),
+    (
+        lambda config: not config.evaluation.every,
+        tuple(
+            leaf.name for leaf in leaves(EvaluationConfig, "evaluation.") if leaf.name != "evaluation.every"
+        ),
+    ),
+]
+
+
+def is_read(config: Config, key: str) -> bool:
+    """Whether a key, written `section.key`, has an effect beside the values of the other keys."""
+    return not any(is_off(config) and key.startswith(keys) for is_off, keys in UNREAD)
+
+
 def to_dict(config: Config) -> dict:
     """The configuration as nested plain data; `config_from_dict` inverts it."""
     return dataclasses.asdict(config)
@@ -152,67 +207,6 @@ def to_dict(config: Config) -> dict:
 def to_yaml(config: Config) -> str:
     """The configuration as the text of a YAML file."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-# ----------------------------------------------------------------------------------- the layout of the blocks
-
-
-class Layout(NamedTuple):
-    """Numbers of convolution blocks, and a letter per transformer block: D with MLP, d attention only."""
-
-    encoder_blocks: int
-    main_blocks: str
-    decoder_blocks: int
-
-
-def parse_layout(layout: list) -> Layout:
-    """Read [encoder, [main network], decoder] such as ["c2", ["D12"], "c2"]. C means c, as in the official code.
-
-    Raises:
-        UserError: another nesting, another letter, or no blocks.
-    """
-    key = "model.hnet.arch_layout"
-    if len(layout) == 1 and isinstance(layout[0], str):
-        raise UserError(
-            f"{key}: [{layout[0]}] is the DiT without chunking of the official code, which has a stem and a last "
-            f"norm of its own; the nearest is [c2, [{layout[0]}], c2] with model.patch_size 1"
-        )
-    is_nested = len(layout) == 3 and isinstance(layout[1], list)
-    require(is_nested, f"{key}: {layout!r} must be [encoder, [main], decoder], e.g. [c2, [D12], c2]")
-    encoder, main, decoder = layout
-    require(len(main) != 3, f"{key}: {layout!r} has more than one chunking stage, and only one is supported")
-    require(len(main) == 1, f"{key}: the main network {main!r} must be one string, e.g. [D12]")
-    return Layout(
-        encoder_blocks=len(_expand(encoder, "cC")),
-        main_blocks=_expand(main[0], "dD"),
-        decoder_blocks=len(_expand(decoder, "cC")),
-    )
-
-
-def spell_layout(layout: Layout) -> list:
-    """The shortest spelling that `parse_layout` reads as this layout."""
-    runs = [f"{letter}{len(list(run))}" for letter, run in itertools.groupby(layout.main_blocks)]
-    return [f"c{layout.encoder_blocks}", ["".join(runs)], f"c{layout.decoder_blocks}"]
-
-
-# What a string of blocks must be, and where blocks of the other kind belong
-BLOCKS = {
-    "cC": "must be 'c<number>', e.g. 'c2'; transformer blocks stand in the main network only",
-    "dD": "must be 'd<number>' or 'D<number>', e.g. 'D2'; convolutions stand in encoder and decoder only",
-}
-
-
-def _expand(text: Any, letters: str) -> str:
-    """ "D2d1" -> "DDd"."""
-    if not isinstance(text, str) or not re.fullmatch(rf"([{letters}][0-9]{{1,3}})+", text):
-        message = f"model.hnet.arch_layout: {text!r} {BLOCKS[letters]}"
-        # The official code skips what it does not know
-        known = "".join(re.findall(rf"[{letters}]\d+", str(text)))
-        raise UserError(f"{message}; the official code reads it as '{known}'" if known else message)
-    counts = re.findall(r"([a-zA-Z])(\d+)", text)
-    blocks = "".join(letter * int(count) for letter, count in counts)
-    require(blocks, f"model.hnet.arch_layout: {text!r} has no blocks; give at least one")
-    return blocks
 
 
 # ------------------------------------------------------------------------ what must hold between several keys
@@ -233,16 +227,18 @@ def check_combinations(config: Config) -> None:
 
 def _check_sizes(config: Config) -> None:
     data, patch = config.data, config.model.patch_size
-    side = max(2, round(data.image_size / data.latent_stride))
+    # A whole number of cells, and of patches
+    size = _round_to(data.latent_stride * (patch or 1), data.image_size)
+    size = max(size, 2 * data.latent_stride)
     require(
         data.image_size % data.latent_stride == 0 and config.latent_size >= 2,
         f"data.image_size: {data.image_size} must be a multiple of data.latent_stride ({data.latent_stride}) "
-        f"and hold at least 2 latent cells; try {side * data.latent_stride}",
+        f"and hold at least 2 latent cells; try {size}",
     )
     require(
         patch is None or config.latent_size % patch == 0,
         f"model.patch_size: {patch} does not divide the latent's side of {config.latent_size}; "
-        "try 2, 4 or 8, or null for a DC-DiT",
+        f"try {_nearest_divisor(patch or 1, config.latent_size)}, or null for a DC-DiT",
     )
 
 
@@ -251,31 +247,46 @@ def _check_widths(config: Config) -> None:
     parse_layout(hnet.arch_layout)
     width = config.d_model
     heads = hnet.num_heads[1]
+    factor = width if config.encoder_width == 0 else (hnet.enc_dec_dim_factor or [1])[0] or 1
+    # What the width must be a multiple of
+    unit, part = (4, "positions") if config.is_static else (32, "GroupNorms")
+    nearest = _round_to(math.lcm(unit * (1 if config.is_static else factor), heads), width)
     require(
         hnet.d_model == [width, width],
-        f"model.hnet.d_model: {hnet.d_model} must be equal at both entries; try {[width, width]}",
+        f"model.hnet.d_model: {hnet.d_model} must be equal at both entries; try {[nearest, nearest]}",
     )
-    for name, channels in (("d_model", width), ("d_model / enc_dec_dim_factor", config.encoder_width)):
-        require(
-            config.is_static or (channels > 0 and channels % 32 == 0),
-            f"model.hnet.{name}: {channels} is not a multiple of 32, which the GroupNorms need",
-        )
-    require(width % 4 == 0, f"model.hnet.d_model: {width} is not a multiple of 4, which the positions need")
-    require(width % heads == 0, f"model.hnet.num_heads: {heads} does not divide d_model {width}")
+    require(
+        width % unit == 0,
+        f"model.hnet.d_model: {width} is not a multiple of {unit}, which the {part} need; "
+        f"try {[nearest, nearest]}",
+    )
+    divisor = _nearest_divisor(heads, width)
+    require(
+        width % heads == 0,
+        f"model.hnet.num_heads: {heads} does not divide d_model {width}; try {[divisor, divisor]}",
+    )
+    narrow = config.encoder_width
+    require(
+        config.is_static or (narrow > 0 and narrow % 32 == 0),
+        f"model.hnet.enc_dec_dim_factor: {factor} makes the encoder {narrow} wide, which is not a multiple of 32 "
+        f"as the GroupNorms need; try [{_nearest_divisor(factor, width // 32)}, null]",
+    )
+
+
+def _round_to(multiple: int, number: int) -> int:
+    """The multiple that is nearest to a number; not 0."""
+    return max(1, (number + multiple // 2) // multiple) * multiple
+
+
+def _nearest_divisor(number: int, product: int) -> int:
+    """The divisor of a product, up to 1024, that is nearest to a number."""
+    divisors = [divisor for divisor in range(1, min(product, 1024) + 1) if product % divisor == 0]
+    return min(divisors, key=lambda divisor: abs(divisor - number))
 
 
 def _check_training(training: TrainingConfig) -> None:
-    fractions = training.multi_budget_drop_fractions
-    require(
-        fractions or not training.multi_budget_training,
-        "training.multi_budget_drop_fractions: [] has no fraction to draw; give at least one, e.g. [0.0, 0.3]",
-    )
-    if isinstance(fractions, FractionRange):
-        require(
-            fractions.min <= fractions.max,
-            f"training.multi_budget_drop_fractions: min {fractions.min} is above max {fractions.max}; "
-            "exchange them",
-        )
+    if training.multi_budget_training:
+        _check_fractions(training.multi_budget_drop_fractions)
     require(
         not (training.init_from and training.resume_from_ckpt),
         "training.init_from: the run already starts from training.resume_from_ckpt; give one",
@@ -298,12 +309,22 @@ def _check_training(training: TrainingConfig) -> None:
         )
 
 
+def _check_fractions(fractions: list[float] | FractionRange) -> None:
+    key = "training.multi_budget_drop_fractions"
+    require(fractions, f"{key}: [] has no fraction to draw; give at least one; try [0.0, 0.3]")
+    if isinstance(fractions, FractionRange):
+        least, most = fractions.min, fractions.max
+        require(
+            least <= most,
+            f"{key}: min {least} is above max {most}; exchange them; try {{min: {most}, max: {least}}}",
+        )
+
+
 def _check_diffusion(diffusion: DiffusionConfig, latent_channels: int) -> None:
     steps, guided = diffusion.diffusion_steps, diffusion.cfg_channels
     require(
         diffusion.noise_schedule != "linear" or steps > 20,
-        f"diffusion.diffusion_steps: {steps} puts a beta of the linear schedule at 1 or above; "
-        "take at least 21",
+        f"diffusion.diffusion_steps: {steps} puts a beta of the linear schedule at 1 or above; try 21",
     )
     require(
         guided == "all" or guided <= latent_channels,
@@ -321,9 +342,13 @@ def validate_processes(config: Config, processes: int) -> int:
     )
     local = batch // processes
     if config.training.ratio_loss_weight > 0 and group and local % group:
-        divisor = max(number for number in range(1, group + 1) if local % number == 0)
         raise UserError(
             f"training.ratio_batch_size: {group} does not divide the local batch of {local} "
-            f"({batch} over {processes} processes); try {divisor}"
+            f"({batch} over {processes} processes); try {largest_divisor(local, group)}"
         )
     return local
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`."""
+    return max(divisor for divisor in range(1, most + 1) if number % divisor == 0)

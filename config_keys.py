@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
 
+import layouts
 import spellings
 from schema import (
     Constraint,
@@ -57,8 +58,11 @@ EmaDecay = Annotated[
     Constraint(
         "in [0, 1)",
         lambda value: 0 <= value < 1,
-        remedy="; at 1 the EMA would keep the first weights for ever, try 0.9999",
+        remedy="; at 1 the EMA would keep the first weights for ever; try 0.9999",
     ),
+]
+GradientNorm = Annotated[
+    float, Constraint("greater than 0", lambda value: value > 0, remedy="; try null for no limit")
 ]
 Share = Annotated[float, Constraint("in [0, 1]", lambda value: 0 <= value <= 1)]
 GuidanceScale = Annotated[
@@ -73,6 +77,7 @@ class HNetConfig:
     arch_layout: list = network(
         ["c2", ["D12"], "c2"],
         "encoder, main network, decoder; c2: 2 convolution blocks, D12: 12 transformer blocks",
+        layouts.only_lists,
     )
     d_model: Annotated[list[PositiveInt], of_length(2)] = network(
         [768, 768], "width of the scaffold and of the main network, which must be equal", spellings.one_stage
@@ -144,6 +149,14 @@ class FractionRange:
 class TrainingConfig:
     """The course of training."""
 
+    # What DiT and other training programs call a key, for error lines
+    OTHER_NAMES = {
+        "lr": "learning_rate",
+        "batch_size": "global_batch_size",
+        "global_seed": "seed",
+        "mixed_precision": "precision",
+    }
+
     epochs: PositiveInt = free(80, "passes over the features")
     max_steps: PositiveInt | None = free(None, "length in optimizer steps, in place of epochs")
     global_batch_size: PositiveInt = training(256, "images per batch over all processes")
@@ -155,7 +168,7 @@ class TrainingConfig:
         False,
         "at step s the EMA keeps at most (1 + s) / (10 + s), so that short runs forget their first weights",
     )
-    max_grad_norm: PositiveFloat | None = training(
+    max_grad_norm: GradientNorm | None = training(
         1.0,
         "longer gradients are scaled down to this norm; null: gradients of any length",
         spellings.no_limit,
@@ -167,6 +180,7 @@ class TrainingConfig:
         "auto: as accelerate launch says, which is no unless --mixed_precision is given; "
         "without a launcher, as the checkpoint says that training resumes from; "
         "in a new run bf16 on CUDA and on CPUs with AMX or AVX512-BF16 (there from a width of 128)",
+        spellings.precision,
     )
     tf32: bool = training(False, "products in float32 may run as TF32 on CUDA; the same as --tf32")
     compile: bool = free(False, "torch.compile of blocks, encoder and decoder; the same as --compile")
@@ -207,10 +221,12 @@ class TrainingConfig:
     init_from: str | None = free(
         None, "start with the weights of this model; a static DiT is upcycled as model.upcycle says"
     )
-    frozen: list[str] = training([], "parameters whose names begin with these do not change for frozen_steps")
+    frozen: list[str] = training(
+        [], "parameters whose names begin with these do not change for frozen_steps", spellings.no_entries
+    )
     frozen_steps: NonNegativeInt = training(0, "optimizer steps until the frozen parameters change")
     lr_scales: dict[str, PositiveFloat] = training(
-        {}, "factors on the learning rate, by beginning of the parameter's name"
+        {}, "factors on the learning rate, by beginning of the parameter's name", spellings.no_pairs
     )
     max_skipped_steps: PositiveInt = free(10, "number of non-finite steps in a row that ends training")
     rank_timeout: PositiveFloat = free(
@@ -259,7 +275,9 @@ class LoggingConfig:
     sample_cfg_scale: GuidanceScale = free(
         4.0, "guidance scale of the sample grids; 1 for a model without a null label"
     )
-    trackers: list[str] = free([], "wandb, tensorboard, or another tracker that Accelerate knows")
+    trackers: list[str] = free(
+        [], "wandb, tensorboard, or another tracker that Accelerate knows", spellings.no_entries
+    )
     wandb_project: str = free("Dynamic-Chunking-DiT", "project in wandb")
 
 

@@ -21,7 +21,7 @@ from processes import group
 from sampling.arguments import add_run_arguments, load_trained_from
 from sampling.classes import shown_name
 from sampling.load import TrainedModel
-from sampling.options import SamplingOptions
+from sampling.options import SamplingOptions, possible_scale
 
 # Right end of the slider
 LARGEST_FRACTION = 0.95
@@ -61,13 +61,17 @@ def build_page(gradio: ModuleType, trained: TrainedModel, steps: int, sampler: s
         # A field is empty while its number is being typed
         if seed is None or guidance is None or dropped is None:
             return gradio.skip()
-        return draw_pair(label, int(seed), guidance, dropped)
+        try:
+            return draw_pair(label, int(seed), guidance, dropped)
+        except (UserError, FloatingPointError) as error:
+            raise gradio.Error(str(error), print_exception=False) from None
 
     classes = []
     for label in range(config.data.num_classes):
         classes.append((shown_name(label, trained.class_names), label))
-    guided = config.training.class_dropout_prob > 0
-    scale = 2 if guided else 1
+    # A model without a null label can do scale 1 only, and one without classes scale 0
+    scale = possible_scale(2.0, config)
+    guided = scale > 1
     budget = "share of the kept tokens to drop"
     picture = functools.partial(gradio.Image, interactive=False, format="png", width=PIXELS)
 
@@ -78,10 +82,16 @@ def build_page(gradio: ModuleType, trained: TrainedModel, steps: int, sampler: s
         )
         with gradio.Row():
             inputs = [
-                gradio.Dropdown(classes, value=0, label="class", elem_id="label"),
+                gradio.Dropdown(classes, value=0, label="class", interactive=scale > 0, elem_id="label"),
                 gradio.Number(0, label="seed", precision=0, minimum=0, elem_id="seed"),
                 gradio.Slider(
-                    1, 8, scale, step=0.5, label="guidance", interactive=guided, elem_id="guidance"
+                    min(scale, 1),
+                    8,
+                    scale,
+                    step=0.5,
+                    label="guidance",
+                    interactive=guided,
+                    elem_id="guidance",
                 ),
                 gradio.Slider(0, LARGEST_FRACTION, 0.5, step=0.05, label=budget, elem_id="dropped"),
             ]

@@ -12,10 +12,10 @@ import cli
 from config import UserError
 from data.files import write_json
 from evaluation import comparison
-from evaluation.extractors import load_extractor
+from evaluation.extractors import load_extractor, precise_name
 from evaluation.feature_cache import extract
 from evaluation.image_sets import FolderImages, open_source
-from evaluation.reference import write_reference
+from evaluation.reference import is_reference_of, write_reference
 from processes import group
 
 
@@ -28,6 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--image-size", type=int, help="pixels of ADM's crop, with --make-reference")
     add("--features", default="inception", help="or a TorchScript file or timm folder (default: %(default)s)")
     add("--inception-weights", metavar="FILE", help="torch-fidelity's weights (default: download them)")
+    cli.add_measuring_tf32_argument(parser)
     add("--cache", type=Path, default=Path.home() / ".cache/dc-dit", help="folder for features (%(default)s)")
     add("--output", type=Path, help="JSON file for the metrics (default: beside SAMPLES)")
     args = parser.parse_args(argv)
@@ -59,13 +60,21 @@ def main(argv: list[str] | None = None) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Compare, print and save."""
     # Check both sides before any work
-    sources = [open_source(args.samples), open_source(args.reference)]
+    sources = [open_source(args.samples, "SAMPLES"), open_source(args.reference, "REFERENCE")]
     cli.check_output_file("--output", args.output or default_output(args.samples))
     comparison.check_sizes(sources[0].size, sources[1].size)
     processes = group.start_processes()
-    extractor = load_extractor(args.features, args.inception_weights, processes.device)
+    for source in sources:
+        for note in source.notes:
+            group.print_once(note)
+    extractor = load_extractor(args.features, args.inception_weights, processes.device, args.tf32)
     for source in sources:
         comparison.check_source(source, extractor)
+    question = {"samples": args.samples, "reference": args.reference, "features": precise_name(extractor)}
+    if args.output and args.output.exists() and not answers(args.output, question):
+        raise UserError(
+            f"--output '{args.output}': holds something else than this comparison; give another file"
+        )
 
     # Compare
     samples = comparison.measure_source(sources[0], extractor, args.cache, processes)
@@ -76,7 +85,6 @@ def evaluate(args: argparse.Namespace) -> None:
 
     # Write
     counts = {"num_samples": samples.count, "num_reference": reference.count}
-    question = {"samples": args.samples, "reference": args.reference, "features": extractor.name}
     output = args.output or free_output(default_output(args.samples), question)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, {**values, **counts, **question})
@@ -85,9 +93,9 @@ def evaluate(args: argparse.Namespace) -> None:
     notes = [comparison.compression_warning(*sources), comparison.class_note(samples, extractor)]
     for side in (samples, reference):
         notes.append(comparison.rank_warning(side.name, side.count, side.width))
-    for note in notes:
-        if note:
-            print(note)
+    for warning in notes:
+        if warning:
+            print(warning)
     for name, value in values.items():
         print(f"{comparison.METRIC_NAMES[name]:<18}{value:12.4f}")
     known = reference.count or "an unknown number of"
@@ -131,7 +139,12 @@ def make_reference(args: argparse.Namespace) -> None:
     processes = group.start_processes()
     for note in images.notes:
         group.print_once(note)
-    extractor = load_extractor(args.features, args.inception_weights, processes.device)
+    extractor = load_extractor(args.features, args.inception_weights, processes.device, args.tf32)
+    if output.exists() and not is_reference_of(output, images, extractor):
+        raise UserError(
+            f"--make-reference '{output}': exists and is no reference of these images and features; "
+            "give another file, or remove it"
+        )
     chunks = extract(images, extractor, args.cache, processes)
     if processes.rank == 0:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,14 @@ batch is an eighth of --global-batch-size), and noise and flips are functions of
 bitwise the same on one kind of device; on CPUs, with one number of threads per process (torchrun sets
 OMP_NUM_THREADS=1, python does not).
 
-Exit status: 0; 1 if more than --max-bad images were unreadable (the store is complete without them) or if
-writing failed; 2 if the command itself is wrong.
+Exit status: 0; 1 if more than --max-bad images were unreadable (the store is complete without them), if all
+were, or if writing failed; 2 if the command itself is wrong.
 """
 
 import argparse
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from data.feature_writer import FeatureWriter, StoreOptions, StoreSettings, enco
 from data.folders import class_table
 from data.images import ImageFolder, SkippedImage
 from data.loading import ImageBatch, read_shards
-from data.source_files import FileState
+from data.source_files import FileState, SourceChanges
 from data.store_files import DTYPES, STORE_KINDS, read_json
 from processes import group
 from processes.lock import FolderLock
@@ -71,6 +72,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.shard_size is not None:
         cli.check_at_least(args, 1, "shard_size")
     cli.check_output("--features-path", args.features_path)
+    store = Path(args.features_path).resolve()
+    if Path(args.data_path).resolve() in store.parents:
+        raise UserError(
+            f"--features-path {args.features_path}: lies in --data-path {args.data_path}, where it would count as "
+            "a class; choose a folder outside"
+        )
     return args
 
 
@@ -104,17 +111,42 @@ def prepare(writer: FeatureWriter, lock: FolderLock, processes: group.Processes)
         # Taking the lock makes the folder: first check that nothing stands against it
         writer.check()
         lock.acquire()
-        changes = writer.find_changes()
+        changes = report_changes(writer)
         missing = writer.prepare(changes)
-        if changes:
-            print(f"{writer.folder}: {changes}")
         if missing:
-            to_encode = sum(len(writer.sources(shard)) for shard in missing)
-            print(f"{writer.folder}: {to_encode:,} of {writer.settings.source_count:,} images to encode")
+            print(f"{writer.folder}: {describe_work(writer, missing, changes)}")
         return missing
 
     missing = group.on_first(prepare_folder)
     return None if missing is None else missing[processes.rank :: processes.world]
+
+
+def report_changes(writer: FeatureWriter) -> SourceChanges | None:
+    """Print what has happened to the images since the extraction began; the result of `find_changes`."""
+    changes = writer.find_changes()
+    if changes:
+        print(f"{writer.folder}: {changes}")
+    if writer.list_has_changed():
+        print(
+            f"{writer.folder}: images were added or removed since the extraction began; "
+            "what is encoded of unchanged images is kept"
+        )
+    return changes
+
+
+def describe_work(writer: FeatureWriter, missing: list[int], changes: SourceChanges | None) -> str:
+    """How many images there are to encode, and why these are more than have changed."""
+    to_encode = sum(len(writer.sources(shard)) for shard in missing)
+    text = f"{to_encode:,} of {writer.settings.source_count:,} images to encode"
+    if not changes:
+        return text
+    unchanged = to_encode - len(changes.new) - len(changes.changed)
+    if unchanged <= 0:
+        return text
+    size = writer.settings.shard_size
+    return (
+        f"{text}; {unchanged:,} of them are unchanged, but have moved or share a shard of {size} with others"
+    )
 
 
 def extract(
@@ -152,6 +184,10 @@ def report(writer: FeatureWriter, max_bad: int) -> None:
     print(f"{writer.folder}: {manifest['count']:,} images, {len(unreadable)} unreadable")
     for _, path, reason in unreadable:
         print(f"unreadable: {ascii(path)} {ascii(reason)[1:-1]}", file=sys.stderr)
+    if not manifest["count"]:
+        sys.exit(
+            f"error: --data-path: none of the {len(unreadable):,} images can be read; the store is empty"
+        )
     if len(unreadable) > max_bad:
         sys.exit(f"more than --max-bad {max_bad} images were unreadable; the store is complete without them")
 
@@ -180,9 +216,8 @@ def main(argv: list[str] | None = None) -> None:
     group.print_once(f"{processes.world} processes, each encodes {batch_size} images at once with {args.vae}")
     if args.dry_run:
         writer.check()
-        changes = writer.find_changes()
-        if changes:
-            group.print_once(f"{writer.folder}: {changes}")
+        if is_first:
+            report_changes(writer)
         return
 
     # Encode this process's share of the missing shards; the first process completes the store

@@ -14,7 +14,7 @@ from torch.profiler import profile, schedule
 from tqdm import tqdm
 
 import cli
-from config import Config
+from config import Config, UserError
 from diffusion.samplers import Step
 from figures.chunking import Trace, draw_chunking
 from figures.cost import draw_kept
@@ -27,11 +27,12 @@ from sampling.arguments import (
     add_cuda_graph_argument,
     add_sampling_arguments,
     chosen_labels,
+    describe_labels,
     print_classes,
     read_arguments,
 )
 from sampling.generate import describe_choice, generate, replace_cost_limits, summarise_run
-from sampling.pictures import save_grid
+from sampling.pictures import check_is_no_sample_folder, save_grid
 
 # The classes of the DiT paper's figures
 IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
@@ -63,8 +64,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.profile and args.profile_trace_path is None:
         args.profile_trace_path = Path("sampling_trace.json")
     cli.check_output("--output", args.output)
+    check_is_no_sample_folder("--output", args.output)
     if args.profile_trace_path is not None:
-        cli.check_output_file("--profile-trace-path", args.profile_trace_path)
+        check_trace_file("--profile-trace-path", args.profile_trace_path)
     return args
 
 
@@ -74,9 +76,9 @@ def main(argv: list[str] | None = None) -> None:
         print_classes(args)
         return
     options, trained = read_arguments(args, group.default_device())
-    labels = chosen_labels(args, trained, default_labels(trained.config))
+    labels = chosen_labels(args, trained, options, default_labels(trained.config))
     if args.dry_run:
-        print(f"{describe(trained.config)}\nsamples       {len(labels)} of classes {labels}, {options}")
+        print(f"{describe(trained.config)}\nsamples       {describe_labels(labels, options)}, {options}")
         return
 
     # A limit on the cost becomes a fraction to drop
@@ -111,6 +113,20 @@ def main(argv: list[str] | None = None) -> None:
     if args.profile_trace_path is not None:
         print(f"trace of a sampling step in {args.profile_trace_path.resolve()}")
     print(f"written to {args.output.resolve()}")
+
+
+def check_trace_file(option: str, path: Path) -> None:
+    """UserError for a file that cannot be written, or that holds something else than an earlier trace."""
+    cli.check_output_file(option, path)
+    if path.exists() and not is_trace(path):
+        raise UserError(f"{option} '{path}': exists and is no trace; give another file")
+
+
+def is_trace(path: Path) -> bool:
+    """Whether a file begins as a Chrome trace does."""
+    with open(path, "rb") as stream:
+        head = stream.read(4096)
+    return head.lstrip().startswith(b"{") and (b'"schemaVersion"' in head or b'"traceEvents"' in head)
 
 
 def profiler(trace_path: Path | None, steps: int) -> AbstractContextManager[profile | None]:

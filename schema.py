@@ -8,6 +8,7 @@ beside it:
     num_samples: Annotated[int, at_least(4)]
 """
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -41,6 +42,19 @@ def printable(text: str, limit: int = 160) -> str:
     text = re.sub(r"\x1b\[[0-9;?]*[ -/]*[@-~]", "", text)
     characters = [character if character.isprintable() else " " for character in text]
     return " ".join("".join(characters).split())[:limit]
+
+
+def shown(value: Any) -> str:
+    """A value as a YAML file has it: null, true, [c2, [D12], c2]."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        pairs = [f"{shown(name)}: {shown(content)}" for name, content in value.items()]
+        return f"{{{', '.join(pairs)}}}"
+    is_plain = not isinstance(value, str) or re.fullmatch(r"[\w./+-]+", value)
+    return str(value) if is_plain else repr(value)
 
 
 def require(condition: object, message: str) -> None:
@@ -124,11 +138,13 @@ class WrongType(Exception):
     """A value is not of a type."""
 
 
-def build(section: type[T], raw: Any, prefix: str = "") -> T:
+def build(section: type[T], raw: Any, prefix: str = "", refused: dict[str, UserError] | None = None) -> T:
     """A section from plain data. Keys that are missing have their defaults.
 
     Args:
         prefix: where the section stands, such as "model.hnet.".
+        refused: gets the errors of keys with a wrong value, by name. These have their defaults, too. Without it
+            the first such error is raised.
 
     Raises:
         UserError: unknown key, wrong type, or a constraint that does not hold.
@@ -138,15 +154,23 @@ def build(section: type[T], raw: Any, prefix: str = "") -> T:
     rules = {
         field.name: field.metadata.get("rewrite") for field in dataclasses.fields(typing.cast(Any, section))
     }
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in raw.items():
         if name not in hints:
-            raise UserError(f"unknown key '{prefix}{name}'; {_remedy(name, hints, prefix)}")
+            raise UserError(f"unknown key '{prefix}{name}'; {_remedy(name, hints, section, prefix)}")
         key = prefix + name
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = build(typing.cast(type, hints[name]), value, f"{key}.", refused)
+            continue
         rewrite = rules[name]
-        if rewrite is not None:
-            value = rewrite(value, key)
-        values[name] = _convert(value, hints[name], key)
+        try:
+            if rewrite is not None:
+                value = rewrite(value, key)
+            values[name] = _convert(value, hints[name], key)
+        except UserError as error:
+            if refused is None:
+                raise
+            refused[key] = error
     try:
         return section(**values)
     except TypeError:  # a key without a default is missing
@@ -162,23 +186,81 @@ def as_mapping(raw: Any, where: str) -> dict:
     return raw
 
 
-def _remedy(name: Any, known: dict, prefix: str) -> str:
+def _remedy(name: Any, known: dict, section: type, prefix: str) -> str:
+    """The key that is probably meant: of this name in a section below, or of a similar name here."""
+    below = [leaf.name for leaf in leaves(section, prefix) if leaf.name.endswith(f".{name}")]
+    other_names: dict[str, str] = getattr(section, "OTHER_NAMES", {})
+    if name in other_names:
+        return f"did you mean '{prefix}{other_names[name]}'?"
     similar = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    if similar:
-        return f"did you mean '{prefix}{similar[0]}'?"
-    return f"known keys: {', '.join(known)}"
+    meant = below or [prefix + key for key in similar]
+    return f"did you mean '{meant[0]}'?" if meant else f"known keys: {', '.join(known)}"
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    """The value as the annotated type, or a UserError naming the key."""
-    if dataclasses.is_dataclass(hint):
-        return build(typing.cast(type, hint), value, f"{key}.")
-    for option in _options(hint):
-        try:
+    """The value as the annotated type, or a UserError naming the key, with what may be meant instead."""
+    try:
+        return _convert_to_any(value, hint, key)
+    except WrongType:
+        pass
+    remedy = ""
+    if value is None and is_text(hint):
+        remedy = "; a name needs quotes: 'null'"
+    for reading in _readings(value):
+        if _fits(reading, hint, key):
+            remedy = f"; try {shown(reading)}"
+            break
+    typed = repr(value) if isinstance(value, str) else shown(value)
+    raise UserError(f"{key}: {typed} is not {describe(hint)}{remedy}")
+
+
+def _fits(value: Any, hint: Any, key: str) -> bool:
+    try:
+        _convert_to_any(value, hint, key)
+    except (WrongType, UserError):
+        return False
+    return True
+
+
+# Texts that mean true or false elsewhere
+TRUE = ("true", "yes", "y", "on", "1")
+FALSE = ("false", "no", "n", "off", "0")
+
+
+def _readings(value: Any) -> Iterator[Any]:
+    """What a value of the wrong type may mean: 'yes' true, '1e5' 100000, '0.2,0.4' a list, 4 one or two entries."""
+    if isinstance(value, (list, dict)) or value is None:
+        return
+    word = str(value).strip().lower()
+    yield word
+    if word == "none":
+        yield None
+        return
+    if word in TRUE + FALSE:
+        yield word in TRUE
+    yield _number(word)
+    if "," in word:
+        parts = str(value).strip("[]() ").split(",")
+        yield [_number(part.strip()) for part in parts]
+    yield [value]
+    yield [value, value]
+
+
+def _number(text: str) -> Any:
+    """The number that a text spells, a whole one if it can be; otherwise the text."""
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number
+
+
+def _convert_to_any(value: Any, hint: Any, key: str) -> Any:
+    """The value as one of the types of a union, or as the type itself. WrongType if it is none of them."""
+    for option in options(hint):
+        with contextlib.suppress(WrongType):
             return _convert_to_one(value, option, key)
-        except WrongType:
-            continue
-    raise UserError(f"{key}: {value!r} is not {describe(hint)}")
+    raise WrongType
 
 
 def _convert_to_one(value: Any, hint: Any, key: str) -> Any:
@@ -210,10 +292,21 @@ def _convert_to_one(value: Any, hint: Any, key: str) -> Any:
     raise WrongType
 
 
-def _options(hint: Any) -> tuple:
+def options(hint: Any) -> tuple:
     """The types of a union; a tuple of the type itself otherwise."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
+
+
+def is_text(hint: Any) -> bool:
+    """Whether a value of this type is a text or one of several words, if it is not null."""
+    return all(option in (str, type(None)) or _is_word(option) for option in options(hint))
+
+
+def _is_word(hint: Any) -> bool:
+    """Whether this is one of several words."""
+    choices = typing.get_args(hint)
+    return typing.get_origin(hint) is Literal and all(isinstance(choice, str) for choice in choices)
 
 
 def _finite_number(value: Any) -> float:
@@ -243,7 +336,7 @@ NAMES = {
 def describe(hint: Any, plural: bool = False) -> str:
     """A type with its constraints, for people: "a whole number (greater than 0) or null"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if len(_options(hint)) > 1:
+    if len(options(hint)) > 1:
         return " or ".join(describe(option, plural) for option in arguments)
     if origin is Annotated:
         constraints = ", ".join(constraint.text for constraint in arguments[1:])

@@ -7,20 +7,23 @@ value itself, which the check of types then refuses or accepts.
 import math
 from typing import Any
 
-from schema import UserError, require
+from schema import UserError, require, shown
 
 # A reduction by one of these is none
 NO_REDUCTION = (None, 0, 1)
 
 
 def one_stage(values: Any, key: str) -> Any:
-    """[768, 768, 768] -> [768, 768]: there is one chunking stage, so further entries must repeat the second."""
+    """768 or [768, 768, 768] -> [768, 768]: there is one chunking stage, so more entries must repeat the second."""
+    if isinstance(values, int) and not isinstance(values, bool):
+        return [values, values]
     if not isinstance(values, list) or len(values) < 3:
         return values
+    main = values[1]
     require(
-        all(value == values[1] for value in values[2:]),
-        f"{key}: {values!r} has entries for more than one chunking stage, and only one is supported; "
-        f"try {values[:2]}",
+        all(value == main for value in values[2:]),
+        f"{key}: {shown(values)} has entries for more than one chunking stage, and only one is supported; "
+        f"try {shown([main, main])}",
     )
     return values[:2]
 
@@ -30,21 +33,29 @@ def one_number(value: Any, key: str) -> Any:
     if not isinstance(value, list) or not value:
         return value
     first, *others = value
-    require(
-        all(other == first for other in others),
-        f"{key}: {value!r} has numbers for more than one chunking stage, and only one is supported; try {first}",
+    if all(other == first for other in others):
+        return first
+    # The ratio loss needs a factor above 1
+    factors = [number for number in value if isinstance(number, (int, float)) and number > 1]
+    raise UserError(
+        f"{key}: {shown(value)} has numbers for more than one chunking stage, and only one is supported; "
+        f"try {shown(factors[0] if factors else 4)}"
     )
-    return first
 
 
 def one_reduction(values: Any, key: str) -> Any:
-    """[4] -> [4, null], and [], [null, null] or [1] -> null."""
+    """4 or [4] -> [4, null], and [], [null, null] or [1] -> null."""
+    if isinstance(values, int) and not isinstance(values, bool):
+        values = [values]
     if not isinstance(values, list):
         return values
     first, *others = values or [None]
+    nearest = None if first in NO_REDUCTION else [first, None]
     if any(other not in NO_REDUCTION for other in others):
-        raise UserError(f"{key}: {values!r} reduces the main network, which cannot work; try [{first}, null]")
-    return None if first in NO_REDUCTION else [first, None]
+        raise UserError(
+            f"{key}: {shown(values)} reduces the main network, which cannot work; try {shown(nearest)}"
+        )
+    return nearest
 
 
 def not_negative(value: Any, key: str) -> Any:
@@ -54,10 +65,31 @@ def not_negative(value: Any, key: str) -> Any:
 
 
 def no_limit(value: Any, key: str) -> Any:
-    """.inf -> null."""
-    return None if value in (math.inf, "inf") else value
+    """.inf, 'Infinity' or 1e400 -> null."""
+    text = str(value).strip().lower().removeprefix("+").removeprefix(".")
+    try:
+        is_infinite = float(text) == math.inf
+    except ValueError:  # not a number
+        return value
+    return None if is_infinite and not isinstance(value, (list, dict)) else value
+
+
+def precision(value: Any, key: str) -> Any:
+    """The names that accelerate and PyTorch have: no or float32 -> fp32, bfloat16 -> bf16."""
+    names = {"no": "fp32", "float32": "fp32", "bfloat16": "bf16"}
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def no_entries(value: Any, key: str) -> Any:
+    """null -> [], for a list of texts."""
+    return [] if value in (None, "None") else value
+
+
+def no_pairs(value: Any, key: str) -> Any:
+    """null -> {}, for 'name: value' pairs."""
+    return {} if value in (None, "None") else value
 
 
 def never_read(value: Any, key: str) -> Any:
-    """true -> false: the official code has the key, and does not read it."""
-    return False if value is True else value
+    """Anything -> false: the official code has the key, and does not read it."""
+    return False

@@ -14,9 +14,11 @@ from pathlib import Path
 from accelerate import Accelerator
 
 import cli
-from config import Config, UserError, load_config, to_yaml
+from config import Config, UserError, config_from_dict, load_config, to_dict, to_yaml
 from data.autoencoder import Autoencoder
 from data.files import write_text
+from data.folders import class_table
+from data.names import repeats_numbers
 from evaluation.in_training import Evaluation
 from models import describe
 from processes import group
@@ -48,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(
             f"--resume '{args.resume}' and --output '{args.output}' both name the run's folder; give one"
         )
-    if args.resume and not (Path(args.resume) / "config.yaml").is_file():
+    if args.resume and not resume.starting_files(Path(args.resume)):
         refuse_unconverted(args.resume, "--resume")
         raise UserError(
             f"--resume '{args.resume}' is not the folder of a run (it has no config.yaml); "
@@ -59,12 +61,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def command_line(args: argparse.Namespace) -> resume.CommandLine:
+    """What the parsed arguments say about the run."""
+    folder = args.resume or args.output
+    return resume.CommandLine(
+        option="--resume" if args.resume else "--output",
+        folder=Path(folder) if folder else None,
+        config_file=Path(args.config) if args.config else Path(args.resume) / "config.yaml",
+        overrides=[*args.set, "training.compile=true"] if args.compile else args.set,
+        processes=launch.announced_processes(),
+    )
+
+
+def read_config(args: argparse.Namespace, command: resume.CommandLine) -> Config:
+    """The configuration from --config, otherwise from the folder of the resumed run, with the overrides."""
+    if args.config:
+        return load_config(args.config, command.overrides)
+    saved = resume.read_run_config(Path(args.resume), "--resume")
+    return config_from_dict(to_dict(saved), command.overrides)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train to the end. If a signal stops the run, exit with its status (SIGTERM: 143, SIGINT: 130)."""
     # Read the command line and the configuration
     args = parse(argv)
-    overrides = [*args.set, "training.compile=true"] if args.compile else args.set
-    config = load_config(args.config or Path(args.resume) / "config.yaml", overrides)
+    command = command_line(args)
+    config = read_config(args, command)
     if args.dry_run:
         group.print_once(f"{describe(config)}\n{launch.describe_batches(config)}")
         return
@@ -72,30 +94,30 @@ def main(argv: list[str] | None = None) -> None:
 
     # Refuse what cannot work, before anything is written
     launch.check_trackers(config)
-    cli.check_output("--output", args.resume or args.output or config.logging.results_dir)
-    given = args.resume or args.output
-    folder = Path(given) if given else None
-    resume.check_processes(config, folder, launch.announced_processes())
+    if command.folder is None:
+        cli.check_output("logging.results_dir", config.logging.results_dir)
+    else:
+        cli.check_output(command.option, command.folder)
     checks.check_parameter_names(config)
     sample_grids.check_grids(config)
 
     # Open the data and choose the checkpoint, before the processes meet: a mistake ends all of them alike
     store = checks.open_fitting_features(config)
-    files = resume.starting_files(folder)
-    start = resume.find_start(config, folder, store)
+    files = resume.starting_files(command.folder)
+    start = resume.find_start(config, command, store)
 
     # Meet the other processes
     accelerator = launch.make_accelerator(config, start.state)
     autoencoder = sample_grids.load_decoder(config, store, accelerator.device)
-    folder = folder or launch.make_run_folder(config, accelerator)
+    folder = command.folder or launch.make_run_folder(config, accelerator)
     accelerator.project_configuration.set_directories(str(folder))
     hooks = make_hooks(config, accelerator, autoencoder, folder, store.class_names)
 
     # Take the folder. If another run was there first, it may have left newer files
-    with FolderLock(folder, "--resume" if args.resume else "--output") as lock:
+    with FolderLock(folder, command.option) as lock:
         group.on_first(lock.acquire)
         if resume.starting_files(folder) != files:
-            start = resume.find_start(config, folder, store)
+            start = resume.find_start(config, command, store)
         config_file = folder / "config.yaml"
         group.on_first(lambda: write_text(config_file, to_yaml(config)))
         start_trackers(accelerator, config, folder, args.same_wandb)
@@ -135,10 +157,13 @@ def make_hooks(
 
 
 def log_start(trainer: Trainer, start: resume.Start) -> None:
-    """Log which checkpoints could not be used, what is trained, and where its first weights come from."""
+    """Log unusable checkpoints, what is trained, the label of each class, and where the first weights come from."""
     for warning in start.warnings:
         trainer.log.line(f"warning: {warning}; using the checkpoint before it")
     trainer.report_start()
+    names = trainer.store.class_names
+    if not repeats_numbers(names):
+        trainer.log.line(f"classes: {class_table(names)}")
     if start.origins:
         trainer.log.origins(str(trainer.config.training.init_from), start.origins)
 

@@ -25,6 +25,14 @@ HUB_NAMES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-m
 AutoencoderKL = Any
 
 
+class NonFiniteImage(FloatingPointError):
+    """A latent whose image has pixels that are not finite; `index`: its place in the batch."""
+
+    def __init__(self, index: int):
+        super().__init__(f"image {index} of the batch is not finite")
+        self.index = index
+
+
 class Autoencoder:
     """A pretrained AutoencoderKL; make one with `Autoencoder.load`.
 
@@ -129,13 +137,29 @@ class Autoencoder:
 
         Returns:
             (B, 3, s * stride, s * stride) uint8.
+
+        Raises:
+            NonFiniteImage: NaN would become black, and infinity white.
         """
+        pixels = self.decode_pixels(latents, bf16)
+        finite = pixels.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise NonFiniteImage(int(finite.logical_not().nonzero()[0]))
+        return to_levels(pixels)
+
+    @torch.no_grad()
+    def decode_pixels(self, latents: Tensor, bf16: bool = False) -> Tensor:
+        """As `decode`, but (B, 3, s * stride, s * stride) float32 of about -1 to 1, finite or not."""
         raw = latents.to(self.shift_map.device).float() / self.scale_map + self.shift_map
         with torch.autocast(raw.device.type, torch.bfloat16, enabled=bf16):
-            pixels = self.model.decode(raw).sample.float()
-        # Adding 128 and not 127.5 turns the truncation into rounding, as in ADM and DiT.
-        levels = (127.5 * pixels + 128).clamp(0, 255)
-        return levels.to(torch.uint8)
+            return self.model.decode(raw).sample.float()
+
+
+def to_levels(pixels: Tensor) -> Tensor:
+    """Pixels of -1 to 1 -> uint8."""
+    # Adding 128 and not 127.5 turns the truncation into rounding, as in ADM and DiT.
+    levels = (127.5 * pixels + 128).clamp(0, 255)
+    return levels.to(torch.uint8)
 
 
 def find_folder(path: str) -> str | None:

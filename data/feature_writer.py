@@ -3,7 +3,6 @@
 data/features.py describes the folder that is written.
 """
 
-import itertools
 import math
 import os
 import re
@@ -216,8 +215,8 @@ class FeatureWriter:
         is_store = False
         for path in (self.manifest_path, self.settings_path):
             if path.exists():
-                # The images of a complete store may have changed: see `find_changes`
-                can_change = path == self.manifest_path and self.sources_path.exists()
+                # The images may have changed: see `find_changes`. Only older complete stores list no files
+                can_change = path == self.settings_path or self.sources_path.exists()
                 self._compare(read_json(path), ignore=SOURCE_SETTINGS if can_change else ())
                 is_store = True
                 break
@@ -233,9 +232,10 @@ class FeatureWriter:
         """What has happened to the images of a complete store. None if there is none or it lists no files.
 
         Raises:
-            UserError: most of the images are gone or replaced.
+            UserError: most of the images of the store, complete or not, are gone or replaced.
         """
         if not self.manifest_path.exists():
+            self._refuse_other_images(self._recorded_sources())
             return None
         stored = read_sources(self.sources_path)
         if stored is None and self.sources_path.exists():
@@ -246,6 +246,31 @@ class FeatureWriter:
         if stored is None:
             self._compare(read_json(self.manifest_path))
             return None
+        return self._refuse_other_images(stored)
+
+    def list_has_changed(self) -> bool:
+        """Whether an unfinished store was begun with images of other names or classes than the present ones."""
+        if self.manifest_path.exists() or not self.settings_path.exists():
+            return False
+        return not self._has_present_sources(read_json(self.settings_path))
+
+    def _recorded_sources(self) -> SourceFiles:
+        """The images of an unfinished store that have been encoded."""
+        names: list[str] = []
+        states: list[FileState] = []
+        for path in sorted(self.folder.glob("shard-*.json")):
+            try:
+                record = read_json(path)
+                own_names = list(record["names"])
+                own_states = [FileState(*state) for state in record["states"]]
+            except (UserError, KeyError, TypeError):
+                continue  # a damaged record; `prepare` removes it
+            names += own_names
+            states += own_states
+        return SourceFiles(names, states)
+
+    def _refuse_other_images(self, stored: SourceFiles) -> SourceChanges:
+        """Compare the images of a store with the present ones. UserError if most are gone or replaced."""
         changes = compare_sources(self.source.root, self.source.paths, stored)
         lost = [*changes.gone, *changes.changed]
         if 2 * len(lost) > len(stored.names):
@@ -260,7 +285,8 @@ class FeatureWriter:
         """Make the folder ready. Returns the shards to write, or None if the store is complete.
 
         A complete store becomes an unfinished one that lacks some shards if files are missing or cut off, or
-        if images have been added, replaced or removed since.
+        if images have been added, replaced or removed since. An unfinished one keeps the shards whose images are
+        unchanged.
 
         Args:
             changes: the result of `find_changes`; None: the images are those of the store.
@@ -274,7 +300,7 @@ class FeatureWriter:
                 self._remove_records()
                 return None
             self._reopen(kept)
-        elif not self.settings_path.exists():
+        elif not self.settings_path.exists() or self.list_has_changed():
             write_json(self.settings_path, self.settings.to_json())
 
         # A shard whose file is damaged, or whose images have changed, is written again
@@ -303,6 +329,7 @@ class FeatureWriter:
             "stop": sources.stop,
             "count": len(features),
             "unreadable": skipped,
+            "names": self._names(shard),
             "states": states,
             "file": file.name,
             "bytes": file.stat().st_size,
@@ -322,6 +349,7 @@ class FeatureWriter:
         for shard, record in enumerate(records):
             indices += stored_images(record)
             skipped += record.pop("unreadable")
+            del record["names"]
             states += record.pop("states", None) or self._glance_at(shard)
 
         labels = np.array([self.source.labels[index] for index in indices], dtype=np.int64)
@@ -345,7 +373,12 @@ class FeatureWriter:
 
     def _glance_at(self, shard: int) -> list[FileState]:
         """The states of a shard's files, for records of older stores, which have none."""
-        return [glance(self.source.root / self.source.paths[index]) for index in self.sources(shard)]
+        return [glance(self.source.root / name) for name in self._names(shard)]
+
+    def _names(self, shard: int) -> list[str]:
+        """The names of a shard's files."""
+        sources = self.sources(shard)
+        return self.source.paths[sources.start : sources.stop]
 
     def _compare(self, stored: dict[str, Any], ignore: Sequence[str] = ()) -> None:
         """Raise UserError naming the first setting in which an existing store differs."""
@@ -375,8 +408,12 @@ class FeatureWriter:
             files[self.sources_path] = manifest["sources_sha256"]
         if not all(path.exists() and sha256_of(path) == checksum for path, checksum in files.items()):
             return False
+        return self._has_present_sources(manifest)
+
+    def _has_present_sources(self, stored: dict[str, Any]) -> bool:
+        """Whether settings or a manifest are about the present images and classes."""
         wanted = self.settings.to_json()
-        return all(manifest.get(key) == wanted[key] for key in SOURCE_SETTINGS)
+        return all(stored.get(key) == wanted[key] for key in SOURCE_SETTINGS)
 
     def _has_current_record(self, shard: int) -> bool:
         """Whether the record of a shard can be read and is that of its file and its present images."""
@@ -400,6 +437,7 @@ class FeatureWriter:
                 if not all(changes.in_place[images]):
                     continue
                 record["states"] = changes.states[images]
+            record["names"] = self._names(shard)
             kept[shard] = record
         return kept
 
@@ -427,11 +465,10 @@ class FeatureWriter:
 
     def _is_current(self, shard: int, record: dict[str, Any]) -> bool:
         """Whether a record's file is intact and its images, if their states are known, are unchanged."""
-        if not self._is_intact(shard, record):
+        names = self._names(shard)
+        if not self._is_intact(shard, record) or record.get("names") != names:
             return False
         states = [FileState(*state) for state in record.get("states", [])]
-        sources = self.sources(shard)
-        names = self.source.paths[sources.start : sources.stop]
         return all(find_unchanged(self.source.root, names[: len(states)], states))
 
     def _reopen(self, records: dict[int, dict[str, Any]]) -> None:
@@ -446,12 +483,11 @@ class FeatureWriter:
 
     def _remove_records(self) -> None:
         """Remove what only an unfinished store holds, and shards of images that are gone."""
-        for shard in range(self.shards):
-            self._record_path(shard).unlink(missing_ok=True)
-        for shard in itertools.count(self.shards):
-            if not self._shard_path(shard).exists():
-                break
-            self._shard_path(shard).unlink()
+        for path in self.folder.glob("shard-*.json"):
+            path.unlink(missing_ok=True)
+        present = {self._shard_path(shard) for shard in range(self.shards)}
+        for path in set(self.folder.glob("shard-*.npy")) - present:
+            path.unlink(missing_ok=True)
         # Last, because `check` accepts records only beside the settings or the manifest.
         self.settings_path.unlink(missing_ok=True)
 

@@ -107,6 +107,16 @@ def read_rgb(file: Path, name: str) -> Image.Image:
         raise UnreadableImage(name, reason) from None
 
 
+def is_whole_png(file: Path) -> bool:
+    """Whether all parts of a PNG file are there and have the right checksums. The pixels are not decoded."""
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            image.verify()
+    except Exception:  # Pillow raises nearly every built-in error on damaged files
+        return False
+    return True
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow mode to "RGB". Raises ValueError for pixels whose range is unknown."""
     if image.mode == "F":

@@ -9,6 +9,7 @@ import functools
 import io
 import multiprocessing
 import os
+import queue
 import signal
 import sys
 import threading
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 PATIENCE = 600.0  # seconds without a batch after which `read` raises NoBatch
 POLL = 5.0  # seconds between two looks whether the loader processes live
 DYING = 0.5  # seconds
+ORPHAN_POLL = 1.0  # seconds between two looks of a loader process whether its parent lives
 GRACE = 2.0  # seconds that loader processes have to end in order
 SHARED_MEMORY = "/dev/shm"
 # Semaphores of a loader process and of all together; each takes a page of shared memory.
@@ -35,6 +37,45 @@ PAGE = 4096
 
 class NoBatch(SystemExit):
     """The loader cannot give another batch. Where nobody catches this, the program ends with one line, status 1."""
+
+
+class Fetcher:
+    """Asks an iterator for its items in a thread.
+
+    A loader process that is killed may leave half a batch in the pipe, and reading that waits for ever. The thread
+    does so, and the program can end.
+    """
+
+    def __init__(self, iterator: Iterator, patience: float):
+        """`patience`: seconds after which `next` raises queue.Empty."""
+        self._iterator = iterator
+        self._patience = patience
+        self._is_asked = False
+        self._questions: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def next(self) -> Any:
+        """The next item, None after the last. After queue.Empty, another call waits for the same item."""
+        if not self._is_asked:
+            self._questions.put(True)
+            self._is_asked = True
+        item, error = self._answers.get(timeout=self._patience)
+        self._is_asked = False
+        if error is not None:
+            raise error
+        return item
+
+    def stop(self) -> None:
+        """End the thread, unless it waits for an item."""
+        self._questions.put(False)
+
+    def _run(self) -> None:
+        while self._questions.get():
+            try:
+                self._answers.put((next(self._iterator, None), None))
+            except BaseException as error:  # raised where the item was asked for
+                self._answers.put((None, error))
 
 
 @dataclass(frozen=True)
@@ -72,7 +113,7 @@ def make_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         timeout=min(POLL, PATIENCE) if workers else 0,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=begin_worker,
     )
 
 
@@ -95,8 +136,15 @@ def read(loader: DataLoader, option: str, patience: float | None = None) -> Gene
     # of a checkpoint. Without it, the wait for the next batch notices within seconds.
     signal.signal(signal.SIGCHLD, handler)
     has_warned = False
+    fetcher = Fetcher(iterator, 2 * loader.timeout) if workers else None
     try:
-        while (batch := next_batch(iterator, workers, option, patience or PATIENCE)) is not None:
+        while True:
+            if fetcher is None:
+                batch = next(iterator, None)
+            else:
+                batch = next_batch(fetcher, workers, option, patience or PATIENCE)
+            if batch is None:
+                return
             if isinstance(batch, tuple) and any(isinstance(value, Piped) for value in batch):
                 if not has_warned:
                     warn(
@@ -107,7 +155,9 @@ def read(loader: DataLoader, option: str, patience: float | None = None) -> Gene
                 batch = type(batch)(*map(from_pipe, batch))
             yield batch
     finally:
-        end_workers(iterator, workers)
+        if fetcher is not None:
+            fetcher.stop()
+            end_workers(iterator, workers)
 
 
 def end_workers(iterator: Iterator, workers: set[BaseProcess]) -> None:
@@ -130,19 +180,19 @@ def end_workers(iterator: Iterator, workers: set[BaseProcess]) -> None:
         thread.join(GRACE)
 
 
-def next_batch(iterator: Iterator, workers: set[BaseProcess], option: str, patience: float) -> Any:
+def next_batch(fetcher: Fetcher, workers: set[BaseProcess], option: str, patience: float) -> Any:
     """The next batch, None after the last. Raises NoBatch if a loader process is dead, or none answers in time."""
     deadline = time.monotonic() + patience
     problem = ""
     while not problem:
         try:
-            return next(iterator, None)
-        except (RuntimeError, OSError, EOFError) as error:
+            return fetcher.next()
+        except (RuntimeError, OSError, EOFError, queue.Empty) as error:
             # A batch of a dying process may be lost on its way, just before the process is seen to be dead
-            if not isinstance(error, RuntimeError):
+            if isinstance(error, (OSError, EOFError)):
                 time.sleep(DYING)
             codes = [worker.exitcode for worker in workers if worker.exitcode]
-            is_timeout = str(error).startswith("DataLoader timed out")
+            is_timeout = isinstance(error, queue.Empty) or str(error).startswith("DataLoader timed out")
             if codes:
                 end = f"killed by {signal.Signals(-codes[0]).name}" if codes[0] < 0 else f"status {codes[0]}"
                 problem = f"a loader process has died ({end}), perhaps for lack of memory"
@@ -184,10 +234,21 @@ def warn(option: str, problem: str) -> None:
 # -------------------------------------------------------------------------------------- in the loader processes
 
 
-def ignore_signals(worker: int) -> None:
-    """Keep a loader process alive through SIGTERM and SIGINT: the main process ends it when it stops."""
+def begin_worker(worker: int) -> None:
+    """Keep a loader process alive through SIGTERM and SIGINT: the main process ends it when it stops.
+
+    Without the main process, it ends by itself.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_without_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def end_without_parent(parent: int) -> None:
+    """End this process when its parent has died. PyTorch's own way waits for somebody to read the last batches."""
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_POLL)
+    os._exit(1)
 
 
 def collate_and_share(collate: Callable[[list], Any], items: list) -> Any:

@@ -7,7 +7,7 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -22,6 +22,8 @@ from sampling.npz import CLASS_NAMES
 LARGEST = 2**30  # bytes of labels or statistics; images are read in parts
 META = "dcdit_meta"  # our note in a .npz, as JSON
 META_TYPES = {"extractor": str, "images": int, "image_size": int}
+# Entries that references of earlier versions lack
+OPTIONAL_META_TYPES = {"lossy": int, "content": str}
 
 # Kind of features -> names of mean and covariance.
 # Those of Inception are ADM's; the ADM suite ignores the others.
@@ -104,12 +106,13 @@ def read_statistics(path: Path, keys: StatisticNames, count: int | None) -> dict
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The note that `evaluate.py --make-reference` left: extractor, images and image_size."""
+    """The note that `evaluate.py --make-reference` left; evaluation/reference.py says what is in it."""
     meta = json.loads(str(read_array(path, META)))
     if not isinstance(meta, dict):
         raise ValueError(f"{META} is damaged")
-    for key, wanted in META_TYPES.items():
-        if not isinstance(meta.get(key), wanted):
+    wanted = META_TYPES | {key: kind for key, kind in OPTIONAL_META_TYPES.items() if key in meta}
+    for key, kind in wanted.items():
+        if not isinstance(meta.get(key), kind):
             raise ValueError(f"{META} is damaged")
     return meta
 
@@ -134,7 +137,8 @@ class NpzImages:
         class_names: of all classes, by label, or None where the file has none.
     """
 
-    lossy = 0  # lossily compressed files
+    lossy = 0  # unknown; Source.lossy looks into the note of --make-reference
+    notes: Sequence[str] = ()
 
     def __init__(self, path: Path):
         self.path = path

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.names import short_name
+from data.names import repeats_numbers, short_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +19,13 @@ class ClassLabels:
 
     numbers: np.ndarray  # (N,) int64
     names: Sequence[str] | None  # of all classes, by number, where they are known
+
+
+def sampled_classes(
+    labels: Sequence[int], names: Sequence[str] | None, cfg_scale: float
+) -> ClassLabels | None:
+    """Classes of samples of a model; none at guidance scale 0, which draws them without a class."""
+    return ClassLabels(np.array(labels), names) if cfg_scale else None
 
 
 class ClassMatch(NamedTuple):
@@ -76,8 +83,3 @@ def match_by_name(numbers: np.ndarray, names: Sequence[str], known: Sequence[str
 
 def without(reason: str) -> ClassMatch:
     return ClassMatch(None, f"class accuracy is left out: {reason}")
-
-
-def repeats_numbers(names: Sequence[str]) -> bool:
-    """Whether the names are only the numbers again, as those of features without names are."""
-    return list(names) == [str(number) for number in range(len(names))]

@@ -208,13 +208,13 @@ def manifold_metrics(
 
 
 def compression_warning(samples: Source | None, reference: Source) -> str | None:
-    """A warning where one side alone has lossily compressed files; samples None: they come from a model."""
+    """A warning where one side alone has lossily compressed images; samples None: they come from a model."""
     drawn = samples.lossy if samples is not None else 0
     if bool(drawn) == bool(reference.lossy):
         return None
     lossy = samples if samples is not None and drawn else reference
     return (
-        f"warning: '{lossy.path}': {lossy.lossy} files are lossily compressed, like JPEG, and the other side has "
+        f"warning: '{lossy.path}': {lossy.lossy} images are lossily compressed, like JPEG, and the other side has "
         "none; this alone changes distances; compare images that are stored alike"
     )
 

@@ -38,6 +38,7 @@ class Extractor(Protocol):
     Attributes:
         name: kind and content hash of the weights. Features may be compared only if these names are equal.
         is_inception: whether distances of these features may be called FID and sFID.
+        tf32: whether its products in float32 may run as TF32.
         class_names: of the logits, where the file has them.
     """
 
@@ -45,17 +46,35 @@ class Extractor(Protocol):
     class_names: list[str] | None
     device: torch.device
     is_inception: bool
+    tf32: bool
 
     def __call__(self, images: Tensor) -> ExtractorOutput:
         """images: (B, 3, H, W) uint8 on the extractor's device."""
 
 
-def load_extractor(features: str, inception_weights: str | None, device: torch.device) -> Extractor:
+def load_extractor(
+    features: str, inception_weights: str | None, device: torch.device, tf32: bool = False
+) -> Extractor:
     """The extractor that --features names: "inception", a TorchScript file or the folder of a timm model.
+
+    Args:
+        tf32: its products in float32 may run as TF32.
 
     Raises:
         UserError: a package or file is missing, or the file's content is something else.
     """
+    extractor = find_extractor(features, inception_weights, device)
+    extractor.tf32 = tf32
+    return extractor
+
+
+def precise_name(extractor: Extractor) -> str:
+    """Name of the extractor, and whether its products ran as TF32: equal names mean equal features."""
+    return f"{extractor.name}+tf32" if extractor.tf32 else extractor.name
+
+
+def find_extractor(features: str, inception_weights: str | None, device: torch.device) -> Extractor:
+    """`load_extractor` without its switches."""
     path = Path(features)
     if features == "inception":
         return Inception(inception_weights, device)
@@ -77,6 +96,7 @@ class Inception:
     """The Inception graph of 2015 behind FID, in torch-fidelity's conversion, with TensorFlow's resize."""
 
     is_inception = True
+    tf32 = False
     class_names: list[str] | None = None
 
     def __init__(self, weights: str | None, device: torch.device):
@@ -163,6 +183,7 @@ class TorchScriptModel:
     """
 
     is_inception = False
+    tf32 = False
 
     def __init__(self, path: Path, device: torch.device):
         data = path.read_bytes()
@@ -194,6 +215,7 @@ class TimmModel:
     """A local folder with config.json and weights as timm saves it, with the preprocessing named there."""
 
     is_inception = False
+    tf32 = False
 
     def __init__(self, path: Path, device: torch.device):
         import timm  # here, because the import takes seconds and few commands need it

@@ -20,6 +20,7 @@ from evaluation.adm_npz import NpzImages
 from evaluation.extractors import Extractor, ExtractorOutput
 from evaluation.image_sets import FolderImages
 from evaluation.metrics import Gaussian, Moments
+from models.ops.precision import tf32
 from processes.group import Processes
 
 FORMAT = 1  # of cached features; raise it whenever their meaning changes
@@ -111,6 +112,8 @@ def extract(
     """
     # Equal content has an equal folder
     made_of = f"{images.digest()[:32]}-{extractor.name.replace(':', '-')[:48]}"
+    if extractor.tf32:
+        made_of += "-tf32"
     chunks = FeatureChunks(cache / f"{FORMAT}-{made_of}", len(images), CHUNK)
     missing = chunks.missing(processes)
     with progress_bar(chunks.images_in(missing), "features", processes) as bar:
@@ -145,8 +148,8 @@ def read_pixels(images: FolderImages | NpzImages, index: range) -> Tensor:
 
 
 def run_extractor(extractor: Extractor, images: Tensor) -> ExtractorOutput:
-    """Features of images (B, 3, H, W) uint8, in full float32: TF32 convolutions would cost digits."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    """Features of images (B, 3, H, W) uint8, in full float32 unless TF32 was asked for, which costs digits."""
+    with tf32(extractor.tf32):
         return extractor(images.to(extractor.device))
 
 

@@ -1,6 +1,7 @@
 """Sets of images as users name them: a folder of image files, an ADM `.npz`, or a reference batch."""
 
 import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from config import UserError, one_line
-from data.folders import list_class_folders, list_dataset, list_images, readable_formats
-from data.images import UnreadableImage, center_crop, read_rgb
+from data.folders import list_dataset, readable_formats
+from data.images import ImageFolder, UnreadableImage, read_rgb
 from data.store_files import sha256_of
 from evaluation.adm_npz import (
     INCEPTION_KEYS,
@@ -27,6 +28,7 @@ from evaluation.adm_npz import (
 )
 from evaluation.class_labels import ClassLabels
 from evaluation.metrics import Gaussian
+from sampling.sample_folder import SETTINGS
 
 READERS = 8  # threads that decode image files
 LOSSY_FORMATS = ("JPEG", "MPO", "AVIF")  # as Pillow calls them; WebP is lossy or not
@@ -58,41 +60,52 @@ def is_lossy(path: Path, image_format: str | None) -> bool:
 class FolderImages:
     """Image files below a folder, all of one size, or cropped to `image_size` as training images are.
 
-    Cropped images are those of a data set: the same files as training reads.
+    They are the files that training reads, by the same rules (data/folders.py).
 
     Attributes:
         size: (height, width).
-        labels: (N,) int64 from the names of the sub-folders, or None where files lie outside of them.
-        class_names: names of the sub-folders, by label, or None where there are no labels.
-        lossy: number of lossily compressed files; 0 for cropped images, which were scaled since.
-        notes: lines that a user should read about the files of a data set.
+        labels: (N,) int64, or None for the folder of sample_ddp.py.
+        class_names: names of the class folders, by label, or None where there are no labels.
+        notes: lines that a user should read about the files.
+
+    Args:
+        option: what the user calls the folder, for messages.
     """
 
+    labels: np.ndarray | None = None
     class_names: list[str] | None = None
-    lossy = 0
     notes: Sequence[str] = ()
 
-    def __init__(self, folder: Path, image_size: int | None = None):
+    def __init__(self, folder: Path, image_size: int | None = None, option: str = "--make-reference"):
         self.folder = folder
         self.image_size = image_size
-        if not folder.is_dir():
-            raise UserError(f"'{folder}': is not a folder of images")
-        if image_size:
-            listing = list_dataset(folder, "--make-reference")
+        self.dataset = ImageFolder(folder, image_size, option) if image_size else None
+        listing = list_dataset(folder, option) if self.dataset is None else self.dataset.listing
+        self.paths = [folder / path for path in listing.paths]
+        # The folder of sample_ddp.py is no class, and the other files in it are known
+        if not (folder / SETTINGS).is_file():
             self.notes = listing.notes
-            self.paths = [folder / path for path in listing.paths]
-        else:
-            self.paths = list_images(folder)
-        if not self.paths:
-            raise UserError(f"'{folder}': holds no images")
+            self.labels = np.array(listing.labels)
+            self.class_names = listing.class_names
         self.size = (image_size, image_size) if image_size else self._common_size()
-        self.labels = self._labels()
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def lossy(self) -> int:
+        """Number of lossily compressed images; those that a crop has scaled do not count."""
+        return sum(
+            header.is_lossy and (self.image_size is None or min(header.size) == self.image_size)
+            for header in self._headers
+        )
+
     def digest(self) -> str:
         """SHA-256 of the names and contents of the files, and of the crop."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         total = hashlib.sha256(str(self.image_size).encode())
         with ThreadPoolExecutor(READERS) as readers:
             digests = readers.map(self._hash_one, self.paths)
@@ -107,17 +120,13 @@ class FolderImages:
 
     def read(self, index: Sequence[int] | np.ndarray) -> np.ndarray:
         """(n, H, W, 3) uint8."""
-        chosen = [self.paths[i] for i in index]
         with ThreadPoolExecutor(READERS) as readers:
-            images = list(readers.map(self._read_one, chosen))
+            images = list(readers.map(self._read_one, index))
         return np.stack(images)
 
     def _common_size(self) -> tuple[int, int]:
         """(height, width). UserError where the images differ in size."""
-        with ThreadPoolExecutor(READERS) as readers:
-            headers = list(readers.map(self._header, self.paths))
-        self.lossy = sum(header.is_lossy for header in headers)
-        sizes = [header.size for header in headers]
+        sizes = [header.size for header in self._headers]
         for path, size in zip(self.paths, sizes):
             if size != sizes[0]:
                 example = f"{self.paths[0].name} is {sizes[0]}, {path.name} is {size}"
@@ -127,19 +136,18 @@ class FolderImages:
         width, height = sizes[0]
         return height, width
 
-    def _labels(self) -> np.ndarray | None:
-        classes = list_class_folders(self.folder)
-        # The first folder on the way to each image
-        tops = [path.relative_to(self.folder).parts[0] for path in self.paths]
-        if not set(tops) <= set(classes):
-            return None
-        self.class_names = classes
-        return np.array([classes.index(top) for top in tops])
+    @functools.cached_property
+    def _headers(self) -> "list[Header]":
+        with ThreadPoolExecutor(READERS) as readers:
+            return list(readers.map(self._header, self.paths))
 
-    def _read_one(self, path: Path) -> np.ndarray:
+    def _read_one(self, index: int) -> np.ndarray:
+        path = self.paths[index]
         with self._naming(path):
-            image = read_rgb(path, str(path))
-        return center_crop(image, self.image_size) if self.image_size else np.asarray(image)
+            if self.dataset is None:
+                return np.asarray(read_rgb(path, str(path)))
+            image, _ = self.dataset[index]
+            return image
 
     def _header(self, path: Path) -> "Header":
         """What can be said without decoding the image."""
@@ -194,8 +202,13 @@ class Source:
 
     @property
     def lossy(self) -> int:
-        """Number of lossily compressed image files."""
-        return self.images.lossy if self.images is not None else 0
+        """Number of lossily compressed images, or of images of a reference that were."""
+        return self.meta.get("lossy", 0) or (self.images.lossy if self.images is not None else 0)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Lines that a user should read about the files."""
+        return self.images.notes if self.images is not None else ()
 
     def stored(self, extractor: str) -> dict[str, Gaussian]:
         """Statistics of this kind of extractor, given by its name."""
@@ -209,15 +222,18 @@ class Source:
         return len(self.images) if self.images is not None else None
 
 
-def open_source(path: str | Path) -> Source:
-    """Open what SAMPLES or REFERENCE names.
+def open_source(path: str | Path, option: str) -> Source:
+    """Open what SAMPLES, REFERENCE or another option names.
+
+    Args:
+        option: its name, for messages about folders.
 
     Raises:
         UserError: a missing path, another kind of file, several image sizes, or arrays of the wrong shape.
     """
     path = Path(path)
     if path.is_dir():
-        return Source(path, FolderImages(path))
+        return Source(path, FolderImages(path, option=option))
     if not path.exists():
         raise UserError(
             f"'{path}': does not exist; give an ADM .npz, a folder of images or a file of --make-reference"

@@ -3,17 +3,26 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from config import Config
+from config import Config, UserError
 from data.autoencoder import Autoencoder
-from evaluation.class_labels import ClassLabels
-from evaluation.comparison import FeatureSet, check_sizes, check_source, class_note, compare, measure_source
+from evaluation.class_labels import sampled_classes
+from evaluation.comparison import (
+    FeatureSet,
+    check_sizes,
+    check_source,
+    class_note,
+    compare,
+    compression_warning,
+    measure_source,
+)
 from evaluation.extractors import load_extractor
+from evaluation.feature_cache import FeatureChunks
 from evaluation.image_sets import open_source
 from evaluation.sample_features import SamplePlan, measure_samples
+from processes import group
 from processes.group import Processes
 from sampling.generate import SamplingOptions, TrainedModel, draw_labels
 from sampling.options import possible_scale
@@ -60,11 +69,16 @@ class Evaluation:
             self.options.seed, list(range(section.num_samples)), config.data.num_classes
         )
         # Measure the reference
-        source = open_source(str(section.reference))
+        source = open_source(str(section.reference), "evaluation.reference")
+        for note in source.notes:
+            group.print_once(note)
         size = config.data.image_size
         check_sizes((size, size), source.size)
         self.extractor = load_extractor(section.features, section.inception_weights, processes.device)
         check_source(source, self.extractor)
+        warning = compression_warning(None, source)
+        if warning:
+            group.print_once(warning)
         self.reference = measure_source(source, self.extractor, folder / "reference", processes)
 
     def __call__(self, model: torch.nn.Module, step: int) -> dict[str, float]:
@@ -79,11 +93,11 @@ class Evaluation:
         # Every process samples its share and writes the features to the folder
         trained = TrainedModel(model, self.config, self.autoencoder, None, step, fingerprint="")
         plan = SamplePlan(self.options, self.labels, self.config.evaluation.batch_size, title)
-        # Samples that overflow are no reason to end a run
+        # Samples that overflow, or whose features do, are no reason to end a run
         features = None
         try:
             features = measure_samples(trained, plan, self.extractor, folder, self.processes)
-        except FloatingPointError as error:
+        except (FloatingPointError, UserError) as error:
             print(f"warning: no evaluation at step {step}: {error}")
         if self.any_process(features is None) or features is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -91,14 +105,21 @@ class Evaluation:
         # The first process compares
         metrics: dict[str, float] = {}
         if is_first:
-            classes = ClassLabels(np.array(self.labels), self.class_names)
-            samples = FeatureSet(title, features, {}, classes)
-            metrics = compare(samples, self.reference, self.extractor)
-            self.print_note(class_note(samples, self.extractor))
-            metrics["kept"] = features.mean("kept")
-            metrics["tflop_per_image"] = features.mean("tflop")
+            classes = sampled_classes(self.labels, self.class_names, self.options.cfg_scale)
+            try:
+                metrics = self.compare(FeatureSet(title, features, {}, classes), features)
+            except UserError as error:
+                print(f"warning: no evaluation at step {step}: {error}")
             shutil.rmtree(folder)
         self.wait()
+        return metrics
+
+    def compare(self, samples: FeatureSet, features: FeatureChunks) -> dict[str, float]:
+        """Metrics and costs of the samples; UserError for a metric that is not finite."""
+        metrics = compare(samples, self.reference, self.extractor)
+        self.print_note(class_note(samples, self.extractor))
+        metrics["kept"] = features.mean("kept")
+        metrics["tflop_per_image"] = features.mean("tflop")
         return metrics
 
     def any_process(self, flag: bool) -> bool:

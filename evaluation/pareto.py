@@ -7,20 +7,21 @@ import csv
 import hashlib
 import io
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch.distributed as dist
 
 from config import UserError, one_line
 from data.files import write_text
 from data.names import short_name
 from data.store_files import sha256_of
-from evaluation.class_labels import ClassLabels
+from evaluation.class_labels import sampled_classes
 from evaluation.comparison import (
+    METRIC_NAMES,
     FeatureSet,
     check_sizes,
     check_source,
@@ -39,7 +40,7 @@ from processes.lock import FolderLock
 from sampling.budgets import ALL, Budget
 from sampling.generate import draw_labels
 from sampling.load import TrainedModel, load_trained
-from sampling.options import SamplingOptions
+from sampling.options import SamplingOptions, possible_scale
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class ParetoPlan:
     checkpoints: list[str]
     vae: str | None  # default: the autoencoder that each checkpoint names
     weights: str  # "ema" or "model"
-    cfg_scales: list[float]
+    cfg_scales: list[float] | None  # None: without guidance, at the scale that each model can do
     budgets: list[float]  # dropped fractions
     lite_budgets: list[
         float
@@ -62,6 +63,7 @@ class ParetoPlan:
     sampler: str
     seed: int
     bf16: bool
+    tf32: bool  # of the network, the autoencoder and the features
     batch_size: int  # per process
 
     # What they are compared with, and where the results go
@@ -152,8 +154,8 @@ class PointTable:
             raise UserError(
                 f"'{self.path}' cannot be read ({one_line(error)}); give another --output"
             ) from None
-        # A spreadsheet program may have written it with other separators
-        if any(row.get("point") is None for row in rows):
+        # A spreadsheet program may have written it with other separators, or rounded and emptied cells
+        if not rows and self.path.stat().st_size or not all(is_point(row) for row in rows):
             raise UserError(f"'{self.path}' is not a table of points; give another --output")
         return rows
 
@@ -173,6 +175,18 @@ class PointTable:
         write_text(self.path, text.getvalue())
 
 
+def is_point(row: dict[str, str]) -> bool:
+    """Whether a row of the table has what the figure shows."""
+    numbers = [row.get(key) for key in ("cfg_scale", "budget", "tflop_per_image", "step")]
+    numbers += [row[key] for key in METRIC_NAMES if row.get(key)]
+    try:
+        finite = [math.isfinite(float(number or "")) for number in numbers]
+    except ValueError:
+        return False
+    has_metric = row.get("fid") or row.get("frechet_distance")
+    return all(finite) and bool(row.get("point") and row.get("name") and has_metric)
+
+
 @dataclass(frozen=True)
 class Yardstick:
     """What every point is compared with."""
@@ -189,18 +203,23 @@ def measure(plan: ParetoPlan) -> list[dict[str, str]]:
         UserError: models, reference or options do not fit together, or the table has points of other settings.
     """
     # Load and check everything before the first file is written
-    source = open_source(plan.reference)
+    source = open_source(plan.reference, "--reference")
     processes = group.start_processes()
+    for note in source.notes:
+        group.print_once(note)
     models = {}
+    overrides = ["training.tf32=true"] if plan.tf32 else []
     for ckpt in plan.checkpoints:
-        models[ckpt] = load_trained(ckpt, processes.device, plan.vae, weights=plan.weights)
+        models[ckpt] = load_trained(
+            ckpt, processes.device, plan.vae, overrides=overrides, weights=plan.weights
+        )
     points = []
     for trained in models.values():
         points += points_of(trained, plan)
     for point in points:
         point.options(plan).check(point.trained.config)
     check_models(models, source)
-    extractor = load_extractor(plan.features, plan.inception_weights, processes.device)
+    extractor = load_extractor(plan.features, plan.inception_weights, processes.device, plan.tf32)
     check_source(source, extractor)
     settings = settings_of(plan, source, points[0], extractor)
 
@@ -232,7 +251,7 @@ def points_of(trained: TrainedModel, plan: ParetoPlan) -> list[Point]:
     static = trained.config.is_static
     budgets = [0.0] if static else plan.budgets
     points = []
-    for scale in plan.cfg_scales:
+    for scale in plan.cfg_scales or [possible_scale(1.0, trained.config)]:
         lites: list[float | None] = [None]
         if scale > 1 and not static:
             lites += plan.lite_budgets
@@ -273,7 +292,7 @@ def settings_of(plan: ParetoPlan, source: Source, point: Point, extractor: Extra
         "sampler": plan.sampler,
         "bf16": str(plan.bf16),
         "image_size": str(point.trained.config.data.image_size),
-        "features": f"{kind}:{content[:12]}",
+        "features": f"{kind}:{content[:12]}" + ("+tf32" if plan.tf32 else ""),
         "reference": reference[:12],
         "reference_images": str(source.count(extractor.name) or ""),
     }
@@ -304,7 +323,7 @@ def measure_point(
     if processes.rank > 0:
         return {}
     found = {"tflop_per_image": chunks.mean("tflop"), "kept_share": chunks.mean("kept")}
-    classes = ClassLabels(np.array(labels), point.trained.class_names)
+    classes = sampled_classes(labels, point.trained.class_names, point.cfg_scale)
     own = FeatureSet(str(point), chunks, {}, classes)
     note = class_note(own, yardstick.extractor)
     if note and note not in yardstick.notes:

@@ -15,7 +15,7 @@ from numpy.lib import format as npy
 
 from data.files import write_file
 from data.streams import rng
-from evaluation.adm_npz import INCEPTION_KEYS, META, OTHER_KEYS
+from evaluation.adm_npz import INCEPTION_KEYS, META, OTHER_KEYS, read_meta
 from evaluation.comparison import PR_REFERENCE_IMAGES
 from evaluation.extractors import Extractor
 from evaluation.feature_cache import FeatureChunks
@@ -43,10 +43,28 @@ def write_reference(path: Path, images: FolderImages, chunks: FeatureChunks, ext
         arrays[covariance_name] = gaussian.covariance
 
     # A note on how the file was made
-    meta = {"extractor": extractor.name, "images": len(images), "image_size": images.size[0]}
+    meta = {
+        "extractor": extractor.name,
+        "images": len(images),
+        "image_size": images.size[0],
+        "lossy": images.lossy,
+        "content": images.digest(),
+    }
     arrays[META] = np.array(json.dumps(meta))
     write_file(path, lambda stream: _write(stream, images, chosen, arrays))
     return len(chosen)
+
+
+def is_reference_of(path: Path, images: FolderImages, extractor: Extractor) -> bool:
+    """Whether a file is what `write_reference` makes of these images, or did in an earlier version."""
+    try:
+        meta = read_meta(path)
+    except Exception:  # there is no end to what parsers raise on files of another kind
+        return False
+    own = {"extractor": extractor.name, "images": len(images), "image_size": images.size[0]}
+    if any(meta[key] != value for key, value in own.items()):
+        return False
+    return meta.get("content") in (None, images.digest())
 
 
 def _write(stream: BinaryIO, images: FolderImages, chosen: np.ndarray, arrays: dict[str, np.ndarray]) -> None:

@@ -48,11 +48,11 @@ def measure_samples(
 def measure_batch(trained: TrainedModel, batch: SampledBatch, extractor: Extractor) -> dict[str, np.ndarray]:
     """Arrays with a row per image.
 
-    They are what the extractor gives; `tflop`, the cost of the image; and `kept`, the kept share of the
-    conditional branch over all steps.
+    They are what the extractor gives; `tflop`, the cost of the image; and `kept`, the kept share over all steps
+    of the conditional branch or, in samples without a class, of the only one.
     """
     arrays = as_arrays([run_extractor(extractor, batch.images)])
-    counts = torch.stack([step.conditional for step in batch.kept])  # (steps, B)
+    counts = torch.stack([step.shown for step in batch.kept])  # (steps, B)
     arrays["kept"] = counts.double().mean(0).cpu().numpy() / trained.config.tokens
     arrays["tflop"] = image_tflop(trained.config, batch.kept)
     return arrays

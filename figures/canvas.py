@@ -1,14 +1,29 @@
-"""What all figures share: the size of their text, and how they are written."""
+"""What all figures share: the size of their text, names in it, and how they are written."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from data.files import write_file
+from data.names import LONGEST, escape, short_name
 
 # Settings of matplotlib for `rc_context`; names of classes and models may hold a "$", which is no formula
 SMALL: dict[Any, Any] = {"font.size": 8, "text.parse_math": False}
+
+
+@functools.cache
+def drawable_characters() -> frozenset[int]:
+    """Code points that the font of the figures has; for any other matplotlib warns and draws a box."""
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+def figure_name(name: str, longest: int = LONGEST) -> str:
+    """A short name for figures: what the font cannot draw is escaped, too."""
+    known = drawable_characters()
+    return short_name("".join(char if ord(char) in known else escape(char) for char in name), longest)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from data.autoencoder import Autoencoder
+from data.autoencoder import Autoencoder, to_levels
 from diffusion.samplers import Step
 from figures.canvas import SMALL, save_figure
 from models.types import Routing
@@ -94,8 +94,12 @@ def draw_column(
 
 
 def as_pixels(autoencoder: Autoencoder, latents: Tensor) -> np.ndarray:
-    """(B, C, S, S) -> (B, H, W, 3) uint8."""
-    return autoencoder.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
+    """(B, C, S, S) -> (B, H, W, 3) uint8.
+
+    What the network saw on the way may be far from any image; the picture of it may not fail.
+    """
+    pixels = autoencoder.decode_pixels(latents).nan_to_num()
+    return to_levels(pixels).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def as_map(values: Tensor) -> np.ndarray:

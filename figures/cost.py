@@ -2,8 +2,8 @@
 
     python -m figures.cost quickstart/summary.json
 
-writes kept_tokens.png, cost_by_component.png and kept_by_class.png beside it, or beside the folder of
-sample_ddp.py's samples.
+writes kept_tokens.png, cost_by_component.png and, for samples with classes, kept_by_class.png beside it, or beside
+the folder of sample_ddp.py's samples.
 """
 
 import json
@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 
 import cli
 from config import UserError
-from data.names import short_name
-from figures.canvas import SMALL, save_figure
+from figures.canvas import SMALL, figure_name, save_figure
+from sampling.pictures import check_is_no_sample_folder
+from sampling.sample_folder import SETTINGS
 
 COLOURS = {"conditional": "tab:blue", "unconditional": "tab:orange"}
 MOST_CLASSES = 30  # of more, only those with the lowest and the highest shares are drawn
@@ -91,7 +92,7 @@ def draw_classes(summary: Summary, path: Path) -> None:
     rows = sorted(summary["kept_by_class"], key=lambda row: row["share"]["mean"])
     if len(rows) > MOST_CLASSES:
         rows = rows[: MOST_CLASSES // 2] + rows[-MOST_CLASSES // 2 :]
-    names = [f"{short_name(row['name'])} ({row['images']})" for row in rows]
+    names = [f"{figure_name(row['name'])} ({row['images']})" for row in rows]
     mean = [row["share"]["mean"] for row in rows]
     std = [row["share"]["std"] for row in rows]
 
@@ -129,6 +130,8 @@ def check_summary(summary: Summary) -> None:
     """
     # Shares at each step
     check_numbers(summary["tokens"], summary["steps"])
+    if not summary["kept_by_step"] or not set(summary["tflop_by_branch"]) <= set(COLOURS):
+        raise ValueError("there are no steps, or branches of another kind")
     for branch in summary["tflop_by_branch"]:
         for row in summary["kept_by_step"]:
             check_numbers(row["t"])
@@ -142,7 +145,7 @@ def check_summary(summary: Summary) -> None:
     # Shares of each class
     for row in summary["kept_by_class"]:
         check_numbers(row["images"], row["share"]["mean"], row["share"]["std"])
-        short_name(row["name"])
+        figure_name(row["name"])
 
 
 def check_numbers(*values: object) -> None:
@@ -158,8 +161,13 @@ def default_folder(summary: Path) -> Path:
     Charts among those samples would be evaluated as images.
     """
     folder = summary.resolve().parent
-    holds_samples = (folder / "settings.json").is_file()
+    holds_samples = (folder / SETTINGS).is_file()
     return folder.with_name(f"{folder.name}.charts") if holds_samples else folder
+
+
+def drawable(summary: Summary) -> list[str]:
+    """Names of the pictures: samples without a class have no chart of the classes."""
+    return [name for name in PICTURES if summary["kept_by_class"] or name != "kept_by_class.png"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -171,10 +179,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder = args.output or default_folder(args.summary)
     cli.check_output("--output", folder)
+    check_is_no_sample_folder("--output", folder)
     summary = read_summary(args.summary)
-    for name, draw in PICTURES.items():
-        draw(summary, folder / name)
-    print(f"{', '.join(PICTURES)} written to {folder.resolve()}")
+    names = drawable(summary)
+    for name in names:
+        PICTURES[name](summary, folder / name)
+    print(f"{', '.join(names)} written to {folder.resolve()}")
 
 
 if __name__ == "__main__":

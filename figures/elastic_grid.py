@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 import cli
 from config import UserError
-from data.names import short_name
 from diffusion.samplers import Step
-from figures.canvas import SMALL, save_figure
+from figures.canvas import SMALL, figure_name, save_figure
 from models import describe
 from models.types import Routing
 from processes import group
@@ -27,15 +26,15 @@ from sampling.arguments import (
     add_class_arguments,
     add_sampling_arguments,
     chosen_labels,
+    describe_labels,
     fit_to_model,
     load_trained_from,
     print_classes,
     sampling_options,
 )
 from sampling.budgets import ALL, Budget
-from sampling.classes import shown_name
 from sampling.generate import SampledBatch, generate
-from sampling.pictures import save_grid
+from sampling.pictures import check_picture, save_grid
 
 # Characters of a name beside a row
 LONGEST_NAME = 20
@@ -62,10 +61,9 @@ def draw_grid(batches: list[SampledBatch], titles: list[str], names: list[str], 
 
 def row_name(label: int, names: list[str] | None) -> str:
     """Name of a class, short enough for the side of a row."""
-    name = shown_name(label, names)
-    if name == str(label):
+    if not names or label >= len(names) or names[label] == str(label):
         return f"class {label}"
-    return short_name(name, LONGEST_NAME)
+    return figure_name(names[label], LONGEST_NAME)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -85,6 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     cli.check_output_file("--output", args.output)
+    check_picture("--output", args.output)
     return args
 
 
@@ -100,16 +99,19 @@ def main(argv: list[str] | None = None) -> None:
     trained = load_trained_from(args, device)
     config = trained.config
     options = fit_to_model(options, args, config)
-    labels = chosen_labels(args, trained, list(range(min(4, config.data.num_classes))))
-    names = [row_name(label, trained.class_names) for label in labels]
+    labels = chosen_labels(args, trained, options, list(range(min(4, config.data.num_classes))))
+    if options.cfg_scale:
+        names = [row_name(label, trained.class_names) for label in labels]
+    else:
+        names = [f"sample {i}" for i in range(len(labels))]
     columns = []
     for fraction in args.fractions:
         column = dataclasses.replace(options, budget=Budget.fraction(fraction))
         column.check(config)
         columns.append(column)
     if args.dry_run:
-        samples = f"{len(labels)} of classes {labels} at {args.fractions} dropped"
-        print(f"{describe(config)}\nsamples       {samples}")
+        samples = describe_labels(labels, options)
+        print(f"{describe(config)}\nsamples       {samples} at {args.fractions} dropped")
         return
 
     # Sample every column on the same noise

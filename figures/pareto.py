@@ -17,16 +17,17 @@ from matplotlib.figure import Figure
 
 import cli
 from config import UserError
-from data.names import short_name
 from diffusion.samplers import SAMPLERS
 from evaluation.comparison import METRIC_NAMES
 from evaluation.pareto import ParetoPlan, measure
-from figures.canvas import SMALL, save_figure
+from figures.canvas import SMALL, figure_name, save_figure
 from processes import group
 from sampling.arguments import add_weights_argument
 
 # The metrics that are drawn: the first one that the table has
 DRAWN = ("fid", "frechet_distance")
+# Titles of the panels of the scales that are no guidance
+TITLES = {0.0: "without classes", 1.0: "without guidance"}
 
 Row = dict[str, str]
 
@@ -106,7 +107,7 @@ def read_curves(rows: list[Row], scale: str) -> list[Curve]:
         lite = row["lite_cfg"]
         key = (row["name"], row["step"], row["static"], lite, row["model"])
         if key not in curves:
-            label = f"{short_name(row['name'])}, {int(row['step']):,} steps"
+            label = f"{figure_name(row['name'])}, {int(row['step']):,} steps"
             if lite:
                 label += f", Lite-CFG {float(lite):.0%}"
             curves[key] = Curve(label, row["static"] == "True", lite, [])
@@ -165,8 +166,7 @@ def draw(rows: list[Row], path: Path) -> list[Comparison]:
         for comparison, curve, mark in compare_curves(curves):
             annotate(axis, comparison, curve, mark)
             comparisons.append(comparison)
-        guidance = f"guidance scale {float(scale):g}"
-        axis.set_title("without guidance" if float(scale) == 1 else guidance)
+        axis.set_title(TITLES.get(float(scale), f"guidance scale {float(scale):g}"))
         axis.set_xlabel("TFLOP per image, all steps and branches")
         axis.set_ylabel(f"{METRIC_NAMES[metric_of(rows)]} ({rows[0]['images']} images)")
         axis.ticklabel_format(axis="x", scilimits=(-2, 4))
@@ -239,7 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--budgets", type=numbers, default=[0.0], help="tail-dropping fractions, e.g. 0,0.2,0.4 (default: 0)"
     )
     parser.add_argument(
-        "--cfg-scale", type=numbers, default=[1.0], help="guidance scales, e.g. 1,1.5 (default: 1)"
+        "--cfg-scale", type=numbers, help="guidance scales, e.g. 1,1.5 (default: 1, which is none)"
     )
     parser.add_argument(
         "--lite-cfg", type=numbers, default=[], help="also drop these fractions in the unconditional branch"
@@ -254,6 +254,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="run the network in bfloat16")
+    cli.add_measuring_tf32_argument(parser)
     parser.add_argument(
         "--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)"
     )
@@ -272,7 +273,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     cli.check_at_least(args, 4, "num_samples")
     cli.check_at_least(args, 1, "batch_size")
-    if args.lite_cfg and max(args.cfg_scale) <= 1:
+    if args.lite_cfg and max(args.cfg_scale or [1.0]) <= 1:
         raise UserError(
             "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; add a larger scale"
         )
@@ -294,6 +295,7 @@ def plan_of(args: argparse.Namespace) -> ParetoPlan:
         sampler=args.sampler,
         seed=args.seed,
         bf16=args.bf16,
+        tf32=args.tf32,
         batch_size=args.batch_size,
         reference=args.reference,
         features=args.features,

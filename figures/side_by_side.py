@@ -26,7 +26,7 @@ class Drawn(NamedTuple):
     image: np.ndarray  # (H, W, 3) uint8
     boundaries: np.ndarray  # (H, W, 3) uint8, the image under the boundary probability of the last step
     tflop: float
-    kept: float  # share of the tokens, mean over steps of the conditional branch
+    kept: float  # share of the tokens, mean over steps of the conditional branch or the only one
 
     @property
     def cost(self) -> str:
@@ -77,7 +77,7 @@ def draw_sample(trained: TrainedModel, label: int, options: SamplingOptions) -> 
     image = enlarge(batch.images[0].permute(1, 2, 0).numpy())
     boundaries = boundary_overlay(image, as_map(probabilities[-1]))
     tflop = float(image_tflop(trained.config, batch.kept)[0])
-    counts = [step.conditional.item() for step in batch.kept]
+    counts = [step.shown.item() for step in batch.kept]
     return Drawn(image, boundaries, tflop, float(np.mean(counts)) / trained.config.tokens)
 
 

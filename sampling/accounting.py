@@ -19,11 +19,18 @@ BRANCHES = ("conditional", "unconditional")
 
 
 class StepCounts(NamedTuple):
-    """Kept tokens of one step."""
+    """Kept tokens of one step; None for a branch that was not computed. At least one was."""
 
     t: int
-    conditional: Tensor  # (B,) int64
-    unconditional: Tensor | None  # (B,) int64, or None where that branch was not computed
+    conditional: Tensor | None  # (B,) int64
+    unconditional: Tensor | None  # (B,) int64
+
+    @property
+    def shown(self) -> Tensor:
+        """The conditional branch or, in samples without a class, the only one: (B,) int64."""
+        counts = self.unconditional if self.conditional is None else self.conditional
+        assert counts is not None
+        return counts
 
 
 class Seconds(NamedTuple):
@@ -46,10 +53,9 @@ def stack_kept(kept: Sequence[StepCounts]) -> np.ndarray:
     """One batch's kept tokens: (B, steps, 2) int32, the branches last; 0 where a branch was not computed."""
     rows = []
     for step in kept:
-        unconditional = step.unconditional
-        if unconditional is None:
-            unconditional = torch.zeros_like(step.conditional)
-        rows.append(torch.stack([step.conditional, unconditional]))
+        uncomputed = torch.zeros_like(step.shown)
+        branches = [uncomputed if own is None else own for own in (step.conditional, step.unconditional)]
+        rows.append(torch.stack(branches))
     return torch.stack(rows).permute(2, 0, 1).int().cpu().numpy()
 
 
@@ -160,7 +166,12 @@ def step_rows(record: SamplingRecord) -> list[dict]:
 
 
 def class_rows(record: SamplingRecord, tokens: int, class_names: Sequence[str] | None) -> list[dict]:
-    """Kept share of the conditional branch over all steps: mean and spread over the images of each class."""
+    """Kept share of the conditional branch over all steps: mean and spread over the images of each class.
+
+    There is nothing to list for samples without a class.
+    """
+    if not record.counts[:, :, 0].any():
+        return []
     labels = np.asarray(record.labels)
     shares = record.counts[:, :, 0].mean(1) / tokens
     rows = []
@@ -226,6 +237,17 @@ def save_record(kept: Sequence[StepCounts], seconds: Seconds, path: Path) -> Non
         lambda stream: np.savez_compressed(stream, t=timesteps, counts=counts, seconds=np.array(seconds)),
         durable=False,
     )
+
+
+def count_recorded(path: Path) -> int:
+    """Images that a file of `save_record` is about; 0 if it cannot be read."""
+    try:
+        with np.load(path) as arrays:
+            counts = arrays["counts"]
+            is_whole = arrays["t"].shape == counts.shape[1:2] and arrays["seconds"].shape == (2,)
+    except Exception:  # NumPy and zipfile raise many kinds on damaged files
+        return 0
+    return len(counts) if is_whole else 0
 
 
 def read_records(paths: Sequence[Path], labels: Sequence[int]) -> SamplingRecord:

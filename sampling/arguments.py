@@ -187,7 +187,12 @@ def one_budget(
 
 def add_class_arguments(parser: argparse.ArgumentParser, one_per_class: str) -> None:
     """Which classes: by name or by label. `one_per_class` says what is drawn, and for which by default."""
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help=f"names or labels; {one_per_class}")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help=f"names or labels, also joined by commas; {one_per_class}",
+    )
     parser.add_argument(
         "--list-classes", action="store_true", help="print label and name of every class and stop"
     )
@@ -201,9 +206,15 @@ def print_classes(args: argparse.Namespace) -> None:
     print(class_table(num_classes, state["class_names"]))
 
 
-def chosen_labels(args: argparse.Namespace, trained: TrainedModel, default: list[int]) -> list[int]:
+def chosen_labels(
+    args: argparse.Namespace, trained: TrainedModel, options: SamplingOptions, default: list[int]
+) -> list[int]:
     """The labels of --classes, or the default. Raises UserError for a class that the model does not know."""
     labels = default
+    if args.classes and not options.cfg_scale:
+        print(
+            "--classes: give only the number of images at --cfg-scale 0, which draws samples without a class"
+        )
     if args.classes:
         labels = choose_labels(args.classes, trained.class_names)
         note = ambiguity(args.classes, trained.class_names)
@@ -211,6 +222,11 @@ def chosen_labels(args: argparse.Namespace, trained: TrainedModel, default: list
             print(note)
     check_labels(labels, trained.config)
     return labels
+
+
+def describe_labels(labels: list[int], options: SamplingOptions) -> str:
+    """How many samples there are, and of which classes."""
+    return f"{len(labels)} of classes {labels}" if options.cfg_scale else f"{len(labels)} without a class"
 
 
 def chosen_checkpoint(args: argparse.Namespace, config: Config | None) -> str:

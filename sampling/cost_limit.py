@@ -46,9 +46,13 @@ class CostModel:
         conditional = []
         unconditional = []
         for step in self.undropped:
-            conditional.append(step.conditional)
+            if step.conditional is not None:
+                conditional.append(step.conditional)
             if step.unconditional is not None:
                 unconditional.append(step.unconditional)
+        # Samples without a class have the unconditional branch at every t
+        if not conditional:
+            return CostPrediction(0.0, self._branch_cost(unconditional, budget, self.timesteps))
         cost = self._branch_cost(conditional, budget, self.timesteps)
         if not unconditional:
             return CostPrediction(cost, 0.0)

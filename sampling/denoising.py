@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from config import Config, UserError
+from data.autoencoder import Autoencoder, NonFiniteImage
 from data.streams import rng
 from diffusion import GaussianDiffusion, create_diffusion
 from diffusion.guidance import ConditionedDenoise, Conditioning, condition, guide
@@ -21,7 +22,7 @@ from sampling.budgets import Budget
 from sampling.load import TrainedModel
 from sampling.options import SamplingOptions
 
-# Is shown every step, and the routing of the conditional branch in it
+# Is shown every step, and the routing of the conditional branch, or of the only one, in it
 OnStep = Callable[[Step, Routing], None]
 
 
@@ -39,17 +40,22 @@ AnyStepT = TypeVar("AnyStepT", bound=AnyStep)
 
 
 class BranchRouting(NamedTuple):
-    """What the router decided in one step."""
+    """What the router decided in one step; None for a branch that was not computed. At least one was."""
 
-    conditional: Routing
-    unconditional: Routing | None  # None where that branch was not computed
+    conditional: Routing | None
+    unconditional: Routing | None
+
+    @property
+    def shown(self) -> Routing:
+        """The conditional branch or, in samples without a class, the only one."""
+        routing = self.unconditional if self.conditional is None else self.conditional
+        assert routing is not None
+        return routing
 
     def counts(self, t: int) -> StepCounts:
         """Kept tokens of each sample."""
-        conditional = self.conditional.keep.sum(1)
-        if self.unconditional is None:
-            return StepCounts(t, conditional, None)
-        return StepCounts(t, conditional, self.unconditional.keep.sum(1))
+        conditional, unconditional = (None if branch is None else branch.keep.sum(1) for branch in self)
+        return StepCounts(t, conditional, unconditional)
 
 
 def sample_latents(
@@ -74,7 +80,7 @@ def sample_latents(
         latents = step.x_next
         kept.append(routing.counts(step.t))
         if on_step is not None:
-            on_step(step, routing.conditional)
+            on_step(step, routing.shown)
     return latents, kept
 
 
@@ -113,7 +119,7 @@ def sampling_steps(
     for step in sampler(guided_denoiser(network, trained.config, on_device, options)):
         timesteps.append(step.t)
         finite.append(step.x_next.isfinite().flatten(1).all(1))
-        yield step, split_branches(routings, len(labels))
+        yield step, split_branches(routings, len(labels), has_classes=options.cfg_scale > 0)
         routings.clear()
     check_finite_samples(torch.stack(finite), timesteps, indices or range(len(labels)))
 
@@ -135,9 +141,27 @@ def check_finite_samples(finite: Tensor, timesteps: Sequence[int], indices: Sequ
     )
 
 
-def split_branches(routings: list[Routing], batch: int) -> BranchRouting:
-    """Routing of the two branches, which ran as one batch (conditional rows first) or one after the other."""
+def decode_samples(
+    autoencoder: Autoencoder, latents: Tensor, indices: Sequence[int], bf16: bool = False
+) -> Tensor:
+    """Images (B, 3, H, W) uint8 of the samples with these indices; FloatingPointError for one that overflows."""
+    try:
+        return autoencoder.decode(latents, bf16)
+    except NonFiniteImage as error:
+        raise FloatingPointError(
+            f"sample {indices[error.index]} has finite latents, but its decoded image is not finite; decode in "
+            "float32, lower the guidance scale, or look for infinite or very large weights in the autoencoder"
+        ) from None
+
+
+def split_branches(routings: list[Routing], batch: int, has_classes: bool) -> BranchRouting:
+    """Routing of the branches: two ran as one batch (conditional rows first) or one after the other.
+
+    Without classes there is the unconditional branch alone.
+    """
     first, *others = routings
+    if not has_classes:
+        return BranchRouting(None, first)
     conditional = Routing(*[rows[:batch] for rows in first])
     if others:
         return BranchRouting(conditional, others[0])

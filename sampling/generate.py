@@ -22,7 +22,7 @@ from models import architecture
 from sampling.accounting import SamplingRecord, Seconds, StepCounts, stack_kept, summarise
 from sampling.budgets import ALL
 from sampling.cost_limit import CostModel, CostPrediction, choose_fractions
-from sampling.denoising import OnStep, sample_latents, sampling_process
+from sampling.denoising import OnStep, decode_samples, sample_latents, sampling_process
 from sampling.load import TrainedModel, load_trained
 from sampling.options import SamplingOptions
 
@@ -94,7 +94,7 @@ def generate(
         if latents.device.type != "cpu":
             torch.accelerator.synchronize()
         denoised = time.perf_counter()
-        images = trained.autoencoder.decode(latents, options.bf16_vae).cpu()
+        images = decode_samples(trained.autoencoder, latents, indices[part], options.bf16_vae).cpu()
         seconds = Seconds(denoised - started, time.perf_counter() - denoised)
         yield SampledBatch(indices[part], labels[part], images, kept, seconds)
 

@@ -9,17 +9,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 
 import cli
-from config import Config, to_dict, to_yaml
+from config import Config, UserError, to_dict, to_yaml
 from data.autoencoder import HUB_NAMES
 from data.files import write_json, write_text
 from data.names import markdown, short_name
 from models import architecture, flops
 from sampling.arguments import add_weights_argument
 from sampling.load import TrainedModel, load_trained
-from weights.checkpoint import WEIGHTS, Checkpoint, save_weights
+from sampling.options import possible_scale
+from sampling.pipeline import DEFAULT_SCALE
+from weights.checkpoint import WEIGHTS, Checkpoint, load_checkpoint, save_weights
 
 # Budgets and sampling steps whose cost the model card gives
 DROPPED_FRACTIONS = (0.0, 0.2, 0.4, 0.6)
@@ -79,6 +82,8 @@ def model_card(trained: TrainedModel) -> str:
     parameters = sum(p.numel() for p in trained.model.parameters())
     weights = "EMA" if trained.weights == "ema" else "Trained"
     autoencoder = short_name(Path(trained.autoencoder.name).name).replace("`", "'")
+    scale = possible_scale(DEFAULT_SCALE, config)
+    kind = "Class-conditional diffusion" if scale else "Unconditional diffusion"
     classes = ""
     if trained.class_names and len(trained.class_names) <= MOST_NAMES:
         classes = f": {', '.join(markdown(name) for name in trained.class_names)}"
@@ -89,13 +94,13 @@ tags: [diffusion, model_hub_mixin]
 ---
 # {markdown(config.model.name)}
 
-Class-conditional diffusion transformer with {parameters / 1e6:.1f} M parameters.
+{kind} transformer with {parameters / 1e6:.1f} M parameters.
 {weights} weights after {trained.step:,} steps.
 
 ```python
 from sampling.pipeline import DCDiTPipeline
 
-images = DCDiTPipeline.from_pretrained("this folder")(class_labels=[0], guidance_scale=4.0).images
+images = DCDiTPipeline.from_pretrained("this folder")(class_labels=[0], guidance_scale={scale}).images
 ```
 
 ## Training data
@@ -141,6 +146,36 @@ def cost_table(config: Config) -> str:
     return "\n".join(rows)
 
 
+def holds(file: Path, trained: TrainedModel) -> bool:
+    """Whether a weights file is that of this model at this step."""
+    try:
+        state = load_checkpoint(file)
+    except UserError:
+        return False
+    own = trained.model.state_dict()
+    weights = state["ema"]
+    if state["step"] != trained.step or weights.keys() != own.keys():
+        return False
+    return all(torch.equal(weights[name], own[name]) for name in own)
+
+
+def check_folder(folder: Path, trained: TrainedModel) -> None:
+    """UserError for a folder with another model or other files. One of the same model is written again."""
+    if not folder.is_dir():
+        return
+    if (folder / WEIGHTS).is_file():
+        if not holds(folder / WEIGHTS, trained):
+            raise UserError(f"--output '{folder}': holds another model; give another folder, or remove it")
+        return
+    others = [
+        path.name for path in folder.iterdir() if not path.name.startswith(".") and path.suffix != ".tmp"
+    ]
+    if others:
+        raise UserError(
+            f"--output '{folder}': holds other files, such as {short_name(min(others))}; give another folder"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--ckpt", required=True, help="checkpoint or weights file")
@@ -153,6 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     cli.check_output("--output", args.output)
     model = Pretrained(load_trained(args.ckpt, "cpu", args.vae, weights=args.weights))
+    check_folder(args.output, model.trained)
     model.save_pretrained(args.output)
     names = sorted(path.name for path in args.output.iterdir())
     print(f"{args.output}: {', '.join(names)}")

@@ -75,14 +75,23 @@ def load_trained(
     known = state["autoencoder"]
     if vae is None and Path(ckpt, "vae").is_dir():
         vae = str(Path(ckpt, "vae"))
-    if vae is None:
-        vae = known["name"] if known else config.data.vae
-    autoencoder = Autoencoder.load(vae, device)
+    autoencoder = Autoencoder.load(vae, device) if vae else load_known_autoencoder(known, config, device)
     check_autoencoder(autoencoder, known, config)
 
     model = model.to(device).eval()
     weights = state.get("weights") or weights
     return TrainedModel(model, config, autoencoder, state["class_names"], state["step"], identity, weights)
+
+
+def load_known_autoencoder(known: dict | None, config: Config, device: torch.device | str) -> Autoencoder:
+    """The autoencoder that the checkpoint names; UserError if it is not there any more."""
+    name = known["name"] if known else config.data.vae
+    try:
+        return Autoencoder.load(name, device)
+    except UserError as error:
+        raise UserError(
+            f"{error}; the checkpoint names it: if it has moved, give its new place as --vae"
+        ) from None
 
 
 def load_network(state: Checkpoint, config: Config, weights: str, ckpt: str) -> torch.nn.Module:

@@ -26,10 +26,13 @@ from diffusion.samplers import Denoise
 from sampling.accounting import StepCounts
 from sampling.budgets import ALL, Budget
 from sampling.classes import choose_labels
-from sampling.denoising import sampling_steps
+from sampling.denoising import decode_samples, sampling_steps
 from sampling.generate import check_labels
 from sampling.load import TrainedModel, load_trained
-from sampling.options import SamplingOptions
+from sampling.options import SamplingOptions, possible_scale
+
+# Guidance where none is asked for, if the model can do it
+DEFAULT_SCALE = 4.0
 
 Generators = torch.Generator | list[torch.Generator]
 
@@ -72,7 +75,7 @@ class DCDiTPipeline:
     def __call__(
         self,
         class_labels: Sequence[int | str],
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         drop_fraction: float = 0.0,
         num_inference_steps: int = 50,
         generator: Generators | None = None,
@@ -81,7 +84,8 @@ class DCDiTPipeline:
 
         Args:
             class_labels: labels, or names of classes.
-            guidance_scale: 1 is none. drop_fraction: share of the kept tokens to drop, in [0, 1).
+            guidance_scale: 1 is none, and 0 samples without a class; default: 4, or the only scale that the model
+                can do. drop_fraction: share of the kept tokens to drop, in [0, 1).
             generator: of the noise, as everywhere in diffusers.
 
         Raises:
@@ -89,6 +93,8 @@ class DCDiTPipeline:
                 network runs in float32 here), or a scheduler that does not fit.
         """
         config = self.trained.config
+        if guidance_scale is None:
+            guidance_scale = possible_scale(DEFAULT_SCALE, config)
         options = SamplingOptions(
             cfg_scale=guidance_scale,
             num_sampling_steps=num_inference_steps,
@@ -105,7 +111,8 @@ class DCDiTPipeline:
         kept = []
         for step, routing in sampling_steps(self.trained, labels, options, sampler):
             kept.append(routing.counts(step.t))
-        return PipelineOutput(to_pil(self.trained.autoencoder.decode(step.x_next)), kept)
+        images = decode_samples(self.trained.autoencoder, step.x_next, range(len(labels)))
+        return PipelineOutput(to_pil(images), kept)
 
     def scheduler_steps(
         self, denoise: Denoise, batch: int, generator: Generators | None

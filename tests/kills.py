@@ -31,6 +31,7 @@ import sample_ddp
 import train
 from processes import group
 from training import launch
+from training.resume import CommandLine
 from weights import checkpoint
 
 FORK = multiprocessing.get_context("fork")  # of a process without threads of its own; see `calm`
@@ -138,6 +139,11 @@ def overrides(changes: Sequence[str]) -> list[str]:
     for change in changes:
         words += ["--set", change]
     return words
+
+
+def typed(folder: Path) -> CommandLine:
+    """The command line of a run in this folder, on one process."""
+    return CommandLine("--output", folder, folder / "config.yaml", [], processes=1)
 
 
 def attempt(

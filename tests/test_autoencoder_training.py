@@ -38,6 +38,11 @@ def test_command_saves_a_diffusers_model_once(tmp_path):
     assert weights.stat().st_mtime_ns == written
     assert list(tmp_path.glob("*unfinished*")) == []
 
+    # Emptied by a power cut
+    weights.write_bytes(b"")
+    with pytest.raises(UserError, match="its autoencoder is damaged .*; remove the folder to train it again"):
+        autoencoder.main(["--images", str(tmp_path / "images"), "--output", str(tmp_path / "model")])
+
 
 def test_decorrelated_latents_are_white_and_decode_to_the_same_picture():
     pixels = np.stack([shapes.render(index, 16)[0] for index in range(32)])

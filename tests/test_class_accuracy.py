@@ -49,6 +49,7 @@ def write_colours(folder, names, images=4):
 
 def run(samples, reference, classifier, folder, capsys) -> tuple[dict, str]:
     output = folder / "numbers.json"
+    output.unlink(missing_ok=True)
     argv = [samples, reference, "--features", classifier, "--cache", folder / "cache", "--output", output]
     evaluate.main([str(part) for part in argv])
     return json.loads(output.read_text()), capsys.readouterr().out
@@ -67,9 +68,18 @@ def test_a_part_of_the_classes_in_another_order(tmp_path, capsys):
         file.rename(flat / f"{k}.png")
     found, printed = run(two, flat, classifier, tmp_path, capsys)
     assert found["class_accuracy"] == 1 and "by class number" not in printed
-    # The other way round there are no labels
+    # The other way round the folder is one class, as it is in training, and no class of the classifier
     found, printed = run(flat, two, classifier, tmp_path, capsys)
-    assert "class_accuracy" not in found and "left out: the samples have no labels" in printed
+    assert (
+        "class_accuracy" not in found and "left out: the classifier does not know the class 'flat'" in printed
+    )
+    flat = flat.rename(tmp_path / "red")
+    found, printed = run(flat, two, classifier, tmp_path, capsys)
+    assert found["class_accuracy"] == 4 / 12 and "its 12 images are one class" in printed
+    # But not if it is that of sample_ddp.py
+    (flat / "settings.json").write_text("{}")
+    found, printed = run(flat, two, classifier, tmp_path, capsys)
+    assert "left out: the samples have no labels" in printed and "one class" not in printed
 
 
 def test_samples_bring_the_names_of_their_classes(tmp_path, capsys):
@@ -120,11 +130,11 @@ def test_labels_that_are_no_class_numbers(tmp_path):
     file = tmp_path / "images.npz"
     for labels in ([0, 1, -1, 2], [0, 1, 2.7, 3], np.eye(4), ["a", "b", "c", "d"], [0, 1, np.nan, 2]):
         np.savez(file, images, np.array(labels))
-        assert open_source(file).labels is None
+        assert open_source(file, "SAMPLES").labels is None
     np.savez(file, images, np.array([0.0, 1.0, 2.0, 0.0], np.float32))
-    assert open_source(file).labels.numbers.tolist() == [0, 1, 2, 0]
+    assert open_source(file, "SAMPLES").labels.numbers.tolist() == [0, 1, 2, 0]
     np.savez(file, images, np.array([0, 1, 2, 0]), dcdit_class_names=np.array("{broken"))
-    assert open_source(file).labels.names is None
+    assert open_source(file, "SAMPLES").labels.names is None
 
 
 def test_names_in_the_file_of_a_classifier(tmp_path):

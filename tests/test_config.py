@@ -13,6 +13,7 @@ from config import (
     config_from_dict,
     differences,
     flatten,
+    is_read,
     load_config,
     parse_layout,
     role_of,
@@ -22,6 +23,7 @@ from config import (
 )
 from models import build_model
 from schema import Leaf, describe, leaves
+from training.resume import changed_keys
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -188,14 +190,25 @@ def test_numbers_as_text(tmp_path, text, number):
 OFFICIAL_SPELLINGS = [
     ("model.hnet.arch_layout=[C1, [D2], C1c2]", "model.hnet.arch_layout=[c1, [D2], c3]"),
     ("model.hnet.arch_layout=[c2, [D1D02d1], c2]", "model.hnet.arch_layout=[c2, [D3d1], c2]"),
+    ("model.hnet.d_model=384", "model.hnet.d_model=[384, 384]"),
+    ("model.hnet.num_heads=6", "model.hnet.num_heads=[6, 6]"),
     ("model.hnet.d_model=[768, 768, 768]", "model.hnet.d_model=[768, 768]"),
     ("model.hnet.num_heads=[12, 6, 6]", "model.hnet.num_heads=[12, 6]"),
+    ("model.hnet.enc_dec_dim_factor=2", "model.hnet.enc_dec_dim_factor=[2, null]"),
+    ("logging.trackers=null", "logging.trackers=[]"),
+    ("training.frozen=None", "training.frozen=[]"),
+    ("training.lr_scales=null", "training.lr_scales={}"),
+    ("training.learning_rate='1e-4'", "training.learning_rate=1e-4"),
+    ("training.learn_sigma=yes", "training.learn_sigma=true"),
+    ("training.precision=no", "training.precision=fp32"),
+    ("training.precision=bfloat16", "training.precision=bf16"),
     ("model.hnet.enc_dec_dim_factor=[2]", "model.hnet.enc_dec_dim_factor=[2, null]"),
     ("model.hnet.enc_dec_dim_factor=[2, 0, 1]", "model.hnet.enc_dec_dim_factor=[2, null]"),
     ("model.hnet.enc_dec_dim_factor=[]", "model.hnet.enc_dec_dim_factor=null"),
     ("model.hnet.enc_dec_dim_factor=[null, null]", "model.hnet.enc_dec_dim_factor=null"),
     ("model.hnet.enc_dec_dim_factor=[1, null]", "model.hnet.enc_dec_dim_factor=null"),
     ("model.hnet.tie_embeddings=true", "model.hnet.tie_embeddings=false"),
+    ("model.hnet.tie_embeddings=maybe", "model.hnet.tie_embeddings=false"),
     ("training.downsample_factor=[4]", "training.downsample_factor=4"),
     ("training.downsample_factor=[4, 4]", "training.downsample_factor=4"),
     ("training.downsample_factor_start=[2]", "training.downsample_factor_start=2"),
@@ -227,6 +240,137 @@ def test_official_spellings_have_one_form(official, own):
 )
 def test_values_without_an_effect_are_accepted(overrides):
     load_config(None, overrides)
+
+
+@pytest.mark.parametrize("text", ["1e400", "Infinity", "inf", ".inf", "'.inf'", "+.inf", "1.0e+400", "null"])
+def test_no_limit_on_gradients(tmp_path, text):
+    file = write(tmp_path, "a.yaml", f"training: {{max_grad_norm: {text}}}\n")
+    assert load_config(file).training.max_grad_norm is None
+    assert load_config(None, [f"training.max_grad_norm={text}"]).training.max_grad_norm is None
+
+
+# What a user may call a folder or a file
+NAMES = [
+    "/path/Q #1",
+    "2024",
+    "007",
+    "1e3",
+    "1.50",
+    "on",
+    "No",
+    "a: b",
+    "[a]",
+    "{a}",
+    "2024-01-01",
+    "*x",
+    "- a",
+    "'s",
+]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "null", "~"])
+def test_a_text_on_the_command_line_is_taken_as_typed(name):
+    assert load_config(None, [f"data.feature_path={name}"]).data.feature_path == name
+    assert load_config(None, [f"data.feature_path= {name} "]).data.feature_path == name
+    assert (
+        load_config(None, [f"data.feature_path='{name.replace(chr(39), 2 * chr(39))}'"]).data.feature_path
+        == name
+    )
+
+
+def test_null_on_the_command_line():
+    """Where null is a value of its own, a file of this name needs quotes or a folder before it."""
+    assert load_config(None, ["ckpt=a.pt", "ckpt=null"]).ckpt is None
+    assert load_config(None, ["ckpt=a.pt", "ckpt="]).ckpt is None
+    assert load_config(None, ["ckpt='null'"]).ckpt == "null"
+    assert load_config(None, ["evaluation.reference=2024"]).evaluation.reference == "2024"
+    assert "null is not text" in refusal(load_config, None, ["data.feature_path="])
+
+
+@pytest.mark.parametrize(
+    "name", ["2024", "007", "1e3", "1.50", "on", "No", "2024-01-01", "'a: b'", "'/path/Q #1'"]
+)
+def test_a_text_in_a_file_is_taken_as_written(tmp_path, name):
+    file = write(tmp_path, "a.yaml", f"data:\n  feature_path: {name}  # a comment\nckpt: {name}\n")
+    config = load_config(file)
+    assert config.data.feature_path == config.ckpt == name.strip("'")
+    assert load_config(write(tmp_path, "b.yaml", to_yaml(config))) == config
+
+
+def test_a_text_with_a_colon_in_a_file(tmp_path):
+    file = write(tmp_path, "a.yaml", "data:\n  feature_path: a: b\n")
+    assert "a text with ': ' or ' #' needs quotes" in refusal(load_config, file)
+
+
+def test_numbers_beside_texts_stay_numbers(tmp_path):
+    """Also where both refer to one value."""
+    file = write(tmp_path, "a.yaml", "_base_: 1\ndata: {image_size: &size 128, feature_path: *size}\n")
+    write(tmp_path, "1", "training: {seed: 3}\n")
+    config = load_config(file)
+    assert (config.data.image_size, config.data.feature_path, config.training.seed) == (128, "128", 3)
+    assert load_config(None, ["data={image_size: 64, feature_path: 64}"]).data.feature_path == "64"
+
+
+# Values that only a key that is switched off has. `switch` turns it on
+UNREAD_VALUES = [
+    ("training.multi_budget_drop_fractions", ["null", "[1.0]", "[]", "{min: .5, max: .1}", "x"],
+     ["model.patch_size=null", "training.multi_budget_training=true"]),
+    ("training.multi_budget_start_step", ["-1", "x"],
+     ["model.patch_size=null", "training.multi_budget_training=true"]),
+    ("training.profile_steps", ["null", "[]", "[20, 10]", "7"], ["training.profile=true"]),
+    ("training.ratio_batch_size", ["0"], ["model.patch_size=null", "training.ratio_loss_weight=0.1"]),
+    ("training.epochs", ["null", "0"], ["training.max_steps=null"]),
+    ("training.frozen_steps", ["null"], ["training.frozen=[router]"]),
+    ("model.upcycle.scaffold", ["x"], ["training.init_from=a.pt"]),
+    ("model.upcycle.router", ["x"], ["training.init_from=a.pt"]),
+    ("model.hnet.enc_dec_dim_factor", ["[5, 7]"], ["model.patch_size=null"]),
+    ("model.hnet.dechunk_kernel_sigma", ["0"], ["model.patch_size=null"]),
+    ("model.hnet.arch_layout", ["[D2]", "[D1, [D2], x]"], ["model.patch_size=null"]),
+    ("model.hnet.d_model", ["[5, 768]"], ["model.patch_size=null"]),
+    ("logging.sample_cfg_scale", ["null"], ["logging.sample_every=1"]),
+    ("logging.wandb_project.x", ["1"], ["logging.trackers=[wandb]"]),
+    ("evaluation.num_samples", ["3"], ["evaluation.every=1", "evaluation.reference=a"]),
+    ("evaluation.reference", ["null"], ["evaluation.every=1"]),
+    ("evaluation.features.x", ["1"], ["evaluation.every=1", "evaluation.reference=a"]),
+    ("evaluation.inception_weights.x", ["1"], ["evaluation.every=1", "evaluation.reference=a"]),
+    ("evaluation.cfg_scale", ["0.5"], ["evaluation.every=1", "evaluation.reference=a"]),
+    ("evaluation.num_sampling_steps", ["0"], ["evaluation.every=1", "evaluation.reference=a"]),
+    ("evaluation.batch_size", ["0"], ["evaluation.every=1", "evaluation.reference=a"]),
+]  # fmt: skip
+OFF = ["training.max_steps=10", "training.ratio_loss_weight=0", "model.patch_size=2"]
+
+
+@pytest.mark.parametrize("key, values, on", UNREAD_VALUES, ids=[key for key, *_ in UNREAD_VALUES])
+def test_a_key_that_is_not_read_is_not_checked(key, values, on):
+    for value in values:
+        config = load_config(None, [*OFF, f"{key}={value}"])
+        assert config_from_dict(to_dict(config)) == config
+        assert key.removesuffix(".x") in refusal(load_config, None, [*OFF, f"{key}={value}", *on])
+
+
+def test_every_key_that_is_switched_off_is_tried():
+    off = load_config(None, OFF)
+    unread = {leaf.name for leaf in leaves(Config) if not is_read(off, leaf.name)}
+    # Of these two, a static DiT reads one entry
+    assert {key.removesuffix(".x") for key, *_ in UNREAD_VALUES} == unread | {
+        "model.hnet.arch_layout",
+        "model.hnet.d_model",
+    }
+
+
+def test_an_unread_key_is_no_reason_to_refuse_a_resumed_run():
+    config = load_config(None, ["training.multi_budget_drop_fractions=[0.5]", "training.frozen_steps=3"])
+    assert changed_keys(config, to_dict(Config())) == []
+    multi_budget = load_config(None, ["training.multi_budget_training=true"])
+    keys = ["training.multi_budget_drop_fractions", "training.multi_budget_training"]
+    assert changed_keys(config, to_dict(multi_budget)) == keys
+
+
+def test_an_unread_key_keeps_a_value_that_could_be_read():
+    config = load_config(
+        None, ["training.multi_budget_drop_fractions=[0.5]", "training.profile_steps=[3, 4]"]
+    )
+    assert config.training.multi_budget_drop_fractions == [0.5] and config.training.profile_steps == [3, 4]
 
 
 def test_round_trip(tmp_path):
@@ -400,25 +544,28 @@ MISTAKES = [
     ("training: {learn_sigma: 0}", "training.learn_sigma: 0 is not true or false"),
     ("training: {epochs: 1.5}", "training.epochs: 1.5 is not a whole number"),
     ("training: {epochs: '3'}", "training.epochs: '3' is not a whole number"),
-    ("training: {epochs: true}", "training.epochs: True is not a whole number"),
-    ("training: {epochs: null}", "training.epochs: None is not a whole number"),
+    ("training: {epochs: true}", "training.epochs: true is not a whole number"),
+    ("training: {epochs: null}", "training.epochs: null is not a whole number"),
     ("training: {learning_rate: fast}", "training.learning_rate: 'fast' is not a finite number"),
-    ("training: {learning_rate: true}", "training.learning_rate: True is not a finite number"),
+    ("training: {learning_rate: true}", "training.learning_rate: true is not a finite number"),
     ("training: {learning_rate: .inf}", "training.learning_rate: inf is not a finite number"),
     ("training: {weight_decay: .nan}", "training.weight_decay: nan is not a finite number"),
+    ("training: {max_grad_norm: 0}",
+     "training.max_grad_norm: 0.0 must be greater than 0; try null for no limit"),
     ("training: {max_grad_norm: .nan}", "training.max_grad_norm: nan is not a finite number"),
     (f"training: {{learning_rate: 1{'0' * 400}}}", "is not a finite number"),
     ("training: {downsample_factor: [x]}", "training.downsample_factor: 'x' is not a finite number"),
-    ("training: {multi_budget_drop_fractions: 0.5}",
+    ("training: {multi_budget_training: true, multi_budget_drop_fractions: 0.5}",
      "training.multi_budget_drop_fractions: 0.5 is not a list"),
-    ("training: {multi_budget_drop_fractions: [0, x]}",
+    ("training: {multi_budget_training: true, multi_budget_drop_fractions: [0, x]}",
      "training.multi_budget_drop_fractions[1]: 'x' is not a finite number"),
-    ("data: {feature_path: 3}", "data.feature_path: 3 is not text"),
+    ("data: {feature_path: null}", "data.feature_path: null is not text; a name needs quotes: 'null'"),
+    ("data: {feature_path: [a]}", "data.feature_path: [a] is not text"),
     ("model: {hnet: 3}", "section 'model.hnet' must hold 'key: value' lines, not int 3"),
     ("training: [1]", "section 'training' must hold 'key: value' lines, not list"),
     ("- 1\n", "must hold 'key: value' lines, not list"),
     ("just text", "must hold 'key: value' lines, not str"),
-    ("ckpt: 3", "ckpt: 3 is not text or null"),
+    ("ckpt: [3]", "ckpt: [3] is not text or null"),
     # YAML itself
     ("a: [1", "is not valid YAML"),
     ("training: {seed: 1, seed: 2}", "key 'seed' is given twice (line 1); remove one"),
@@ -427,33 +574,40 @@ MISTAKES = [
     ("_base_: [a.yaml]", "_base_: ['a.yaml'] in"),
     ("_base_: nowhere.yaml", "nowhere.yaml' cannot be read (No such file or directory)"),
     # layouts
-    ("model: {hnet: {arch_layout: [D12]}}", "the nearest is [c2, [D12], c2] with model.patch_size 1"),
-    ("model: {hnet: {arch_layout: [[D12]]}}", "must be [encoder, [main], decoder], e.g. [c2, [D12], c2]"),
-    ("model: {hnet: {arch_layout: []}}", "must be [encoder, [main], decoder]"),
-    ("model: {hnet: {arch_layout: [c2, D12, c2]}}", "must be [encoder, [main], decoder]"),
+    ("model: {hnet: {arch_layout: [D12]}}",
+     "try [c2, [D12], c2], with model.patch_size 1 for a DiT without chunking"),
+    ("model: {hnet: {arch_layout: [[D12]]}}",
+     "must be [encoder, [main network], decoder]; try [c2, [D12], c2]"),
+    ("model: {hnet: {arch_layout: []}}", "must be [encoder, [main network], decoder]; try [c2, [D12], c2]"),
+    ("model: {hnet: {arch_layout: [c2, D12, c2]}}",
+     "must be [encoder, [main network], decoder]; try [c2, [D12], c2]"),
     ("model: {hnet: {arch_layout: [c2, [], c2]}}",
-     "model.hnet.arch_layout: the main network [] must be one string"),
+     "has [] for a main network, which must be one string such as [D12]; try [c2, [D12], c2]"),
     ("model: {hnet: {arch_layout: [c2, [c2, [D12], c2], c2]}}",
-     "has more than one chunking stage, and only one is supported"),
+     "has more than one chunking stage, and only one is supported; try [c2, [D12], c2]"),
     ("model: {hnet: {arch_layout: [c2, [m4], c2]}}",
-     "arch_layout: 'm4' must be 'd<number>' or 'D<number>', e.g. 'D2'"),
-    ("model: {hnet: {arch_layout: [c2, [12D], c2]}}", "'12D' must be"),
-    ("model: {hnet: {arch_layout: [c2, [D], c2]}}", "'D' must be"),
-    ("model: {hnet: {arch_layout: [c2, [D2x3], c2]}}", "'D2x3' must be"),
-    ("model: {hnet: {arch_layout: [c2, [t2], c2]}}", "'t2' must be"),
-    ("model: {hnet: {arch_layout: [c2, [D2m4], c2]}}", "the official code reads it as 'D2'"),
+     "has 'm4' in the main network; only D<number> and d<number> are blocks; try [c2, [D4], c2]"),
+    ("model: {hnet: {arch_layout: [c2, [12D], c2]}}", "has '12D' in the main network; only"),
+    ("model: {hnet: {arch_layout: [c2, [D], c2]}}", "has 'D' in the main network; only"),
+    ("model: {hnet: {arch_layout: [c2, [D2x3], c2]}}",
+     "has 'D2x3' in the main network, which the official code reads as D2; only"),
+    ("model: {hnet: {arch_layout: [c2, [t2], c2]}}", "has 't2' in the main network; only"),
+    ("model: {hnet: {arch_layout: [c2, [D2m4], c2]}}",
+     "has 'D2m4' in the main network, which the official code reads as D2; only"),
     ("model: {hnet: {arch_layout: [D2, [D2], c2]}}",
-     "'D2' must be 'c<number>', e.g. 'c2'; transformer blocks stand in the main network only"),
+     "has D2 in the encoder; transformer blocks stand in the main network only; try [c2, [D2], c2]"),
     ("model: {hnet: {arch_layout: [c2, [D2], d1]}}", "transformer blocks stand in the main network only"),
     ("model: {hnet: {arch_layout: [c2, [c2], c2]}}",
-     "'c2' must be 'd<number>' or 'D<number>', e.g. 'D2'; convolutions stand in encoder and decoder only"),
-    ("model: {hnet: {arch_layout: [c0, [D2], c2]}}", "'c0' has no blocks; give at least one"),
-    ("model: {hnet: {arch_layout: [c2, [2], c2]}}", "2 must be 'd<number>'"),
+     "has c2 in the main network; convolutions stand in the encoder and the decoder only; try [c2, [D2], c2]"),
+    ("model: {hnet: {arch_layout: [c0, [D2], c2]}}",
+     "has no blocks in the encoder ('c0'); try [c1, [D2], c2]"),
+    ("model: {hnet: {arch_layout: [c2, [2], c2]}}",
+     "has 2 in the main network, which is not text such as D2; try [c2, [D2], c2]"),
     # widths
     ("model: {hnet: {d_model: [100, 100]}}",
      "model.hnet.d_model: 100 is not a multiple of 32, which the GroupNorms need"),
     ("model: {hnet: {enc_dec_dim_factor: [5, null]}}",
-     "d_model / enc_dec_dim_factor: 153 is not a multiple of 32"),
+     "enc_dec_dim_factor: 5 makes the encoder 153 wide, which is not a multiple of 32 as the GroupNorms need"),
     ("model: {hnet: {enc_dec_dim_factor: [4, 2]}}",
      "[4, 2] reduces the main network, which cannot work; try [4, null]"),
     ("model: {hnet: {enc_dec_dim_factor: [-4, null]}}",
@@ -465,7 +619,6 @@ MISTAKES = [
     ("model: {hnet: {d_model: [384, 768]}}", "must be equal at both entries; try [768, 768]"),
     ("model: {hnet: {d_model: [768, 768, 512]}}",
      "has entries for more than one chunking stage, and only one is supported; try [768, 768]"),
-    ("model: {hnet: {tie_embeddings: 1}}", "model.hnet.tie_embeddings: 1 is not false"),
     ("model: {hnet: {dechunk_kernel_sigma: 0}}",
      "model.hnet.dechunk_kernel_sigma: 0.0 must be greater than 0"),
     ("model: {init: zero}", "model.init: 'zero' is not one of adaln_zero, released"),
@@ -482,17 +635,20 @@ MISTAKES = [
      "training.downsample_factor_start: 1.0 must be greater than 1"),
     ("training: {multi_budget_training: true, multi_budget_drop_fractions: []}",
      "training.multi_budget_drop_fractions: [] has no fraction to draw"),
-    ("training: {multi_budget_drop_fractions: [0, 1]}",
+    ("training: {multi_budget_training: true, multi_budget_drop_fractions: [0, 1]}",
      "multi_budget_drop_fractions[1]: 1.0 must be in [0, 1)"),
-    ("training: {multi_budget_drop_fractions: [-0.1]}", "-0.1 must be in [0, 1)"),
-    ("training: {multi_budget_drop_fractions: {min: 0.1}}", "(in [0, 1)) or {min, max}"),
-    ("training: {multi_budget_drop_fractions: {min: 0.1, mx: 0.2}}",
+    ("training: {multi_budget_training: true, multi_budget_drop_fractions: [-0.1]}",
+     "-0.1 must be in [0, 1)"),
+    ("training: {multi_budget_training: true, multi_budget_drop_fractions: {min: 0.1}}",
+     "(in [0, 1)) or {min, max}"),
+    ("training: {multi_budget_training: true, multi_budget_drop_fractions: {min: 0.1, mx: 0.2}}",
      "unknown key 'training.multi_budget_drop_fractions.mx'"),
-    ("training: {multi_budget_drop_fractions: {min: 0, max: 1}}", "1.0 must be in [0, 1)"),
-    ("training: {multi_budget_drop_fractions: {min: 0.3, max: 0.2}}",
+    ("training: {multi_budget_training: true, multi_budget_drop_fractions: {min: 0, max: 1}}",
+     "1.0 must be in [0, 1)"),
+    ("training: {multi_budget_training: true, multi_budget_drop_fractions: {min: 0.3, max: 0.2}}",
      "min 0.3 is above max 0.2; exchange them"),
     ("training: {class_dropout_prob: 1.1}", "training.class_dropout_prob: 1.1 must be in [0, 1]"),
-    ("training: {ema_decay: 1}", "at 1 the EMA would keep the first weights for ever, try 0.9999"),
+    ("training: {ema_decay: 1}", "at 1 the EMA would keep the first weights for ever; try 0.9999"),
     ("training: {ema_decay: 1.5}", "training.ema_decay: 1.5 must be in [0, 1)"),
     ("training: {epochs: 0}", "training.epochs: 0 must be greater than 0"),
     ("training: {max_steps: 0}", "training.max_steps: 0 must be greater than 0"),
@@ -520,17 +676,84 @@ MISTAKES = [
      "diffusion.cfg_channels: 'some' is not a whole number (greater than 0) or all"),
     ("logging: {log_every: 0}", "logging.log_every: 0 must be greater than 0"),
     ("logging: {ckpt_keep: -1}", "logging.ckpt_keep: -1 must be at least 0"),
-    ("logging: {sample_cfg_scale: 0.5}", "logging.sample_cfg_scale: 0.5 must be at least 1, or 0"),
+    ("logging: {sample_every: 1, sample_cfg_scale: 0.5}", "logging.sample_cfg_scale: 0.5 must be at least 1, or 0"),
     ("evaluation: {every: 10}", "evaluation.reference: is needed with evaluation.every"),
-    ("evaluation: {num_samples: 3}", "evaluation.num_samples: 3 must be at least 4"),
-    ("evaluation: {cfg_scale: 0.5}", "evaluation.cfg_scale: 0.5 must be at least 1"),
-    ("evaluation: {batch_size: 0}", "evaluation.batch_size: 0 must be greater than 0"),
+    ("evaluation: {every: 1, reference: a, num_samples: 3}", "evaluation.num_samples: 3 must be at least 4"),
+    ("evaluation: {every: 1, reference: a, cfg_scale: 0.5}", "evaluation.cfg_scale: 0.5 must be at least 1"),
+    ("evaluation: {every: 1, reference: a, batch_size: 0}", "evaluation.batch_size: 0 must be greater than 0"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text, part", MISTAKES, ids=[text[:60] for text, _ in MISTAKES])
 def test_mistakes(tmp_path, text, part):
     assert part in refusal(load_config, write(tmp_path, "a.yaml", text))
+
+
+# More values that are refused with a suggestion
+TYPED = [
+    # Layouts
+    *[f"model.hnet.arch_layout={text}" for text in (
+        "[D2]", "[c2]", "[m4]", "[D2m4]", "[12D]", "[[D12]]", "[c2, [D12]]", "[c2, D12, c2]", "[c2, [D2, d2], c2]",
+        "[c2, [c2, [D12], c2], c2]", "[c2, [D2, [d1, [D12], d1], D2], c2]", "[D1, [D2], C1]", "[c1m2, [D2], c1]",
+        "[c1, [D2m4], c1]", "[c1, ['D2 d1'], c1]", "[c1, [c2], c1]", "[c1, [C2D2], d1]", "[c0, [D0], c0]",
+        "[c1, [D0d0], c1]", "[c1, [D1000], c1]", "[c2000, [D1], c1]", "[null, [null], {}]", "[c1, [[]], c1]",
+        "c2,D12,c2", "D12", "12", "null", "[]", "[3, [4], 5]", "[c1, [T4], c1]", "[c, [D], c]", "{a: 1}",
+    )],
+    # Widths
+    "model.hnet.d_model=100", "model.hnet.d_model=384,384", "model.hnet.d_model=[384, 100]",
+    "model.hnet.d_model=[100, 100]", "model.hnet.d_model=[384, 768, 100]",
+    "model.hnet.num_heads=7", "model.hnet.num_heads=[7, 7]", "model.hnet.num_heads=[2, 7]",
+    "model.hnet.num_heads=[12, 12, 6]", "model.hnet.num_heads=[12, 5000]",
+    "model.hnet.enc_dec_dim_factor=[4, 2]", "model.hnet.enc_dec_dim_factor=[null, 2]",
+    "model.hnet.enc_dec_dim_factor=[5, null]", "model.hnet.enc_dec_dim_factor=[5000]",
+    # Numbers, switches and words
+    "training.epochs=1e2", "training.epochs=80.0", "training.max_steps='5'", "training.learn_sigma='yes'",
+    "training.learn_sigma=0", "training.learn_sigma='False'", "training.precision=BF16", "model.init=RELEASED",
+    "training.ema_decay=1.0", "training.max_grad_norm=0", "training.max_grad_norm=-1",
+    "training.downsample_factor=[4, 8]", "training.downsample_factor=[1, 8]", "training.downsample_factor=[x, y]",
+    "data.image_size=250", "data.image_size=8", "data.image_size=1", "diffusion.diffusion_steps=10",
+    "diffusion.cfg_channels=ALL", "diffusion.cfg_channels='3'",
+    "training.max_steps=None", "training.ratio_batch_size=none", "training.max_grad_norm=None",
+    # Lists
+    "logging.trackers=wandb", "training.frozen=router",
+]  # fmt: skip
+TYPED_TOGETHER = [
+    ("model.patch_size=3", []),
+    ("model.patch_size=2", ["data.image_size=264"]),
+    ("data.image_size=250", ["model.patch_size=4"]),
+    ("model.hnet.d_model=[770, 770]", ["model.hnet.num_heads=[7, 7]"]),
+    ("model.hnet.d_model=[770, 770]", ["model.hnet.enc_dec_dim_factor=[4]"]),
+    ("model.hnet.d_model=[770, 770]", ["model.patch_size=2"]),
+    ("training.multi_budget_drop_fractions=0.2,0.4", ["training.multi_budget_training=true"]),
+    ("training.multi_budget_drop_fractions=0.2", ["training.multi_budget_training=true"]),
+    ("training.multi_budget_drop_fractions=[]", ["training.multi_budget_training=true"]),
+    ("training.multi_budget_drop_fractions={min: .5, max: .1}", ["training.multi_budget_training=true"]),
+    ("training.profile_steps=10,20", ["training.profile=true"]),
+]
+
+
+def suggestion(message: str) -> str | None:
+    """What a message proposes to type in place of the value."""
+    _, is_there, rest = message.partition("; try ")
+    return re.split(", or |, with | for ", rest)[0] if is_there else None
+
+
+@pytest.mark.parametrize("override, others", [*[(typed, []) for typed in TYPED], *TYPED_TOGETHER])
+def test_every_suggestion_works(override, others):
+    message = refusal(load_config, None, [*others, override])
+    proposed = suggestion(message)
+    assert proposed, message
+    load_config(None, [*others, f"{override.partition('=')[0]}={proposed}"])
+
+
+@pytest.mark.parametrize("text", [text for text, _ in MISTAKES])
+def test_every_suggestion_for_a_file_works(tmp_path, text):
+    file = write(tmp_path, "a.yaml", text)
+    message = refusal(load_config, file)
+    proposed = suggestion(message)
+    key = message.partition(":")[0]
+    if proposed and "[" not in key:
+        load_config(file, [f"{key}={proposed}"])
 
 
 @pytest.mark.parametrize(
@@ -540,9 +763,13 @@ def test_mistakes(tmp_path, text, part):
         ("=3", "--set '=3' must have the form section.key=value"),
         ("training.epochs=[1", "--set 'training.epochs=[1': '[1' is not a valid YAML value"),
         ("training.epoch=3", "unknown key 'training.epoch'; did you mean 'training.epochs'?"),
-        ("epochs=3", "unknown key 'epochs'"),
+        ("training.lr=1e-4", "unknown key 'training.lr'; did you mean 'training.learning_rate'?"),
+        ("training.batch_size=8", "did you mean 'training.global_batch_size'?"),
+        ("training.learn_sigma=y", "training.learn_sigma: 'y' is not true or false; try true"),
+        ("epochs=3", "unknown key 'epochs'; did you mean 'training.epochs'?"),
+        ("model.d_model=[64, 64]", "unknown key 'model.d_model'; did you mean 'model.hnet.d_model'?"),
         ("training=3", "section 'training' must hold"),
-        ("training.epochs.x=3", "training.epochs: {'x': 3} is not a whole number"),
+        ("training.epochs.x=3", "training.epochs: {x: 3} is not a whole number"),
         ("training.learn_sigma=no way", "is not true or false"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -268,7 +269,33 @@ OTHER_TRAINERS = {
     "other names for an EMA": lambda w: {"params": prefixed("module.", published_zeros(w)), "params_ema": w},
     "options of train.py": lambda w: {"ema": w, "model": published_zeros(w), "args": argparse.Namespace(a=1)},
     "our names": lambda w: foreign.from_official(w),
+    "our names, wrapped": lambda w: prefixed(
+        "_orig_mod.module.", in_blocks("_fsdp_wrapped_module._orig_mod", foreign.from_official(w))
+    ),
+    "AveragedModel": lambda w: averaged(w),
+    "AveragedModel beside the model": lambda w: {"model": published_zeros(w), "ema": averaged(w)},
+    "ema-pytorch": lambda w: ema_pytorch(w),
+    "ema-pytorch as an entry": lambda w: {"model": published_zeros(w), "ema": ema_pytorch(w), "step": 3},
+    "attributes of one module": lambda w: {
+        "state_dict": prefixed("model_ema.", w)
+        | prefixed("model.", published_zeros(w))
+        | {"loss.scale": torch.ones(1)}
+    },
+    "a checkpoint within": lambda w: {"checkpoint": {"model": w, "optimizer": {"state": {0: {"step": 1}}}}},
+    "an EMA within": lambda w: {"model": published_zeros(w), "ema": {"decay": 0.999, "shadow": w}},
+    "a step beside the tensors": lambda w: {**w, "step": 3},
 }
+
+
+def averaged(weights: dict) -> dict:
+    """As the state of torch.optim.swa_utils.AveragedModel."""
+    return {"n_averaged": torch.tensor(7), **prefixed("module.", weights)}
+
+
+def ema_pytorch(weights: dict) -> dict:
+    """As the state of ema_pytorch.EMA."""
+    counters = {"initted": torch.tensor(True), "step": torch.tensor(9)}
+    return counters | prefixed("online_model.", published_zeros(weights)) | prefixed("ema_model.", weights)
 
 
 def published_zeros(weights: dict) -> dict:
@@ -290,6 +317,69 @@ def test_half_precision_in_plain_safetensors(dtype, tmp_path):
     state = converted(tmp_path / "half.safetensors", tmp_path / "out.safetensors")
     loaded_model(state)
     assert_same_weights(state["ema"], foreign.from_official(half))
+
+
+def test_an_averaged_model_of_pytorch(save, tmp_path):
+    """Its own state dict, in case the names change."""
+    net = torch.nn.Module()
+    weights = small_dit()
+    for name, tensor in weights.items():
+        net.register_buffer(name.replace(".", "-"), tensor)
+    state = torch.optim.swa_utils.AveragedModel(net).state_dict()
+    state = {name.replace("-", "."): tensor for name, tensor in state.items()}
+    assert len(state) == len(weights) + 1
+    assert_same_weights(
+        converted(save(state), tmp_path / "a.safetensors")["ema"], foreign.from_official(weights)
+    )
+
+
+def test_a_diffusers_folder_of_several_files(diffusers_dit, tmp_path):
+    model, single = diffusers_dit
+    folder = tmp_path / "sharded"
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    expected = converted(single, tmp_path / "single.safetensors")
+    found = converted(folder, tmp_path / "sharded.safetensors")
+    assert found["config"] == expected["config"]
+    assert_same_weights(found["ema"], expected["ema"])
+    # One of the files stands for its folder; nothing outside of it is read
+    a_shard = sorted(folder.glob("*.safetensors"))[0]
+    assert_same_weights(converted(a_shard, tmp_path / "again.safetensors")["ema"], expected["ema"])
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
+    assert "names a file that is not in its folder" in refusal(folder, tmp_path / "out.safetensors")
+    index.write_text("[]")
+    assert "has no weight_map" in refusal(folder, tmp_path / "out.safetensors")
+
+
+def test_nothing_of_value_is_replaced(whole_run, save, tmp_path):
+    """The source, a checkpoint of a run, or a foreign file; what a conversion wrote may be written again."""
+    run = shutil.copytree(whole_run, tmp_path / "run")
+    last = run / "checkpoints" / "0000008.pt"
+    foreign_file = save(small_dit())
+    link = tmp_path / "link.pt"
+    link.symlink_to(last)
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    for output in (hub / "model.safetensors", hub / "model.safetensors", hub / "model.pt", hub / "model.pt"):
+        converted(last, output)
+    plain = tmp_path / "plain.safetensors"
+    save_file(small_dit(), plain)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    refused = [
+        (last, last, "is the source"),
+        (last, link, "is the source"),
+        (hub, hub / "model.safetensors", "is the source"),
+        (last, run / "checkpoints" / "0000006.pt", "was not written by weights.convert"),
+        (last, run / "checkpoints" / "0000009.pt", "has the name of a run's checkpoint"),
+        (last, foreign_file, "was not written by weights.convert"),
+        (last, plain, "was not written by weights.convert"),
+        (plain, plain, "is the source"),
+    ]
+    for source, output, problem in refused:
+        message = refusal(source, output)
+        assert f"output '{output}' " in message and f"{problem}; give another name" in message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_dc_dit_with_our_names(tiny_config, save, tmp_path):
@@ -364,6 +454,25 @@ def test_a_file_that_is_not_converted_is_met_with_the_command(
             train.main(["--config", str(tiny_config), "--set", f"{option}={official}"])
     with pytest.raises(UserError, match="^--resume '.*give the result as training.init_from$"):
         train.main(["--resume", str(official)])
+    # In the folder of an official run
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    shutil.copy(official, tmp_path / "run" / "checkpoints" / "0400000.pt")
+    folder = str(tmp_path / "run")
+    for words in (["--resume", folder], ["--config", str(tiny_config), "--output", folder]):
+        with pytest.raises(UserError, match="` and give the result as training.init_from"):
+            train.main(words)
+
+
+def test_the_command_names_no_file_that_exists(diffusers_dit, tmp_path, monkeypatch):
+    """Also where the folder is given as the current one."""
+    folder = shutil.copytree(diffusers_dit[1], tmp_path / "dit")
+    monkeypatch.chdir(folder)
+    for name in ("dit-converted.safetensors", "dit-converted-2.safetensors"):
+        with pytest.raises(UserError) as caught:
+            load_trained(".")
+        words = shlex.split(str(caught.value).split("`")[1])
+        assert words[-1] == str(tmp_path / name)
+        convert.main(words[3:])
 
 
 def test_what_is_not_ours_and_cannot_be_converted(official, save, tiny_config, tmp_path):
@@ -529,6 +638,8 @@ def test_blocks_with_embeddings_of_their_own(diffusers_dit):
 
 
 def test_the_command(official, tmp_path):
-    command = [sys.executable, "-m", "weights.convert", str(official), str(tmp_path / "a.safetensors")]
+    """Into a folder that does not exist yet."""
+    output = tmp_path / "new" / "a.safetensors"
+    command = [sys.executable, "-m", "weights.convert", str(official), str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and f"from official DC-DiT {official}" in done.stdout, done.stderr

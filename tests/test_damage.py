@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import extract_features
+import train
 from config import UserError, load_config
 from data.features import damaged_files, open_features
 from data.images import ImageFolder
-from training import resume, sample_grids
+from training import resume, sample_grids, tracking
 from weights import checkpoint
 from weights.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
@@ -86,7 +87,7 @@ def test_a_checkpoint_older_than_a_key_is_of_the_same_run(whole_run, tiny_config
     state = load_checkpoint(whole_run / "checkpoints" / "0000008.pt")
     del state["config"]["training"]["max_grad_norm"]
     save_checkpoint(tmp_path / "checkpoints", state, keep=0)
-    start = resume.find_start(config, tmp_path, open_features(config.data.feature_path, 32))
+    start = resume.find_start(config, kills.typed(tmp_path), open_features(config.data.feature_path, 32))
     assert start.state["step"] == 8 and start.warnings == []
 
 
@@ -111,6 +112,74 @@ def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path):
     (tmp_path / "0000001.pt.tmp").write_bytes(b"half")
     save_checkpoint(tmp_path, {**kills.EMPTY, "step": 2}, keep=0)
     assert os.listdir(tmp_path) == ["0000002.pt"]
+
+
+# ---------------------------------------------------------------------------------- other files of a run
+
+
+DAMAGED_CONFIGS = {
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "cut between two lines": lambda content: content[: content.index(b"logging:")],
+    "cut within a list": lambda content: content[: content.index(b"- 32") + 1],
+    "a byte that is not UTF-8": lambda content: content.replace(b"tiny", b"t\xffny"),
+    "a list": lambda content: b"- 1\n",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_CONFIGS)
+def test_a_damaged_configuration_is_named_and_can_be_removed(whole_run, tiny_config, tmp_path, kind, capsys):
+    """Not taken for a run with other values. The checkpoints hold the configuration, too."""
+    folder = shutil.copytree(whole_run, tmp_path / "a run")
+    file = folder / "config.yaml"
+    file.write_bytes(DAMAGED_CONFIGS[kind](file.read_bytes()))
+    before = file.read_bytes()
+    again = ["--config", str(tiny_config), "--output", str(folder)]
+    for words in (again, ["--resume", str(folder)]):
+        with pytest.raises(UserError) as caught:
+            train.main(words)
+        message = str(caught.value)
+        assert f"{words[-2]} '{folder}': '{file}' cannot be used (" in message and "\n" not in message
+        assert (
+            "; remove it and run the same command again: checkpoints hold the configuration, too" in message
+        )
+        assert file.read_bytes() == before
+    for words in (again, ["--resume", str(folder)]):
+        file.unlink()
+        train.main(words)
+        assert "already finished at step 8 of 8" in capsys.readouterr().out
+        assert file.read_text() == (whole_run / "config.yaml").read_text()
+
+
+def test_damaged_rows_of_metrics_are_removed(run, whole_run, tmp_path):
+    """The run resumes with all rows that can be read, and writes later ones again."""
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    (folder / "checkpoints" / "0000008.pt").unlink()
+    rows = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(rows) == 2
+    bad = b'\xff{"step": 1}\n', b"[" * 10**5 + b"\n", b'{"loss": 1}\n', b"[1]\n", bytes(20) + b"\n"
+    (folder / "metrics.jsonl").write_bytes(b"".join([*bad, rows[0], *bad, rows[1][:20]]))
+    (folder / "evaluation.jsonl").write_bytes(b"\x80\n")
+    codes, printed = run("run")
+    assert codes == [0]
+    assert f"warning: {folder / 'metrics.jsonl'}: lines that cannot be read are removed (10)" in printed
+    (folder / "evaluation.jsonl").unlink()
+    kills.assert_same_training(whole_run, folder)
+
+
+def test_a_row_that_lacks_only_its_line_break_is_kept(tmp_path):
+    (tmp_path / "rows").write_text('{"step": 1}\n{"step": 5}\n{"step": 2}')
+    assert tracking.remove_later_rows(tmp_path / "rows", 4) == 0
+    assert (tmp_path / "rows").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize(
+    "content, known", [(b"ab12-x\n", True), (b"", False), (b"\xff", False), (bytes(8), False)]
+)
+def test_a_damaged_wandb_id_is_replaced(tmp_path, content, known):
+    (tmp_path / "wandb_id.txt").write_bytes(content)
+    identity = tracking.wandb_id(tmp_path, same_wandb=True)
+    assert (identity == "ab12-x") is known and identity.isprintable() and identity
 
 
 # ---------------------------------------------------------------------------------------- features and images

@@ -14,7 +14,7 @@ import quickstart
 import sample
 import sample_ddp
 import train
-from config import load_config, to_dict
+from config import load_config, to_dict, to_yaml
 from data.features import open_features
 from models import build_model
 from weights.checkpoint import save_checkpoint
@@ -34,7 +34,7 @@ def place(tiny_config, tmp_path_factory) -> Path:
         common | {"config": to_dict(config), "model": state, "ema": state},
         keep=0,
     )
-    (folder / "run" / "config.yaml").write_text(tiny_config.read_text())
+    (folder / "run" / "config.yaml").write_text(to_yaml(config))
 
     bad = {name: value * torch.nan if name == "x_embedder.bias" else value for name, value in state.items()}
     save_checkpoint(folder / "nan", common | {"config": to_dict(config), "model": bad, "ema": bad}, keep=0)
@@ -49,6 +49,8 @@ def place(tiny_config, tmp_path_factory) -> Path:
     whole = (folder / "run" / "checkpoints" / "0000001.pt").read_bytes()
     (folder / "broken" / "checkpoints" / "0000002.pt").write_bytes(whole[: len(whole) // 2])
     (folder / "empty").mkdir()
+    (folder / "project").mkdir()
+    (folder / "project" / "config.yaml").write_text("colour: blue")
     (folder / "photos").mkdir()
     (folder / "photos" / "holiday.png").touch()
     (folder / "a_file").write_text("not a checkpoint, not a folder")
@@ -73,9 +75,9 @@ TRAIN = [
     ("", "--config is missing; give a file of configs/, or --resume with the folder of a run"),
     ("--config {place}/nowhere.yaml", "nowhere.yaml' cannot be read (No such file or directory)"),
     ("--config {place}", "cannot be read (Is a directory)"),
-    ("--config {config} --bogus", "unrecognized arguments: --bogus; see --help"),
-    ("--conf {config}", "unrecognized arguments: --conf {config}; perhaps --config is meant; see --help"),
-    ("--config {config} --same-wandb true", "--same-wandb true; perhaps --same_wandb is meant"),
+    ("--config {config} --bogus", "unknown option --bogus; see --help"),
+    ("--conf {config}", "unknown option --conf; did you mean --config?; see --help"),
+    ("--config {config} --same-wandb true", "unknown option --same-wandb; did you mean --same_wandb?"),
     ("--config", "argument --config: expected one argument"),
     ("--config {config} --set training.seed", "must have the form section.key=value"),
     ("--config {config} --set training.sed=1", "unknown key 'training.sed'; did you mean 'training.seed'?"),
@@ -103,12 +105,21 @@ TRAIN = [
     ("--config {config} --output {place}/a_file",
      "--output '{place}/a_file': '{place}/a_file' is not a folder"),
     ("--config {config} --output {place}/a_file/run", "'{place}/a_file' is not a folder"),
-    ("--config {config} --set logging.results_dir={place}/a_file", "'{place}/a_file' is not a folder"),
+    ("--config {config} --set logging.results_dir={place}/a_file",
+     "logging.results_dir '{place}/a_file': '{place}/a_file' is not a folder"),
     ("--config {config} --output {place}/run --set training.seed=1",
-     "was started with a different training.seed; start a new run from it with --config CONFIG "
-     "--output NEW --set training.resume_from_ckpt={ckpt}"),
+     "--output '{place}/run' was started with a different training.seed; start a new run from it with `python "
+     "train.py --config {config} --output {place}/run-2 --set training.seed=1 "
+     "--set training.resume_from_ckpt={ckpt}`"),
+    ("--resume {place}/run --set training.seed=1",
+     "--resume '{place}/run' was started with a different training.seed; start a new run from it with `python "
+     "train.py --config {place}/run/config.yaml --output {place}/run-2 --set training.seed=1"),
+    ("--config {config} --output {place}/project",
+     "'{place}/project/config.yaml' cannot be used (it is incomplete); choose another folder, or remove the file"),
     ("--config {config} --output {place}/run --set training.lr_scales.router=0.5",
      "--set training.init_from={ckpt}"),
+    ("--config {config} --output {place}/run --set training.global_batch_size=2 --set training.ratio_batch_size=4",
+     "was started with a different training.global_batch_size, training.ratio_batch_size; start a new run"),
     ("--config {config} --output {place}/run --set model.mlp_ratio=2",
      "was started with a different model.mlp_ratio; choose another folder"),
     ("--config {config} --set training.resume_from_ckpt={ckpt} --set training.max_steps=1",
@@ -137,9 +148,9 @@ SAMPLING = [
     ("--ckpt {place}/a_file", "is not a readable checkpoint of this repository"),
     ("--ckpt {place}", "is a folder without weights; give the path of a checkpoint"),
     ("--ckpt {place}/run", "is a folder of checkpoints; give one of them, such as '{ckpt}'"),
-    ("--ckpt {ckpt} --bogus 1", "unrecognized arguments: --bogus 1"),
-    ("--ckpt {ckpt} --cfg_scale 2", "unrecognized arguments: --cfg_scale 2; perhaps --cfg-scale is meant"),
-    ("--ckpt {ckpt} --num-sample-steps=5", "perhaps --num-sampling-steps is meant"),
+    ("--ckpt {ckpt} --bogus 1", "unknown option --bogus; see --help"),
+    ("--ckpt {ckpt} --cfg_scale 2", "unknown option --cfg_scale; did you mean --cfg-scale?"),
+    ("--ckpt {ckpt} --num-sample-steps=5", "did you mean --num-sampling-steps?"),
     ("--ckpt {ckpt} --uncond-tail-dropping-fraction 0.5",
      "--uncond-tail-dropping-fraction 0.5: needs --lite-cfg"),
     ("--ckpt {ckpt} --tail-dropping-fraction 1", "--tail-dropping-fraction 1.0: must be in [0, 1)"),
@@ -258,9 +269,11 @@ def test_samples_of_other_settings_are_not_mixed(fill, tmp_path, capsys):
     sample_ddp.main([*few, str(tmp_path / "images")])
     before = files(tmp_path)
     for change, key in (
-        ("--seed 1", "seed"),
-        ("--cfg-scale 2", "cfg_scale"),
-        ("--labels balanced", "labels"),
+        ("--seed 1", "seed (0, not 1)"),
+        ("--cfg-scale 2", "cfg_scale (1.5, not 2.0)"),
+        ("--labels balanced", "labels (uniform, not balanced)"),
+        ("--token-budget 5", "budget"),
+        ("--per-proc-batch-size 5", "per_proc_batch_size (32, not 5)"),
     ):
         line = refusal(sample_ddp, [*few, tmp_path / "images", *change.split()], capsys)
         assert f"holds samples of another {key}; give another folder" in line
@@ -268,7 +281,7 @@ def test_samples_of_other_settings_are_not_mixed(fill, tmp_path, capsys):
 
 
 def test_quickstart(capsys):
-    assert "unrecognized arguments: --fast" in refusal(quickstart, ["--fast"], capsys)
+    assert "unknown option --fast" in refusal(quickstart, ["--fast"], capsys)
 
 
 def test_batches_are_checked_against_the_launcher(fill, capsys, monkeypatch):

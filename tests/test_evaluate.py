@@ -23,11 +23,12 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 import evaluate
 from config import OneProcessError, UserError
-from data.images import center_crop
+from data.images import ImageFolder, center_crop
 from evaluation import metrics
-from evaluation.extractors import Inception, download, load_extractor
+from evaluation.extractors import Inception, TorchScriptModel, download, load_extractor
 from evaluation.feature_cache import FeatureChunks, read_pixels
 from evaluation.image_sets import FolderImages, open_source
+from models.ops.precision import allow_tf32
 from processes import group
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +86,7 @@ def inception_weights(tmp_path_factory) -> Path:
 
 def run(place: Path, *argv, cache="cache", features="tiny.pt") -> dict:
     output = place / "numbers.json"
+    output.unlink(missing_ok=True)
     options = ["--features", place / features, "--cache", place / cache, "--output", output]
     evaluate.main([str(part) for part in (*argv, *options)])
     return json.loads(output.read_text())
@@ -359,6 +361,67 @@ def test_results_of_other_comparisons_are_kept(place, tmp_path, capsys):
     assert "s.evaluation.json" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_tf32_only_where_it_is_asked_for(place, tmp_path, monkeypatch):
+    """Whatever the process allows, as a model sampled before may have; and its features are others."""
+    seen = []
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    call = TorchScriptModel.__call__
+
+    def look(self, images):
+        seen.append({switch.allow_tf32 for switch in switches})
+        return call(self, images)
+
+    monkeypatch.setattr(TorchScriptModel, "__call__", look)
+    before = [switch.allow_tf32 for switch in switches]
+    allow_tf32(True)
+    argv = [
+        place / "samples.npz",
+        place / "samples",
+        "--features",
+        place / "tiny.pt",
+        "--cache",
+        tmp_path / "c",
+    ]
+    for k, switch in enumerate(([], ["--tf32"])):
+        output = tmp_path / f"{k}.json"
+        evaluate.main([str(part) for part in (*argv, *switch, "--output", output)])
+        assert seen and all(found == {bool(switch)} for found in seen)
+        assert json.loads(output.read_text())["features"].endswith("+tf32") == bool(switch)
+        seen.clear()
+    after = [switch.allow_tf32 for switch in switches]
+    for switch, value in zip(switches, before):
+        switch.allow_tf32 = value
+    assert after == [True, True]
+
+
+def test_no_output_replaces_something_else(place, tmp_path):
+    """The same question replaces its answer; another answer, and any other file, are kept."""
+    samples, output = place / "samples.npz", tmp_path / "numbers.json"
+    tiny = ["--features", place / "tiny.pt", "--cache", place / "cache"]
+    compare = [samples, place / "reference.npz", *tiny, "--output"]
+    for _ in range(2):
+        evaluate.main([str(part) for part in (*compare, output)])
+    kept = output.read_bytes()
+    assert "holds something else than this comparison" in refusal(samples, samples, *tiny, "--output", output)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "notes.txt': holds something else" in refusal(*compare, tmp_path / "notes.txt")
+    assert output.read_bytes() == kept and (tmp_path / "notes.txt").read_text() == "mine"
+
+    # A reference
+    own = tmp_path / "own.npz"
+    make = ["--make-reference", place / "samples", own, *tiny, "--image-size"]
+    for _ in range(2):
+        evaluate.main([str(part) for part in (*make, SIZE)])
+    kept = own.read_bytes()
+    assert "is no reference of these images and features" in refusal(*make, SIZE // 2)
+    shutil.copytree(place / "samples", tmp_path / "other")
+    Image.new("RGB", (SIZE, SIZE)).save(min((tmp_path / "other").rglob("*.png")))
+    assert "is no reference of these images" in refusal(make[0], tmp_path / "other", *make[2:], SIZE)
+    assert own.read_bytes() == kept
+    shutil.copy(samples, tmp_path / "copy.npz")
+    assert "copy.npz': exists and is no ref" in refusal(*make[:2], tmp_path / "copy.npz", *make[3:], SIZE)
+
+
 def test_lossy_files_on_one_side(place, tmp_path, capsys):
     folders = {}
     options = {"jpeg": {}, "lossy": {"format": "WEBP"}, "lossless": {"format": "WEBP", "lossless": True}}
@@ -377,9 +440,59 @@ def test_lossy_files_on_one_side(place, tmp_path, capsys):
         ("lossless", "lossless", 0),
     ):
         run(place, folders[samples], folders[reference])
-        assert capsys.readouterr().out.count("5 files are lossily compressed") == count
+        assert capsys.readouterr().out.count("5 images are lossily compressed") == count
     run(place, folders["jpeg"], place / "reference.npz")
-    assert "jpeg': 5 files are lossily compressed" in capsys.readouterr().out
+    assert "jpeg': 5 images are lossily compressed" in capsys.readouterr().out
+
+
+def test_a_reference_of_lossy_files_remembers_it(place, tmp_path, capsys):
+    """Unless the crop has scaled them: their blocks are gone then."""
+    folders = {"jpg": tmp_path / "jpg", "png": tmp_path / "png"}
+    tiny = ["--features", place / "tiny.pt", "--cache", tmp_path / "cache"]
+    for ending, folder in folders.items():
+        folder.mkdir()
+        for k in range(5):
+            Image.effect_noise((SIZE, SIZE), 40 + k).convert("RGB").save(folder / f"{k}.{ending}")
+    for size in (SIZE, SIZE // 2):
+        argv = ["--make-reference", folders["jpg"], tmp_path / f"{size}.npz", "--image-size", size, *tiny]
+        evaluate.main([str(part) for part in argv])
+    for samples, count in (("png", 1), ("jpg", 0)):
+        capsys.readouterr()
+        run(place, folders[samples], tmp_path / f"{SIZE}.npz")
+        assert capsys.readouterr().out.count("5 images are lossily compressed") == count
+    assert open_source(tmp_path / f"{SIZE // 2}.npz", "REFERENCE").lossy == 0
+
+
+def test_evaluation_reads_the_files_that_training_reads(place, tmp_path, capsys):
+    """Of a folder that has everything which is left out: the same files, classes, and lines about them."""
+    data = tmp_path / "data"
+    for name in ("b/1.png", "b/0.png", "a/x/2.PNG", "__MACOSX/a/._0.png", ".hidden/0.png", "beside.png"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((SIZE, SIZE), 40).convert("RGB").save(data / name)
+    for name in ("a/2.txt", "b/3.heic", "empty/readme.md"):
+        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).touch()
+    own = ImageFolder(data, SIZE, "SAMPLES")
+    images = FolderImages(data, option="SAMPLES")
+    assert (
+        [str(path.relative_to(data)) for path in images.paths]
+        == own.paths
+        == ["a/x/2.PNG", "b/0.png", "b/1.png"]
+    )
+    assert images.labels.tolist() == own.labels and images.class_names == own.class_names
+    assert images.notes == own.notes and len(images.notes) == 3
+    cropped = FolderImages(data, SIZE, "SAMPLES")
+    assert cropped.paths == images.paths and np.array_equal(cropped.read([0, 2]), images.read([0, 2]))
+    shutil.copytree(data / "b", data / "c")
+    run(place, data, place / "reference.npz")
+    printed = capsys.readouterr().out
+    assert f"SAMPLES {data}: 1 images beside the class folders are not read, such as 'beside.png'" in printed
+    # The parent of several data sets is none
+    (data / "beside.png").unlink()
+    for part in ("train", "val"):
+        shutil.copytree(data, tmp_path / "parent" / part)
+    with pytest.raises(UserError, match="REFERENCE .*: looks like the parent of data sets: 'train', 'val'"):
+        open_source(tmp_path / "parent", "REFERENCE")
 
 
 class HalfBlind(torch.nn.Module):
@@ -502,7 +615,7 @@ def test_a_reference_has_the_images_of_training(place, tmp_path, capsys):
     assert "statistics of 4 images" in printed and "1 images beside the class folders are not read" in printed
     with np.load(own) as arrays:
         assert arrays["arr_1"].tolist() == [0, 0, 1, 1]
-    assert open_source(own).labels.names == ["a", "b"]
+    assert open_source(own, "SAMPLES").labels.names == ["a", "b"]
 
 
 # --------------------------------------------------------------------------------------------------- mistakes
@@ -592,7 +705,7 @@ def test_pickles_are_never_loaded(tmp_path):
         arrays[name] = np.array([Payload()], dtype=object)
         np.savez(tmp_path / "evil.npz", **arrays)
         with pytest.raises(UserError):
-            open_source(tmp_path / "evil.npz")
+            open_source(tmp_path / "evil.npz", "SAMPLES")
         assert not (tmp_path / "executed").exists()
 
 

@@ -14,6 +14,7 @@ import cli
 import extract_features
 from config import config_from_dict
 from data.autoencoder import Autoencoder
+from data.feature_writer import FeatureWriter
 from data.features import open_features
 from data.images import ImageFolder
 from data.streams import rng
@@ -151,6 +152,40 @@ def test_an_image_replaced_under_its_name_is_encoded_again(tiny_images, tiny_vae
     assert "already complete" in capsys.readouterr().out
 
 
+def test_an_image_added_before_the_extraction_was_finished(
+    tiny_images, tiny_vae, tmp_path, capsys, monkeypatch
+):
+    images = shutil.copytree(tiny_images, tmp_path / "images")
+    write = FeatureWriter.write
+
+    def stop_at_the_last(writer, shard, *rest):
+        if shard == 4:
+            raise KeyboardInterrupt
+        write(writer, shard, *rest)
+
+    options = arguments(images, tiny_vae, tmp_path / "store")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FeatureWriter, "write", stop_at_the_last)
+        extract_features.main(options)
+    shutil.copy(images / "a" / "0.png", images / "b" / "8.png")
+    capsys.readouterr()
+    extract_features.main(options)
+    printed = capsys.readouterr().out
+    assert "images were added or removed since the extraction began; what is encoded of unchanged" in printed
+    assert "5 of 11 images to encode" in printed
+    extract_features.main([*options[:3], str(tmp_path / "new"), *options[4:]])
+    assert content(tmp_path / "store") == content(tmp_path / "new")
+
+    # And after it was finished
+    shutil.copy(images / "a" / "0.png", images / "b" / "9.png")
+    capsys.readouterr()
+    extract_features.main(options)
+    said = (
+        "4 of 12 images to encode; 3 of them are unchanged, but have moved or share a shard of 2 with others"
+    )
+    assert said in capsys.readouterr().out
+
+
 def test_two_processes_make_the_same_store(tiny_images, tiny_vae, whole, tmp_path):
     result = launch(["extract_features.py", *arguments(tiny_images, tiny_vae, tmp_path / "two")], processes=2)
     assert result.returncode == 0, result.stderr
@@ -206,6 +241,31 @@ def test_unreadable_images_are_listed_and_counted(tiny_images, tiny_vae, tmp_pat
     assert capsys.readouterr().err.count("unreadable: ") == 2
 
 
+def test_an_empty_store_is_no_success(tiny_vae, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_text("not an image")
+    argv = arguments(tmp_path / "images", tiny_vae, tmp_path / "store", max_bad=5)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as caught:
+            extract_features.main(argv)
+        assert caught.value.code == "error: --data-path: none of the 1 images can be read; the store is empty"
+
+
+def test_a_folder_of_samples_is_one_class(tiny_images, tiny_vae, tmp_path, capsys):
+    """Its records and settings are no classes."""
+    images = tmp_path / "samples"
+    (images / "records").mkdir(parents=True)
+    for name in ("settings.json", "summary.json", "records/000000.npz"):
+        (images / name).write_text("{}")
+    for index, file in enumerate(sorted(tiny_images.rglob("*.png"))):
+        shutil.copy(file, images / f"{index:06d}.png")
+    extract_features.main(arguments(images, tiny_vae, tmp_path / "store"))
+    printed = capsys.readouterr().out
+    assert f"--data-path {images}: no class folders, so its 10 images are one class\n" in printed
+    assert "left out: 2 .json, 1 .npz" in printed
+    assert open_features(tmp_path / "store", 16).class_names == ["samples"]
+
+
 def test_frozen_samples(tiny_images, tiny_vae, tmp_path):
     extract_features.main(arguments(tiny_images, tiny_vae, tmp_path, store="sample"))
     store = open_features(tmp_path, 16)
@@ -241,6 +301,10 @@ def test_dry_run_writes_nothing(tiny_images, tiny_vae, tmp_path, capsys):
         ({"vae": "nothing"}, "--vae nothing"),
         ({"features_path": "{file}/x"}, "--features-path"),
         ({"features_path": "data"}, "--features-path data: holds"),
+        (
+            {"features_path": "data/new", "data_path": "data"},
+            "--features-path data/new: lies in --data-path data",
+        ),
         ({"global_batch_size": 0}, "--global-batch-size 0"),
         ({"store": "official"}, "--store: training reads the official layout, but it is not written"),
     ],

@@ -176,16 +176,51 @@ def test_after_a_kill_at_any_write_the_same_steps_complete_the_store(tiny_images
     assert attempts > 25
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "labels"])
-def test_a_complete_store_is_repaired(tiny_images, tmp_path, damage):
+@pytest.mark.parametrize("name", ["labels.npy", "shard-00001.npy"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_a_complete_store_is_repaired(tiny_images, tmp_path, name, damage):
     fill(make_writer(tmp_path, tiny_images), tiny_images, bad=(1, 9))
     wanted = content(tmp_path)
-    file = tmp_path / ("labels.npy" if damage == "labels" else "shard-00001.npy")
-    file.write_bytes(file.read_bytes()[:-1]) if damage == "cut" else file.unlink()
+    file = tmp_path / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1] if damage == "cut" else b"")
     with pytest.raises(UserError, match=file.name):
         open_features(tmp_path, SIZE)
     fill(make_writer(tmp_path, tiny_images), tiny_images, bad=(1, 9))
     assert content(tmp_path) == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"first": 4', "[]", "{}", '{"first": 4, "stop": 8, "count": 4, "names": 3}']
+)
+def test_a_damaged_record_is_written_again_with_its_shard(tiny_images, tmp_path, text):
+    fill(make_writer(tmp_path / "whole", tiny_images), tiny_images)
+    writer = make_writer(tmp_path / "store", tiny_images)
+    writer.prepare()
+    write_shards(writer, [0, 1], tiny_images)
+    (tmp_path / "store" / "shard-00001.json").write_text(text)
+    writer = make_writer(tmp_path / "store", tiny_images)
+    assert writer.prepare(writer.find_changes()) == [1, 2]
+    fill(make_writer(tmp_path / "store", tiny_images), tiny_images)
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "settings.json", "sources.npz"])
+@pytest.mark.parametrize("keep", [0, 30])
+def test_a_damaged_list_names_a_way_that_works(tiny_images, tmp_path, name, keep):
+    folder = tmp_path / "store"
+    if name == "settings.json":
+        make_writer(folder, tiny_images).prepare()
+    else:
+        fill(make_writer(folder, tiny_images), tiny_images)
+    (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+    with pytest.raises(UserError, match=f"{name}.* remove (its|the) folder .*(extract|encode)"):
+        fill(make_writer(folder, tiny_images), tiny_images)
+    shutil.rmtree(folder)
+    fill(make_writer(folder, tiny_images), tiny_images)
+    assert damaged_files(folder) == []
 
 
 # ---------------------------------------------------------------------------- images that change after extraction
@@ -294,6 +329,78 @@ def test_an_image_replaced_before_the_extraction_was_finished(own_images, tmp_pa
     assert make_writer(store, own_images).prepare() == [0, 2]
     fill(make_writer(store, own_images), own_images)
     check_same_as_new(store, own_images, tmp_path)
+
+
+def remove_first(images: Path) -> None:
+    (images / "a" / "0.png").unlink()
+
+
+def add_in_the_middle(images: Path) -> None:
+    shutil.copy(images / "a" / "0.png", images / "b" / "5.png")
+
+
+def add_at_the_end(images: Path) -> None:
+    shutil.copy(images / "a" / "0.png", images / "c" / "9.png")
+
+
+def add_a_first_class(images: Path) -> None:
+    shutil.copytree(images / "b", images / "Z")
+
+
+def add_an_empty_class(images: Path) -> None:
+    """All labels change, and no image."""
+    (images / "0").mkdir()
+
+
+INTERRUPTED = [
+    (remove_first, [0, 1, 2]),
+    (add_in_the_middle, [1, 2]),
+    (add_at_the_end, [2]),
+    (add_a_first_class, [0, 1, 2, 3]),
+    (add_an_empty_class, [2]),
+]
+
+
+@pytest.mark.parametrize("change, missing", INTERRUPTED, ids=[change.__name__ for change, _ in INTERRUPTED])
+def test_an_interrupted_extraction_takes_the_images_of_now(own_images, tmp_path, change, missing):
+    store = tmp_path / "store"
+    writer = make_writer(store, own_images)
+    assert not writer.list_has_changed()
+    writer.prepare()
+    write_shards(writer, [0, 1], own_images)
+    change(own_images)
+    writer = make_writer(store, own_images)
+    assert writer.list_has_changed()
+    assert writer.prepare(writer.find_changes()) == missing
+    assert not writer.list_has_changed()
+    fill(make_writer(store, own_images), own_images)
+    check_same_as_new(store, own_images, tmp_path)
+
+
+def test_an_interrupted_extraction_of_more_images_than_there_are_now(own_images, tmp_path):
+    """Shards beyond the last one vanish, whichever were written."""
+    store = tmp_path / "store"
+    writer = make_writer(store, own_images, shard_size=1)
+    writer.prepare()
+    write_shards(writer, [0, 1, 2, 3, 9], own_images)
+    shutil.rmtree(own_images / "c")
+    fill(make_writer(store, own_images, shard_size=1), own_images)
+    new = tmp_path / "new"
+    fill(make_writer(new, own_images, shard_size=1), own_images)
+    assert content(store) == content(new)
+
+
+def test_an_interrupted_extraction_of_other_images_is_not_overwritten(own_images, tmp_path):
+    store = tmp_path / "store"
+    writer = make_writer(store, own_images)
+    writer.prepare()
+    write_shards(writer, [0, 1], own_images)
+    wanted = content(store)
+    for file in own_images.rglob("*.png"):
+        file.rename(file.with_name(f"x{file.name}"))
+    with pytest.raises(UserError, match="8 of its 8 images are gone or replaced, such as 'a/0.png'; choose"):
+        fill(make_writer(store, own_images), own_images)
+    assert content(store) == wanted
 
 
 def test_a_store_without_a_list_of_its_files(own_images, tmp_path):

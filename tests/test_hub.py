@@ -25,8 +25,11 @@ from weights.checkpoint import save_checkpoint
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_config, tmp_path_factory):
+    return save(load_config(tiny_config), tmp_path_factory.mktemp("hub"))
+
+
+def save(config, folder):
     """An untrained model whose output is not zero, whose router is undecided, and which names its autoencoder."""
-    config = load_config(tiny_config)
     torch.manual_seed(0)
     model = build_model(config)
     with torch.no_grad():
@@ -44,13 +47,34 @@ def checkpoint(tiny_config, tmp_path_factory):
     }
     weights = model.state_dict()
     return save_checkpoint(
-        tmp_path_factory.mktemp("hub"),
+        folder,
         {**state, "class_names": store.class_names, "model": weights, "ema": weights},
         keep=0,
     )
 
 
 OPTIONS = SamplingOptions(num_sampling_steps=3, cfg_scale=2.0)
+
+
+@pytest.mark.parametrize("dropped_labels, scale", [(0.0, 1.0), (1.0, 0.0), (0.5, 4.0)])
+def test_without_a_scale_the_pipeline_takes_a_possible_one(tiny_config, tmp_path, dropped_labels, scale):
+    """So does the example of the model card."""
+    config = load_config(tiny_config, [f"training.class_dropout_prob={dropped_labels}"])
+    trained = load_trained(save(config, tmp_path))
+    pipe = DCDiTPipeline(trained)
+
+    def images(**options):
+        generator = torch.Generator().manual_seed(0)
+        (image,) = pipe([1], num_inference_steps=2, generator=generator, **options).images
+        return np.asarray(image)
+
+    assert np.array_equal(images(), images(guidance_scale=scale))
+    if dropped_labels in (0, 1):
+        with pytest.raises(UserError, match=f"--cfg-scale 2.0: the model was trained .*; use {scale:g}"):
+            images(guidance_scale=2.0)
+    card = hub.model_card(trained)
+    assert f"(class_labels=[0], guidance_scale={scale})" in card
+    assert ("Unconditional diffusion transformer" in card) == (scale == 0)
 
 
 def test_folder(checkpoint, tmp_path, capsys):
@@ -84,6 +108,26 @@ def test_folder(checkpoint, tmp_path, capsys):
     assert [row[0].strip() for row in budgets] == ["0%", "20%", "40%", "60%"]
     costs = [float(row[2]) for row in budgets]
     assert costs == sorted(costs, reverse=True) and costs[3] < costs[0]
+
+
+def test_no_other_model_is_replaced(checkpoint, tiny_config, tmp_path):
+    """The same one is written again, as after an interruption; other files are no model."""
+    folder = tmp_path / "hub"
+    export = ["--output", str(folder), "--ckpt"]
+    hub.main([*export, str(checkpoint)])
+    (folder / "README.md").unlink()
+    hub.main([*export, str(checkpoint)])
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    other = save(load_config(tiny_config, ["training.class_dropout_prob=0"]), tmp_path)
+    with pytest.raises(UserError, match="--output .*hub': holds another model; give another folder"):
+        hub.main([*export, str(other)])
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    (folder / "model.safetensors").write_bytes(b"another program's")
+    with pytest.raises(UserError, match="holds another model"):
+        hub.main([*export, str(checkpoint)])
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds other files, such as README.md"):
+        hub.main([*export, str(checkpoint)])
 
 
 def test_push(checkpoint, monkeypatch):

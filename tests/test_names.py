@@ -17,10 +17,11 @@ from config import UserError, config_from_dict, load_config, to_dict
 from data.features import open_features
 from data.names import markdown, short_name
 from figures import cost, elastic_grid, pareto
+from figures.side_by_side import side_by_side
 from models import build_model, flops
 from sampling import hub
 from sampling.accounting import SamplingRecord, Seconds, save_summary, summarise
-from sampling.classes import ambiguity, choose_labels
+from sampling.classes import ambiguity, choose_labels, class_table
 from sampling.load import load_trained
 from sampling.pipeline import DCDiTPipeline
 from weights.checkpoint import save_checkpoint
@@ -76,12 +77,47 @@ def test_a_name_that_no_class_has():
         choose_labels(["1_0"], NUMBERS)
 
 
+TYPED_BACK = [
+    "$x$ {a}",
+    "caf\udce9",
+    "tench, Tinca tinca",
+    "two  words",
+    "new\nline",
+    "a\tlong\nname " + "y" * 50,
+    "c" * 60 + "1",
+    "c" * 60 + "2",
+    "-dash",
+    "猫",
+    "0",
+    "tench",
+]
+
+
+def test_what_the_table_prints_can_be_typed_back():
+    rows = class_table(len(TYPED_BACK), TYPED_BACK).splitlines()
+    assert len(rows) == len(TYPED_BACK)
+    for label, row in enumerate(rows):
+        printed = row.split("  ", 1)[1]
+        assert choose_labels([printed], TYPED_BACK) == [label]
+    # Cut as in other reports, if only one class can be meant
+    assert choose_labels([short_name(TYPED_BACK[5])], TYPED_BACK) == [5]
+    with pytest.raises(UserError, match="several classes are called so"):
+        choose_labels([short_name(TYPED_BACK[6])], TYPED_BACK)
+    # As extraction prints it
+    assert choose_labels([r"caf\udce9"], TYPED_BACK) == [1]
+    # A list
+    assert choose_labels(["tench, 猫,new\\nline,3"], TYPED_BACK) == [11, 9, 4, 3]
+    assert "with label 10; label 0 is '$x$ {a}'" in ambiguity(["tench,0"], TYPED_BACK)
+    with pytest.raises(UserError, match="--classes 'cat': no class has this name"):
+        choose_labels(["tench,cat"], TYPED_BACK)
+
+
 def test_the_table_of_classes(numbered, odd, tiny_config, tmp_path, capsys):
     sample.main(["--ckpt", str(numbered), "--list-classes"])
     assert capsys.readouterr().out == "0  1\n1  10\n2  2\n"
     elastic_grid.main(["--ckpt", str(odd), "--list-classes"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["0  $5_to_$x^{", r"1  caf\xe9 <b>"] and lines[2].startswith(r"2  new\nline_xxx")
+    assert lines[:2] == ["0  $5_to_$x^{", r"1  caf\xe9 <b>"] and lines[2] == r"2  new\nline_" + "x" * 200
     sample.main(["--ckpt", str(save(load_config(tiny_config), tmp_path, None)), "--list-classes"])
     assert capsys.readouterr().out == "no class names are known; the labels are 0 to 2\n"
 
@@ -138,6 +174,29 @@ def test_elastic_grid(odd, tmp_path):
     assert np.asarray(Image.open(tmp_path / "grid.png")).std() > 1
 
 
+def test_pictures_replace_pictures_only(odd, tmp_path):
+    """A figure is drawn again; a photograph, a trace that is none, and the folder of many samples are kept."""
+    argv = ["--ckpt", str(odd), "--num-sampling-steps", "1", "--classes", "0", "--output"]
+    photo, model = tmp_path / "photo.png", tmp_path / "model.pt"
+    Image.new("RGB", (8, 8)).save(photo)
+    model.write_bytes(b"{weights}")
+    before = photo.read_bytes()
+    for file in (photo, model):
+        with pytest.raises(UserError, match=f"--output '{file}': exists and is no figure"):
+            elastic_grid.main([*argv, str(file)])
+    with pytest.raises(UserError, match="--profile-trace-path .*: exists and is no trace"):
+        sample.main([*argv, str(tmp_path), "--profile-trace-path", str(model)])
+    for _ in range(2):
+        elastic_grid.main([*argv, str(tmp_path / "grid.png"), "--fractions", "0"])
+        sample.main([*argv, str(tmp_path), "--profile-trace-path", str(tmp_path / "trace.json")])
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "other").mkdir()
+    for command, line in ((sample, argv), (cost, [str(tmp_path / "summary.json"), "--output"])):
+        with pytest.raises(UserError, match="holds the samples of sample_ddp.py; give another folder"):
+            command.main([*line, str(tmp_path)])
+    assert photo.read_bytes() == before and model.read_bytes() == b"{weights}"
+
+
 def test_chart_of_classes(tmp_path, monkeypatch):
     """A row for each class, also for long names that are equal where they are cut off."""
     names = [*ODD, "x" * 99 + "a", "x" * 99 + "b"]
@@ -155,6 +214,19 @@ def test_chart_of_classes(tmp_path, monkeypatch):
     texts = [label.get_text() for label in axes.get_yticklabels()]
     assert len(axes.patches) == len(texts) == 5 and "$5_to_$x^{ (1)" in texts
     assert all("\n" not in text and len(text) < 50 for text in texts)
+
+
+def test_no_warning_about_a_name_that_the_font_lacks(tmp_path, recwarn):
+    """CJK and Devanagari become escapes; what the font has stays."""
+    names = ["猫", "été ☃", "😀", "क", "犬" * 30]
+    rows = [{"name": name, "images": 1, "share": {"mean": 0.5, "std": 0.1}} for name in names]
+    cost.draw_classes({"kept_by_class": rows}, tmp_path / "classes.png")
+    images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    batch = types.SimpleNamespace(images=images)
+    titles = [elastic_grid.row_name(label, names) for label in range(5)]
+    assert titles == [r"\u732b", "été ☃", "😀", r"\u0915", r"\u72ac\u72ac\u72a" + "..."]
+    elastic_grid.draw_grid([batch], ["all"], titles, tmp_path / "grid.png")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_an_error_while_drawing_does_not_blame_the_file(tmp_path, monkeypatch):
@@ -201,9 +273,10 @@ def test_model_card(odd, tmp_path):
     assert r"Autoencoder: `caf\xe9'`" in card and load_trained(tmp_path).class_names == ODD
 
 
-def test_page(odd):
-    """Everything that Gradio gets can be sent to a browser, and its title holds no mark-up."""
+def build_page(trained, changes=None, error=None):
+    """What Gradio is given for the page of a model; and in `changes` what it calls."""
     seen = []
+    calls = [] if changes is None else changes
 
     class Part:
         def __init__(self, *args, **options):
@@ -217,14 +290,49 @@ def test_page(odd):
             pass
 
     names = ("Blocks", "Markdown", "Row", "Dropdown", "Number", "Slider", "Image", "Textbox")
-    gradio = types.SimpleNamespace(**dict.fromkeys(names, Part), on=lambda *args, **options: None)
-    demo.build_page(gradio, load_trained(odd), 2, "ddim")
+    gradio = types.SimpleNamespace(
+        **dict.fromkeys(names, Part), on=lambda *args, **options: calls.append(args), Error=error
+    )
+    demo.build_page(gradio, trained, 2, "ddim")
+    return seen
+
+
+def test_page(odd):
+    """Everything that Gradio gets can be sent to a browser, and its title holds no mark-up."""
+    seen = build_page(load_trained(odd))
     repr(seen).encode()
     text = next(args[0] for args, _ in seen if args and str(args[0]).startswith("##"))
     assert text.startswith(r"## \_DiT \$1\_\<b\>: one checkpoint")
     choices = next(args[0] for args, options in seen if options.get("label") == "class")
     assert choices[:2] == [("$5_to_$x^{", 0), (r"caf\xe9 <b>", 1)]
     "".join(name for name, _ in choices).encode()
+
+
+def test_the_page_shows_an_error_in_a_line(odd):
+    """Of a seed or a scale out of range, in place of a traceback in the terminal."""
+
+    class Error(Exception):
+        def __init__(self, message, print_exception):
+            assert not print_exception
+            super().__init__(message)
+
+    changes = []
+    build_page(load_trained(odd), changes, Error)
+    (_, update, *_) = changes[0]
+    with pytest.raises(Error, match="--seed -1: must be 0 or greater"):
+        update(0, -1, 2.0, 0.0)
+    with pytest.raises(Error, match="--cfg-scale 0.5: must be a number of at least 1"):
+        update(0, 0, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("dropped_labels, scale", [(0.0, 1), (1.0, 0), (0.5, 2)])
+def test_the_page_offers_a_scale_that_the_model_can_do(tiny_config, tmp_path, dropped_labels, scale):
+    config = load_config(tiny_config, [f"training.class_dropout_prob={dropped_labels}"])
+    trained = load_trained(save(config, tmp_path, None))
+    seen = build_page(trained)
+    (lowest, _, shown), options = next(part for part in seen if part[1].get("label") == "guidance")
+    assert shown == scale and lowest == min(scale, 1) and options["interactive"] == (scale == 2)
+    assert side_by_side(trained, 2, "ddim")(1, 0, shown, 0.5).image.shape == (288, 288, 3)
 
 
 def test_any_name_can_be_printed(monkeypatch, capsys):

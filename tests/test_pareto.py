@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import warnings
 from pathlib import Path
 
 import kills
@@ -17,6 +18,7 @@ from data.features import open_features
 from evaluation import sample_features
 from evaluation.extractors import load_extractor
 from evaluation.metrics import Gaussian, frechet_distance
+from evaluation.pareto import PointTable
 from evaluation.sample_features import SamplePlan, measure_samples
 from figures import elastic_grid, pareto
 from figures.pareto import Curve, Mark, compare_curves, read_curves
@@ -44,9 +46,10 @@ def on_one_thread_of_the_cpu():
 
 @pytest.fixture(scope="module")
 def place(tiny_config, tmp_path_factory) -> Path:
-    """Models a.pt and b.pt, large.pt of larger images, static.pt, a static DiT, and reference.npz."""
+    """Models a.pt and b.pt, large.pt of larger images, static.pt, a static DiT, classless.pt, and reference.npz."""
     folder = tmp_path_factory.mktemp("pareto")
     overrides_of = {"a": [], "b": [], "large": ["data.image_size=64"], "static": ["model.patch_size=2"]}
+    overrides_of["classless"] = ["training.class_dropout_prob=1.0"]
     for step, (name, overrides) in enumerate(overrides_of.items(), 1):
         config = load_config(tiny_config, [f"model.name={name}", *overrides])
         torch.manual_seed(step)
@@ -178,6 +181,17 @@ def test_a_static_model_is_one_point_per_scale(place, tiny_extractor, tmp_path, 
         assert float(row["tflop_per_image"]) == pytest.approx(branches * STEPS * forward, rel=1e-6)
     printed = capsys.readouterr().out
     assert "a, 1 steps against static, 4 steps" in printed and "Lite-CFG 75% against static" in printed
+
+
+def test_without_a_scale_each_model_has_the_one_that_it_can_do(place, tiny_extractor, tmp_path, capsys):
+    """Samples without a class have no class accuracy; and TF32 is another question."""
+    models = ["--ckpt", place / "a.pt", "--ckpt", place / "classless.pt"]
+    pareto.main(arguments(place, tmp_path, tiny_extractor, *models))
+    rows = read(tmp_path)
+    assert [(row["name"], row["cfg_scale"]) for row in rows] == [("a", "1.0"), ("classless", "0.0")]
+    assert rows[0]["class_accuracy"] and not rows[1]["class_accuracy"]
+    with pytest.raises(UserError, match=r"holds points with features torchscript:\w* instead of .*\+tf32"):
+        pareto.main(arguments(place, tmp_path, tiny_extractor, *models, "--tf32"))
 
 
 def test_samples_do_not_depend_on_the_processes(place, tiny_extractor, tmp_path):
@@ -350,6 +364,66 @@ def test_evaluation_during_training_on_two_processes(run, tiny_extractor, place,
         chunks.read("tflop").mean(), rel=1e-12
     )
     assert row["class_accuracy"] == (chunks.read("logits").argmax(1) == labels).mean()
+
+
+class Unmeasurable(torch.nn.Module):
+    """Features that no sample has, only the reference."""
+
+    def forward(self, images):
+        return (
+            (images.float().mean((2, 3)) - 255).log() if images.shape[0] == 4 else images.float().mean((2, 3))
+        )
+
+
+def test_training_outlives_features_that_are_not_finite(tiny_config, place, tmp_path, capsys):
+    """Weeks of training do not end because a classifier overflows on a sample."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(Unmeasurable()), tmp_path / "odd.pt")
+    changes = ["every=2", "num_samples=4", "num_sampling_steps=2", "batch_size=4"]
+    changes += [f"reference={place / 'reference.npz'}", f"features={tmp_path / 'odd.pt'}"]
+    words = [word for change in changes for word in ("--set", f"evaluation.{change}")]
+    train.main(
+        [
+            "--config",
+            str(tiny_config),
+            "--output",
+            str(tmp_path / "run"),
+            "--set",
+            "training.max_steps=2",
+            *words,
+        ]
+    )
+    assert "warning: no evaluation at step 2: evaluation at step 2, sample 0: its" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoints" / "0000002.pt").is_file()
+
+
+def test_a_damaged_table_is_refused(tmp_path):
+    """Before any sampling; an unfinished file of a spreadsheet would fail the figure after it."""
+    whole = {
+        "point": "a",
+        "name": "m",
+        "cfg_scale": "1.0",
+        "budget": "0.0",
+        "tflop_per_image": "1",
+        "step": "5",
+    }
+    for row in (
+        {"cost": "3"},
+        whole,
+        {**whole, "fid": "1,5"},
+        {**whole, "fid": "nan"},
+        {**whole, "fid": "1", "step": ""},
+    ):
+        with open(tmp_path / "pareto.csv", "w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(row))
+            writer.writeheader()
+            writer.writerow(row)
+        with pytest.raises(UserError, match="is not a table of points"):
+            PointTable(tmp_path / "pareto.csv", {})
+    (tmp_path / "pareto.csv").write_text("my,notes\n")
+    with pytest.raises(UserError, match="is not a table of points"):
+        PointTable(tmp_path / "pareto.csv", {})
 
 
 def test_mistakes_in_the_section_are_found_before_training(tiny_config, tiny_extractor, place, tmp_path):

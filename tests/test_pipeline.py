@@ -19,6 +19,7 @@ from PIL import Image
 import sample
 import sample_ddp
 from config import UserError, config_from_dict, load_config, to_dict
+from figures import cost
 from models import build_model
 from processes import group
 from sampling.accounting import image_tflop
@@ -420,7 +421,8 @@ def test_scale_0_draws_samples_without_a_class(trained, tmp_path):
 
     def images(label, scale):
         (batch,) = generate(run, [0], [label], dataclasses.replace(options, cfg_scale=scale))
-        assert batch.kept[0].unconditional is None
+        step = batch.kept[0]
+        assert (step.conditional is None) == (scale == 0) and (step.unconditional is None) == (scale == 1)
         return batch.images.float()
 
     without = images(0, 0.0)
@@ -432,6 +434,23 @@ def test_scale_0_draws_samples_without_a_class(trained, tmp_path):
     few = ["--num-fid-samples", "2", "--num-sampling-steps", "1", "--cfg-scale", "0"]
     sample_ddp.main(["--ckpt", str(newest(trained)), *few, "--output-dir", str(tmp_path / "s")])
     assert np.load(tmp_path / "s.npz").files == ["arr_0"]
+    summary = json.loads((tmp_path / "s" / "summary.json").read_text())
+    assert list(summary["tflop_by_branch"]) == ["unconditional"] and summary["kept_by_class"] == []
+    assert {row["conditional"] for row in summary["kept_by_step"]} == {None}
+
+
+def test_pictures_of_samples_without_a_class(trained, tmp_path, capsys):
+    """They show the only branch there is, and name no class."""
+    scale_0 = f"--ckpt {newest(trained)} --cfg-scale 0 --num-sampling-steps 2 --classes 2 0 --output".split()
+    sample.main([*scale_0, str(tmp_path), "--tflops-per-image", "1"])
+    printed = capsys.readouterr().out
+    assert "--classes: give only the number of images" in printed
+    assert "unconditional branch: " in printed and "\nconditional branch" not in printed
+    assert (tmp_path / "chunking_viz.png").is_file() and (tmp_path / "chunking_summary.png").is_file()
+    cost.main([str(tmp_path / "summary.json")])
+    assert not (tmp_path / "kept_by_class.png").exists() and (tmp_path / "cost_by_component.png").is_file()
+    sample.main([*scale_0, str(tmp_path), "--dry-run"])
+    assert "2 without a class" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bf16_vae", [False, True])

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -111,6 +112,16 @@ def test_grid_and_metrics_that_a_kill_prevented_follow_on_resume(run, tmp_path):
     assert sorted(os.listdir(tmp_path / "run" / "samples")) == ["0000004.png", "0000008.png"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
     assert rows == [{"step": 4, "fid": 4}, {"step": 8, "fid": 8}]
+
+
+def test_a_skipped_evaluation_leaves_no_row(run, tmp_path):
+    def skip():
+        train.Evaluation = lambda *args: lambda model, step: {}
+        train.sample_grids.load_decoder = lambda *args: object()
+
+    codes, printed = run("run", "evaluation.every=4", "evaluation.reference=x", plans=[skip])
+    assert codes == [0], printed
+    assert not (tmp_path / "run" / "evaluation.jsonl").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- signals
@@ -297,29 +308,60 @@ def test_a_finished_run_may_be_started_again_and_is_never_shortened(run, tmp_pat
     assert run("weights", f"training.init_from={newest}", *epochs)[0] == [0]
 
 
-def remedy(printed: str) -> str:
-    """The override that an error line names."""
-    line = [line for line in printed.splitlines() if line.startswith("error: ")][0]
-    return line.split("--output NEW --set ")[1]
+@pytest.fixture
+def follow(tmp_path):
+    """follow(printed) runs the command that an error line prints as a shell would; exit codes and output."""
+
+    def follow(printed: str) -> tuple[list[int], str]:
+        (line,) = {line for line in printed.splitlines() if line.startswith("error: ")}
+        words = shlex.split(line.split("`")[1])
+        script = words.index("train.py")
+        launcher = {("python",): 1, ("torchrun", "--nproc_per_node=2"): 2}
+        processes = launcher[tuple(words[:script])]
+        (tmp_path / "printed").unlink()
+        codes = kills.attempt(train.main, words[script + 1 :], tmp_path / "printed", [None] * processes)
+        return codes, (tmp_path / "printed").read_text()
+
+    return follow
 
 
-@pytest.mark.parametrize("change", ["training.learning_rate=5e-4", "training.lr_scales={router: 0.5}"])
-def test_a_new_value_starts_a_new_run_from_the_checkpoint(run, tmp_path, change):
-    assert run("run", "training.max_steps=3")[0] == [0]
-    codes, printed = run("run", change)
+@pytest.mark.parametrize(
+    "before, after, start",
+    [
+        ((), ["training.learning_rate=5e-4"], "resuming from step 3"),
+        ((), ["training.lr_scales={router: 0.5, blocks.0: 0.1}"], "starting"),
+        ((), ["training.learning_rate=5e-4", "training.max_steps=3"], "starting"),
+        ((), ["data.num_classes=5"], "starting"),
+        (("training.ratio_batch_size=4",), ["training.global_batch_size=2"], "resuming from step 3"),
+    ],
+    ids=["learning rate", "groups", "at the last step", "classes", "ratio batch"],
+)
+def test_a_new_value_starts_a_new_run_from_the_checkpoint(run, follow, before, after, start):
+    """With a folder whose name a shell splits."""
+    assert run("it's a run", *before, "training.max_steps=3")[0] == [0]
+    codes, printed = run("it's a run", *before, *after)
+    assert codes == [2] and "was started with a different" in printed
+    codes, printed = follow(printed)
+    assert codes == [0] and start in printed, printed
+
+
+def test_a_run_that_started_from_weights_has_one_source(run, follow, whole_run):
+    source = f"training.init_from={list_checkpoints(whole_run / 'checkpoints')[-1]}"
+    assert run("run", source, "training.max_steps=3")[0] == [0]
+    codes, printed = run("run", source, "training.learning_rate=5e-4")
     assert codes == [2]
-    codes, printed = run("new", change, remedy(printed))
-    assert codes == [0], printed
+    codes, printed = follow(printed)
+    assert codes == [0] and "resuming from step 3" in printed, printed
 
 
-def test_batch_sizes_for_more_processes_start_a_new_run(run, tmp_path):
+def test_batch_sizes_for_more_processes_start_a_new_run(run, follow, tmp_path):
     whole_batch = "training.ratio_batch_size=4"
     assert run("run", whole_batch, "training.max_steps=3")[0] == [0]
     codes, printed = run("run", whole_batch, plans=[None, None])
     assert codes == [2, 2] and "try 2 in a new run; a resumed run keeps its batch sizes" in printed
     assert f"so resume '{tmp_path / 'run'}' on 1 process, or" in printed
-    codes, printed = run("new", "training.ratio_batch_size=2", remedy(printed), plans=[None, None])
-    assert codes == [0, 0] and "resuming from step 3" in printed
+    codes, printed = follow(printed)
+    assert codes == [0, 0] and "resuming from step 3" in printed, printed
     assert run("run", whole_batch)[0] == [0]
 
 

@@ -13,12 +13,16 @@ import sample
 import sample_ddp
 import train
 from config import UserError, load_config, to_dict
+from data.autoencoder import Autoencoder
 from data.features import open_features
 from figures import elastic_grid
+from figures.chunking import as_pixels
 from models import build_model
 from sampling import accounting, hub
 from sampling.generate import SamplingOptions, generate_images, load_trained
+from sampling.pipeline import DCDiTPipeline
 from training import sample_grids
+from training.checks import label_ranges
 from weights import convert
 from weights.checkpoint import list_checkpoints, save_checkpoint
 
@@ -123,6 +127,36 @@ def test_samples_that_overflow_end_the_program(checkpoint, tmp_path, capsys):
     assert not list((tmp_path / "out").glob("*.png"))
 
 
+def test_images_that_overflow_end_the_program(checkpoint, tmp_path, monkeypatch):
+    """Finite latents and an autoencoder that makes infinite pixels of the second sample."""
+    decode = Autoencoder.decode_pixels
+
+    def overflow(self, latents, bf16=False):
+        pixels = decode(self, latents, bf16)
+        pixels[1, 0, 3, 3] = float("inf")
+        return pixels
+
+    monkeypatch.setattr(Autoencoder, "decode_pixels", overflow)
+    for script, output in ((sample, "--output"), (sample_ddp, "--output-dir")):
+        argv = ["--ckpt", str(checkpoint), *FEW_STEPS, output, str(tmp_path / "out")]
+        if script is sample_ddp:
+            argv += ["--num-fid-samples", "4", "--per-proc-batch-size", "2"]
+        with pytest.raises(SystemExit) as caught:
+            cli.run(lambda script=script, argv=argv: script.main(argv))
+        assert str(caught.value.code).startswith(
+            "error: sample 1 has finite latents, but its decoded image is"
+        )
+    assert not list((tmp_path / "out").glob("*.png"))
+    with pytest.raises(FloatingPointError, match="sample 1 has finite latents"):
+        DCDiTPipeline(load_trained(checkpoint))([0, 1], num_inference_steps=1)
+
+
+def test_the_picture_of_the_chunking_does_not_fail(checkpoint):
+    """It is drawn after the work, also of estimates that no decoder takes."""
+    latents = torch.tensor([3e38, float("nan")]).view(2, 1, 1, 1).expand(2, 4, 8, 8)
+    assert as_pixels(load_trained(checkpoint).autoencoder, latents).shape == (2, 32, 32, 3)
+
+
 def test_training_outlives_samples_that_overflow(tiny_config, tmp_path, monkeypatch, capsys):
     def overflow(*arguments):
         raise FloatingPointError("sample 0 is not finite")
@@ -181,8 +215,16 @@ def test_images_are_kept_if_the_report_fails(checkpoint, tmp_path, monkeypatch):
 def test_training_says_that_classes_have_no_images(tiny_config, tmp_path, capsys):
     argv = ["--config", str(tiny_config), "--output", str(tmp_path), "--set", "training.max_steps=1"]
     train.main([*argv, "--set", "data.num_classes=5"])
-    said = "warning: data.num_classes is 5, but the features have 3 classes; labels 3 to 4 are never trained"
-    assert said in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    said = "data.num_classes is 5, but the features have images of 3 classes; labels 3 to 4 are never trained; for"
+    assert f"warning: {said}" in printed
+    assert "classes: 0 'a', 1 'b', 2 'c'\n" in printed
+
+
+def test_labels_between_others_that_have_no_images():
+    assert label_ranges([1]) == "1"
+    assert label_ranges([1, 3, 4, 5, 999]) == "1, 3 to 5, 999"
+    assert label_ranges(list(range(0, 20, 2))) == "0, 2, 4, 6, ..., 18"
 
 
 def test_fewer_images_than_before_are_said(checkpoint, tmp_path, capsys):
@@ -199,3 +241,89 @@ def test_the_images_of_a_finite_model_are_images(checkpoint):
     """The models above do not sample rubbish."""
     images = generate_images(load_trained(checkpoint), [0, 1], SamplingOptions(num_sampling_steps=2))
     assert images.float().std() > 1
+
+
+# ------------------------------------------------------------------------------------------------ damaged folders
+
+
+@pytest.fixture
+def sample_set(checkpoint, tmp_path) -> Path:
+    """A folder of five samples in batches of two."""
+    sample_five(checkpoint, tmp_path / "set")
+    return tmp_path / "set"
+
+
+def sample_five(checkpoint: Path, folder: Path) -> None:
+    argv = ["--ckpt", str(checkpoint), *FEW_STEPS, "--output-dir", str(folder), "--num-fid-samples", "5"]
+    sample_ddp.main([*argv, "--per-proc-batch-size", "2"])
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.png"))}
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def zero(file: Path) -> None:
+    """What a power cut may leave on some file systems."""
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[: size // 2].ljust(size, b"\0"))
+
+
+@pytest.mark.parametrize("damage", [cut, empty, zero])
+def test_damaged_samples_are_drawn_again(checkpoint, sample_set, capsys, damage):
+    before = pictures(sample_set)
+    damage(sample_set / "000001.png")
+    damage(sample_set / "records" / "000004.npz")
+    sample_five(checkpoint, sample_set)
+    printed = capsys.readouterr().out
+    assert f"{sample_set}: 2 damaged files, such as 000001.png; their batches are drawn again\n" in printed
+    assert pictures(sample_set) == before
+    sample_five(checkpoint, sample_set)
+    assert "damaged files" not in capsys.readouterr().out
+
+
+def test_a_power_cut_that_emptied_every_file(checkpoint, sample_set):
+    before = pictures(sample_set)
+    for file in sample_set.rglob("*.*"):
+        if file.is_file():
+            empty(file)
+    sample_five(checkpoint, sample_set)
+    assert pictures(sample_set) == before
+    assert np.load(sample_set.with_suffix(".npz"))["arr_0"].shape == (5, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"seed": 0', "[]", '{"seed": 0}', '{"chosen": {"budget": 1, "uncond": null}}']
+)
+def test_damaged_settings_of_samples(checkpoint, sample_set, text):
+    before = pictures(sample_set)
+    (sample_set / "settings.json").write_text(text)
+    with pytest.raises(
+        UserError, match="set': settings.json is damaged, .* remove the folder and set.npz to draw"
+    ):
+        sample_five(checkpoint, sample_set)
+    assert pictures(sample_set) == before
+
+
+def test_an_npz_of_other_origin_is_not_overwritten(checkpoint, tmp_path):
+    reference = tmp_path / "set.npz"
+    reference.write_text("a reference batch")
+    with pytest.raises(UserError, match="set.npz would be overwritten; remove it or give another folder"):
+        sample_five(checkpoint, tmp_path / "set")
+    assert reference.read_text() == "a reference batch"
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_larger_set_draws_its_last_batch_again_without_a_complaint(checkpoint, sample_set, capsys):
+    capsys.readouterr()
+    argv = ["--ckpt", str(checkpoint), *FEW_STEPS, "--output-dir", str(sample_set), "--num-fid-samples", "6"]
+    sample_ddp.main([*argv, "--per-proc-batch-size", "2"])
+    assert "damaged files" not in capsys.readouterr().out
+    assert json.loads((sample_set / "summary.json").read_text())["images"] == 6

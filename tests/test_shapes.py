@@ -75,6 +75,29 @@ def test_writing_continues_and_leaves_no_partial_file(tmp_path, monkeypatch):
     assert np.array_equal(written, shapes.render(9, 16)[0])
 
 
+def test_images_of_another_size_or_seed_are_not_mixed(tmp_path):
+    shapes.write_images(tmp_path, 9, image_size=16, seed=1)
+    for image_size, seed in ((8, 1), (16, 2)):
+        with pytest.raises(
+            UserError, match="holds images of another --image-size or --seed, such as 000000.png"
+        ):
+            shapes.write_images(tmp_path, 12, image_size, seed)
+    shapes.write_images(tmp_path, 12, image_size=16, seed=1)
+    assert len(list(tmp_path.rglob("*.png"))) == 12
+
+
+@pytest.mark.parametrize("keep", [0, 100])
+def test_damaged_images_are_drawn_again(tmp_path, keep):
+    shapes.write_images(tmp_path, 3, image_size=16)
+    for index in (0, 2):
+        path = shapes.image_path(tmp_path, index)
+        path.write_bytes(path.read_bytes()[:keep])
+    shapes.write_images(tmp_path, 3, image_size=16)
+    for index in range(3):
+        pixels = np.asarray(Image.open(shapes.image_path(tmp_path, index)))
+        assert np.array_equal(pixels, shapes.render(index, 16)[0])
+
+
 def test_bad_numbers_name_the_option(tmp_path):
     with pytest.raises(UserError, match="--num-images 0"):
         shapes.main(["--output", str(tmp_path), "--num-images", "0"])

@@ -1,6 +1,8 @@
 """A DC-DiT from a static DiT: what is copied, what the first outputs are, and runs with frozen parameters."""
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from models import build_model
 from models.embeddings import sincos_positions
 from training.optimizer import parameter_groups
 from weights.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from weights.upcycle import embed_in_3x3, initial_state, upcycle
+from weights.upcycle import embed_in_3x3, initial_state, match_labels, upcycle
 
 WIDTH, SIDE = 64, 8
 
@@ -242,9 +244,10 @@ def test_other_classes(dit_run, tiny_config, tmp_path, capsys, patch):
     for name, origin in origins.items():
         if origin == "copied":
             assert torch.equal(first["model"][name], source[name]), name
-    # And as a command, which reports it
+    # And as a command, which knows the names of the classes, and reports what it copies
     start(tiny_config, tmp_path, *options, "training.max_steps=1")
-    kept = "new labels ((4, 32) there, (8, 32) here; null label copied)"
+    parts = "by class name 3 rows copied, 4 initialised, null label copied"
+    kept = f"new labels ((4, 32) there, (8, 32) here; {parts})"
     assert kept in capsys.readouterr().out
     assert f"y_embedder.table.weight {kept}" in " ".join((tmp_path / "init_report.txt").read_text().split())
 
@@ -257,6 +260,77 @@ def test_other_classes_between_dc_dits(whole_run, tiny_config):
     assert origins.pop("y_embedder.table.weight").startswith("new labels")
     for name in origins:
         assert torch.equal(first["model"][name], expected[name]), name
+
+
+# Names of the features, and the label of the checkpoint's classes a, b, c behind each row; None: initialised
+NAMED = {
+    "another order": (["c", "a", "b"], [2, 0, 1]),
+    "another class": (["a", "x", "c"], [0, None, 2]),
+    "one more": (["0", "a", "b", "c"], [None, 0, 1, 2]),
+    "fewer, the rest unnamed": (["b"], [1, None, None, None]),
+    "the same": (["a", "b", "c"], [0, 1, 2]),
+    "only numbers": (["0", "1", "2"], [0, 1, 2]),
+    "unknown": (None, [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_rows_of_labels_follow_the_names_of_classes(whole_run, tiny_config, case):
+    names, sources = NAMED[case]
+    path = list_checkpoints(whole_run / "checkpoints")[-1]
+    config = load_config(tiny_config, [f"training.init_from={path}", f"data.num_classes={len(sources)}"])
+    first, origins = initial_state(config, names)
+    table = first["model"]["y_embedder.table.weight"]
+    old = load_checkpoint(path)["ema"]["y_embedder.table.weight"]
+    torch.manual_seed(config.training.seed)
+    fresh = build_model(config).state_dict()["y_embedder.table.weight"]
+    for label, source in enumerate(sources):
+        expected = fresh[label] if source is None else old[source]
+        assert torch.equal(table[label], expected), label
+    assert torch.equal(table[-1], old[-1])
+    copied = sum(source is not None for source in sources)
+    report = f"by class name {copied} rows copied, {len(sources) - copied} initialised, null label copied"
+    origin = origins["y_embedder.table.weight"]
+    assert origin == "copied" if sources == [0, 1, 2] else report in origin
+
+
+def test_labels_without_a_name_keep_their_rows():
+    """1000 classes, of which the features name a few: the others are those of the source, by number."""
+    config = config_from_dict({"data": {"num_classes": 6}})
+    found = match_labels(config, ["b", "a", "d"], config, ["a", "b"])
+    assert found.source_of == {0: 1, 1: 0, 3: 3, 4: 4, 5: 5}
+
+
+@pytest.fixture
+def reordered(tiny_config, tmp_path) -> Path:
+    """A configuration whose features have the same images, with the names of two classes exchanged."""
+    features = load_config(tiny_config).data.feature_path
+    copy = shutil.copytree(features, tmp_path / "reordered")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["class_names"] = ["a", "c", "b"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "reordered.yaml").write_text(tiny_config.read_text().replace(features, str(copy)))
+    return tmp_path / "reordered.yaml"
+
+
+def test_a_run_never_continues_with_other_labels(whole_run, reordered, tmp_path, capsys):
+    """Neither in its folder nor in a new one; the command that is printed starts a run with the right rows."""
+    newest = list_checkpoints(whole_run / "checkpoints")[-1]
+    words = ["--config", str(reordered), "--set", "training.max_steps=9"]
+    with pytest.raises(
+        UserError, match="label 1 is 'c' in the features and 'b' in '.*with training.init_from"
+    ):
+        train.main(
+            [*words, "--set", f"training.resume_from_ckpt={newest}", "--output", str(tmp_path / "new")]
+        )
+    assert not (tmp_path / "new").exists()
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    with pytest.raises(UserError) as caught:
+        train.main([*words, "--output", str(folder)])
+    message, command, _ = str(caught.value).split("`")
+    assert "(label 1 is 'c' in the features and 'b' in the run); give those, or start at step 0" in message
+    train.main(shlex.split(command)[2:])
+    assert "by class name 3 rows copied, 0 initialised" in capsys.readouterr().out
 
 
 def test_a_null_label_is_never_taken_for_a_class(dit_run, tiny_config):
@@ -297,7 +371,7 @@ MISTAKES = [
     ),
     (
         ["training.init_from={dit}", "model.patch_size=2", "model.hnet.num_heads=[4,4]"],
-        "was trained with another model.hnet.num_heads; add --set model.hnet.num_heads=[2, 2]",
+        "was trained with another model.hnet.num_heads; add --set 'model.hnet.num_heads=[2, 2]'",
     ),
     (["training.init_from=nowhere.pt"], "training.init_from 'nowhere.pt' does not exist"),
     (
@@ -315,7 +389,10 @@ MISTAKES = [
         ["training.resume_from_ckpt={dit}", "model.patch_size=2", "training.lr_scales={blocks: 0.5}"],
         "differs from the {} of",
     ),
-    (["model.upcycle.scaffold=old"], "model.upcycle.scaffold: 'old' is not one of dit, fresh"),
+    (
+        ["training.init_from={dit}", "model.upcycle.scaffold=old"],
+        "model.upcycle.scaffold: 'old' is not one of dit, fresh",
+    ),
 ]
 
 

@@ -1,7 +1,9 @@
 """Loader processes: shared memory that is too small, deaths and standstills end in bounded time."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,14 +26,15 @@ class Numbers(NamedTuple):
 
 
 class Source(Dataset):
-    """Item i is a tensor of i; `fault` is called with i first."""
+    """Item i is a tensor of i with `size` columns; `fault` is called with i first."""
 
-    def __init__(self, fault=lambda index: None):
+    def __init__(self, fault=lambda index: None, size: int = 5):
         self.fault = fault
+        self.size = size
 
     def __getitem__(self, index):
         self.fault(index)
-        return torch.full((3, 5), float(index))
+        return torch.full((3, self.size), float(index))
 
 
 def collate(items):
@@ -81,11 +84,24 @@ def test_as_many_processes_as_shared_memory_has_room_for(monkeypatch, capsys):
 
 
 def in_a_process(code: str, *prefix: str) -> subprocess.CompletedProcess:
-    """Run a program that may use this file, in bounded time."""
-    program = f"import os, signal, time, cli, test_workers\nfrom data import workers\n{code}"
+    """Run a program that may use this file, in bounded time. It ends with the last of its processes."""
+    source = f"import os, signal, time, cli, test_workers\nfrom data import workers\n{code}"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [*prefix, sys.executable, "-c", program]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    command = [*prefix, sys.executable, "-c", source]
+    program = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = program.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, program.returncode, stdout, stderr)
 
 
 FAULTS = {
@@ -119,3 +135,46 @@ def test_64_kilobytes_of_shared_memory():
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "4"
     assert "warning: --num-workers 2: shared memory (/dev/shm" in result.stdout
+
+
+HALF_A_BATCH = """
+import multiprocessing.connection
+send = multiprocessing.connection.Connection._send
+def send_half(connection, buffer):
+    if len(buffer) > 100_000:
+        send(connection, buffer[:70_000])
+        os.kill(os.getpid(), signal.SIGKILL)
+    send(connection, buffer)
+multiprocessing.connection.Connection._send = send_half
+def full(value):
+    raise RuntimeError("shared memory is full")
+workers.Tensor.share_memory_ = full
+workers.POLL = 1.0
+"""
+
+
+def test_a_loader_process_killed_within_a_batch(tmp_path):
+    """Half of the batch is in the pipe, whose other end other processes hold open."""
+    code = f"""{HALF_A_BATCH}
+source = test_workers.Source(lambda index: None, size=500_000)
+cli.run(lambda: test_workers.read_all(source, 2))
+"""
+    result = in_a_process(code)
+    assert result.returncode == 1, result.stderr
+    killed = "error: --num-workers 2: a loader process has died (killed by SIGKILL)"
+    assert result.stderr.splitlines()[-1].startswith(killed)
+
+
+def test_loader_processes_end_when_the_program_is_killed():
+    """Even with batches that nobody reads any more, too large for the pipe."""
+    code = f"""{HALF_A_BATCH.replace("os.kill(os.getpid(), signal.SIGKILL)", "send(connection, buffer[70_000:])")}
+workers.ORPHAN_POLL = 0.1
+source = test_workers.Source(lambda index: None, size=500_000)
+loader = workers.make_loader(source, [[k] for k in range(20)], test_workers.collate, 2, False, "--num-workers")
+batches = workers.read(loader, "--num-workers")
+next(batches)
+time.sleep(1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # The loader processes hold the pipe of the output open until they end
+    assert in_a_process(code).returncode == -signal.SIGKILL

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import cli
-from config import UserError
+from config import UserError, one_line
 from data.images import ImageFolder
 from data.loading import read_all
 from data.streams import rng
@@ -200,6 +200,14 @@ def save(model: AutoencoderKL, output: Path) -> None:
 def is_complete(output: Path) -> bool:
     """Whether the folder holds a finished model. Raises UserError if it holds anything else."""
     if (output / "config.json").is_file() and (output / "diffusion_pytorch_model.safetensors").is_file():
+        # A power cut may empty files that were just written
+        try:
+            AutoencoderKL.from_pretrained(output)
+        except Exception as error:  # diffusers and safetensors raise many kinds on damaged files
+            reason = one_line(error, 80)
+            raise UserError(
+                f"--output {output}: its autoencoder is damaged ({reason}); remove the folder to train it again"
+            ) from None
         return True
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(

@@ -17,7 +17,9 @@ from PIL import Image
 from tqdm import tqdm
 
 import cli
+from config import UserError
 from data.files import write_file
+from data.images import is_whole_png
 from data.streams import rng
 
 # Subpixels per pixel and axis.
@@ -231,14 +233,33 @@ def render(index: int, image_size: int = 64, seed: int = 0) -> tuple[np.ndarray,
 # --------------------------------------------------------------------------------------------------- writing
 
 
+def image_path(folder: Path, index: int) -> Path:
+    """`folder/<class name>/<index>.png`."""
+    return folder / CLASS_NAMES[index % len(CLASSES)] / f"{index:06d}.png"
+
+
 def write_image(folder: Path, index: int, image_size: int, seed: int) -> None:
-    """Write `folder/<class name>/<index>.png` unless it is there; a file with this name is complete."""
-    path = folder / CLASS_NAMES[index % len(CLASSES)] / f"{index:06d}.png"
-    if path.exists():
+    """Write an image unless it is there; one that a power cut has emptied or cut off is not."""
+    path = image_path(folder, index)
+    if path.exists() and is_whole_png(path):
         return
     pixels, _, _ = render(index, image_size, seed)
     image = Image.fromarray(pixels)
     write_file(path, lambda stream: image.save(stream, format="PNG"), durable=False)
+
+
+def check_first_image(path: Path, index: int, image_size: int, seed: int) -> None:
+    """UserError if the file of an image holds another one."""
+    if not path.exists() or not is_whole_png(path):
+        return
+    pixels, _, _ = render(index, image_size, seed)
+    with Image.open(path) as image:
+        is_same = np.array_equal(np.asarray(image), pixels)
+    if not is_same:
+        raise UserError(
+            f"--output {path.parent.parent}: holds images of another --image-size or --seed, such as {path.name}; "
+            "give another folder"
+        )
 
 
 def write_images(
@@ -247,8 +268,12 @@ def write_images(
     """Write images start ... start + num_images - 1 into an image folder with one sub-folder per class.
 
     Finished images are kept, so the same call again continues an interrupted one.
+
+    Raises:
+        UserError: the folder holds images of another size or seed.
     """
     folder = Path(folder)
+    check_first_image(image_path(folder, start), start, image_size, seed)
     for name in CLASS_NAMES:
         (folder / name).mkdir(parents=True, exist_ok=True)
     for index in tqdm(range(start, start + num_images), desc="images", unit="img"):

@@ -1,5 +1,6 @@
 """What must agree with the configuration before a run starts: the features and the names of parameters."""
 
+import numpy as np
 import torch
 
 from config import Config, UserError
@@ -7,6 +8,8 @@ from data.features import Features, open_features
 from models import build_model
 from processes import group
 from training.schedules import total_steps
+
+MAX_RANGES = 5  # of labels in a warning
 
 
 def open_fitting_features(config: Config) -> Features:
@@ -49,17 +52,35 @@ def open_fitting_features(config: Config) -> Features:
 
 
 def warn_of_untrained_classes(config: Config, store: Features) -> None:
-    """Warn if the model has more classes than the features.
+    """Warn if the model has classes without an image in the features.
 
     It is no error: a model that is fine-tuned on some of its classes keeps the others.
     """
-    known = len(store.class_names or []) or int(store.labels.max()) + 1
     classes = config.data.num_classes
-    if classes > known:
-        group.print_once(
-            f"warning: data.num_classes is {classes}, but the features have {known} classes; labels {known} to "
-            f"{classes - 1} are never trained; for features of all classes, set data.num_classes={known}"
-        )
+    trained = np.unique(store.labels).tolist()
+    untrained = sorted(set(range(classes)) - set(trained))
+    if not untrained:
+        return
+    known = max(len(store.class_names), trained[-1] + 1)
+    remedy = f"; for features of all classes, set data.num_classes={known}" if known < classes else ""
+    group.print_once(
+        f"warning: data.num_classes is {classes}, but the features have images of {len(trained)} classes; labels "
+        f"{label_ranges(untrained)} are never trained{remedy}"
+    )
+
+
+def label_ranges(labels: list[int]) -> str:
+    """Ascending labels as text, such as "1, 4 to 7", without the middle if it is long."""
+    ranges: list[list[int]] = []
+    for label in labels:
+        if ranges and label == ranges[-1][1] + 1:
+            ranges[-1][1] = label
+        else:
+            ranges.append([label, label])
+    parts = [str(first) if first == last else f"{first} to {last}" for first, last in ranges]
+    if len(parts) > MAX_RANGES:
+        parts = [*parts[: MAX_RANGES - 1], "...", parts[-1]]
+    return ", ".join(parts)
 
 
 def check_parameter_names(config: Config) -> None:

@@ -4,24 +4,32 @@ A resumed run may differ from its checkpoint in the free keys of config_keys.py 
 same features. Everything else starts a new run from a checkpoint, with `training.resume_from_ckpt`.
 """
 
+import shlex
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+import yaml
 
 from config import (
     Config,
     UserError,
     config_from_dict,
     differences,
-    load_config,
+    is_read,
+    largest_divisor,
     role_of,
     to_dict,
     validate_processes,
 )
 from data.features import Features
+from data.names import renamed_label, short_name
+from plain_data import read_yaml
+from schema import require
 from training.schedules import total_steps
 from weights import upcycle
 from weights.checkpoint import (
     Checkpoint,
+    find_damage,
     list_checkpoints,
     load_checkpoint,
     network_shapes,
@@ -29,7 +37,37 @@ from weights.checkpoint import (
     shape_difference,
     tensor_shapes,
 )
-from weights.upcycle import Origins
+from weights.upcycle import LABEL_KEYS, Origins
+
+LAST_KEY = "ckpt"  # in the order of `Config`, in which config.yaml is written
+DOCUMENT_END = "...\n"  # what PyYAML writes after a single value
+
+
+class CommandLine(NamedTuple):
+    """What a user has typed to start or resume a run."""
+
+    option: str  # "--output" or "--resume", which names the run's folder
+    folder: Path | None
+    config_file: Path
+    overrides: list[str]
+    processes: int  # that the launcher starts
+
+    def in_new_folder(self, overrides: list[str]) -> str:
+        """The command again with further overrides and a new folder beside the present one, for a shell."""
+        launcher = ["python"] if self.processes == 1 else ["torchrun", f"--nproc_per_node={self.processes}"]
+        words = [*launcher, "train.py", "--config", str(self.config_file)]
+        words += ["--output", str(free_folder(Path(self.folder or "run")))]
+        for change in [*self.overrides, *overrides]:
+            words += ["--set", change]
+        return shlex.join(words)
+
+
+def free_folder(folder: Path) -> Path:
+    """A folder beside this one that does not exist yet: results/run-2."""
+    number = 2
+    while (candidate := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return candidate
 
 
 class Start(NamedTuple):
@@ -40,7 +78,7 @@ class Start(NamedTuple):
     warnings: list[str]  # one for each newer checkpoint that cannot be used
 
 
-def find_start(config: Config, folder: Path | None, store: Features) -> Start:
+def find_start(config: Config, command: CommandLine, store: Features) -> Start:
     """Choose what the run starts from.
 
     This is the newest checkpoint in its folder that can be read and belongs to the run, otherwise
@@ -48,26 +86,28 @@ def find_start(config: Config, folder: Path | None, store: Features) -> Start:
 
     Raises:
         UserError: the folder was started with another configuration or other features, none of its
-            checkpoints can be used, or the checkpoint leaves no step to train.
+            checkpoints can be used, the batch sizes do not fit the processes, or the checkpoint leaves no step
+            to train.
     """
     last_step = total_steps(config, len(store))
+    check_same_run(config, command, store)
+    check_processes(config, command, store)
     # Resume from the folder. A run that is finished may be started again, and does nothing
-    if folder is not None:
-        check_same_run(config, folder)
-        start = resume_from_folder(config, folder)
-        if start.state is not None:
-            check_same_features(config, folder, start.state, store)
-            if start.state["step"] > last_step:
-                raise UserError(
-                    f"--output '{folder}' has a checkpoint of step {start.state['step']}, but the run ends "
-                    f"at step {last_step}; {raise_length(config, start.state['step'])}"
-                )
-            return start
+    start = resume_from_folder(config, command)
+    if start.state is not None:
+        check_same_features(config, command, start.state, store)
+        if start.state["step"] > last_step:
+            raise UserError(
+                f"{command.option} '{command.folder}' has a checkpoint of step {start.state['step']}, but the "
+                f"run ends at step {last_step}; {raise_length(config, start.state['step'])}"
+            )
+        return start
 
     # Start a new run
     path = config.training.resume_from_ckpt
     if path:
         state = load_fitting_checkpoint(config, path, "training.resume_from_ckpt")
+        check_same_labels(state, path, store)
         if state["step"] >= last_step:
             raise UserError(
                 f"training.resume_from_ckpt: '{path}' is of step {state['step']}, but the run ends at step "
@@ -79,10 +119,27 @@ def find_start(config: Config, folder: Path | None, store: Features) -> Start:
         state["skipped"] = {"total": 0, "in_a_row": 0}
         return Start(state, {}, [])
     if config.training.init_from:
-        state, origins = upcycle.initial_state(config)
+        state, origins = upcycle.initial_state(config, store.class_names)
         check_finite(state, f"training.init_from '{config.training.init_from}'")
         return Start(state, origins, [])
     return Start(None, {}, [])
+
+
+def check_same_labels(state: Checkpoint, path: str, store: Features) -> None:
+    """Raise a UserError if a label stands for another class in the features than in a checkpoint."""
+    label = renamed_label(store.class_names, state["class_names"])
+    if label is not None:
+        raise UserError(
+            f"training.resume_from_ckpt: {describe_label(label, store, state)} in '{path}'; start at step 0 from "
+            "its weights with training.init_from, which matches classes by name"
+        )
+
+
+def describe_label(label: int, store: Features, state: Checkpoint) -> str:
+    """The name of a label in the features and in a checkpoint, for messages."""
+    names = state["class_names"] or []
+    own = short_name(store.class_names[label])
+    return f"label {label} is '{own}' in the features and '{short_name(names[label])}'"
 
 
 def starting_files(folder: Path | None) -> list[Path]:
@@ -102,21 +159,69 @@ def raise_length(config: Config, step: int) -> str:
 # --------------------------------------------------------------------------------------- the run's own folder
 
 
-def check_processes(config: Config, folder: Path | None, processes: int) -> None:
-    """Raise a UserError if the batch sizes do not fit this number of processes.
+def read_run_config(folder: Path, option: str) -> Config:
+    """The configuration of the run in a folder: from config.yaml, or from a checkpoint if there is no such file.
+
+    Raises:
+        UserError: config.yaml is damaged, for example empty or cut off, or the folder is not that of a run.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return config_from_dict(load_newest(folder, option)["config"])
+    try:
+        raw = read_yaml(file)
+        # The file holds all keys, so one that is cut off between two lines lacks the last
+        require(LAST_KEY in raw, "it is incomplete")
+        return config_from_dict(raw)
+    except UserError as error:
+        reason = str(error).removeprefix(f"--config '{file.resolve()}'").lstrip(": ")
+    remedy = "choose another folder, or remove the file if nothing needs it"
+    if list_checkpoints(folder / "checkpoints"):
+        remedy = "remove it and run the same command again: checkpoints hold the configuration, too"
+    raise UserError(f"{option} '{folder}': '{file}' cannot be used ({reason}); {remedy}")
+
+
+def load_newest(folder: Path, option: str) -> Checkpoint:
+    """The newest checkpoint of a run that can be read."""
+    problem = f"{option} '{folder}' has no checkpoint; start a run with --config"
+    for path in reversed(list_checkpoints(folder / "checkpoints")):
+        try:
+            return load_checkpoint(path, option)
+        except UserError as error:
+            problem = str(error)
+    raise UserError(problem)
+
+
+def check_same_run(config: Config, command: CommandLine, store: Features) -> None:
+    """Raise a UserError if the folder was started with a configuration that a resumed run must not change."""
+    folder = command.folder
+    if folder is None or not (folder / "config.yaml").is_file():
+        return
+    saved = read_run_config(folder, command.option)
+    changed = changed_keys(config, to_dict(saved))
+    if changed:
+        raise UserError(
+            f"{command.option} '{folder}' was started with a different {', '.join(changed)}; "
+            f"{new_run_from(config, command, store, changed)}"
+        )
+
+
+def check_processes(config: Config, command: CommandLine, store: Features) -> None:
+    """Raise a UserError if the batch sizes do not fit the number of processes.
 
     A run that has checkpoints must keep its batch sizes, so its remedies are fewer processes or a new folder.
     """
     try:
-        validate_processes(config, processes)
+        validate_processes(config, command.processes)
     except UserError as error:
-        if folder is None or not list_checkpoints(folder / "checkpoints"):
+        folder = command.folder
+        most = most_processes(config, command.processes)
+        if folder is None or most == command.processes or not list_checkpoints(folder / "checkpoints"):
             raise
-        most = most_processes(config, processes)
         noun = "process" if most == 1 else "processes"
         raise UserError(
             f"{error} in a new run; a resumed run keeps its batch sizes, so resume '{folder}' on {most} {noun}, "
-            f"or {new_run_from(config, folder, [])}"
+            f"or {new_run_from(config, command, store, [])}"
         ) from None
 
 
@@ -131,33 +236,121 @@ def most_processes(config: Config, limit: int) -> int:
     return 1
 
 
-def new_run_from(config: Config, folder: Path, changed: list[str]) -> str:
-    """The remedy for keys that a run must not change: a new folder, from the newest checkpoint if it fits.
+def new_run_from(
+    config: Config, command: CommandLine, store: Features, changed: list[str], same_labels: bool = True
+) -> str:
+    """The remedy for what a run must not change: a new folder, from the newest checkpoint if it fits.
 
     Args:
-        folder: of the run.
-        changed: the keys.
+        config: the one that is wanted.
+        changed: keys that differ from those of the run.
+        same_labels: whether labels stand for the same classes as in the run.
     """
-    checkpoints = list_checkpoints(folder / "checkpoints")
-    if not checkpoints:
-        return "choose another folder"
-    # Another network cannot take the weights
-    if any(role_of(key) == "network" for key in changed):
-        saved = load_config(folder / "config.yaml")
-        if network_shapes(config) != network_shapes(saved):
-            return "choose another folder"
-    # Other groups of parameters do not fit the optimizer of the checkpoint
+    refusal = "choose another folder"
+    folder = command.folder
+    newest = None if folder is None else newest_readable(folder / "checkpoints")
+    if folder is None or newest is None:
+        return refusal
+    overrides = fitting_batches(config, command.processes)
+    fitted = config_from_dict(to_dict(config), overrides)
+    step = int(newest.stem)
+    is_late = step >= total_steps(fitted, len(store))
+    use = use_of_checkpoint(config, read_run_config(folder, command.option), changed, same_labels, is_late)
+    if use is None:
+        return refusal
+
+    # A run has one source
+    used, unused = "training.resume_from_ckpt", "training.init_from"
+    if use != "training":
+        used, unused = unused, used
+    overrides.append(override(used, str(newest)))
+    if getattr(config.training, unused.removeprefix("training.")):
+        overrides.append(override(unused, None))
+    try:
+        config_from_dict(to_dict(config), overrides)
+    except UserError:
+        return refusal
+
+    new_command = command.in_new_folder(overrides)
+    if use == "training":
+        return f"start a new run from it with `{new_command}`"
+    remedy = f"start at step 0 from its weights with `{new_command}`"
+    if use == "weights":
+        return remedy
+    longer = raise_length(fitted, step)
+    return f"{remedy}, or {longer} and give training.resume_from_ckpt in place of training.init_from"
+
+
+# What a new run can take from a checkpoint: also its step and optimizer, its weights alone, or its weights
+# unless the run becomes longer
+Use = Literal["training", "weights", "weights unless longer"]
+
+
+def use_of_checkpoint(
+    config: Config, saved: Config, changed: list[str], same_labels: bool, is_late: bool
+) -> Use | None:
+    """What a new run can take from a checkpoint of a run; None if it can take nothing.
+
+    Args:
+        config: of the new run.
+        saved: of the run.
+        changed: keys in which they differ.
+        same_labels: whether labels stand for the same classes in both.
+        is_late: whether the new run ends at or before the step of the checkpoint.
+    """
+    # Another network cannot take the weights, unless only the table of labels differs
+    shaping = {key for key in changed if role_of(key) == "network"}
+    is_reshaped = bool(shaping) and network_shapes(config) != network_shapes(saved)
+    if is_reshaped and not shaping <= set(LABEL_KEYS):
+        return None
+    # Other groups of parameters do not fit the optimizer
     is_regrouped = any(key.startswith("training.lr_scales") for key in changed)
-    key = "training.init_from" if is_regrouped else "training.resume_from_ckpt"
-    return f"start a new run from it with --config CONFIG --output NEW --set {key}={checkpoints[-1]}"
+    weights_only = is_reshaped or is_regrouped or not same_labels
+    if not weights_only and not is_late:
+        return "training"
+    # Weights alone start no network that computes something else
+    if any(key.startswith("model.") and role_of(key) == "process" for key in changed):
+        return None
+    return "weights" if weights_only else "weights unless longer"
 
 
-def resume_from_folder(config: Config, folder: Path) -> Start:
+def newest_readable(folder: Path) -> Path | None:
+    """The newest checkpoint in a folder that is not damaged."""
+    for path in reversed(list_checkpoints(folder)):
+        if find_damage(path) is None:
+            return path
+    return None
+
+
+def fitting_batches(config: Config, processes: int) -> list[str]:
+    """Overrides that make the batch sizes fit the number of processes; none if they do."""
+    training = config.training
+    local = -(-training.global_batch_size // processes)
+    overrides = []
+    if local * processes != training.global_batch_size:
+        overrides.append(override("training.global_batch_size", local * processes))
+    if training.ratio_loss_weight and training.ratio_batch_size:
+        group = largest_divisor(local, training.ratio_batch_size)
+        if group != training.ratio_batch_size:
+            overrides.append(override("training.ratio_batch_size", group))
+    return overrides
+
+
+def override(key: str, value: object) -> str:
+    """The value of a --set option."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    return f"{key}={text.removesuffix(DOCUMENT_END).strip()}"
+
+
+def resume_from_folder(config: Config, command: CommandLine) -> Start:
     """Load the newest checkpoint that can be used. UserError if there are some, but none can be used."""
+    folder = command.folder
+    if folder is None:
+        return Start(None, {}, [])
     warnings: list[str] = []
     for path in reversed(list_checkpoints(folder / "checkpoints")):
         try:
-            state = load_own_checkpoint(config, path)
+            state = load_own_checkpoint(config, path, command.option)
         except UserError as error:
             warnings.append(str(error))
             continue
@@ -167,45 +360,40 @@ def resume_from_folder(config: Config, folder: Path) -> Start:
     return Start(None, {}, [])
 
 
-def load_own_checkpoint(config: Config, path: Path) -> Checkpoint:
+def load_own_checkpoint(config: Config, path: Path, option: str) -> Checkpoint:
     """Load a checkpoint that this run has written. UserError if it is another file."""
-    state = load_fitting_checkpoint(config, path, "--output")
+    state = load_fitting_checkpoint(config, path, option)
     # A run's checkpoint has these entries; a converted one lacks them
     entries = {key: state.get(key) for key in ("features", "averages", "skipped")}
     missing = [key for key, value in entries.items() if value is None]
     if missing:
-        raise UserError(f"--output '{path}' is not a checkpoint of a run (it lacks {', '.join(missing)})")
+        raise UserError(f"{option} '{path}' is not a checkpoint of a run (it lacks {', '.join(missing)})")
     # A checkpoint of another run may have been copied here
     changed = changed_keys(config, state["config"])
     if changed:
-        raise UserError(f"--output '{path}' comes from a run with a different {', '.join(changed)}")
+        raise UserError(f"{option} '{path}' comes from a run with a different {', '.join(changed)}")
     return state
 
 
-def check_same_run(config: Config, folder: Path) -> None:
-    """Raise a UserError if the folder was started with a configuration that a resumed run must not change."""
-    file = folder / "config.yaml"
-    if not file.is_file():
+def check_same_features(config: Config, command: CommandLine, state: Checkpoint, store: Features) -> None:
+    """Raise a UserError if the features differ from those of the run, or their classes have other labels."""
+    label = renamed_label(store.class_names, state["class_names"])
+    is_renamed = label is not None
+    if state["features"] == store.fingerprint() and not is_renamed:
         return
-    changed = changed_keys(config, to_dict(load_config(file)))
-    if changed:
-        raise UserError(
-            f"--output '{folder}' was started with a different {', '.join(changed)}; "
-            f"{new_run_from(config, folder, changed)}"
-        )
-
-
-def check_same_features(config: Config, folder: Path, state: Checkpoint, store: Features) -> None:
-    if state["features"] != store.fingerprint():
-        raise UserError(
-            f"data.feature_path: '{config.data.feature_path}' holds other features than '{folder}' was "
-            f"trained on; give those, or {new_run_from(config, folder, [])}"
-        )
+    problem = f"'{config.data.feature_path}' holds other features than '{command.folder}' was trained on"
+    if label is not None:
+        problem += f" ({describe_label(label, store, state)} in the run)"
+    remedy = new_run_from(config, command, store, [], same_labels=not is_renamed)
+    raise UserError(f"data.feature_path: {problem}; give those, or {remedy}")
 
 
 def changed_keys(config: Config, saved: dict) -> list[str]:
     """Keys that differ from a saved configuration and must not change on resume."""
-    return [key for key in differences(to_dict(config), saved) if role_of(key) != "free"]
+    saved_config = config_from_dict(saved)
+    keys = [key for key in differences(to_dict(config), saved) if role_of(key) != "free"]
+    # A key that has no effect in either makes no difference
+    return [key for key in keys if is_read(config, key) or is_read(saved_config, key)]
 
 
 # --------------------------------------------------------------------------------------------- any checkpoint

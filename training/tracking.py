@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
 import time
 from collections import Counter
@@ -162,7 +163,9 @@ class RunLog:
         self.folder = folder
         if accelerator.is_main_process:
             for name in ("metrics.jsonl", "evaluation.jsonl"):
-                remove_later_rows(folder / name, step)
+                damaged = remove_later_rows(folder / name, step)
+                if damaged:
+                    self.line(f"warning: {folder / name}: lines that cannot be read are removed ({damaged})")
 
     def line(self, text: str) -> None:
         """Append a time-stamped line to log.txt and print it above the progress bar."""
@@ -188,8 +191,8 @@ class RunLog:
     def has_evaluation(self, step: int) -> bool:
         """Whether the last row of evaluation.jsonl is of this step."""
         path = self.folder / "evaluation.jsonl"
-        rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return bool(rows) and json.loads(rows[-1])["step"] == step
+        rows = path.read_bytes().splitlines() if path.exists() else []
+        return bool(rows) and step_of_row(rows[-1]) == step
 
     def origins(self, source: str, origins: Origins) -> None:
         """Report where the first weights come from: counts in log.txt, every tensor in init_report.txt."""
@@ -214,17 +217,35 @@ class RunLog:
                 os.fsync(file.fileno())
 
 
-def remove_later_rows(path: Path, step: int) -> None:
-    """Remove the rows after `step`, which a resumed run writes again, and a last line that is cut off."""
+def remove_later_rows(path: Path, step: int) -> int:
+    """Remove the rows after `step`, which a resumed run writes again, and lines that cannot be read.
+
+    Returns:
+        The number of complete lines that could not be read.
+    """
     if not path.exists():
-        return
-    # Keep the rows before the first one that is later or cut off
+        return 0
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
+    damaged = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        found = step_of_row(line)
+        if found is None:
+            # A kill may cut the last line off
+            damaged += line.endswith(b"\n")
+        elif found <= step:
+            kept.append(line.decode().rstrip("\r\n") + "\n")
     write_text(path, "".join(kept))
+    return damaged
+
+
+def step_of_row(line: bytes) -> int | None:
+    """The step of a row in a .jsonl file; None if the line is damaged, for example by a power cut."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None
 
 
 # ---------------------------------------------------------------------------------- trackers and the profiler
@@ -267,8 +288,10 @@ def wandb_id(folder: Path, same_wandb: bool) -> str:
     file = folder / "wandb_id.txt"
     known = ""
     if same_wandb and file.is_file():
-        known = file.read_text().strip()  # empty after a power cut
-    return known or secrets.token_hex(4)
+        known = file.read_text(encoding="utf-8", errors="replace").strip()
+    # After a power cut the file may be empty, or hold anything
+    is_id = re.fullmatch(r"[A-Za-z0-9_-]+", known)
+    return known if is_id else secrets.token_hex(4)
 
 
 def make_profiler(config: Config, folder: Path) -> AbstractContextManager[torch.profiler.profile | None]:

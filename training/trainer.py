@@ -331,10 +331,11 @@ class Trainer:
             self.hooks.draw_samples(self.ema.module, self.step)
 
     def run_evaluation(self) -> None:
-        """Evaluate the EMA of this step and log its metrics. Collective."""
+        """Evaluate the EMA of this step and log its metrics, unless it was skipped. Collective."""
         if self.hooks.evaluate is not None:
             metrics = self.hooks.evaluate(self.ema.module, self.step)
-            self.log.evaluation(self.step, metrics)
+            if metrics:
+                self.log.evaluation(self.step, metrics)
 
     def finish_interrupted_step(self) -> None:
         """Draw the samples and metrics of the resumed step, if the run ended before them. Collective."""

@@ -129,8 +129,13 @@ def plain_data(state: Checkpoint) -> dict[str, Any]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in a folder, oldest first."""
-    checkpoints = [path for path in folder.glob("*.pt") if re.fullmatch(r"\d{7,}", path.stem)]
+    checkpoints = [path for path in folder.glob("*.pt") if is_checkpoint_name(path)]
     return sorted(checkpoints, key=lambda path: int(path.stem))
+
+
+def is_checkpoint_name(path: Path) -> bool:
+    """Whether a file is named like a checkpoint of a run, by its step: 0400000.pt."""
+    return path.suffix == ".pt" and re.fullmatch(r"\d{7,}", path.stem) is not None
 
 
 def load_checkpoint(path: str | Path, option: str = "--ckpt") -> Checkpoint:
@@ -195,7 +200,7 @@ def refuse_unconverted(path: str | Path, option: str) -> None:
     if hint is None:
         return
     # Converted weights have no optimizer, so they can be the start of a run but not resume one
-    is_start = option in ("--resume", "training.resume_from_ckpt")
+    is_start = option in ("--output", "--resume", "training.resume_from_ckpt")
     target = " as training.init_from" if is_start else ""
     raise UserError(f"{option} '{path}' {hint}{target}")
 
@@ -277,6 +282,8 @@ def check_content(content: Mapping[str, Any], weights: tuple[str, ...], refusal:
     for key, kind in PLAIN_TYPES.items():
         if not isinstance(state[key], kind) or not is_plain(state[key]):
             wrong.append(key)
+    if not all(isinstance(name, str) for name in state["class_names"] or ()):
+        wrong.append("class_names")
     for key in weights:
         if not is_state_dict(state.get(key)):
             wrong.append(key)

@@ -26,6 +26,7 @@ from weights.checkpoint import (
     chosen_weights,
     find_damage,
     has_metadata,
+    is_checkpoint_name,
     load_checkpoint,
     network_shapes,
     plain_data,
@@ -41,9 +42,13 @@ from weights.unwrap import (
     find_weights,
     precision_problem,
     read_foreign,
+    read_shards,
+    strip_wrappers,
 )
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+DIFFUSERS_INDEX = "diffusion_pytorch_model*.index.json"
+DIFFUSERS_VARIANTS = ("diffusion_pytorch_model.*.safetensors", "diffusion_pytorch_model*.bin")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -71,13 +76,42 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             f"source '{args.source}' does not exist; give a checkpoint, a weights file or a diffusers folder"
         )
     cli.check_output("output", args.output.parent)
+    check_replaces_nothing(args.source, args.output)
     return args
+
+
+def check_replaces_nothing(source: Path, output: Path) -> None:
+    """Raise a UserError if the output would replace the source, a checkpoint of a run, or a foreign file."""
+    problem = ""
+    if output.is_dir():
+        problem = "is a folder"
+    elif output.exists():
+        sources = [file for file in (source, source / WEIGHTS) if file.exists()]
+        if any(output.samefile(file) for file in sources):
+            problem = "is the source"
+        elif not is_converted(output):
+            problem = "exists, and was not written by weights.convert"
+    elif output.parent.name == "checkpoints" and is_checkpoint_name(output):
+        problem = "has the name of a run's checkpoint"
+    if problem:
+        raise UserError(f"output '{output}' {problem}; give another name")
+
+
+def is_converted(path: Path) -> bool:
+    """Whether this is a weights file of this repository, or a checkpoint without an optimizer."""
+    if path.suffix == ".safetensors":
+        return has_metadata(path)
+    try:
+        return "optimizer" not in load_checkpoint(path)
+    except UserError:
+        return False
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     kind, state = read_source(args)
     check_shapes(state, args.source)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.output.suffix == ".safetensors":
         save_weights(args.output, state)
     else:
@@ -188,13 +222,12 @@ def read_diffusers(args: argparse.Namespace, folder: Path) -> Checkpoint:
         folder = folder / "transformer"
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        foreign = read_foreign(diffusers_file(folder))
+        weights = strip_wrappers(read_shards(diffusers_files(folder)))
     except (OSError, ValueError) as error:
         raise UserError(
             f"source '{folder}' is no diffusers folder with config.json and {DIFFUSERS_WEIGHTS} "
             f"({one_line(error)})"
         ) from None
-    weights = foreign.model or {}
     problem = precision_problem(weights)
     if problem:
         raise UserError(f"source '{folder}': {printable(problem)}")
@@ -209,14 +242,34 @@ def read_diffusers(args: argparse.Namespace, folder: Path) -> Checkpoint:
     return make_checkpoint(converted, dit_config_of(converted, args, heads, DIFFUSERS_DIVISOR))
 
 
-def diffusers_file(folder: Path) -> Path:
-    """The weights in a diffusers folder; there may be a variant in half precision, or a pickle, in their place."""
-    names = (DIFFUSERS_WEIGHTS, "diffusion_pytorch_model.*.safetensors", "diffusion_pytorch_model*.bin")
-    for name in names:
+def diffusers_files(folder: Path) -> list[Path]:
+    """The weights in a diffusers folder: one file, several with an index, a variant in half precision, or a pickle.
+
+    Raises:
+        ValueError: the index is damaged.
+        OSError: the index cannot be read.
+    """
+    if (folder / DIFFUSERS_WEIGHTS).exists():
+        return [folder / DIFFUSERS_WEIGHTS]
+    for index in sorted(folder.glob(DIFFUSERS_INDEX)):
+        return indexed_files(index)
+    for name in DIFFUSERS_VARIANTS:
         files = sorted(folder.glob(name))
         if files:
-            return files[0]
-    return folder / DIFFUSERS_WEIGHTS
+            return files[:1]
+    return [folder / DIFFUSERS_WEIGHTS]
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that an index of diffusers names, which lie beside it."""
+    content = json.loads(index.read_text(encoding="utf-8"))
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict):
+        raise ValueError(f"{index.name} has no weight_map")
+    names = sorted({str(name) for name in files.values()})
+    if any(Path(name).name != name for name in names):
+        raise ValueError(f"{index.name} names a file that is not in its folder")
+    return [index.parent / name for name in names]
 
 
 # --------------------------------------------------------------------------------------------- configurations

@@ -6,9 +6,9 @@ a file where one of this repository is needed.
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import safetensors
 import torch
@@ -24,6 +24,8 @@ WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 # Number formats whose values are the weights; quantised ones have scales somewhere else
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+MAX_DEPTH = 8  # of dictionaries, and of prefixes, around a network
 
 DIFFUSERS_KIND = "diffusers' DiT"
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second is the older name
@@ -68,22 +70,51 @@ def kind_of(weights: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def strip_prefixes(weights: Weights) -> Weights:
-    """Remove the parts of names that wrappers add at any depth, then those that begin all names.
+def strip_wrappers(weights: Mapping[str, Tensor]) -> Weights:
+    """Remove the parts of names that wrappers add at any depth, and the counters that an EMA keeps beside.
 
     Raises:
         ValueError: two tensors would have one name.
     """
-    stripped = {}
+    stripped: Weights = {}
     for name, tensor in weights.items():
+        # A counter of updates, such as `n_averaged` of PyTorch's AveragedModel
+        if not tensor.ndim and not tensor.is_floating_point():
+            continue
         parts = [part for part in name.split(".") if part not in WRAPPERS]
-        stripped[".".join(parts)] = tensor
-    if len(stripped) < len(weights):
-        raise ValueError("two of its tensors differ in the prefix of their names only")
-    # A trainer may hold the network in an attribute: all names begin with `net.`
-    while len({name.split(".")[0] for name in stripped}) == 1 and all("." in name for name in stripped):
-        stripped = {name.split(".", 1)[1]: tensor for name, tensor in stripped.items()}
+        short_name = ".".join(parts)
+        if short_name in stripped:
+            raise ValueError("two of its tensors differ in the prefix of their names only")
+        stripped[short_name] = tensor
     return stripped
+
+
+def networks_in_tensors(weights: Mapping[str, Tensor], depth: int = 0) -> dict[str, Weights]:
+    """The networks in a state dict, by the prefix that the names of each have.
+
+    The prefix is empty for the state dict of a network alone. A trainer may hold the network in an attribute,
+    so that all names begin with `net.`, or beside its EMA: `online_model.` and `ema_model.`.
+    """
+    stripped = strip_wrappers(weights)
+    if kind_of(stripped):
+        return {"": stripped}
+    # Look among the names that share their first part
+    parts: dict[str, Weights] = {}
+    for name, tensor in stripped.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            parts.setdefault(first, {})[rest] = tensor
+    networks = {}
+    if depth < MAX_DEPTH:
+        for part, inner_weights in parts.items():
+            for prefix, network in networks_in_tensors(inner_weights, depth + 1).items():
+                networks[join(part, prefix)] = network
+    return networks
+
+
+def join(outer: str, inner: str) -> str:
+    """Two parts of a dotted name, of which the second may be empty."""
+    return f"{outer}.{inner}" if inner else outer
 
 
 def precision_problem(weights: Mapping[str, Tensor]) -> str | None:
@@ -110,6 +141,22 @@ def read_foreign(path: Path) -> Foreign:
     return find_weights(read_untrusted(path))
 
 
+def read_shards(paths: Sequence[Path]) -> Weights:
+    """All tensors of the files into which a state dict is split.
+
+    Raises:
+        Refused: a file cannot be read, or not safely, or is no state dict.
+        OSError: a file cannot be read.
+    """
+    weights: Weights = {}
+    for path in paths:
+        content = read_safetensors(path) if path.suffix == ".safetensors" else read_untrusted(path)
+        if not is_state_dict(content):
+            raise Refused(f"{path.name} holds more than tensors")
+        weights.update(content)
+    return weights
+
+
 def read_safetensors(path: Path) -> Weights:
     """All tensors of a safetensors file, or Refused."""
     try:
@@ -122,24 +169,22 @@ def read_safetensors(path: Path) -> Weights:
 
 
 def find_weights(content: object) -> Foreign:
-    """The networks in what a file holds: the content itself, or entries of it.
-
-    An entry with "ema" in its name is an EMA.
+    """The networks in what a file holds: the content itself, or entries of it at any depth.
 
     Raises:
         Refused: two tensors of a network differ in the prefix of their names only.
     """
     try:
-        if is_state_dict(content):
-            weights = strip_prefixes(content)
-            return Foreign(weights, weights, None)
         networks = networks_in(content)
     except ValueError as error:
         raise Refused(str(error)) from None
+    if is_state_dict(content) and len(networks) == 1:
+        (weights,) = networks.values()
+        return Foreign(weights, weights, None)
     ema = None
     model = None
     for name, weights in networks.items():
-        if "ema" in name.lower():
+        if is_ema(name):
             ema = ema or weights
         else:
             model = model or weights
@@ -147,16 +192,27 @@ def find_weights(content: object) -> Foreign:
     return Foreign(ema, model, config if isinstance(config, dict) else None)
 
 
-def networks_in(content: object) -> dict[str, Weights]:
-    """The entries of a dictionary that are networks which can be converted."""
-    networks = {}
-    entries: Mapping[Any, Any] = content if isinstance(content, dict) else {}
-    for name, value in entries.items():
-        if is_state_dict(value):
-            weights = strip_prefixes(value)
-            if kind_of(weights):
-                networks[str(name)] = weights
+def networks_in(content: object, depth: int = 0) -> dict[str, Weights]:
+    """The networks in nested dictionaries, by where they stand, such as "checkpoint.ema"."""
+    if not isinstance(content, dict) or depth > MAX_DEPTH:
+        return {}
+    tensors = {}
+    for name, value in content.items():
+        if isinstance(name, str) and isinstance(value, Tensor):
+            tensors[name] = value
+    networks = networks_in_tensors(tensors)
+    for name, value in content.items():
+        for inner, weights in networks_in(value, depth + 1).items():
+            networks[join(str(name), inner)] = weights
     return networks
+
+
+def is_ema(name: str) -> bool:
+    """Whether the network at this place is an EMA: "ema" is part of the name.
+
+    The library ema-pytorch keeps the trained weights in its object, too, as `online_model`.
+    """
+    return "ema" in name.lower() and "online" not in name.split(".")[-1]
 
 
 # ------------------------------------------------------------------------------------------- what to tell users
@@ -180,14 +236,26 @@ def conversion_hint(path: Path) -> str | None:
             return f"holds weights that cannot be used: {printable(problem)}"
     if kind is None:
         return None
-    output = path.with_suffix(".safetensors")
-    if output == path or path.is_dir():
-        output = path.with_name(f"{path.stem}-converted.safetensors")
+    output = free_output(path)
     command = f"python -m weights.convert {shlex.quote(str(path))} {shlex.quote(str(output))}"
     # A DC-DiT has more in its configuration than its tensors show
     if "DC-DiT" in kind and (foreign is None or foreign.config is None):
         command += " --config YAML"
     return f"holds weights that are not converted ({kind}); run `{command}` and give the result"
+
+
+def free_output(path: Path) -> Path:
+    """A name for the converted weights of a file or folder that no file beside it has."""
+    if path.name in ("", ".."):  # of the current folder, or the one above
+        path = path.resolve()
+    output = path.with_suffix(".safetensors")
+    if path.is_dir() or output.exists():
+        output = path.with_name(f"{path.stem}-converted.safetensors")
+    number = 2
+    while output.exists():
+        output = path.with_name(f"{path.stem}-converted-{number}.safetensors")
+        number += 1
+    return output
 
 
 def diffusers_kind(folder: Path) -> str | None:

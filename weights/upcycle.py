@@ -5,7 +5,10 @@ are copied, the positions are resampled to single latent cells, and the scaffold
 `model.upcycle` says how it starts.
 """
 
+import shlex
+from collections.abc import Sequence
 from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from config import (
     role_of,
     to_dict,
 )
+from data.names import have_names
 from models import build_model
 from models.dc_dit import DCDiT
 from models.dit import DiT
@@ -60,8 +64,11 @@ Origins = dict[
 ]  # for each tensor, where its values come from: "copied", "resampled: how" or "new: how"
 
 
-def initial_state(config: Config) -> tuple[Checkpoint, Origins]:
+def initial_state(config: Config, class_names: Sequence[str] | None = None) -> tuple[Checkpoint, Origins]:
     """The state of a new run that starts from `training.init_from`: step 0, model and EMA.
+
+    Args:
+        class_names: of the features, by label, where they are known.
 
     Raises:
         UserError: the file cannot be read, or the configured model cannot be made from its model.
@@ -77,7 +84,8 @@ def initial_state(config: Config) -> tuple[Checkpoint, Origins]:
     if difference:
         raise UserError(f"training.init_from: '{path}' contradicts its own configuration: {difference}")
     source.load_state_dict(loaded["ema"])
-    labels_origin = fit_label_table(source, source_config, model, config)
+    labels = match_labels(config, class_names, source_config, loaded["class_names"])
+    labels_origin = fit_label_table(source, source_config, model, config, labels)
     # Fill the new one
     if isinstance(source, DiT) and isinstance(model, DCDiT):
         check_shared(config, source_config)
@@ -119,33 +127,74 @@ def check_same_network(config: Config, source_config: Config, source: nn.Module,
     # The same shapes may stand for another network, such as one with other heads
     for key in differences(to_dict(config), to_dict(source_config)):
         if key.startswith("model.") and role_of(key) == "process":
-            wanted = flatten(to_dict(source_config))[key]
+            wanted = shlex.quote(f"{key}={flatten(to_dict(source_config))[key]}")
             raise UserError(
-                f"training.init_from: '{path}' was trained with another {key}; add --set {key}={wanted}"
+                f"training.init_from: '{path}' was trained with another {key}; add --set {wanted}"
             )
 
 
-@torch.no_grad()
-def fit_label_table(source: Network, source_config: Config, model: Network, config: Config) -> str:
-    """Give the source a table of labels with the rows of the new model. Returns where its values come from.
+class MatchedLabels(NamedTuple):
+    """Which classes the source and the new model share."""
 
-    With another number of classes, the rows of classes start as in the new model, because nothing says which
-    classes correspond. The row of the null label, the last one, is kept if both have it.
+    source_of: dict[int, int]  # label in the new model -> label in the source
+    by_name: bool  # otherwise by number
+
+
+def match_labels(
+    config: Config, names: Sequence[str] | None, source_config: Config, source_names: Sequence[str] | None
+) -> MatchedLabels:
+    """Find the classes that both models have: by name where both know names, otherwise by number.
+
+    Without names nothing says which classes correspond, unless both models have the same number of them.
+    """
+    classes = config.data.num_classes
+    source_classes = source_config.data.num_classes
+    same_number = classes == source_classes
+    if names is None or source_names is None or not have_names(names, source_names):
+        labels = range(classes) if same_number else range(0)
+        return MatchedLabels({label: label for label in labels}, by_name=False)
+
+    # By name
+    labels_there = {name: label for label, name in enumerate(source_names[:source_classes])}
+    source_of = {}
+    for label, name in enumerate(names[:classes]):
+        if name in labels_there:
+            source_of[label] = labels_there[name]
+    # Labels that have no name on either side are those of a larger data set
+    if same_number:
+        for label in range(max(len(names), len(source_names)), classes):
+            source_of[label] = label
+    return MatchedLabels(source_of, by_name=True)
+
+
+@torch.no_grad()
+def fit_label_table(
+    source: Network, source_config: Config, model: Network, config: Config, labels: MatchedLabels
+) -> str:
+    """Give the source a table of labels for the classes of the new model. Returns where its values come from.
+
+    The rows of classes that the source lacks start as in the new model. The row of the null label, the last
+    one, is kept if both have it.
     """
     old = source.y_embedder.table.weight  # (labels, D)
     new = model.y_embedder.table.weight
     classes = config.data.num_classes
-    same_classes = classes == source_config.data.num_classes
-    both_have_null = len(new) > classes and len(old) > source_config.data.num_classes
-    if old.shape[1:] != new.shape[1:] or (same_classes and len(old) == len(new)):
+    source_of = labels.source_of
+    is_same_table = old.shape == new.shape and source_of == {label: label for label in range(classes)}
+    if old.shape[1:] != new.shape[1:] or is_same_table:
         return "copied"
 
+    # Copy the rows of the shared classes
     rows = new.detach().clone()
+    for label, source_label in source_of.items():
+        rows[label] = old[source_label]
     parts = []
-    if same_classes:
-        rows[:classes] = old[:classes]
+    if labels.by_name:
+        parts.append(f"by class name {len(source_of)} rows copied, {classes - len(source_of)} initialised")
+    elif source_of:
         parts.append("classes copied")
-    if both_have_null:
+    # Copy the row of the null label
+    if len(new) > classes and len(old) > source_config.data.num_classes:
         rows[classes] = old[-1]
         parts.append("null label copied")
     source.y_embedder.table = nn.Embedding.from_pretrained(rows, freeze=False)

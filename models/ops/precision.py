@@ -1,5 +1,8 @@
 """Choices of precision that PyTorch keeps for the whole process."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 
@@ -12,3 +15,14 @@ def allow_tf32(allowed: bool) -> None:
     """
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """`allow_tf32` for a forward pass; the setting of the process returns afterwards."""
+    before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    allow_tf32(allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
