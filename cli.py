@@ -56,6 +56,9 @@ LAUNCHER_OPTIONS = (
 
 # Faults of the disk, which are not faults of the program.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+# oneDNN keeps code for every shape of a product that it has met, 1024 of them by default, and the number of kept
+# tokens differs in almost every step. A step of training needs about a hundred.
+ONEDNN_PRIMITIVES = "256"
 
 
 class Parser(argparse.ArgumentParser):
@@ -174,6 +177,8 @@ def run(main: Callable[[], None]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names may have characters that the terminal lacks, as on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
+    # Before the first product, when oneDNN reads it
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_PRIMITIVES)
     try:
         main()
     except UserError as error:

@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     start = resume.find_start(config, command, store)
 
     # Meet the other processes
-    accelerator = launch.make_accelerator(config)
+    accelerator = launch.make_accelerator(config, start.state)
     autoencoder = sample_grids.load_decoder(config, store, accelerator.device)
     folder = command.folder or launch.make_run_folder(config, accelerator)
     accelerator.project_configuration.set_directories(str(folder))

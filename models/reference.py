@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from models.attention import Attention, attend_flash, attend_varlen, pick_kernel
 from models.blocks import DiTBlock
-from models.conv import Conv3x3, ConvBlock, ConvStack
+from models.conv import ConvBlock, ConvStack
 from models.dc_dit import DCDiT
 from models.packing import plan_packing
 from models.router import LearnedRouter, Router
@@ -97,16 +97,24 @@ def conv_stack(stack: ConvStack, x: Tensor, c: Tensor) -> Tensor:
 def conv_block(module: ConvBlock, x: Tensor, c: Tensor) -> Tensor:
     """Residual block with additive conditioning: (B, L, in) -> (B, L, out)."""
     x = to_grid(x)
-    h = conv3x3(module.conv1, F.silu(module.norm1(x)))
+    h = conv(module.conv1, F.silu(group_norm(module.norm1, x)))
     h = h + module.cond_proj(c)[:, :, None, None]
-    h = conv3x3(module.conv2, F.silu(module.norm2(h)))
-    return to_tokens(h + module.skip_proj(x))
+    h = conv(module.conv2, F.silu(group_norm(module.norm2, h)))
+    skip = x if isinstance(module.skip_proj, nn.Identity) else conv(module.skip_proj, x)
+    return to_tokens(h + skip)
 
 
-def conv3x3(module: nn.Module, x: Tensor) -> Tensor:
+def conv(module: nn.Module, x: Tensor) -> Tensor:
     """(B, in, S, S) -> (B, out, S, S)."""
-    assert isinstance(module, Conv3x3)
-    return F.conv2d(x, module.weight, module.bias, padding=1)
+    assert isinstance(module, nn.Conv2d)
+    side = module.kernel_size[0]
+    return F.conv2d(x, module.weight, module.bias, padding=side // 2)
+
+
+def group_norm(module: nn.Module, x: Tensor) -> Tensor:
+    """(B, C, S, S) -> (B, C, S, S)."""
+    assert isinstance(module, nn.GroupNorm)
+    return F.group_norm(x, module.num_groups, module.weight, module.bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -128,12 +136,11 @@ def router(module: Router, features: Tensor, drop: Tensor | None) -> Routing:
     """
     if not isinstance(module, LearnedRouter):
         return module(to_grid(features), drop)
-    z = module.proj(to_grid(features))
-    surprise = z - conv3x3(module.context_predictor, z)
-    first_conv, *other_layers = module.residual_scorer
-    score = conv3x3(first_conv, surprise)
-    for layer in other_layers:
-        score = layer(score)
+    z = conv(module.proj, to_grid(features))
+    surprise = z - conv(module.context_predictor, z)
+    first_conv, norm, _, last_conv = module.residual_scorer
+    score = conv(first_conv, surprise)
+    score = conv(last_conv, F.silu(group_norm(norm, score)))
 
     # The first and last token are boundaries, so that no sample is empty
     prob = score.flatten(1).sigmoid().clone()  # (B, L)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.conv import Conv3x3, to_tokens
+from models.conv import Conv1x1, Conv3x3, GroupNorm, to_tokens
 from models.ops.norm_silu import norm_silu
 from models.tail_drop import drop_tail, force_ends, keep_top
 from models.types import Routing
@@ -102,10 +102,10 @@ class LearnedRouter(Router):
     def __init__(self, width: int, factor: float):
         super().__init__(width, factor)
         inner = width // 4
-        self.proj = nn.Conv2d(width, inner, 1)
+        self.proj = Conv1x1(width, inner)
         self.context_predictor = Conv3x3(inner, inner)
         self.residual_scorer = nn.Sequential(
-            Conv3x3(inner, inner), nn.GroupNorm(8, inner), nn.SiLU(), nn.Conv2d(inner, 1, 1)
+            Conv3x3(inner, inner), GroupNorm(8, inner), nn.SiLU(), Conv1x1(inner, 1)
         )
 
     def score(self, features: Tensor, draw: Tensor) -> Scores:

@@ -12,6 +12,9 @@ from PIL import Image
 
 from processes import group
 
+# Runs whose precision is "auto" train in float32 on every processor
+os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "no")
+
 # Files whose tests together take less than half a minute: `python -m pytest -m fast`.
 FAST = (
     "test_attention.py", "test_budgets.py", "test_config.py", "test_conv.py", "test_dc_dit.py",

@@ -22,6 +22,7 @@ from models.attention import (
     kernel_problem,
     pick_kernel,
 )
+from models.ops import cpu_attention
 from models.packing import plan_packing
 
 LENGTHS = [1, 5, 2, 7]
@@ -55,6 +56,31 @@ def test_sdpa_per_sample_is_one_masked_attention(heads):
         *(torch.autograd.grad((y * weights).sum(), [x, *module.parameters()]) for y in (ours, dense))
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("block", [cpu_attention.BLOCK, 100])
+def test_bfloat16_gradients_on_a_cpu_are_near_those_of_float64(block, monkeypatch):
+    """With `block` 100 the backward pass takes a few rows of the scores at a time."""
+    monkeypatch.setattr(cpu_attention, "BLOCK", block)
+    lengths = torch.tensor([1, 40, 23])
+    exact_qkv = torch.randn(64, 3, 4, 16).bfloat16().double().requires_grad_()
+    grad = torch.randn(64, 4, 16).bfloat16()
+    samples = exact_qkv.split(lengths.tolist())
+    exact = [torch.nn.functional.scaled_dot_product_attention(*heads_first(sample)) for sample in samples]
+    exact_out = torch.cat([out.transpose(0, 1) for out in exact])
+    wanted = torch.autograd.grad(exact_out, exact_qkv, grad.double())[0]
+
+    qkv = exact_qkv.detach().bfloat16().requires_grad_()
+    out = cpu_attention.attend(qkv, lengths)
+    gradient = torch.autograd.grad(out, qkv, grad)[0]
+    assert gradient.dtype == torch.bfloat16
+    assert (out - exact_out).norm() / exact_out.norm() < 0.01
+    assert (gradient - wanted).norm() / wanted.norm() < 0.01
+
+
+def heads_first(qkv):
+    """(tokens, 3, heads, size) -> three of (heads, tokens, size)."""
+    return qkv.permute(1, 2, 0, 3).unbind(0)
 
 
 def test_auto_is_sdpa_on_the_cpu():

@@ -1,5 +1,6 @@
 """Mistakes on the command line: one line on stderr, exit status 2, no traceback, and nothing written."""
 
+import os
 import runpy
 import subprocess
 import sys
@@ -378,3 +379,14 @@ def test_the_untrained_checkpoint_is_sound(place, fill):
     """The other tests are about what is wrong with the command, so nothing may be wrong with the file."""
     state = torch.load(fill("{ckpt}"), weights_only=True)
     assert state["step"] == 1 and state["config"]["model"]["name"] == "tiny"
+
+
+@pytest.mark.parametrize("given, kept", [(None, cli.ONEDNN_PRIMITIVES), ("7", "7")])
+def test_a_command_line_bounds_the_code_that_onednn_keeps(given, kept, monkeypatch):
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, given or "")  # the test's end restores what was there before
+    if given is None:
+        monkeypatch.delenv(name)
+    seen = []
+    cli.run(lambda: seen.append(os.environ[name]))
+    assert seen == [kept]

@@ -223,6 +223,35 @@ def test_a_run_in_pieces_is_the_same_run(in_one_process, trained, tiny_config):
     assert_same_run(pieces, trained)
 
 
+CHOSEN_PRECISION = """
+import os, sys
+import train
+from training import launch
+
+config, folder = sys.argv[1:]
+del os.environ["ACCELERATE_MIXED_PRECISION"]
+launch.BF16_WIDTH = 0
+
+def run(output, steps, has_bf16):
+    launch.has_bf16_products = lambda: has_bf16
+    train.main(["--config", config, "--output", f"{folder}/{output}", "--set", f"training.max_steps={steps}"])
+
+run("half", 4, True)
+run("half", {STEPS}, False)
+run("half_at_once", {STEPS}, True)
+"""
+
+
+def test_a_run_in_bfloat16_resumes_in_it_on_a_processor_without(tiny_config):
+    script = tiny_config.parent / "chosen_precision.py"
+    script.write_text(CHOSEN_PRECISION.replace("{STEPS}", str(STEPS)))
+    done = launch([sys.executable, script, tiny_config, tiny_config.parent])
+    assert done.stdout.count("precision: bfloat16; --set training.precision=fp32 trains a new run in") == 3
+    half = tiny_config.parent / "half"
+    assert torch.load(newest(half), weights_only=True)["precision"] == "bf16"
+    assert_same_run(half, tiny_config.parent / "half_at_once")
+
+
 def test_new_runs_are_numbered_after_the_highest(in_one_process, tiny_config):
     names = sorted(path.name for path in (tiny_config.parent / "results").iterdir())
     assert names == ["000-tiny", "007-mine", "008-tiny"]

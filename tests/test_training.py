@@ -470,23 +470,45 @@ def test_no_limit_on_the_gradient_norm_leaves_gradients_as_they_are():
 
 
 @pytest.mark.parametrize(
-    "device, launcher, precision, chosen",
+    "device, launcher, precision, resumed, chosen",
     [
-        ("cuda", None, "auto", "bf16"),
-        ("cuda", "no", "auto", "no"),
-        ("cuda", "fp16", "auto", "fp16"),
-        ("cuda", "bf16", "fp32", "no"),
-        ("cuda", "no", "bf16", "bf16"),
-        ("cpu", None, "auto", "no"),
-        ("cpu", "bf16", "auto", "bf16"),
+        ("cuda", None, "auto", None, "bf16"),
+        ("cuda", "no", "auto", None, "no"),
+        ("cuda", "fp16", "auto", None, "fp16"),
+        ("cuda", "bf16", "fp32", None, "no"),
+        ("cuda", "no", "bf16", None, "bf16"),
+        ("cpu", None, "auto", None, "no"),
+        ("fast cpu", None, "auto", None, "bf16"),
+        ("fast cpu", "no", "auto", None, "no"),
+        ("fast cpu", None, "fp32", None, "no"),
+        ("cpu", "bf16", "auto", None, "bf16"),
+        # A resumed run keeps its precision on another processor, and if its checkpoint is older than the entry
+        ("cpu", None, "auto", {"optimizer": {}, "precision": "bf16"}, "bf16"),
+        ("fast cpu", None, "auto", {"optimizer": {}, "precision": "no"}, "no"),
+        ("fast cpu", None, "auto", {"optimizer": {}}, "no"),
+        ("cuda", None, "auto", {"optimizer": {}}, "bf16"),
+        # Weights to start from are no run
+        ("fast cpu", None, "auto", {}, "bf16"),
     ],
 )
-def test_the_precision_is_the_configurations_or_the_launchers(
-    device, launcher, precision, chosen, monkeypatch
+def test_the_precision_is_the_configurations_or_the_launchers_or_the_checkpoints(
+    device, launcher, precision, resumed, chosen, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launcher is not None:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    monkeypatch.setattr(launch, "has_bf16_products", lambda: device == "fast cpu")
     config = load_config(None, [f"training.precision={precision}"])
-    assert launch.choose_precision(config, torch.device(device)) == chosen
+    kind = torch.device(device.split()[-1])
+    assert launch.choose_precision(config, kind, resumed) == chosen
+
+
+def test_narrow_models_train_in_float32_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(launch, "has_bf16_products", lambda: True)
+    cpu = torch.device("cpu")
+    for width, chosen in ((launch.BF16_WIDTH, "bf16"), (launch.BF16_WIDTH // 2, "no")):
+        shape = [f"d_model=[{width},{width}]", "num_heads=[4,4]", "enc_dec_dim_factor=[1,null]"]
+        config = load_config(None, [f"model.hnet.{key}" for key in shape])
+        assert launch.choose_precision(config, cpu, None) == chosen

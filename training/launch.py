@@ -21,6 +21,9 @@ from models.ops.precision import allow_tf32, bfloat16_problem, has_bfloat16
 from processes import group
 from processes.agreement import check_agreement
 from processes.sharding import is_sharded, prepare_sharding
+from weights.checkpoint import Checkpoint
+
+BF16_WIDTH = 128  # from this width on, bfloat16 is faster than float32 on a CPU that multiplies in it
 
 # ------------------------------------------------------------------------------ before the processes have met
 
@@ -53,22 +56,45 @@ def check_trackers(config: Config) -> None:
         raise UserError(f"logging.trackers: {', '.join(unknown)} is not one of {', '.join(known)}")
 
 
-def choose_precision(config: Config, device: torch.device) -> str:
-    """Accelerate's name of the precision: of the configuration, or of the launcher, or bfloat16 on CUDA."""
+def choose_precision(config: Config, device: torch.device, state: Checkpoint | None) -> str:
+    """Accelerate's name of the precision.
+
+    It is that of the configuration, otherwise of the launcher, otherwise of the checkpoint that training resumes
+    from, otherwise bfloat16 where that is faster.
+    """
     if config.training.precision == "bf16":
         return "bf16"
     if config.training.precision == "fp32":
         return "no"
     # The precision is "auto"
-    unsaid = "bf16" if has_bfloat16(device) else "no"
-    return os.environ.get("ACCELERATE_MIXED_PRECISION", unsaid)
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if launcher is not None:
+        return launcher
+    if state is not None and "optimizer" in state:
+        # Checkpoints without the entry were trained in float32 on CPUs
+        return state.get("precision") or ("bf16" if has_bfloat16(device) else "no")
+    if device.type == "cpu":
+        return "bf16" if config.d_model >= BF16_WIDTH and has_bf16_products() else "no"
+    return "bf16" if has_bfloat16(device) else "no"
+
+
+def has_bf16_products() -> bool:
+    """Whether the processor multiplies in bfloat16, with AMX or AVX512-BF16 (measured in docs/performance.md).
+
+    Decided by what the processor is and not by a measurement, because the choice changes every sum of a run.
+    """
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 # ----------------------------------------------------------------------------------------- the processes meet
 
 
-def make_accelerator(config: Config) -> Accelerator:
-    """Start Accelerate, which joins the processes. UserError if it cannot train this configuration."""
+def make_accelerator(config: Config, state: Checkpoint | None = None) -> Accelerator:
+    """Start Accelerate, which joins the processes. UserError if it cannot train this configuration.
+
+    Args:
+        state: the checkpoint to start from, or None.
+    """
     device = group.default_device()
     if config.training.deterministic:
         choose_deterministic_kernels()
@@ -80,7 +106,7 @@ def make_accelerator(config: Config) -> Accelerator:
         accelerator = Accelerator(
             # Without this, Accelerate takes the processes of torchrun on a CPU for separate runs
             cpu=device.type == "cpu",
-            mixed_precision=choose_precision(config, device),
+            mixed_precision=choose_precision(config, device, state),
             log_with=config.logging.trackers or None,
             project_dir=config.logging.results_dir,  # until the folder of the run is known
             kwargs_handlers=[no_changing_buffers, meeting],
@@ -98,6 +124,8 @@ def make_accelerator(config: Config) -> Accelerator:
         accelerator.print(
             "precision: float32, as the launcher says; with --mixed_precision bf16 training is faster"
         )
+    if device.type == "cpu" and accelerator.mixed_precision == "bf16" and config.training.precision == "auto":
+        accelerator.print("precision: bfloat16; --set training.precision=fp32 trains a new run in float32")
     return accelerator
 
 

@@ -509,6 +509,7 @@ class Trainer:
                 "posthoc": self.posthoc.state_dict(),
                 "averages": averages,
                 "skipped": skipped,
+                "precision": self.accelerator.mixed_precision,
             }
             self.posthoc.save_snapshot(self.folder, self.step)
             path = save_checkpoint(self.folder / "checkpoints", state, self.config.logging.ckpt_keep)

@@ -47,6 +47,7 @@ class Checkpoint(TypedDict, total=False):
     posthoc: dict[str, dict[str, Tensor]]  # averages of `training.posthoc_ema_stds`
     averages: dict[str, Tensor]  # what the log has summed since its last line
     skipped: dict[str, int]  # what the guard has counted
+    precision: str  # Accelerate's name of the precision of training: "no" or "bf16"
 
 
 # Entries of plain data, which a weights file has too. An optional one that is missing is read as None.

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+BLOCK = 1 << 20  # scores that are in memory at a time in the backward pass for bfloat16
+
 _LIBRARY = torch.library.Library("dc_dit", "DEF")
 _LIBRARY.define("attend(Tensor qkv, Tensor lengths) -> (Tensor, Tensor)")
 _LIBRARY.define(
@@ -48,6 +50,9 @@ def _attend_backward(grad: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, len
     """Gradient of the output (T, heads, size) -> gradient of qkv (T, 3, heads, size)."""
     grad_qkv = torch.empty_like(qkv)
     for part in _samples(lengths):
+        if qkv.dtype == torch.bfloat16:
+            _backward_by_products(grad[part], qkv[part], grad_qkv[part])
+            continue
         q, k, v = _heads_first(qkv[part])
         sample_grad = grad[part].transpose(0, 1)[None]
         sample_out = out[part].transpose(0, 1)[None]
@@ -58,6 +63,38 @@ def _attend_backward(grad: Tensor, qkv: Tensor, out: Tensor, logsum: Tensor, len
         for role, gradient in enumerate(gradients):
             grad_qkv[part, role] = gradient[0].transpose(0, 1)
     return grad_qkv
+
+
+def _backward_by_products(grad: Tensor, qkv: Tensor, grad_qkv: Tensor) -> None:
+    """Gradient of one sample, in products of whole matrices: PyTorch's kernel is slow in bfloat16 for small heads.
+
+    With P = softmax(s q k^T), s = size^-1/2 and G the gradient of the output: the gradient of v is P^T G, and with
+    S the softmax's gradient for G v^T, that of q is s S k and that of k is s S^T q. It takes some rows of P at a
+    time, which bounds its memory.
+
+    Args:
+        grad: (tokens, heads, size). qkv: (tokens, 3, heads, size). grad_qkv: written to, of the shape of qkv.
+    """
+    tokens, _, heads, size = qkv.shape
+    q, k, v = qkv.permute(1, 2, 0, 3).contiguous().unbind(0)  # (heads, tokens, size) each
+    grad = grad.transpose(0, 1).contiguous()
+    scaled_q = q * size**-0.5
+    grad_q, grad_k, grad_v = grad_qkv.permute(1, 2, 0, 3).unbind(0)
+    # In float32, because all parts are added up
+    sum_k = torch.zeros(heads, tokens, size)
+    sum_v = torch.zeros(heads, tokens, size)
+
+    step = max(1, BLOCK // (heads * tokens))
+    for start in range(0, tokens, step):
+        part = slice(start, start + step)
+        prob = (scaled_q[:, part] @ k.mT).softmax(-1)  # (heads, rows, tokens)
+        sum_v += prob.mT @ grad[:, part]
+        grad_prob = grad[:, part] @ v.mT
+        grad_score = torch._softmax_backward_data(grad_prob, prob, -1, prob.dtype)
+        grad_q[:, part] = (grad_score @ k) * size**-0.5
+        sum_k += grad_score.mT @ scaled_q[:, part]
+    grad_k.copy_(sum_k)
+    grad_v.copy_(sum_v)
 
 
 @torch.library.register_fake("dc_dit::attend_backward")
