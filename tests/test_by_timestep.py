@@ -15,8 +15,8 @@ from training.tracking import Averages, flatten_statistics
 def test_each_value_goes_to_its_tenth():
     averages = Averages(SimpleNamespace(num_processes=1))
     values = torch.tensor([1.0, 2.0, 4.0, 8.0])
-    averages.add_by_timestep("loss", values, torch.tensor([0, 99, 100, 999]), 1000)
-    averages.add_by_timestep("loss", values, torch.tensor([0, 0, 0, 999]), 1000)
+    averages.add_by_timestep({"loss": values}, torch.tensor([0, 99, 100, 999]), 1000)
+    averages.add_by_timestep({"loss": values}, torch.tensor([0, 0, 0, 999]), 1000)
     for name in ("kept_natural", "kept_effective"):
         averages.add(name, values)
     statistics = averages.reduce()

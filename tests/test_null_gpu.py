@@ -40,7 +40,7 @@ def run_pytest(environment: dict[str, str], *arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("group", ["counts", "capabilities", "compile"])
+@pytest.mark.parametrize("group", ["counts", "capabilities", "compile", "benchmarks"])
 def test_checks(group, environment):
     run_pytest(environment, f"tests/null_gpu/check_{group}.py")
 

@@ -50,17 +50,19 @@ class Averages:
         row = torch.stack([values.sum(), values.square().sum(), values.min(), values.max(), count])
         self.rows.setdefault(name, []).append(row)
 
-    def add_by_timestep(self, name: str, values: Tensor, t: Tensor, diffusion_steps: int) -> None:
-        """Add a batch of values (B,), each to its tenth of the timesteps: NAME_t0 ... NAME_t9."""
-        values = values.detach().float()
+    def add_by_timestep(self, values: dict[str, Tensor], t: Tensor, diffusion_steps: int) -> None:
+        """Add a batch of values (B,) by name, each to its tenth of the timesteps: NAME_t0 ... NAME_t9."""
+        stacked = torch.stack([value.detach().float() for value in values.values()])[:, None]  # (names, 1, B)
         bins = torch.arange(TIMESTEP_BINS, device=t.device)[:, None]
         inside = t * TIMESTEP_BINS // diffusion_steps == bins  # (bins, B)
-        held = torch.where(inside, values, 0)
-        least = torch.where(inside, values, math.inf).amin(1)
-        most = torch.where(inside, values, -math.inf).amax(1)
-        rows = torch.stack([held.sum(1), held.square().sum(1), least, most, inside.float().sum(1)], dim=1)
-        for number, row in enumerate(rows.unbind()):
-            self.rows.setdefault(f"{name}_t{number}", []).append(row)
+        held = torch.where(inside, stacked, 0)  # (names, bins, B)
+        least = torch.where(inside, stacked, math.inf).amin(2)
+        most = torch.where(inside, stacked, -math.inf).amax(2)
+        count = inside.float().sum(1).expand_as(least)
+        rows = torch.stack([held.sum(2), held.square().sum(2), least, most, count], dim=2)  # (names, bins, 5)
+        for name, name_rows in zip(values, rows.unbind()):
+            for number, row in enumerate(name_rows.unbind()):
+                self.rows.setdefault(f"{name}_t{number}", []).append(row)
 
     def sizes(self) -> dict[str, int]:
         """Number of rows by name."""

@@ -281,8 +281,8 @@ class Trainer:
             self.averages.add(name, values.expand(len(x0)))
         # An average loss hides where it is made: layout is decided in the noisiest tenths, detail in the others
         timesteps = self.config.diffusion.diffusion_steps
-        self.averages.add_by_timestep("loss", losses["diffusion_loss"], t, timesteps)
-        self.averages.add_by_timestep("kept", out.routing.boundary.float().mean(1), t, timesteps)
+        by_timestep = {"loss": losses["diffusion_loss"], "kept": out.routing.boundary.float().mean(1)}
+        self.averages.add_by_timestep(by_timestep, t, timesteps)
         return losses["loss"]
 
     def draws(self, batch: Batch) -> Tensor:
