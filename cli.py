@@ -90,17 +90,17 @@ class Parser(argparse.ArgumentParser):
             return f"; did you mean {options[word]}?"
         if word in LAUNCHER_OPTIONS:
             return "; it belongs to the launcher, before the name of the script"
-        # A key of the configuration, or an option of DiT's scripts
+        longer = [option for option in options if set(word.split("_")) <= set(option.split("_"))]
+        longer.sort(key=lambda option: (not option.startswith(word), len(option)))
+        # A key of the configuration, unless it is some words of an option; or an option of DiT's scripts
         takes_keys = "set" in options
         keys = SHORT_KEYS | {key: key for key in KEYS}
-        if takes_keys and word in keys:
+        if takes_keys and word in keys and not longer:
             return f"; did you mean --set {keys[word]}={value or '...'}?"
         if takes_keys and word == "model":
             return "; the network comes from --config in training, and from --ckpt in sampling"
         # A typing error, or some words of a longer name
         similar = difflib.get_close_matches(word, options, n=1, cutoff=0.8)
-        longer = [option for option in options if set(word.split("_")) <= set(option.split("_"))]
-        longer.sort(key=lambda option: (not option.startswith(word), len(option)))
         likely = [*similar, *longer, *difflib.get_close_matches(word, options, n=1)]
         if likely:
             return f"; did you mean {options[likely[0]]}?"
