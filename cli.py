@@ -119,10 +119,10 @@ class Parser(argparse.ArgumentParser):
             remedy = remedy_of_key(word, value)
         if remedy:
             return remedy
-        # A typing error, or some words of a longer name
-        similar = difflib.get_close_matches(word, options, n=1, cutoff=0.8)
         longer = [option for option in options if set(word.split("_")) <= set(option.split("_"))]
         longer.sort(key=lambda option: (not option.startswith(word), len(option)))
+        # A typing error, or some words of a longer name
+        similar = difflib.get_close_matches(word, options, n=1, cutoff=0.8)
         likely = [*similar, *longer, *difflib.get_close_matches(word, options, n=1)]
         if likely:
             return f"; did you mean {options[likely[0]]}?"

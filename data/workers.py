@@ -241,12 +241,17 @@ def begin_worker(worker: int) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=end_without_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_without_parent, daemon=True).start()
 
 
-def end_without_parent(parent: int) -> None:
+def end_without_parent() -> None:
     """End this process when its parent has died. PyTorch's own way waits for somebody to read the last batches."""
-    while os.getppid() == parent:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a loader process has a parent"
+    # A parent that died before this line is noticed by its end of a pipe, which loader processes that were forked
+    # later hold open until they end in turn
+    process = os.getppid()
+    while os.getppid() == process and parent.is_alive():
         time.sleep(ORPHAN_POLL)
     os._exit(1)
 

@@ -34,6 +34,8 @@ def choose_labels(chosen: Sequence[str | int], names: Sequence[str] | None) -> l
         if label is None:
             raise UserError(f"--classes '{short_name(str(choice))}': {no_such_name(str(choice), known)}")
         labels.append(label)
+    if not labels:
+        raise UserError("--classes: names no class; give names or labels")
     return labels
 
 

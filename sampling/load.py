@@ -1,5 +1,6 @@
 """Loading a trained model, and the checks that everything given with it belongs together."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from config import Config, UserError, config_from_dict, differences, flatten, role_of, to_dict
-from data.autoencoder import HUB_NAMES, Autoencoder
+from data.autoencoder import HUB_NAMES, Autoencoder, is_same_autoencoder
 from models import build_model
 from processes import group
 from weights.checkpoint import (
@@ -66,6 +67,7 @@ def load_trained(
     check_agreement(config, config_from_dict(state["config"]))
 
     warn_of_unguided_channels(config)
+    warn_of_untrained_labels(state["class_names"], config)
 
     # The network with its weights
     model = load_network(state, config, weights, str(ckpt))
@@ -84,14 +86,23 @@ def load_trained(
 
 
 def load_known_autoencoder(known: dict | None, config: Config, device: torch.device | str) -> Autoencoder:
-    """The autoencoder that the checkpoint names; UserError if it is not there any more."""
-    name = known["name"] if known else config.data.vae
+    """The autoencoder that the checkpoint names, or a copy in `data.vae` if that place has none any more.
+
+    Raises:
+        UserError: neither place has it.
+    """
+    copy = config.data.vae
+    name = known["name"] if known else copy
     try:
         return Autoencoder.load(name, device)
     except UserError as error:
-        raise UserError(
-            f"{error}; the checkpoint names it: if it has moved, give its new place as --vae"
-        ) from None
+        problem = f"{error}; the checkpoint names it: if it has moved, give its new place as --vae"
+    if copy != name:
+        with contextlib.suppress(UserError):
+            autoencoder = Autoencoder.load(copy, device)
+            if known and is_same_autoencoder(autoencoder.describe(), known):
+                return autoencoder
+    raise UserError(problem)
 
 
 def load_network(state: Checkpoint, config: Config, weights: str, ckpt: str) -> torch.nn.Module:
@@ -134,6 +145,16 @@ def warn_of_unguided_channels(config: Config) -> None:
         group.print_once(
             f"warning: diffusion.cfg_channels {guided}: guidance changes {guided} of the {channels} latent "
             "channels; --set diffusion.cfg_channels=all guides all of them"
+        )
+
+
+def warn_of_untrained_labels(class_names: list[str] | None, config: Config) -> None:
+    """Say that some labels are of no class that the features of training had."""
+    classes = config.data.num_classes
+    if class_names and len(class_names) < classes:
+        group.print_once(
+            f"warning: data.num_classes is {classes}, but the model was trained on features of {len(class_names)} "
+            f"classes; labels from {len(class_names)} had no images"
         )
 
 

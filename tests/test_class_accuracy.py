@@ -10,11 +10,13 @@ from conftest import TinyExtractor
 from PIL import Image
 
 import evaluate
+from config import UserError
 from evaluation.class_labels import ClassLabels, match_classes
 from evaluation.extractors import CLASS_NAMES_FILE, load_extractor
 from evaluation.image_sets import open_source
 from processes import group
 from sampling.npz import write_npz
+from toy.classifier import check_replaces_nothing
 
 CPU = torch.device("cpu")
 COLOURS = {"red": (200, 9, 9), "green": (9, 200, 9), "blue": (9, 9, 200)}
@@ -167,3 +169,17 @@ def test_match(numbers, names, known, expected, note):
     match = match_classes(ClassLabels(np.array(numbers), names), known, 2)
     assert (None if match.numbers is None else match.numbers.tolist()) == expected
     assert note in match.note and bool(note) == bool(match.note)
+
+
+def test_a_classifier_replaces_only_one_of_the_same_classes(tmp_path):
+    """Neither a checkpoint nor a classifier of other classes is lost."""
+    earlier = write_classifier(tmp_path, ["blue", "red"])
+    check_replaces_nothing(earlier, ["blue", "red"])
+    check_replaces_nothing(tmp_path / "new.pt", ["blue", "red"])
+    checkpoint = tmp_path / "checkpoint.pt"
+    torch.save({"model": {}}, checkpoint)
+    for file, names in ((earlier, ["blue", "green"]), (checkpoint, ["blue", "red"])):
+        with pytest.raises(
+            UserError, match=f"--output '{file}': exists and is no classifier of these classes"
+        ):
+            check_replaces_nothing(file, names)

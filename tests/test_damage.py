@@ -15,6 +15,7 @@ import train
 from config import UserError, load_config
 from data.features import damaged_files, open_features
 from data.images import ImageFolder
+from sampling.load import load_known_autoencoder
 from training import resume, sample_grids, tracking
 from weights import checkpoint
 from weights.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -206,6 +207,16 @@ def test_an_autoencoder_that_has_moved(tiny_config, tiny_vae, tmp_path):
     config.data.vae = "/neither"
     with pytest.raises(UserError, match="^data.vae: /neither: .*neither ema, mse"):
         sample_grids.load_decoder(config, moved, "cpu")
+
+
+def test_sampling_finds_an_autoencoder_that_has_moved_as_training_does(tiny_config, tiny_vae):
+    """The checkpoint names a folder that is no longer there: a copy in data.vae will do, another one will not."""
+    config = load_config(tiny_config)
+    known = open_features(config.data.feature_path, 32).autoencoder
+    moved = {**known, "name": "/nowhere"}
+    assert load_known_autoencoder(moved, config, "cpu").sha256 == known["sha256"]
+    with pytest.raises(UserError, match="^--vae /nowhere: .* give its new place as --vae"):
+        load_known_autoencoder({**moved, "sha256": "0"}, config, "cpu")
 
 
 def test_a_folder_as_real_ones_are(tiny_images, tiny_vae, tmp_path, capsys):

@@ -64,6 +64,8 @@ def test_a_number_is_a_name_first():
     assert choose_labels(["10", "1", "2", "0"], NUMBERS) == [1, 0, 2, 0]
     assert choose_labels([2, 1], NUMBERS) == [2, 1]
     assert choose_labels(["7"], None) == [7]
+    with pytest.raises(UserError, match="^--classes: names no class"):
+        choose_labels([","], NUMBERS)
     assert "with label 0; label 1 is '10'" in ambiguity(["2", "1"], NUMBERS)
     assert ambiguity(["2", "0", "10"], NUMBERS) == ""
 

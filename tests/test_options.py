@@ -71,6 +71,7 @@ def test_a_mistyped_option_is_recognised(program, monkeypatch):
         ("sampling.hub", "--ckp a.pt --output b", "unknown option --ckp; did you mean --ckpt?"),
         ("sample", "--ckpt a.pt --cfg_scale=2", "unknown option --cfg_scale; did you mean --cfg-scale?"),
         ("sample_ddp", "--CKPT a.pt", "unknown option --CKPT; did you mean --ckpt?"),
+        ("sample_ddp", "--num-samples 4", "unknown option --num-samples; did you mean --num-fid-samples?"),
         ("sample", "-ckpt a.pt", "unknown option -ckpt; did you mean --ckpt?"),
         ("sample", "--ckpt a.pt --cfg 2", "unknown option --cfg; did you mean --cfg-scale?"),
         ("sample", "--ckpt a.pt --steps 50", "unknown option --steps; did you mean --num-sampling-steps?"),

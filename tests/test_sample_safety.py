@@ -12,7 +12,7 @@ import cli
 import sample
 import sample_ddp
 import train
-from config import UserError, load_config, to_dict
+from config import Config, UserError, load_config, to_dict
 from data.autoencoder import Autoencoder
 from data.features import open_features
 from figures import elastic_grid
@@ -20,6 +20,7 @@ from figures.chunking import as_pixels
 from models import build_model
 from sampling import accounting, hub
 from sampling.generate import SamplingOptions, generate_images, load_trained
+from sampling.load import warn_of_untrained_labels
 from sampling.pipeline import DCDiTPipeline
 from training import sample_grids
 from training.checks import label_ranges
@@ -219,6 +220,19 @@ def test_training_says_that_classes_have_no_images(tiny_config, tmp_path, capsys
     said = "data.num_classes is 5, but the features have images of 3 classes; labels 3 to 4 are never trained; for"
     assert f"warning: {said}" in printed
     assert "classes: 0 'a', 1 'b', 2 'c'\n" in printed
+
+
+def test_sampling_says_that_labels_had_no_images(capsys):
+    config = Config()
+    config.data.num_classes = 5
+    warn_of_untrained_labels(["a", "b", "c"], config)
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "warning: data.num_classes is 5, but the model was trained on features of 3 classes; "
+    )
+    for names in (None, list("abcde")):
+        warn_of_untrained_labels(names, config)
+    assert capsys.readouterr().out == ""
 
 
 def test_labels_between_others_that_have_no_images():

@@ -178,3 +178,21 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     # The loader processes hold the pipe of the output open until they end
     assert in_a_process(code).returncode == -signal.SIGKILL
+
+
+def test_loader_processes_end_when_the_program_is_killed_while_they_start():
+    """By then, the parent that they see is another process."""
+    code = """
+begin = workers.begin_worker
+def begin_late(worker):
+    time.sleep(1)
+    begin(worker)
+workers.begin_worker = begin_late
+workers.ORPHAN_POLL = 0.1
+source = test_workers.Source()
+loader = workers.make_loader(source, [[k] for k in range(20)], test_workers.collate, 2, False, "--num-workers")
+iterator = iter(loader)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # The loader processes hold the pipe of the output open until they end
+    assert in_a_process(code).returncode == -signal.SIGKILL

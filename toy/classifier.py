@@ -25,7 +25,7 @@ from data.files import write_file
 from data.images import ImageFolder
 from data.loading import read_all
 from data.streams import rng
-from evaluation.extractors import CLASS_NAMES_FILE
+from evaluation.extractors import CLASS_NAMES_FILE, TorchScriptModel
 
 # Channels per stage; their sum is the number of features.
 WIDTHS = (16, 32, 64)
@@ -114,6 +114,20 @@ def save(model: Classifier, class_names: list[str], image_size: int, path: Path)
     write_file(path, lambda stream: stream.write(buffer.getvalue()))
 
 
+def check_replaces_nothing(output: Path, class_names: list[str]) -> None:
+    """UserError if the output would replace anything but a classifier of the same classes."""
+    if not output.exists():
+        return
+    try:
+        earlier = TorchScriptModel(output, torch.device("cpu")).class_names
+    except UserError:
+        earlier = None
+    if earlier != class_names:
+        raise UserError(
+            f"--output '{output}': exists and is no classifier of these classes; give another file"
+        )
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
@@ -138,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     source = ImageFolder(args.images, args.image_size, "--images")
     for note in source.notes:
         print(note)
+    check_replaces_nothing(args.output, source.class_names)
     images, labels = read_all(source)
     classes = len(source.class_names)
     if len(images) < 2 * HELD_OUT or classes < 2:

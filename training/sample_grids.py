@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from config import Config, UserError
-from data.autoencoder import Autoencoder
+from data.autoencoder import Autoencoder, is_same_autoencoder
 from data.features import Features
 from diffusion import OBJECTIVES
 from sampling.generate import SamplingOptions, TrainedModel, generate_images
@@ -93,8 +93,3 @@ def load_decoder(config: Config, store: Features, device: torch.device | str) ->
             f"{name} is another autoencoder than the features were made with; give a copy of {known['name']}"
         )
     raise UserError(f"data.vae: {problem}")
-
-
-def is_same_autoencoder(one: dict, other: dict) -> bool:
-    """Whether two autoencoders, wherever they are, give the same latents and images."""
-    return all(one[key] == other[key] for key in ("sha256", "shift", "scale"))
