@@ -105,13 +105,13 @@ def test_autoencoder_inverts_its_scale(tiny_vae):
 def test_the_published_autoencoders_by_their_full_name(tiny_vae, tmp_path, monkeypatch):
     """As diffusers spells them; a folder of this name comes first."""
     read = []
-    tiny_model = autoencoder_module.read_model(str(tiny_vae))
+    tiny_codec = autoencoder_module.read_codec(str(tiny_vae))
 
-    def read_model(source):
+    def read_codec(source):
         read.append(source)
-        return tiny_model
+        return tiny_codec
 
-    monkeypatch.setattr(autoencoder_module, "read_model", read_model)
+    monkeypatch.setattr(autoencoder_module, "read_codec", read_codec)
     monkeypatch.chdir(tmp_path)
     name = "stabilityai/sd-vae-ft-mse"
     assert Autoencoder.load(name, "cpu").name == "mse"

@@ -117,7 +117,8 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_what_a_run_leaves_behind(trained, tiny_config, tiny_vae):
     names = {path.name for path in trained.iterdir()}
-    assert names == {"checkpoints", "config.yaml", "log.txt", "metrics.jsonl", "samples"}
+    pictures = {"by_timestep.png", "samples"}
+    assert names == {"checkpoints", "config.yaml", "log.txt", "metrics.jsonl", *pictures}
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == [
         "0000003.pt",
         "0000006.pt",

@@ -167,7 +167,10 @@ cli.run(lambda: test_workers.read_all(source, 2))
 
 def test_loader_processes_end_when_the_program_is_killed():
     """Even with batches that nobody reads any more, too large for the pipe."""
-    code = f"""{HALF_A_BATCH.replace("os.kill(os.getpid(), signal.SIGKILL)", "return send(connection, buffer[70_000:])")}
+    in_halves = HALF_A_BATCH.replace(
+        "os.kill(os.getpid(), signal.SIGKILL)", "return send(connection, buffer[70_000:])"
+    )
+    code = f"""{in_halves}
 workers.ORPHAN_POLL = 0.1
 source = test_workers.Source(lambda index: None, size=500_000)
 loader = workers.make_loader(source, [[k] for k in range(20)], test_workers.collate, 2, False, "--num-workers")

@@ -56,7 +56,7 @@ def check_trackers(config: Config) -> None:
         raise UserError(f"logging.trackers: {', '.join(unknown)} is not one of {', '.join(known)}")
 
 
-def choose_precision(config: Config, device: torch.device, state: Checkpoint | None) -> str:
+def choose_precision(config: Config, device: torch.device, state: Checkpoint | None = None) -> str:
     """Accelerate's name of the precision.
 
     It is that of the configuration, otherwise of the launcher, otherwise of the checkpoint that training resumes
