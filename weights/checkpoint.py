@@ -283,7 +283,8 @@ def check_content(content: Mapping[str, Any], weights: tuple[str, ...], refusal:
     for key, kind in PLAIN_TYPES.items():
         if not isinstance(state[key], kind) or not is_plain(state[key]):
             wrong.append(key)
-    if not all(isinstance(name, str) for name in state["class_names"] or ()):
+    names = state["class_names"]
+    if isinstance(names, list) and not all(isinstance(name, str) for name in names):
         wrong.append("class_names")
     for key in weights:
         if not is_state_dict(state.get(key)):
