@@ -12,9 +12,6 @@ from PIL import Image
 
 from processes import group
 
-# Runs whose precision is "auto" train in float32 on every processor
-os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "no")
-
 # Files whose tests together take less than half a minute: `python -m pytest -m fast`.
 FAST = (
     "test_attention.py", "test_budgets.py", "test_config.py", "test_conv.py", "test_dc_dit.py",
@@ -28,9 +25,13 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Without --gpu, this process and those that it starts see no GPU: their numbers are the CPU's."""
+    """Without --gpu, this process and those that it starts see no GPU: their numbers are the CPU's.
+
+    Runs whose precision is "auto" then train in float32 on every processor.
+    """
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def pytest_collection_modifyitems(config, items):

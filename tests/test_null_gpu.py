@@ -9,6 +9,8 @@ from its start or not at all. Some of them by hand, here those of a training ste
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,9 @@ def environment() -> dict[str, str]:
         variables = build.environment()
     except build.CannotBuild as reason:
         pytest.skip(str(reason))
-    visible = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    return {**visible, **variables}
+    of_the_cpu = ("CUDA_VISIBLE_DEVICES", "ACCELERATE_MIXED_PRECISION")
+    inherited = {name: value for name, value in os.environ.items() if name not in of_the_cpu}
+    return {**inherited, "OMP_NUM_THREADS": "1", **variables}
 
 
 def run_pytest(environment: dict[str, str], *arguments: str) -> None:
@@ -40,20 +43,41 @@ def run_pytest(environment: dict[str, str], *arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("group", ["counts", "capabilities", "compile", "benchmarks"])
-def test_checks(group, environment):
-    run_pytest(environment, f"tests/null_gpu/check_{group}.py")
+def check(group: str) -> str:
+    return f"tests/null_gpu/check_{group}.py"
 
 
-@pytest.mark.parametrize("group", ["scripts", "processes"])
-def test_checks_that_read_values(group, environment):
-    run_pytest(environment | ZEROS, f"tests/null_gpu/check_{group}.py")
-
-
-def test_cuda_tests_of_the_suite(environment):
-    """Those that are skipped without a GPU: they run, and compare shapes and types."""
+def files_with_cuda_tests() -> list[str]:
     files = [file for file in Path(__file__).parent.glob("test_*.py") if "mark.cuda" in file.read_text()]
-    run_pytest(environment, "-m", "cuda", *sorted(str(file) for file in files if file != Path(__file__)))
+    return sorted(str(file) for file in files if file != Path(__file__))
+
+
+# Name -> arguments of pytest, and variables. "tests" are those of the suite that are skipped without a GPU: they
+# run, and compare shapes and types
+GROUPS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "counts": ([check("counts")], {}),
+    "compile": ([check("compile")], {}),
+    "scripts": ([check("scripts")], ZEROS),
+    "processes": ([check("processes")], ZEROS),
+    "capabilities": ([check("capabilities")], {}),
+    "benchmarks": ([check("benchmarks")], {}),
+    "tests": (["-m", "cuda", *files_with_cuda_tests()], {}),
+}
+
+
+@pytest.fixture(scope="module")
+def running(environment) -> Iterator[dict[str, Future]]:
+    """All groups, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        futures = {}
+        for name, (arguments, variables) in GROUPS.items():
+            futures[name] = pool.submit(run_pytest, environment | variables, *arguments)
+        yield futures
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_on_the_null_gpu(group, running):
+    running[group].result()
 
 
 @pytest.mark.parametrize(
