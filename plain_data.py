@@ -52,8 +52,9 @@ def _load_yaml(path: Path, text_keys: TextKeys) -> Any:
     try:
         return _parse(path.read_text(encoding="utf-8"), text_keys)
     except OSError as error:
-        message = f"cannot be read ({error.strerror}); give the path of a YAML file"
-        raise UserError(f"--config '{path}' {message}") from None
+        with_ending = path.with_name(f"{path.name}.yaml")
+        remedy = f"did you mean '{with_ending}'?" if with_ending.is_file() else "give the path of a YAML file"
+        raise UserError(f"--config '{path}' cannot be read ({error.strerror}); {remedy}") from None
     except UserError as error:
         raise UserError(f"--config '{path}': {error}") from None
     except Exception as error:  # PyYAML's constructors raise nearly any kind on strange tags

@@ -799,3 +799,8 @@ def test_batches_and_processes():
     )
     for harmless in ("training.ratio_batch_size=null", "training.ratio_loss_weight=0"):
         assert validate_processes(config_from_dict(to_dict(config), [harmless]), 4) == 24
+
+
+def test_a_file_without_its_ending(tmp_path):
+    write(tmp_path, "a.yaml", "data: {image_size: 128}\n")
+    assert f"did you mean '{tmp_path / 'a.yaml'}'?" in refusal(load_config, tmp_path / "a")
