@@ -152,11 +152,6 @@ def list_class_folders(root: Path) -> list[str]:
     return sorted(name for name in names if is_visible_folder(name))
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Image files below a folder, linked folders included, sorted by folder and then by name."""
-    return scan(folder).images
-
-
 def scan(folder: Path, deep: bool = True) -> Scan:
     """The visible files below a folder, linked folders included; not deep: those in the folder itself."""
     images = []

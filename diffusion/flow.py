@@ -21,7 +21,7 @@ class FlowMatching:
     Args:
         timesteps: (steps,) rising, the timesteps that are visited.
         diffusion_steps: number of timesteps of training.
-        shift: above 1, more of the path is noisy, as large images need (arXiv 2403.03206, equation 23).
+        shift: above 1, more of the path is noisy, as large images need (arXiv 2403.03206).
     """
 
     def __init__(self, timesteps: np.ndarray, diffusion_steps: int, shift: float):
@@ -91,7 +91,7 @@ def heun(flow: FlowMatching, denoise: Denoise, x: Tensor, noise: Callable[[], Te
 
 
 def sde(flow: FlowMatching, denoise: Denoise, x: Tensor, noise: Callable[[], Tensor]) -> Iterator[Step]:
-    """The reverse diffusion of strength sigma, by Euler and Maruyama (SiT, section 2.4), down to x_0."""
+    """The reverse diffusion of strength sigma, by Euler and Maruyama (as in SiT), down to x_0."""
     for i, t, before, after in flow.levels():
         velocity = _velocity(denoise, x, t)
         x0_hat = x - before * velocity

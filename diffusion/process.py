@@ -43,6 +43,7 @@ class Objective(NamedTuple):
     samplers: Mapping[str, Sampler]
     default: str  # the sampler of sample.py and sample_ddp.py
     fast: str  # the sampler of everything that must not take long: sample grids, evaluation in training, the demo
+    two_stage: tuple[str, ...] = ()  # samplers that evaluate the network twice in every step but the last
     learns_variance: bool = False  # whether `training.learn_sigma` means something
 
 
@@ -59,7 +60,7 @@ def build_flow(diffusion_steps: int, flow_shift: float, sampling_steps: int | No
 # The names of `diffusion.objective`
 OBJECTIVES = {
     "gaussian": Objective(build_gaussian, SAMPLERS, default="ddpm", fast="ddim", learns_variance=True),
-    "flow": Objective(build_flow, FLOW_SAMPLERS, default="euler", fast="euler"),
+    "flow": Objective(build_flow, FLOW_SAMPLERS, default="euler", fast="euler", two_stage=("heun",)),
 }
 
 
@@ -76,9 +77,9 @@ def build_process(objective: str, sampling_steps: int | None = None, **settings:
     return OBJECTIVES[objective].build(sampling_steps=sampling_steps, **settings)
 
 
-def evaluated_timesteps(process: Process, sampler: str | None) -> np.ndarray:
-    """The timesteps at which a sampler evaluates the network, rising: two in every step of Heun's but the last."""
-    if sampler != "heun":
+def evaluated_timesteps(objective: str, process: Process, sampler: str | None) -> np.ndarray:
+    """The timesteps at which a sampler evaluates the network, rising."""
+    if sampler not in OBJECTIVES[objective].two_stage:
         return process.timesteps
     return np.sort(np.concatenate([process.timesteps, process.timesteps[:-1]]))
 
@@ -87,8 +88,7 @@ def draw_timestep(stream: np.random.Generator, diffusion_steps: int, distributio
     """A timestep of training.
 
     Args:
-        distribution: "uniform", or "logit_normal": mostly in the middle (arXiv 2403.03206, equation 19 with m = 0
-            and s = 1).
+        distribution: "uniform", or "logit_normal": mostly in the middle (arXiv 2403.03206, with m = 0 and s = 1).
     """
     if distribution == "uniform":
         return int(stream.integers(diffusion_steps))

@@ -245,7 +245,7 @@ def router_draws(seed: int, indices: Sequence[int], device: torch.device) -> Ten
 
 def network_timesteps(config: Config, options: SamplingOptions) -> np.ndarray:
     """The timesteps at which the network will be evaluated, rising."""
-    return evaluated_timesteps(sampling_process(config, options), options.sampler)
+    return evaluated_timesteps(config.diffusion.objective, sampling_process(config, options), options.sampler)
 
 
 def sample_noise(

@@ -81,7 +81,7 @@ def test_samplers_reach_the_distribution(name, shift):
     timesteps = [step.t for step in taken]
     assert timesteps == sorted(timesteps, reverse=True)
     assert timesteps[0] == 999
-    assert sorted(timesteps) == evaluated_timesteps(flow(250), name).tolist()
+    assert sorted(timesteps) == evaluated_timesteps("flow", flow(250), name).tolist()
     torch.testing.assert_close(taken[-1].x_next, taken[-1].x0_hat)
 
 

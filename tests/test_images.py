@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
 from config import UserError
-from data.folders import class_table, list_images
+from data.folders import class_table, scan
 from data.images import ImageFolder, UnreadableImage, center_crop
 
 
@@ -159,7 +159,7 @@ def test_the_types_are_those_that_pillow_decodes(tmp_path):
 def test_junk_folders_are_no_classes(tmp_path):
     junk = ["__MACOSX/a/1.png", ".ipynb_checkpoints/1.png", "a/@eaDir/1.png"]
     assert ImageFolder(make_files(tmp_path, "a/1.png", *junk), 8).paths == ["a/1.png"]
-    assert [path.name for path in list_images(tmp_path)] == ["1.png"]
+    assert [path.name for path in scan(tmp_path).images] == ["1.png"]
 
 
 PARENTS = [

@@ -40,7 +40,7 @@ class PowerAverages:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Follow the weights after optimizer step number `step`, counted from 1 (EDM2, equation 127)."""
+        """Follow the weights after optimizer step number `step`, counted from 1."""
         current = [value.detach() for _, value in model.named_parameters()]
         for std, weights in self.weights.items():
             kept = (1 - 1 / step) ** (self.exponents[std] + 1)
@@ -73,7 +73,7 @@ class PowerAverages:
 
 
 def exponent(std: float) -> float:
-    """gamma of the profile with this relative standard deviation (EDM2, equation 126).
+    """gamma of the profile with this relative standard deviation.
 
     std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)); the positive root of this cubic is the only one of use.
     """
