@@ -97,8 +97,9 @@ def kernel_distance(
 ) -> KernelDistance:
     """KID (Bińkowski et al. 2018, arXiv 1801.01401): squared MMD with the kernel (x.y / D + 1)^3.
 
-    It is the mean of the unbiased estimator over 100 pairs of random subsets. A subset has 1000 images, or those of the
-    smaller side if it has fewer. The expectation does not depend on the number of images, and a value may be negative.
+    It is the mean of the unbiased estimator over 100 pairs of random subsets. A subset has 1000 images, or all
+    those of the smaller side if it has fewer. The expectation does not depend on the number of images, and a
+    value may be negative.
 
     Args:
         reference: (M, D), M > 1. samples: (N, D), N > 1.
