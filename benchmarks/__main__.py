@@ -18,10 +18,11 @@ import torch
 
 import cli
 from benchmarks.plan import PARTS, Job, Sizes, choose_sizes, plan_jobs
-from benchmarks.report import command_line, environment, machine, read_json, write_report
+from benchmarks.report import command_line, environment, read_json, write_report
 from benchmarks.runner import run_job
 from benchmarks.workload import Case, Setup, load
 from config import UserError
+from processes.hardware import machine
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -12,30 +12,11 @@ import torch
 
 from config import UserError
 from data.files import write_json, write_text
+from processes.hardware import processor_name
 
 Row = dict[str, Any]  # column -> text or number
 Result = dict[str, Any]  # "rows" and "seconds" of a job, or why it "failed"
 Parts = dict[str, dict[str, Result]]  # part -> job -> result
-
-
-def machine(device: torch.device) -> str:
-    """Name of the machine: processor or GPU, threads, version of PyTorch."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        capability = torch.backends.cpu.get_cpu_capability()
-        name = f"{processor_name()}, {torch.get_num_threads()} threads, {capability}"
-    return f"{name}; torch {torch.__version__}"
-
-
-def processor_name() -> str:
-    """What Linux calls the processor; elsewhere what Python does."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    for line in lines:
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 def environment(device: torch.device) -> dict[str, str]:

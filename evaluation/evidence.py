@@ -1,0 +1,250 @@
+"""What was measured on trained runs, read from their summaries: models, points, seeds, and which belong together.
+
+scripts/evidence.py writes the summaries, figures/evidence.py shows them.
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config import UserError
+
+Row = dict[str, Any]
+
+# Columns in which all points must agree to be compared
+SETTINGS = ("images", "steps", "seed", "features", "reference", "image_size", "bf16")
+# The Fréchet distance by the name that it has for the features
+DISTANCES = ("fid", "frechet_distance")
+# Beginnings of keys that models of one comparison may differ in
+NAMES = ("model.name", "training.seed")
+MULTI_BUDGET = ("training.multi_budget_",)
+DOWNSAMPLE = ("training.downsample_factor",)
+START = ("training.init_from", "model.upcycle.")
+SCHEDULE = ("training.downsample_factor_start", "training.downsample_factor_warmup_steps")
+# Keys that the name of a model leaves out: its seed, and what follows from its router
+UNNAMED = ("training.seed", "training.ratio_loss_weight")
+# Log lines over which a loss is averaged
+SMOOTH = 3
+
+
+class Number(NamedTuple):
+    """Mean over seeds, and its standard deviation where there are several."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def std(self) -> float:
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def text(self, style: str) -> str:
+        """The number in a format such as ".1f" or ".1%"."""
+        if len(self.values) == 1:
+            return f"{self.mean:{style}}"
+        return f"{self.mean:{style}} ± {self.std:{style}}"
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """Runs that differ in their seed only."""
+
+    label: str
+    runs: list[Row]
+
+    @property
+    def config(self) -> Row:
+        return self.runs[0]["config"]
+
+    @property
+    def step(self) -> int:
+        return self.runs[0]["step"]
+
+    @property
+    def is_static(self) -> bool:
+        return self.config["model.patch_size"] is not None
+
+    @property
+    def is_upcycled(self) -> bool:
+        return self.config["training.init_from"]
+
+    @property
+    def has_many_budgets(self) -> bool:
+        return self.config["training.multi_budget_training"]
+
+    def points(self) -> list[tuple[float, float, float | None]]:
+        """(scale, dropped share, share dropped by Lite-CFG or None) of every point, in order."""
+        found = {point_of(row) for run in self.runs for row in run["rows"]}
+        return sorted(found, key=lambda point: (point[0], point[2] or -1, point[1]))
+
+    def number(self, name: str, scale: float, drop: float = 0.0, lite: float | None = None) -> Number | None:
+        """A column at a point over all seeds; None if no run has it."""
+        values = []
+        for run in self.runs:
+            for row in run["rows"]:
+                if point_of(row) == (scale, drop, lite) and name in row:
+                    values.append(row[name])
+        return Number(tuple(values)) if values else None
+
+    def of_training(self, name: str) -> Number | None:
+        """A value of the summaries over all seeds."""
+        values = [run[name] for run in self.runs if run.get(name) is not None]
+        return Number(tuple(values)) if values else None
+
+    def routing(self, name: str, low: float = 0.0, high: float = 1.0) -> Number | None:
+        """Mean kept share of "object", "background" or "all" between two t of 0 to 1, over all seeds."""
+        values = []
+        for run in self.runs:
+            shares = [row[name] for row in run.get("routing", []) if low <= row["t"] <= high]
+            if shares:
+                values.append(statistics.fmean(shares))
+        return Number(tuple(values)) if values else None
+
+    def differs_in(self, other: "Model", allowed: Sequence[str]) -> bool:
+        """Whether the models differ in a key that begins with none of `allowed`."""
+        may_differ = (*NAMES, *allowed)
+        for key in self.config.keys() | other.config.keys():
+            if not key.startswith(may_differ) and self.config.get(key) != other.config.get(key):
+                return True
+        return False
+
+
+def point_of(row: Row) -> tuple[float, float, float | None]:
+    return row["cfg_scale"], row["budget"], row.get("lite_cfg")
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """All that was measured."""
+
+    models: list[Model]
+    floors: dict[str, Row]  # name -> row
+
+    @property
+    def scales(self) -> list[float]:
+        return sorted({point[0] for model in self.models for point in model.points()})
+
+    @property
+    def distance(self) -> str:
+        """The Fréchet distance that the points have."""
+        rows = [row for model in self.models for run in model.runs for row in run["rows"]]
+        return next(name for name in DISTANCES if any(name in row for row in rows))
+
+    @property
+    def metrics(self) -> list[str]:
+        return [self.distance, "kid"]
+
+    def multi_budget_pairs(self) -> list[tuple[Model, Model]]:
+        """(with multi-budget training, without): they differ in nothing else."""
+        return self._many_and_one(MULTI_BUDGET)
+
+    def budget_groups(self) -> list[tuple[Model, list[Model]]]:
+        """(one model for many budgets, models for one budget each): they differ in N only."""
+        groups: dict[int, tuple[Model, list[Model]]] = {}
+        for one, other in self._many_and_one((*MULTI_BUDGET, *DOWNSAMPLE)):
+            groups.setdefault(id(one), (one, []))[1].append(other)
+        found = []
+        for one, single in groups.values():
+            factors = {other.config["training.downsample_factor"] for other in single}
+            if len(factors) > 1:
+                found.append((one, single))
+        return found
+
+    def upcycled_pairs(self) -> list[tuple[Model, Model]]:
+        """(upcycled, from scratch): they differ in nothing else, steps and the schedule of N aside."""
+        scratch = [model for model in self.models if not model.is_upcycled and not model.is_static]
+        pairs = []
+        for model in self.models:
+            if model.is_upcycled:
+                pairs += [
+                    (model, other) for other in scratch if not model.differs_in(other, (*START, *SCHEDULE))
+                ]
+        return pairs
+
+    def _many_and_one(self, allowed: Sequence[str]) -> list[tuple[Model, Model]]:
+        """(with multi-budget training, without) of equal steps, which differ in no key but the allowed ones."""
+        pairs = []
+        for one in self.models:
+            for other in self.models:
+                is_pair = one.has_many_budgets and not other.has_many_budgets and one.step == other.step
+                if is_pair and not one.differs_in(other, allowed):
+                    pairs.append((one, other))
+        return pairs
+
+
+def read(folder: Path) -> Evidence:
+    """Every summary below a folder. Raises UserError if there is none, or if two cannot be compared."""
+    runs = []
+    floors = {}
+    settings: dict[str, Any] = {}
+    for path in sorted(folder.rglob("summary.json")):
+        summary = read_summary(path)
+        if "floor" in summary:
+            floors[summary["floor"]] = {**summary["rows"][0], "measured by": summary["measured by"]}
+            continue
+        for row in summary["rows"]:
+            for name in SETTINGS:
+                if row.get(name) != settings.setdefault(name, row.get(name)):
+                    problem = f"has {name} {row.get(name)}, and others {settings[name]}"
+                    raise UserError(f"'{path}': {problem}; measure it again, or keep it in another folder")
+        runs.append(summary)
+    if not runs:
+        raise UserError(f"'{folder}': has no summary.json of a run; make one with scripts.evidence")
+    return Evidence(group_by_model(runs), floors)
+
+
+def read_summary(path: Path) -> Row:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if "floor" in summary or {"run", "config", "rows"} <= summary.keys():
+            return summary
+    except (OSError, ValueError, AttributeError, TypeError):
+        pass
+    raise UserError(f"'{path}': is no summary of scripts.evidence; remove it, or name another folder")
+
+
+def group_by_model(runs: list[Row]) -> list[Model]:
+    """The runs without regard to their seed. Models of one name get what they differ in added to it."""
+    groups: dict[str, list[Row]] = {}
+    for run in runs:
+        shape = {key: value for key, value in run["config"].items() if key != "training.seed"}
+        groups.setdefault(json.dumps([shape, run["step"]], sort_keys=True), []).append(run)
+    by_name: dict[str, list[list[Row]]] = {}
+    for group in groups.values():
+        by_name.setdefault(group[0]["model"], []).append(group)
+    models = []
+    for name, same in by_name.items():
+        for group in same:
+            models.append(Model(name + differences(group[0], [other[0] for other in same]), group))
+    models.sort(key=lambda model: (model.is_static, model.label))
+    return models
+
+
+def differences(run: Row, others: list[Row]) -> str:
+    """`, key value` for each key in which runs of one name differ."""
+    parts = []
+    for key, value in run["config"].items():
+        if key not in UNNAMED and any(other["config"].get(key) != value for other in others):
+            parts.append(f", {key.rpartition('.')[2]} {value}")
+    if any(other["step"] != run["step"] for other in others):
+        parts.append(f", {run['step']:,} steps")
+    return "".join(parts)
+
+
+def losses(model: Model) -> dict[int, float]:
+    """Diffusion loss by step: the mean over seeds of a running mean over log lines."""
+    curves = []
+    for run in model.runs:
+        steps = [int(step) for step, _ in run["loss"]]
+        values = [loss for _, loss in run["loss"]]
+        curve = {}
+        for last in range(SMOOTH - 1, len(steps)):
+            curve[steps[last]] = statistics.fmean(values[last - SMOOTH + 1 : last + 1])
+        curves.append(curve)
+    common = [step for step in curves[0] if all(step in curve for curve in curves)]
+    return {step: statistics.fmean(curve[step] for curve in curves) for step in common}
