@@ -2,9 +2,12 @@
 
     python -m sampling.hub --ckpt results/B-N4/checkpoints/0400000.pt --output hub/DC-DiT-B-N4
 
-`--push-to-hub USER/NAME` uploads the folder too. `--ckpt` and `DCDiTPipeline.from_pretrained` read it.
+`--push-to-hub USER/NAME` uploads the folder too. `--ckpt` and `DCDiTPipeline.from_pretrained` read it. The models
+that come with the repository are such folders in `assets/`. No path of the machine that wrote the folder is in it.
 """
 
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,8 @@ import torch
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 
 import cli
-from config import Config, UserError, to_dict, to_yaml
-from data.autoencoder import HUB_NAMES
+from config import Config, UserError, config_from_dict, to_dict, to_yaml
+from data.autoencoder import HUB_NAMES, Autoencoder
 from data.codecs import pixel_stride
 from data.files import write_json, write_text
 from data.names import markdown, short_name
@@ -32,25 +35,42 @@ SAMPLING_STEPS = 250
 # A model card lists the names of at most this number of classes
 MOST_NAMES = 20
 
+# The autoencoder within the folder of a model
+VAE = "vae"
+
+# Models that come with the repository, a folder each
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def shipped_models() -> list[Path]:
+    """The folders in `assets/` that hold a model, by name."""
+    return sorted(file.parent for file in ASSETS.glob(f"*/{WEIGHTS}"))
+
 
 class Pretrained(
     ModelHubMixin, library_name="dc-dit", tags=["diffusion", "class-conditional-image-generation"]
 ):
-    """`from_pretrained`, `save_pretrained` and `push_to_hub` of a TrainedModel."""
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` of a TrainedModel.
 
-    def __init__(self, trained: TrainedModel):
-        self.trained = trained
+    Args:
+        data_note: a sentence about the training data for the model card, such as source and licence.
+    """
+
+    def __init__(self, trained: TrainedModel, data_note: str = ""):
+        self.trained = trained._replace(config=without_paths(trained.config, trained.autoencoder))
+        self.data_note = data_note
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the folder; what an earlier export left in it is replaced."""
         trained = self.trained
+        autoencoder = trained.autoencoder
         if (save_directory / WEIGHTS).is_file():
-            shutil.rmtree(save_directory / "vae", ignore_errors=True)
+            shutil.rmtree(save_directory / VAE, ignore_errors=True)
         config = to_dict(trained.config)
         state: Checkpoint = {
             "step": trained.step,
             "config": config,
-            "autoencoder": trained.autoencoder.describe(),
+            "autoencoder": {**autoencoder.describe(), "name": config["data"]["vae"]},
             "features": None,
             "class_names": trained.class_names,
             "weights": None if trained.weights == "ema" else trained.weights,
@@ -59,10 +79,8 @@ class Pretrained(
         save_weights(save_directory / WEIGHTS, state)
         write_json(save_directory / "config.json", config)
         write_text(save_directory / "README.md", str(self.generate_model_card()))
-        # Whoever downloads the folder has the published autoencoders, but not one of this machine
-        autoencoder = trained.autoencoder
-        if autoencoder.name not in HUB_NAMES and pixel_stride(autoencoder.name) is None:
-            autoencoder.codec.model.save_pretrained(save_directory / "vae")
+        if is_own(autoencoder):
+            save_autoencoder(autoencoder, save_directory / VAE)
 
     @classmethod
     def _from_pretrained(
@@ -73,10 +91,37 @@ class Pretrained(
         return cls(load_trained(folder, device, vae))
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        return ModelCard(model_card(self.trained))
+        return ModelCard(model_card(self.trained, self.data_note))
 
 
-def model_card(trained: TrainedModel) -> str:
+def is_own(autoencoder: Autoencoder) -> bool:
+    """Whether only this machine has it: whoever downloads the folder has the published ones, but not this one."""
+    return autoencoder.name not in HUB_NAMES and pixel_stride(autoencoder.name) is None
+
+
+def save_autoencoder(autoencoder: Autoencoder, folder: Path) -> None:
+    """Write a diffusers folder without the place where the autoencoder was found."""
+    autoencoder.codec.model.save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings.pop("_name_or_path", None)
+    write_json(folder / "config.json", settings)
+
+
+def without_paths(config: Config, autoencoder: Autoencoder) -> Config:
+    """The configuration with the last name of every absolute path. Paths decide nothing about samples."""
+
+    def shorten(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shorten(entry) for key, entry in value.items()}
+        is_path = isinstance(value, str) and os.path.isabs(value)
+        return Path(value).name if is_path else value
+
+    values = shorten(to_dict(config))
+    values["data"]["vae"] = VAE if is_own(autoencoder) else autoencoder.name
+    return config_from_dict(values)
+
+
+def model_card(trained: TrainedModel, data_note: str = "") -> str:
     """Markdown: the model, its training data, what it costs at each budget, and its configuration."""
     config = trained.config
     data = config.data
@@ -99,10 +144,14 @@ tags: [diffusion, model_hub_mixin]
 {kind} transformer with {parameters / 1e6:.1f} M parameters.
 {weights} weights after {trained.step:,} steps.
 
+```bash
+python sample.py --ckpt FOLDER --cfg-scale {scale:g}
+```
+
 ```python
 from sampling.pipeline import DCDiTPipeline
 
-images = DCDiTPipeline.from_pretrained("this folder")(class_labels=[0], guidance_scale={scale}).images
+images = DCDiTPipeline.from_pretrained("FOLDER")(class_labels=[0], guidance_scale={scale}).images
 ```
 
 ## Training data
@@ -111,6 +160,7 @@ images = DCDiTPipeline.from_pretrained("this folder")(class_labels=[0], guidance
 {trained.step:,} steps of {batch} images,
 as latents of {data.latent_channels} channels and {config.latent_size} x {config.latent_size} cells.
 Autoencoder: `{autoencoder}`, SHA-256 of its weights `{trained.autoencoder.sha256[:16]}`.
+{data_note}
 
 ## Budgets and cost
 
@@ -185,11 +235,17 @@ def main(argv: list[str] | None = None) -> None:
         "--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--data-note",
+        metavar="TEXT",
+        default="",
+        help="what the model card says about the training data: source, licence, attribution",
+    )
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload it to this repository as well")
     add_weights_argument(parser)
     args = parser.parse_args(argv)
     cli.check_output("--output", args.output)
-    model = Pretrained(load_trained(args.ckpt, "cpu", args.vae, weights=args.weights))
+    model = Pretrained(load_trained(args.ckpt, "cpu", args.vae, weights=args.weights), args.data_note)
     check_folder(args.output, model.trained)
     model.save_pretrained(args.output)
     names = sorted(path.name for path in args.output.iterdir())

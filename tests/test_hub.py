@@ -88,11 +88,11 @@ def test_folder(checkpoint, tmp_path, capsys):
     ]
     again = hub.Pretrained.from_pretrained(folder).trained
     run = load_trained(checkpoint)
-    assert again.fingerprint == run.fingerprint and again.config == run.config and again.step == 5
+    assert again.fingerprint == run.fingerprint and again.config.model == run.config.model and again.step == 5
     assert again.autoencoder.sha256 == run.autoencoder.sha256 and again.autoencoder.name == str(
         folder / "vae"
     )
-    assert json.loads((folder / "config.json").read_text()) == to_dict(run.config)
+    assert json.loads((folder / "config.json").read_text()) == to_dict(again.config)
     images = [generate_images(load_trained(source), [0, 1], OPTIONS) for source in (checkpoint, folder)]
     assert torch.equal(*images) and images[0].float().std() > 1
 
@@ -108,6 +108,32 @@ def test_folder(checkpoint, tmp_path, capsys):
     assert [row[0].strip() for row in budgets] == ["0%", "20%", "40%", "60%"]
     costs = [float(row[2]) for row in budgets]
     assert costs == sorted(costs, reverse=True) and costs[3] < costs[0]
+
+
+def test_the_folder_names_no_place_of_this_machine(checkpoint, tiny_config, tiny_vae, tmp_path):
+    """Neither of the features, nor of the autoencoder, nor of the run; the note stands on the card."""
+    folder = tmp_path / "hub"
+    note = "Drawn by a script; CC0."
+    hub.main(["--ckpt", str(checkpoint), "--output", str(folder), "--data-note", note])
+    places = [load_config(tiny_config).data.feature_path, str(tiny_vae), str(tmp_path)]
+    for file in folder.rglob("*.*"):
+        content = file.read_bytes()
+        assert not [place for place in places if place.encode() in content], file
+    assert note in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("folder", hub.shipped_models(), ids=lambda folder: folder.name)
+def test_shipped_model(folder):
+    """It samples from its folder alone: finite images that differ by class."""
+    trained = load_trained(folder)
+    assert trained.autoencoder.name == str(folder / "vae")
+    images = generate_images(trained, [0, 1], SamplingOptions(num_sampling_steps=2, cfg_scale=2.0))
+    assert images.float().std() > 1 and not torch.equal(*images)
+
+
+def test_shipped_models_are_small():
+    sizes = [file.stat().st_size for file in hub.ASSETS.rglob("*.*")]
+    assert sum(sizes) <= 25e6
 
 
 def test_no_other_model_is_replaced(checkpoint, tiny_config, tmp_path):
