@@ -9,6 +9,7 @@ mirror images: --mirrored gives their rows; without it, both views have the same
 Text is not a column: embed it first.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -17,8 +18,9 @@ import numpy as np
 
 import cli
 from config import UserError, one_line
+from config_keys import COLUMN_NAME
 from data.files import write_file, write_json
-from data.store_files import COLUMN_NAME, column_file, read_manifest, sha256_of
+from data.store_files import column_file, read_manifest, sha256_of
 
 CHUNK = 256  # images that are copied at once
 
@@ -35,7 +37,7 @@ def add_column(folder: Path, name: str, file: Path, mirrored: Path | None = None
     Raises:
         UserError: no complete store, or a name or files that do not fit.
     """
-    if not COLUMN_NAME.fullmatch(name):
+    if not re.fullmatch(COLUMN_NAME, name):
         raise UserError(f"{name}: is no name of a column; use lower-case letters, digits and underscores")
     if not (folder / "manifest.json").is_file():
         raise UserError(

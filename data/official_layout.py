@@ -76,6 +76,10 @@ class OfficialStore:
         """Nothing: see `columns`."""
         return {}
 
+    def column(self, name: str) -> np.ndarray:
+        """There is none: see `columns`."""
+        raise KeyError(name)
+
     def is_finite(self, index: int) -> bool:
         """Whether all numbers of one image are finite."""
         return bool(np.isfinite(self.latent(index)).all())

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from config import UserError, one_line
+from config_keys import COLUMN_NAME
 
 FORMAT = 1
 STORE_KINDS = ("moments", "sample")
@@ -35,7 +36,6 @@ MANIFEST_TYPES: dict[str, type] = {
 }
 SHARD_TYPES: dict[str, type] = {"file": str, "count": int, "bytes": int, "sha256": str}
 COLUMN_TYPES: dict[str, type] = {"dtype": str, "views": int, "shape": list, "bytes": int, "sha256": str}
-COLUMN_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 MAX_COLUMN_SIZE = 2**31  # numbers per image
 
 
@@ -120,7 +120,7 @@ def has_sound_columns(manifest: dict[str, Any]) -> bool:
     if not isinstance(columns, dict):
         return False
     for name, entry in columns.items():
-        if not COLUMN_NAME.fullmatch(name) or not has_types(entry, COLUMN_TYPES):
+        if not re.fullmatch(COLUMN_NAME, name) or not has_types(entry, COLUMN_TYPES):
             return False
         if entry["dtype"] not in DTYPES or entry["views"] not in (1, 2):
             return False
