@@ -7,6 +7,7 @@ line that names the key, the value and the remedy.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from config_keys import (
+    COLUMN_NAME,
     CONTROL_ROUTERS,
     VARIANCE_OBJECTIVES,
     DataConfig,
@@ -96,6 +98,11 @@ class Config:
         if self.model.hnet.fp32_router_dechunk == "tf32":
             return True
         return bf16 if self.training.tf32 == "auto" else self.training.tf32
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the features that training reads, beside the latents."""
+        return list(self.data.conditions)
 
     @property
     def latent_grid(self) -> Grid:
@@ -255,6 +262,7 @@ def check_combinations(config: Config) -> None:
     _check_widths(config)
     _check_training(config.training)
     _check_diffusion(config.diffusion, config.data.latent_channels)
+    _check_conditions(config)
     evaluation = config.evaluation
     require(
         evaluation.reference or not evaluation.every,
@@ -367,6 +375,19 @@ def _check_diffusion(diffusion: DiffusionConfig, latent_channels: int) -> None:
     require(
         guided == "all" or guided <= latent_channels,
         f"diffusion.cfg_channels: {guided!r} must be 'all' or a number from 1 to {latent_channels}",
+    )
+
+
+def _check_conditions(config: Config) -> None:
+    for name in config.data.conditions:
+        require(
+            re.fullmatch(COLUMN_NAME, name),
+            f"data.conditions: {name!r} is no name of a column; use lower-case letters, digits and underscores",
+        )
+    require(
+        not config.data.conditions or config.training.class_dropout_prob < 1,
+        "data.conditions: are dropped with the class, so training.class_dropout_prob 1 would never show them; "
+        "give one class, or try 0.1",
     )
 
 

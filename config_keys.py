@@ -53,10 +53,12 @@ def free(default: T, meaning: str, rewrite: Rewrite | None = None) -> T:
 
 # -------------------------------------------------------------------------------------------------- the table
 
-# Names that a module of --import may add to. What they stand for is in models/router.py and diffusion/process.py
+# Names that a module of --import may add to. What they stand for is in models/router.py, diffusion/process.py and
+# models/embeddings.py
 ROUTERS = ["learned", "hnet", "uniform", "random", "contrast"]
 CONTROL_ROUTERS = ["uniform", "random", "contrast"]  # those that learn nothing
 OBJECTIVES = ["gaussian", "flow"]
+CONDITIONS = ["scalar"]
 VARIANCE_OBJECTIVES = ["gaussian"]  # those that can learn a variance
 
 
@@ -65,6 +67,8 @@ def one_of(names: list[str]) -> Constraint:
     remedy = "; name the module that adds another with --import"
     return Constraint(f"one of {', '.join(names)}", lambda value: value in names, remedy)
 
+
+COLUMN_NAME = "[a-z][a-z0-9_]{0,63}"  # of a column of the features
 
 Seed = Annotated[int, at_least(0), Constraint("below 2**63", lambda value: value < 2**63)]
 EmaDecay = Annotated[
@@ -286,6 +290,12 @@ class DataConfig:
     vae: str = free("ema", "autoencoder that decodes samples: ema, mse, pixels, or a local diffusers folder")
     latent_stride: PositiveInt = network(8, "pixels per latent cell; must agree with the features")
     latent_channels: PositiveInt = network(4, "channels of a latent; must agree with the features")
+    conditions: dict[str, Annotated[str, one_of(CONDITIONS)]] = network(
+        {},
+        "columns of the features that the network is told beside the class, e.g. {aesthetic: scalar}; they are "
+        "dropped with the class",
+        spellings.no_pairs,
+    )
 
     @property
     def image_grid(self) -> Grid:

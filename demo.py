@@ -46,6 +46,12 @@ def main(argv: list[str] | None = None) -> None:
     if trained.config.is_static:
         reason = "is a static DiT, which has no budget to show"
         raise UserError(f"--ckpt '{args.ckpt}': {reason}; draw its samples with sample.py")
+    conditions = ", ".join(trained.config.data.conditions)
+    if conditions:
+        raise UserError(
+            f"--ckpt '{args.ckpt}': is told {conditions}, for which the page has no field; draw its samples with "
+            "sample.py"
+        )
     sampler = args.sampler or OBJECTIVES[trained.config.diffusion.objective].fast
     scale = possible_scale(1.0, trained.config)
     SamplingOptions(scale, num_sampling_steps=args.num_sampling_steps, sampler=sampler).check(trained.config)

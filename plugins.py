@@ -1,4 +1,4 @@
-"""For modules of your own that --import names: add a router or an objective under a name.
+"""For modules of your own that --import names: add a router, an objective or a condition under a name.
 
 # my_paper.py
 import plugins
@@ -9,6 +9,7 @@ python train.py --import my_paper --config configs/shapes.yaml --set model.route
 
 import config_keys
 from diffusion.process import OBJECTIVES, Objective
+from models.embeddings import CONDITIONS, Condition
 from models.router import ROUTERS, Router
 
 
@@ -26,3 +27,9 @@ def add_objective(name: str, objective: Objective) -> None:
     config_keys.OBJECTIVES.append(name)
     if objective.learns_variance:
         config_keys.VARIANCE_OBJECTIVES.append(name)
+
+
+def add_condition(kind: str, condition: type[Condition]) -> None:
+    """Let an entry of `data.conditions` be of this kind."""
+    CONDITIONS[kind] = condition
+    config_keys.CONDITIONS.append(kind)

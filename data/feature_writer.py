@@ -36,7 +36,9 @@ from data.store_files import FORMAT, item_shape, read_json, sha256_of
 from data.streams import rng
 
 # The files of a store, and what a kill leaves of them.
-STORE_FILE = re.compile(r"(shard-\d+|labels|manifest|settings|sources)\.(npy|npz|json)(\.tmp)?")
+STORE_FILE = re.compile(
+    r"(shard-\d+|column-[a-z0-9_]+|labels|manifest|settings|sources)\.(npy|npz|json)(\.tmp)?"
+)
 # Settings that differ after images were added or removed.
 SOURCE_SETTINGS = ("source_count", "source_hash", "class_names")
 # What a kill can leave before the folder says what it holds.
@@ -300,6 +302,12 @@ class FeatureWriter:
                 self._remove_records()
                 return None
             self._reopen(kept)
+            if manifest.get("columns"):
+                names = ", ".join(manifest["columns"])
+                print(
+                    f"{self.folder}: the columns {names} belong to the images as they were; "
+                    "add them again with python -m data.columns"
+                )
         elif not self.settings_path.exists() or self.list_has_changed():
             write_json(self.settings_path, self.settings.to_json())
 

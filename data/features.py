@@ -6,6 +6,7 @@ A store is a folder:
     labels.npy             (n,) int64
     sources.npz            names, sizes, times and checksums of the image files (data/source_files.py)
     shard-00000.npy ...    (count, views, channels, h, w) each
+    column-NAME.npy ...    (n, 1 or views, ...) each, of any shape per image (data/columns.py adds them)
 
 While an extraction is unfinished, the folder has no manifest; it holds settings.json (what is extracted) and
 one record shard-00000.json per finished shard instead.
@@ -28,6 +29,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +39,27 @@ import cli
 from config import UserError, one_line
 from data.official_layout import OfficialStore
 from data.source_files import read_sources
-from data.store_files import item_shape, read_labels, read_manifest, sha256_of
+from data.store_files import column_file, item_shape, read_labels, read_manifest, sha256_of
 from grid import Grid, Size
 
 # Every open memory map holds a file handle, and 1024 is a common limit per process.
 MAX_OPEN_SHARDS = 256
 
 
-def open_features(path: str | os.PathLike, image_size: Size) -> "Features":
-    """Open a store or a folder of the official layout. Raises UserError if there is neither."""
+def open_features(path: str | os.PathLike, image_size: Size, columns: Sequence[str] = ()) -> "Features":
+    """Open a store or a folder of the official layout.
+
+    Args:
+        columns: those to read, which are then a part of the fingerprint.
+
+    Raises:
+        UserError: there is neither, or it lacks a column.
+    """
     folder = Path(path)
     image = Grid.of(image_size)
     remedy = f"make features with extract_features.py --features-path {path}"
     if (folder / "manifest.json").is_file():
-        return FeatureStore(folder, image)
+        return FeatureStore(folder, image, columns)
     if (folder / "settings.json").is_file():
         raise UserError(
             f"data.feature_path: {path} is an unfinished extraction; "
@@ -58,6 +67,11 @@ def open_features(path: str | os.PathLike, image_size: Size) -> "Features":
         )
     # The official layout has square images only
     if (folder / f"imagenet{image.size}_features").is_dir():
+        if columns:
+            raise UserError(
+                f"data.feature_path: {path} has the official layout, which has no columns such as {columns[0]}; "
+                f"{remedy}"
+            )
         return OfficialStore(folder, image.rows)
     if not folder.is_dir():
         raise UserError(f"data.feature_path: {path} is not a folder; {remedy}")
@@ -76,11 +90,12 @@ class FeatureStore:
         image: rows and columns of the images' pixels.
         latent_shape: (C, h, w).
         labels: (n,) int64.
+        columns: by name, the shape per image of every column that was opened.
         class_names: one per class number.
         autoencoder: `Autoencoder.describe()` of the autoencoder that encoded the images.
     """
 
-    def __init__(self, folder: Path, image: Grid):
+    def __init__(self, folder: Path, image: Grid, columns: Sequence[str] = ()):
         self.folder = Path(folder).absolute()
         self.manifest = read_manifest(self.folder / "manifest.json")
         self.kind: str = self.manifest["kind"]
@@ -97,6 +112,11 @@ class FeatureStore:
         counts = [shard["count"] for shard in self.manifest["shards"]]
         self._first = np.cumsum([0, *counts])
         self._maps: dict[int, np.ndarray] = {}
+        self.columns: dict[str, tuple[int, ...]] = {}
+        self._columns: dict[str, np.ndarray] = {}
+        for name in columns:
+            self.columns[name] = tuple(self._column_entry(name)["shape"])
+            self._open_column(name)  # a file that cannot be read ends the program here
 
     def _check_size(self, image: Grid) -> None:
         if self.image != image:
@@ -122,7 +142,7 @@ class FeatureStore:
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled map would be a copy of the data.
-        return self.__dict__ | {"_maps": {}}
+        return self.__dict__ | {"_maps": {}, "_columns": {}}
 
     def latent(self, index: int, generator: np.random.Generator) -> np.ndarray:
         """Latent (C, h, w) float32 of one image. From moments, view and noise are drawn with `generator`."""
@@ -135,6 +155,25 @@ class FeatureStore:
         noise = generator.standard_normal(mean.shape, dtype=np.float32)
         return mean + std * noise
 
+    def column_values(self, index: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
+        """What the opened columns hold of one image, by name.
+
+        Args:
+            generator: one that gives the same numbers as that of `latent`, whose view is then the same.
+        """
+        view = 0
+        if self.kind == "moments":
+            view = int(generator.integers(self.manifest["views"]))
+        values = {}
+        for name in self.columns:
+            views = self._column(name)[index]  # (1 or views, ...)
+            values[name] = np.array(views[view % len(views)])
+        return values
+
+    def column(self, name: str) -> np.ndarray:
+        """The memory map of an opened column without its mirror images: (n, ...)."""
+        return self._column(name)[:, 0]
+
     def is_finite(self, index: int) -> bool:
         """Whether all stored numbers of one image are finite."""
         return bool(np.isfinite(self._views(index)).all())
@@ -145,10 +184,10 @@ class FeatureStore:
 
     def describe(self, index: int) -> str:
         """An image for messages: its number in the store and the name of its file, if the store lists files."""
-        return f"image {index} ({self._file_names[index]!r})" if self._file_names else f"image {index}"
+        return f"image {index} ({self.file_names[index]!r})" if self.file_names else f"image {index}"
 
     @functools.cached_property
-    def _file_names(self) -> list[str]:
+    def file_names(self) -> list[str]:
         """Names of the image files by number in the store; empty for older stores."""
         sources = read_sources(self.folder / "sources.npz")
         if sources is None:
@@ -161,6 +200,7 @@ class FeatureStore:
         """Hash of the content: equal stores train equally."""
         content = [self.manifest[key] for key in ("kind", "image_size", "labels_sha256")]
         content += [shard["sha256"] for shard in self.manifest["shards"]]
+        content += [[name, self._column_entry(name)["sha256"]] for name in self.columns]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _shard_of(self, index: int) -> int:
@@ -200,6 +240,40 @@ class FeatureStore:
             )
         return array
 
+    def _column_entry(self, name: str) -> dict[str, Any]:
+        """The entry of a column in the manifest."""
+        columns = self.manifest.get("columns", {})
+        if name not in columns:
+            known = f"has {', '.join(columns)}" if columns else "has none"
+            raise UserError(
+                f"data.feature_path: {self.folder} has no column {name} (it {known}); "
+                f"add it with python -m data.columns {self.folder} {name} FILE.npy"
+            )
+        return columns[name]
+
+    def _column(self, name: str) -> np.ndarray:
+        """The memory map of a column, (n, 1 or views, ...)."""
+        if name not in self._columns:
+            self._columns[name] = self._open_column(name)
+        return self._columns[name]
+
+    def _open_column(self, name: str) -> np.ndarray:
+        """Map the file of a column. Raises UserError unless it holds what the manifest says."""
+        entry = self._column_entry(name)
+        file = self.folder / column_file(name)
+        try:
+            array = np.lib.format.open_memmap(file, mode="r")
+        except Exception as error:  # as for shards
+            raise UserError(
+                f"{file}: cannot be read ({one_line(error)}); add it again with python -m data.columns"
+            ) from None
+        if array.shape != (len(self), entry["views"], *entry["shape"]) or array.dtype != entry["dtype"]:
+            raise UserError(
+                f"{file}: is {array.dtype} {array.shape}, which contradicts the manifest; "
+                "add it again with python -m data.columns"
+            )
+        return array
+
 
 # What `open_features` returns.
 Features = FeatureStore | OfficialStore
@@ -212,6 +286,8 @@ def damaged_files(folder: Path) -> list[str]:
     checksums["labels.npy"] = manifest["labels_sha256"]
     if "sources_sha256" in manifest:  # not in older stores
         checksums["sources.npz"] = manifest["sources_sha256"]
+    for name, entry in manifest.get("columns", {}).items():
+        checksums[column_file(name)] = entry["sha256"]
     lines = []
     for name, expected in checksums.items():
         if not (folder / name).is_file():
@@ -246,7 +322,10 @@ def main() -> None:
         print(f"{folder}: every checksum is right, and all numbers are finite")
         return
     print("\n".join(lines))
-    sys.exit(f"{folder}: delete the files named above and run the same extract_features.py command again")
+    remedy = "delete the files named above and run the same extract_features.py command again"
+    if all(line.startswith("column-") for line in lines):
+        remedy = "add the columns named above again with python -m data.columns"
+    sys.exit(f"{folder}: {remedy}")
 
 
 if __name__ == "__main__":

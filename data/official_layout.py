@@ -28,9 +28,11 @@ class OfficialStore:
         labels: (n,) int64; read when first asked for, because that opens a file per image.
         class_names: the class numbers as text, because the layout stores no names.
         autoencoder: None, because the layout does not store it.
+        columns: none, because the layout has none.
     """
 
     autoencoder = None
+    columns: dict[str, tuple[int, ...]] = {}
 
     def __init__(self, folder: Path, image_size: int):
         folder = Path(folder).absolute()
@@ -69,6 +71,14 @@ class OfficialStore:
                 "not a latent (1, C, s, s) like the others"
             )
         return latent[0].astype(np.float32)
+
+    def column_values(self, index: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
+        """Nothing: see `columns`."""
+        return {}
+
+    def column(self, name: str) -> np.ndarray:
+        """There is none: see `columns`."""
+        raise KeyError(name)
 
     def is_finite(self, index: int) -> bool:
         """Whether all numbers of one image are finite."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from config import UserError, one_line
+from config_keys import COLUMN_NAME
 from grid import is_size
 
 FORMAT = 1
@@ -33,6 +35,8 @@ MANIFEST_TYPES: dict[str, type] = {
     "labels_sha256": str,
 }
 SHARD_TYPES: dict[str, type] = {"file": str, "count": int, "bytes": int, "sha256": str}
+COLUMN_TYPES: dict[str, type] = {"dtype": str, "views": int, "shape": list, "bytes": int, "sha256": str}
+MAX_COLUMN_SIZE = 2**31  # numbers per image
 
 
 def item_shape(kind: str, views: int, latent_shape: Sequence[int]) -> tuple[int, int, int, int]:
@@ -107,7 +111,29 @@ def is_consistent(manifest: dict[str, Any]) -> bool:
         if not has_types(shard, SHARD_TYPES) or shard["count"] < 0 or shard["bytes"] < 0:
             return False
         total += shard["count"]
-    return total == manifest["count"]
+    return total == manifest["count"] and has_sound_columns(manifest)
+
+
+def has_sound_columns(manifest: dict[str, Any]) -> bool:
+    """Whether the entries about columns, which older manifests lack, have names and shapes that can be."""
+    columns = manifest.get("columns", {})
+    if not isinstance(columns, dict):
+        return False
+    for name, entry in columns.items():
+        if not re.fullmatch(COLUMN_NAME, name) or not has_types(entry, COLUMN_TYPES):
+            return False
+        if entry["dtype"] not in DTYPES or entry["views"] not in (1, 2):
+            return False
+        if not all(type(side) is int and side > 0 for side in entry["shape"]):
+            return False
+        if math.prod(entry["shape"]) > MAX_COLUMN_SIZE:
+            return False
+    return True
+
+
+def column_file(name: str) -> str:
+    """Name of the file of a column."""
+    return f"column-{name}.npy"
 
 
 def read_labels(folder: Path, manifest: dict[str, Any]) -> np.ndarray:

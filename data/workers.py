@@ -263,8 +263,9 @@ def collate_and_share(collate: Callable[[list], Any], items: list) -> Any:
         return batch
     try:
         for value in batch:
-            if isinstance(value, Tensor) and value.numel():
-                value.share_memory_()
+            for tensor in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(tensor, Tensor) and tensor.numel():
+                    tensor.share_memory_()
     except RuntimeError:
         # Shared memory is full. Left to PyTorch, this would happen in a thread, and the batch would be lost
         return type(batch)(*map(for_pipe, batch))
@@ -272,7 +273,9 @@ def collate_and_share(collate: Callable[[list], Any], items: list) -> Any:
 
 
 def for_pipe(value: Any) -> Any:
-    """A tensor as bytes, with its strides; anything else as it is."""
+    """A tensor as bytes, with its strides, also in a dictionary; anything else as it is."""
+    if isinstance(value, dict):
+        return {name: for_pipe(content) for name, content in value.items()}
     if not isinstance(value, Tensor):
         return value
     buffer = io.BytesIO()
@@ -282,6 +285,8 @@ def for_pipe(value: Any) -> Any:
 
 def from_pipe(value: Any) -> Any:
     """The inverse of `for_pipe`."""
+    if isinstance(value, dict):
+        return {name: from_pipe(content) for name, content in value.items()}
     if not isinstance(value, Piped):
         return value
     return torch.load(io.BytesIO(value.content), weights_only=True)

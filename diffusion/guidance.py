@@ -15,7 +15,7 @@ from diffusion.samplers import Denoise
 ConditionedDenoise = Callable[..., Tensor]  # (x, t, **conditioning) -> prediction
 
 # What one branch of the network gets beside x and t. Under each name stands a tensor (B, ...), a list of B
-# numbers, or a function of the timesteps (B,) that returns one of them.
+# numbers, a dictionary of these, or a function of the timesteps (B,) that returns one of them.
 Conditioning = dict[str, Any]
 
 
@@ -76,7 +76,9 @@ def evaluate_at(t: Tensor, conditioning: Conditioning) -> Conditioning:
 
 
 def join(conditional: Any, unconditional: Any) -> Any:
-    """Two tensors (B, ...) or lists of B numbers as one of 2B."""
+    """Two tensors (B, ...) or lists of B numbers as one of 2B, also in dictionaries."""
+    if isinstance(conditional, dict):
+        return {name: join(conditional[name], unconditional[name]) for name in conditional}
     if isinstance(conditional, list):
         return conditional + unconditional
     return torch.cat([conditional, unconditional])

@@ -27,6 +27,7 @@ def architecture(config: Config) -> Architecture:
         learn_sigma=training.learn_sigma,
         timestep_divisor=model.timestep_divisor,
         patch=model.patch_size,
+        conditions=tuple(config.data.conditions.items()),
         encoder_blocks=layout.encoder_blocks,
         decoder_blocks=layout.decoder_blocks,
         conv_width=config.encoder_width,

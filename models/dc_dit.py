@@ -1,12 +1,14 @@
 """DC-DiT: a Diffusion Transformer over learned chunks (arXiv 2603.06351), one chunking stage."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from models.blocks import FinalLayer, RMSNorm, build_blocks, run_blocks
 from models.conv import build_decoder, build_encoder, to_grid, to_tokens
 from models.dechunk import Dechunk
-from models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
+from models.embeddings import Conditioner, LabelEmbedder, TimestepEmbedder, sincos_positions
 from models.init import init_transformer, zero_layers
 from models.packing import pack, plan_packing
 from models.router import ROUTERS
@@ -32,6 +34,7 @@ class DCDiT(nn.Module):
         self.x_embedder = nn.Conv2d(a.latent_channels, a.conv_width, 3, padding=1)
         self.t_embedder = TimestepEmbedder(a.width, a.timestep_divisor)
         self.y_embedder = LabelEmbedder(a.num_classes, a.width, a.has_null_label)
+        self.conditioner = Conditioner(dict(a.conditions), a.width)
         self.register_buffer("pos_embed", sincos_positions(a.width, self.grid))  # (L, D)
         self.encoder = build_encoder(a.encoder_blocks, a.conv_width, a.width)
         self.router = ROUTERS[a.router](a.width, a.downsample_factor)
@@ -52,6 +55,7 @@ class DCDiT(nn.Module):
         tokens: int | list[int] | None = None,
         draw: Tensor | None = None,
         hidden: tuple[int, ...] = (),
+        conditions: Mapping[str, Tensor] | None = None,
     ) -> DenoiserOutput:
         """Predict the noise in x_t.
 
@@ -62,8 +66,10 @@ class DCDiT(nn.Module):
                 ignored, and the host knows all shapes without waiting for the device.
             draw: (B,) int64, from which a random router draws at each timestep; None: the row of the batch.
             hidden: indices of the transformer blocks whose tokens are wanted too.
+            conditions: by name, values (B, ...) beside the class; NaN, or no entry, is no condition.
         """
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
+        c = self.conditioner(c, conditions)
         if self.router.is_random:
             draw = mix_timestep(draw, t)
 

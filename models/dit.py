@@ -4,13 +4,15 @@ It has the interface of models/dc_dit.py, with a routing that keeps every patch.
 of the published checkpoints, apart from `x_embedder` and `y_embedder` (see weights/foreign.py).
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from grid import Grid
 from models.blocks import FinalLayer, build_blocks, run_blocks
 from models.conv import to_tokens
-from models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
+from models.embeddings import Conditioner, LabelEmbedder, TimestepEmbedder, sincos_positions
 from models.init import init_transformer
 from models.packing import full_packing
 from models.types import Architecture, DenoiserOutput, Routing
@@ -36,6 +38,7 @@ class DiT(nn.Module):
         self.x_embedder = nn.Conv2d(a.latent_channels, a.width, a.patch, stride=a.patch)
         self.t_embedder = TimestepEmbedder(a.width, a.timestep_divisor)
         self.y_embedder = LabelEmbedder(a.num_classes, a.width, a.has_null_label)
+        self.conditioner = Conditioner(dict(a.conditions), a.width)
         self.register_buffer("pos_embed", sincos_positions(a.width, self.grid))  # (L, D)
         self.blocks = build_blocks(a)
         self.final_layer = FinalLayer(a.width, a.width, a.patch**2 * a.out_channels)
@@ -49,6 +52,7 @@ class DiT(nn.Module):
         drop: Tensor | float | None = None,
         tokens: int | list[int] | None = None,
         hidden: tuple[int, ...] = (),
+        conditions: Mapping[str, Tensor] | None = None,
     ) -> DenoiserOutput:
         """Predict the noise in x_t.
 
@@ -56,10 +60,12 @@ class DiT(nn.Module):
             x_t: (B, C, S, S). t: (B,) timesteps. labels: (B,) int64.
             drop, tokens: a DC-DiT's budget; must be None.
             hidden: indices of the transformer blocks whose tokens are wanted too.
+            conditions: by name, values (B, ...) beside the class; NaN, or no entry, is no condition.
         """
         if drop is not None or tokens is not None:
             raise ValueError("a static DiT has no router and takes no budget")
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
+        c = self.conditioner(c, conditions)
         u = to_tokens(self.x_embedder(x_t)) + self.pos_embed  # (B, L, D)
         batch, length, _ = u.shape
 

@@ -1,6 +1,11 @@
-"""Conditioning and positions: timestep, class label with the null label, and fixed 2-D sin-cos positions."""
+"""Conditioning and positions: timestep, class, further conditions by name, and fixed 2-D sin-cos positions.
+
+`CONDITIONS` names the kinds of further conditions.
+"""
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +13,7 @@ from torch import Tensor, nn
 from grid import Grid
 
 FREQUENCIES = 128  # sinusoidal features per timestep: 128 cosines and 128 sines
+SCALAR_RANGE = 1000  # timesteps that a scalar from 0 to 1 is spread over
 
 
 class TimestepEmbedder(nn.Module):
@@ -39,6 +45,85 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.table(labels)
+
+
+class Condition(nn.Module):
+    """One condition beside the class: values (B, *shape) -> (B, D). A value of NaN stands for no condition.
+
+    Args:
+        width: D.
+    """
+
+    # Of the value of one image
+    shape: ClassVar[tuple[int, ...]] = ()
+
+    def __init__(self, width: int):
+        super().__init__()
+
+    def start(self) -> None:
+        """Initialise what should not start as linear layers do everywhere in the network."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class ScalarCondition(Condition):
+    """Scalars (B,), of about 0 to 1 -> (B, D), by features and an MLP like the timestep's."""
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.embedder = TimestepEmbedder(width)
+        self.null = nn.Parameter(torch.zeros(width))
+
+    def start(self) -> None:
+        for name in ("mlp.0.weight", "mlp.2.weight"):
+            nn.init.normal_(self.embedder.get_parameter(name), std=0.02)
+        nn.init.normal_(self.null, std=0.02)
+
+    def forward(self, values: Tensor) -> Tensor:
+        embedded = self.embedder(SCALAR_RANGE * values.float().nan_to_num())
+        return torch.where(values.isnan()[:, None], self.null, embedded)
+
+
+# The kinds that `data.conditions` can have
+CONDITIONS: dict[str, type[Condition]] = {"scalar": ScalarCondition}
+
+
+class Conditioner(nn.Module):
+    """Adds the further conditions to the sum of the timestep's and the class's embedding.
+
+    Args:
+        kinds: name -> a name of `CONDITIONS`.
+        width: D.
+    """
+
+    def __init__(self, kinds: Mapping[str, str], width: int):
+        super().__init__()
+        self.names = tuple(kinds)
+        for name, kind in kinds.items():
+            self.add_module(f"{name}_embedder", CONDITIONS[kind](width))
+
+    def condition(self, name: str) -> Condition:
+        """The condition of a name."""
+        condition = self.get_submodule(f"{name}_embedder")
+        assert isinstance(condition, Condition)
+        return condition
+
+    def start(self) -> None:
+        """Initialise every condition."""
+        for name in self.names:
+            self.condition(name).start()
+
+    def forward(self, c: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Add the embedding of each value (B, ...) to c (B, D). A value that is not given is no condition."""
+        values = values or {}
+        for name in self.names:
+            condition = self.condition(name)
+            value = values.get(name)
+            if value is None:
+                value = torch.full((len(c), *condition.shape), math.nan, device=c.device)
+            c = c + condition(value)
+        return c
 
 
 def sincos_positions(width: int, grid: Grid, spacing: float = 1.0, offset: float = 0.0) -> Tensor:

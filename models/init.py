@@ -26,6 +26,7 @@ def init_transformer(model: Any, zero_blocks: bool) -> None:
     nn.init.normal_(model.y_embedder.table.weight, std=0.02)
     for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
         nn.init.normal_(layer.weight, std=0.02)
+    model.conditioner.start()
 
     # A prediction of zero, and blocks that are the identity
     zero_layers(model.final_layer.linear, model.final_layer.adaLN_modulation[1])

@@ -37,13 +37,15 @@ def forward(
     drop: Tensor | None = None,
     replace_routing: Callable[[Routing], Routing] | None = None,
     hidden: tuple[int, ...] = (),
+    conditions: dict[str, Tensor] | None = None,
 ) -> DenoiserOutput:
-    """What `model(x_t, t, labels, drop, hidden=hidden)` computes.
+    """What `model(x_t, t, labels, drop, hidden=hidden, conditions=conditions)` computes.
 
     Args:
         replace_routing: exchanges the router's decision; benchmarks use it to fix the kept tokens.
     """
     c = model.t_embedder(t) + model.y_embedder(labels)  # (B, D)
+    c = model.conditioner(c, conditions)
 
     # Encoder; then router and residual projection, which are in float32 under autocast too
     x = to_tokens(model.x_embedder(x_t))  # (B, L, E)

@@ -33,6 +33,8 @@ class Architecture:
     gradient_checkpointing: bool  # recompute the transformer blocks in the backward pass
     patch: int | None  # P of a static DiT; None: a DC-DiT
 
+    conditions: tuple[tuple[str, str], ...]  # beside the class: name and kind, see models/embeddings.py
+
     # A DC-DiT only
     encoder_blocks: int
     decoder_blocks: int

@@ -44,16 +44,16 @@ def prepare_sharding(accelerator: Accelerator) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
-def forward(accelerator: Accelerator, model: torch.nn.Module, *inputs: Tensor | None) -> Any:
+def forward(accelerator: Accelerator, model: torch.nn.Module, *inputs: Tensor | None, **options: Any) -> Any:
     """Call the prepared model in the accelerator's precision.
 
     Accelerate wraps the forward pass of every model in autocast, except that of a sharded one, whose weights
     it casts as a whole. Router and dechunk need theirs in float32, so the autocast is added here.
     """
     if not is_sharded(accelerator):
-        return model(*inputs)
+        return model(*inputs, **options)
     with accelerator.autocast():
-        return convert_to_fp32(model(*inputs))
+        return convert_to_fp32(model(*inputs, **options))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

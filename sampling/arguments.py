@@ -69,6 +69,13 @@ def add_sampling_arguments(parser: cli.Parser, cfg_scale: float, seed: int) -> N
         metavar=("LO", "HI"),
         help="guide at LO <= t <= HI only (default: always)",
     )
+    parser.add_argument(
+        "--condition",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="value of a condition that the model was trained with beside the class; repeatable (default: none)",
+    )
     # At most one budget, for both branches of guidance or, with --lite-cfg, for the conditional one
     parser.add_argument(
         "--tail-dropping-fraction", type=float, metavar="F", help="budget: share of the kept tokens to drop"
@@ -166,7 +173,22 @@ def sampling_options(args: argparse.Namespace, device: torch.device) -> Sampling
         bf16_vae=args.vae_precision == "bf16",
         budget=budget,
         uncond=uncond if args.lite_cfg else None,
+        conditions=read_conditions(args.condition) or None,
     )
+
+
+def read_conditions(words: list[str]) -> dict[str, float]:
+    """The values of --condition by name; UserError for what is no NAME=VALUE."""
+    values = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        try:
+            values[name] = float(text)
+        except ValueError:
+            raise UserError(
+                f"--condition {word}: must have the form NAME=VALUE, such as {name}=0.7"
+            ) from None
+    return values
 
 
 def one_budget(

@@ -44,18 +44,20 @@ class GraphedDenoiser(nn.Module):
         drop: Tensor | float | None = None,
         tokens: list[int] | None = None,
         draw: Tensor | None = None,
+        conditions: dict[str, Tensor] | None = None,
     ) -> DenoiserOutput:
         """Arguments and result are those of models.dc_dit.DCDiT; no gradients. Random routers get no graph."""
         if isinstance(self.model, DCDiT) and (tokens is None or draw is not None):
-            return self.model(x_t, t, labels, drop, tokens, draw)
+            return self.model(x_t, t, labels, drop, tokens, draw, conditions=conditions)
         shapes = (len(x_t), torch.is_autocast_enabled("cuda"), *(tokens or ()))
         if shapes not in self.recordings:
             inputs = (x_t, t, labels)
             if torch.is_autocast_enabled("cuda") and not self.half_weights:
                 self.half_weights = cast_weights(self.model, torch.get_autocast_dtype("cuda"))
             network = functools.partial(functional_call, self.model, self.half_weights)
-            self.recordings[shapes] = Recording(network, inputs, tokens, self.pool, self.stream)
-        return self.recordings[shapes].replay(x_t, t, labels)
+            options = {"tokens": tokens, "conditions": conditions or {}}
+            self.recordings[shapes] = Recording(network, inputs, options, self.pool, self.stream)
+        return self.recordings[shapes].replay((x_t, t, labels), conditions or {})
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -77,28 +79,32 @@ class Recording:
         self,
         network: Callable[..., DenoiserOutput],
         inputs: tuple[Tensor, ...],
-        tokens: list[int] | None,
+        options: dict[str, Any],
         pool: Any,
         stream: torch.cuda.Stream,
     ):
         self.inputs = tuple(x.clone() for x in inputs)
+        self.conditions = {name: values.clone() for name, values in options["conditions"].items()}
+        options = options | {"conditions": self.conditions}
         # Without its cache, autocast's copies belong to the graph and live as long as it does.
         with torch.autocast("cuda", torch.bfloat16, torch.is_autocast_enabled("cuda"), cache_enabled=False):
             # Warm up on another stream, as recording requires
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
-                    network(self.inputs, {"tokens": tokens})
+                    network(self.inputs, options)
             torch.cuda.current_stream().wait_stream(stream)
             # "thread_local": other threads may write images meanwhile.
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
-                self.output = network(self.inputs, {"tokens": tokens})
+                self.output = network(self.inputs, options)
 
-    def replay(self, *inputs: Tensor) -> DenoiserOutput:
+    def replay(self, inputs: tuple[Tensor, ...], conditions: dict[str, Tensor]) -> DenoiserOutput:
         """Evaluate the network on other values; the results are copies, which later replays leave alone."""
         for recorded, given in zip(self.inputs, inputs):
             recorded.copy_(given)
+        for name, recorded in self.conditions.items():
+            recorded.copy_(conditions[name])
         self.graph.replay()
         routing = Routing(*[x.clone() for x in self.output.routing])
         packing = self.output.packing

@@ -1,8 +1,9 @@
 """From noise to latents: the one loop that runs a sampler on the guided network."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from diffusion.process import evaluated_timesteps
 from diffusion.samplers import Denoise, Step
 from models import draws_at_random
 from models.attention import kernel_problem
+from models.embeddings import CONDITIONS
 from models.ops.precision import allow_tf32, bfloat16_problem, tf32
 from models.types import Routing
 from sampling.accounting import StepCounts
@@ -107,7 +109,7 @@ def sampling_steps(
     # Of the current step: one entry if both branches ran as one batch, otherwise two
     routings: list[Routing] = []
 
-    def network(x: Tensor, t: Tensor, **conditioning: Tensor | list[int]) -> Tensor:
+    def network(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
         autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
         if options.bf16:
             autocast = torch.autocast(x.device.type, torch.bfloat16)
@@ -200,13 +202,29 @@ def guided_denoiser(
     null = torch.full_like(labels, config.data.num_classes)
     if not options.has_guidance:
         only = labels if options.cfg_scale else null
-        return condition(network, common | branch_conditioning(only, budget, pass_drop))
-    conditional = common | branch_conditioning(labels, budget, pass_drop)
-    unconditional = common | branch_conditioning(null, uncond, pass_drop)
+        told = common | told_conditions(config, options.conditions, len(labels), labels.device)
+        return condition(network, told | branch_conditioning(only, budget, pass_drop))
+    told = common | told_conditions(config, options.conditions, len(labels), labels.device)
+    untold = common | told_conditions(config, None, len(labels), labels.device)
+    conditional = told | branch_conditioning(labels, budget, pass_drop)
+    unconditional = untold | branch_conditioning(null, uncond, pass_drop)
     channels = config.diffusion.cfg_channels
     if isinstance(channels, str):  # "all"
         channels = config.data.latent_channels
     return guide(network, conditional, unconditional, options.cfg_scale, channels, options.guidance_interval)
+
+
+def told_conditions(
+    config: Config, values: dict[str, float] | None, batch: int, device: torch.device
+) -> Conditioning:
+    """What the network is told beside the class, the same for all samples; NaN is no condition."""
+    if not config.data.conditions:
+        return {}
+    told = {}
+    for name, kind in config.data.conditions.items():
+        value = (values or {}).get(name, math.nan)
+        told[name] = torch.full((batch, *CONDITIONS[kind].shape), value, device=device)
+    return {"conditions": told}
 
 
 def branch_conditioning(labels: Tensor, budget: Budget, pass_drop: bool) -> Conditioning:

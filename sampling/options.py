@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from config import Config, UserError
 from diffusion import OBJECTIVES
+from models.embeddings import CONDITIONS
 from sampling.budgets import ALL, Budget
 
 
@@ -25,6 +26,8 @@ class SamplingOptions:
     bf16_vae: bool = False  # of the autoencoder
     budget: Budget = ALL
     uncond: Budget | None = None
+    # Name -> value, beside the class; None, or a name without a value: no condition
+    conditions: dict[str, float] | None = None
 
     @property
     def has_guidance(self) -> bool:
@@ -48,6 +51,27 @@ class SamplingOptions:
             raise UserError(f"--seed {self.seed}: must be 0 or greater, and below 2**63")
         self._check_guidance(config)
         self._check_budgets(config)
+        self._check_conditions(config)
+
+    def _check_conditions(self, config: Config) -> None:
+        given = self.conditions or {}
+        known = config.data.conditions
+        for name, value in given.items():
+            if name not in known:
+                names = f"its conditions are {', '.join(known)}" if known else "it has no conditions"
+                raise UserError(f"--condition {name}: the model was not trained with it; {names}")
+            if CONDITIONS[known[name]].shape != ():
+                raise UserError(f"--condition {name}: is a {known[name]}, which a number cannot be")
+            if not math.isfinite(value):
+                raise UserError(f"--condition {name}={value}: must be a finite number")
+        if given and self.cfg_scale == 0:
+            raise UserError("--condition: --cfg-scale 0 draws samples without conditions; leave one out")
+        missing = [name for name in known if name not in given]
+        if missing and config.training.class_dropout_prob == 0:
+            raise UserError(
+                f"--condition {missing[0]}: is missing, and the model was trained without class dropout; "
+                f"give --condition {missing[0]}=VALUE"
+            )
 
     def _check_guidance(self, config: Config) -> None:
         scale = f"--cfg-scale {self.cfg_scale}"

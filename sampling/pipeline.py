@@ -70,6 +70,11 @@ class DCDiTPipeline:
                 f"diffusion.objective {objective}: the schedulers of diffusers step through other timesteps; "
                 "draw samples with sample.py"
             )
+        if trained.config.data.conditions:
+            raise UserError(
+                f"data.conditions: the pipeline gives the model no {', '.join(trained.config.data.conditions)}; "
+                "draw samples with sample.py"
+            )
         self.trained = trained
         self.scheduler = scheduler if scheduler is not None else default_scheduler(trained.config)
 

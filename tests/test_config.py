@@ -414,7 +414,7 @@ MUST_AGREE = {
     "model.hnet": "arch_layout d_model num_heads tie_embeddings enc_dec_dim_factor dechunk_kernel_sigma "
     "fp32_router_dechunk",
     "training": "class_dropout_prob learn_sigma",
-    "data": "image_size num_classes latent_stride latent_channels",
+    "data": "image_size num_classes latent_stride latent_channels conditions",
     "diffusion": "objective prediction flow_shift noise_schedule diffusion_steps",
 }
 
@@ -425,7 +425,9 @@ def full_keys(names_of: dict[str, str]) -> set[str]:
 
 def keys_with_role(*roles: str) -> set[str]:
     defaults = to_dict(Config())
-    defaults["training"]["lr_scales"] = None  # an empty mapping would have no key of its own
+    # An empty mapping would have no key of its own
+    defaults["training"]["lr_scales"] = None
+    defaults["data"]["conditions"] = None
     return {key for key in flatten(defaults) if role_of(key) in roles}
 
 
@@ -463,6 +465,7 @@ def test_keys_of_the_network_are_those_that_change_its_tensors():
         "data.num_classes": "7",
         "data.latent_stride": "16",
         "data.latent_channels": "8",
+        "data.conditions": "{score: scalar}",
     }
     assert keys_with_role("network") == set(changes)
     process = {

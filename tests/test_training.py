@@ -66,6 +66,7 @@ class FakeStore:
     """Latents that say which image they are of, plus noise from the generator as in a real store."""
 
     labels = np.arange(100) % 7
+    columns = {}
 
     def latent(self, index, generator):
         noise = generator.standard_normal((4, 2, 2), dtype=np.float32)

@@ -7,7 +7,8 @@ processes see the same batches, and no state of a random generator is ever store
 
 import contextlib
 import functools
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ class Sample(NamedTuple):
     t: int  # timestep
     label: int  # the null label if it was dropped
     image: int  # image number in the feature store
+    columns: dict[str, np.ndarray]  # of the feature store
 
 
 class Batch(NamedTuple):
@@ -43,6 +45,8 @@ class Batch(NamedTuple):
     t: Tensor  # (B,) int64
     labels: Tensor  # (B,) int64, the null label where dropped
     images: Tensor  # (B,) int64, image numbers in the feature store
+    # By name, what the columns of the feature store hold of these images, in the view of x0: (B, ...)
+    columns: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @functools.lru_cache(maxsize=1)
@@ -127,7 +131,10 @@ class Samples(Dataset):
         t = draw_timestep(stream, self.diffusion_steps, self.timestep_sampling)
         is_dropped = stream.random() < self.dropout
         label = self.null_label if is_dropped else int(self.store.labels[image])
-        return Sample(x0, noise, t, label, image)
+        columns: dict[str, np.ndarray] = {}
+        if self.store.columns:
+            columns = self.store.column_values(image, rng(self.seed, "train", micro_step, image))
+        return Sample(x0, noise, t, label, image, columns)
 
 
 def collate(samples: list[Sample | UserError]) -> Batch | UserError:
@@ -137,13 +144,17 @@ def collate(samples: list[Sample | UserError]) -> Batch | UserError:
         if isinstance(sample, UserError):
             return sample
         drawn.append(sample)
-    x0, noise, t, labels, images = zip(*drawn)
+    x0, noise, t, labels, images, columns = zip(*drawn)
+    joined = {}
+    for name in columns[0]:
+        joined[name] = torch.from_numpy(np.stack([values[name] for values in columns]))
     return Batch(
         torch.from_numpy(np.stack(x0)),
         torch.from_numpy(np.stack(noise)),
         torch.tensor(t),
         torch.tensor(labels),
         torch.tensor(images),
+        joined,
     )
 
 

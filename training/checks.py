@@ -6,10 +6,12 @@ import torch
 from config import Config, UserError
 from data.features import Features, open_features
 from models import build_model
+from models.embeddings import CONDITIONS
 from processes import group
 from training.schedules import total_steps
 
 MAX_RANGES = 5  # of labels in a warning
+LARGEST_SCALAR = 10  # of a condition, without a warning
 
 
 def open_fitting_features(config: Config) -> Features:
@@ -19,7 +21,7 @@ def open_fitting_features(config: Config) -> Features:
         UserError: they cannot be read, or they do not fit the configuration.
     """
     data = config.data
-    store = open_features(data.feature_path, data.image_grid)
+    store = open_features(data.feature_path, data.image_grid, config.columns)
     # The latents have the shape that the model expects
     found = tuple(store.latent_shape)
     expected = config.latent_shape
@@ -28,6 +30,7 @@ def open_fitting_features(config: Config) -> Features:
             f"data.feature_path: '{data.feature_path}' holds latents of shape {found}, but image_size, "
             f"latent_stride and latent_channels make {expected}; change those keys or extract again"
         )
+    check_conditions(config, store)
     # The model knows every label
     largest = store.labels.max()
     if largest >= data.num_classes:
@@ -49,6 +52,24 @@ def open_fitting_features(config: Config) -> Features:
             "raise it or lower gradient_accumulation_steps"
         )
     return store
+
+
+def check_conditions(config: Config, store: Features) -> None:
+    """Raise a UserError for a condition of another shape than its column; warn of scalars far from 0 to 1."""
+    for name, kind in config.data.conditions.items():
+        shape = CONDITIONS[kind].shape
+        found = store.columns[name]
+        if found != shape:
+            raise UserError(
+                f"data.conditions: {name} is a {kind} of shape {shape}, but its column holds {found} per image; "
+                "name another column or kind"
+            )
+        values = store.column(name)
+        if not shape and max(abs(values.min()), abs(values.max())) > LARGEST_SCALAR:
+            group.print_once(
+                f"warning: data.conditions: {name} goes from {values.min():.4g} to {values.max():.4g}, and scalars "
+                "are told apart best between 0 and 1; scale the column"
+            )
 
 
 def warn_of_untrained_classes(config: Config, store: Features) -> None:

@@ -1,12 +1,14 @@
 """The training loop. Start reading at `Trainer.run_steps`, `Trainer.optimizer_step` and `Trainer.loss`."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -268,10 +270,12 @@ class Trainer:
         drop = x0.new_full((len(x0),), fraction) if fraction else None  # (B,)
 
         x_t = self.diffusion.add_noise(x0, t, noise)
-        inputs = [x_t, t, labels, drop]
+        options: dict[str, Any] = {}
         if draws_at_random(self.config):
-            inputs += [None, self.on_device(self.draws(batch))]
-        out = forward(self.accelerator, self.model, *inputs)
+            options["draw"] = self.on_device(self.draws(batch))
+        if self.config.data.conditions:
+            options["conditions"] = self.conditions(batch, labels)
+        out = forward(self.accelerator, self.model, x_t, t, labels, drop, **options)
         terms = self.diffusion.losses(out.prediction.float(), x0, x_t, t, noise)
         losses = total_loss(terms, out.routing, self.ratio_target())
 
@@ -284,6 +288,16 @@ class Trainer:
         by_timestep = {"loss": losses["diffusion_loss"], "kept": out.routing.boundary.float().mean(1)}
         self.averages.add_by_timestep(by_timestep, t, timesteps)
         return losses["loss"]
+
+    def conditions(self, batch: Batch, labels: Tensor) -> dict[str, Tensor]:
+        """What the network is told beside the labels (B,): by name (B, ...), NaN where the label was dropped."""
+        is_dropped = labels == self.config.data.num_classes
+        conditions = {}
+        for name in self.config.data.conditions:
+            values = self.on_device(batch.columns[name]).float()
+            rows = is_dropped.view(-1, *[1] * (values.ndim - 1))
+            conditions[name] = values.masked_fill(rows, math.nan)
+        return conditions
 
     def draws(self, batch: Batch) -> Tensor:
         """What a random router draws from: (B,) int64, a function of seed, step and image."""

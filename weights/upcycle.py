@@ -240,7 +240,8 @@ def upcycle(source: DiT, model: DCDiT, scaffold: str, router: str, downsample_fa
     target = UpcycledWeights(model)
     # Copy what both networks have
     for name, tensor in dit.items():
-        if name.startswith(("blocks.", "t_embedder.", "y_embedder.")):
+        is_shared = name.startswith(("blocks.", "t_embedder.", "y_embedder.", "conditioner."))
+        if is_shared and name in target.tensors:
             target.write(name, tensor, "copied")
     # Start what is new
     resample_positions(dit, target, at_first_cell=scaffold == "dit")
