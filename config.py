@@ -18,6 +18,7 @@ import yaml
 from config_keys import (
     COLUMN_NAME,
     CONTROL_ROUTERS,
+    TERMS,
     VARIANCE_OBJECTIVES,
     DataConfig,
     DiffusionConfig,
@@ -102,7 +103,17 @@ class Config:
     @property
     def columns(self) -> list[str]:
         """The columns of the features that training reads, beside the latents."""
-        return list(self.data.conditions)
+        names = list(self.data.conditions)
+        names += [str(settings["column"]) for settings in self.active_terms.values() if "column" in settings]
+        return list(dict.fromkeys(names))
+
+    @property
+    def active_terms(self) -> dict[str, dict[str, Any]]:
+        """The terms of the loss beside that of the diffusion that have a weight, with their settings."""
+        ratio: dict[str, Any] = {"weight": self.training.ratio_loss_weight}
+        terms = {"ratio": ratio, **self.training.terms}
+        # A term without a weight is kept, so that its settings are found to be incomplete
+        return {name: settings for name, settings in terms.items() if settings.get("weight") != 0}
 
     @property
     def latent_grid(self) -> Grid:
@@ -342,6 +353,9 @@ def _check_training(training: TrainingConfig) -> None:
         not training.profile or (len(steps) == 2 and 1 <= steps[0] <= steps[1]),
         f"training.profile_steps: {steps} must be [first, last] with 1 <= first <= last",
     )
+    for name in training.terms:
+        remedy = "its weight is training.ratio_loss_weight" if name == "ratio" else "see --import for another"
+        require(name in TERMS, f"training.terms: '{name}' is not one of {', '.join(TERMS)}; {remedy}")
     # A factor of 1 keeps everything, towards which neither the ratio loss nor a balanced router can pull
     factors = {
         "downsample_factor": training.downsample_factor,

@@ -53,12 +53,13 @@ def free(default: T, meaning: str, rewrite: Rewrite | None = None) -> T:
 
 # -------------------------------------------------------------------------------------------------- the table
 
-# Names that a module of --import may add to. What they stand for is in models/router.py, diffusion/process.py and
-# models/embeddings.py
+# Names that a module of --import may add to. What they stand for is in models/router.py, diffusion/process.py,
+# models/embeddings.py and training/losses.py
 ROUTERS = ["learned", "hnet", "uniform", "random", "contrast"]
 CONTROL_ROUTERS = ["uniform", "random", "contrast"]  # those that learn nothing
 OBJECTIVES = ["gaussian", "flow"]
 CONDITIONS = ["scalar"]
+TERMS = ["align"]
 VARIANCE_OBJECTIVES = ["gaussian"]  # those that can learn a variance
 
 
@@ -233,6 +234,12 @@ class TrainingConfig:
     )
     ratio_batch_size: PositiveInt | None = training(
         16, "samples over which the ratio loss averages its shares; null: the local batch"
+    )
+    terms: dict[str, dict[str, bool | int | float | str]] = training(
+        {},
+        "further terms of the loss by name, e.g. {align: {weight: 0.5, block: 2, column: dino}}; see "
+        "training/losses.py",
+        spellings.no_pairs,
     )
     downsample_factor: Annotated[float, at_least(1)] = training(
         4.0,

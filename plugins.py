@@ -1,4 +1,4 @@
-"""For modules of your own that --import names: add a router, an objective or a condition under a name.
+"""For modules of your own that --import names: add a router, an objective, a condition or a loss term.
 
 # my_paper.py
 import plugins
@@ -11,6 +11,7 @@ import config_keys
 from diffusion.process import OBJECTIVES, Objective
 from models.embeddings import CONDITIONS, Condition
 from models.router import ROUTERS, Router
+from training.losses import TERMS, Term
 
 
 def add_router(name: str, router: type[Router]) -> None:
@@ -33,3 +34,9 @@ def add_condition(kind: str, condition: type[Condition]) -> None:
     """Let an entry of `data.conditions` be of this kind."""
     CONDITIONS[kind] = condition
     config_keys.CONDITIONS.append(kind)
+
+
+def add_term(name: str, term: type[Term]) -> None:
+    """Let `training.terms` have an entry of this name."""
+    TERMS[name] = term
+    config_keys.TERMS.append(name)

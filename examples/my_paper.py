@@ -1,4 +1,4 @@
-"""A router and an objective of one's own. Try them:
+"""A router, an objective and a loss term of one's own. Try them:
 
 python train.py --import examples.my_paper --config configs/shapes.yaml --set model.router=centre
 """
@@ -12,6 +12,9 @@ import plugins
 from diffusion.flow import euler, respaced
 from diffusion.process import Objective, Process
 from models.router import ControlRouter
+from models.types import DenoiserOutput
+from training.batches import Batch
+from training.losses import Term
 
 
 class CentreRouter(ControlRouter):
@@ -30,7 +33,16 @@ def build_steep_flow(diffusion_steps: int, sampling_steps: int | None, **_: Any)
     return respaced(diffusion_steps, 5.0, sampling_steps)
 
 
+class ConfidenceTerm(Term):
+    """Pushes every token's probability away from 1/2."""
+
+    def forward(self, output: DenoiserOutput, batch: Batch, step: int) -> Tensor:
+        prob = output.routing.prob  # (B, L)
+        return (prob * (1 - prob)).mean(1)
+
+
 plugins.add_router("centre", CentreRouter)
+plugins.add_term("confidence", ConfidenceTerm)
 plugins.add_objective(
     "steep_flow",
     Objective(build_steep_flow, {"steep-euler": euler}, default="steep-euler", fast="steep-euler"),

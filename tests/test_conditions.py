@@ -81,9 +81,8 @@ def test_a_value_changes_its_own_sample_alone(patch):
 
 def test_the_condition_is_dropped_with_the_label():
     config = model_config(score="scalar")
-    batch = SimpleNamespace(columns={"score": torch.tensor([0.25, 0.5], dtype=torch.float16)})
-    trainer = SimpleNamespace(config=config, on_device=lambda tensor: tensor)
-    values = Trainer.conditions(trainer, batch, torch.tensor([3, 1]))["score"]
+    columns = {"score": torch.tensor([0.25, 0.5], dtype=torch.float16)}
+    values = Trainer.conditions(SimpleNamespace(config=config), columns, torch.tensor([3, 1]))["score"]
     assert values.isnan().tolist() == [True, False]
     assert values[1] == 0.5 and values.dtype == torch.float32
 

@@ -427,6 +427,7 @@ def keys_with_role(*roles: str) -> set[str]:
     defaults = to_dict(Config())
     # An empty mapping would have no key of its own
     defaults["training"]["lr_scales"] = None
+    defaults["training"]["terms"] = None
     defaults["data"]["conditions"] = None
     return {key for key in flatten(defaults) if role_of(key) in roles}
 
@@ -443,7 +444,7 @@ def test_the_other_keys_shape_the_course_of_training():
     named = full_keys(FREE) | full_keys(MUST_AGREE) | {"ckpt"}
     others = keys_with_role("network", "process", "training", "free") - named
     assert keys_with_role("training") == others
-    assert len(others) == 31
+    assert len(others) == 32
 
 
 def test_keys_of_the_network_are_those_that_change_its_tensors():

@@ -15,10 +15,10 @@ LAYERS = (
     ("config",),
     ("cli",),
     ("models", "diffusion", "data", "processes"),
-    ("plugins", "weights"),
+    ("weights",),
     ("sampling",),
     ("evaluation", "training"),
-    ("toy", "figures"),
+    ("plugins", "toy", "figures"),
     ("extract_features", "train", "sample", "sample_ddp", "evaluate", "demo"),
     ("quickstart", "scripts", "benchmarks", "examples"),
 )

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from config import config_from_dict
 from diffusion import create_diffusion
 from models import attention, build_model
-from training.losses import RatioTarget, total_loss
+from training.losses import Weighted, ratio_loss, total_loss
 
 BF16, FP32 = torch.bfloat16, torch.float32
 BATCH, SIDE = 2, 16
@@ -56,7 +56,7 @@ def observe_step(fp32_chunking: bool = True, backward: bool = True) -> dict[str,
     with torch.autocast("cuda", BF16):
         out = model(x_t, numbers, numbers, tokens=[140, 150])
     terms = diffusion.losses(out.prediction.float(), x0, x_t, numbers, x0)
-    losses = total_loss(terms, out.routing, RatioTarget(0.03, 4.0))
+    losses = total_loss(terms, {"ratio": Weighted(0.03, ratio_loss(out.routing, 4.0))})
     found["x_t"] = x_t.dtype
     found |= {name: values.dtype for name, values in losses.items()}
     if backward:

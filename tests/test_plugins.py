@@ -1,4 +1,4 @@
-"""A user's own router and objective, in a module that --import names."""
+"""A user's own router, objective and loss term, in a module that --import names."""
 
 import json
 import shutil
@@ -17,6 +17,7 @@ def test_a_module_of_the_user_trains_and_samples(tiny_config, tmp_path):
     shutil.copy(ROOT / "examples" / "my_paper.py", tmp_path)
     train = [str(ROOT / "train.py"), "--config", str(tiny_config), "--output", str(tmp_path / "run")]
     keys = ["--set", "model.router=centre", "--set", "diffusion.objective=steep_flow"]
+    keys += ["--set", "training.terms.confidence.weight=0.1"]
     refused = command(tmp_path, *train, *keys)
     assert refused.returncode == 2
     assert "model.router: 'centre' must be one of learned, " in refused.stderr
@@ -24,6 +25,7 @@ def test_a_module_of_the_user_trains_and_samples(tiny_config, tmp_path):
 
     trained = command(tmp_path, *train, "--import", "my_paper", *keys)
     assert trained.returncode == 0, trained.stderr
+    assert "confidence_loss" in (tmp_path / "run" / "metrics.jsonl").read_text()
     sample = [str(ROOT / "sample.py"), "--ckpt", str(tmp_path / "run" / "checkpoints" / "0000008.pt")]
     sample += ["--num-sampling-steps", "2", "--output", str(tmp_path / "out")]
     # Loading a checkpoint executes nothing: the module must be named again

@@ -13,7 +13,7 @@ from config import OneProcessError, TrainingConfig, UserError, config_from_dict,
 from models.types import Routing
 from training import launch, schedules
 from training.batches import Order, Samples, collate, make_loader, read_batches
-from training.losses import RatioTarget, ratio_loss, total_loss
+from training.losses import Terms, Weighted, ratio_loss, total_loss
 from training.tracking import Averages, RunLog, kept_fractions
 from weights import checkpoint
 from weights.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -261,7 +261,7 @@ def test_ratio_loss_trains_the_probability_only():
 def test_the_total_loss_is_made_of_its_parts():
     terms = {"mse": torch.tensor([1.0, 3.0]), "vb": torch.tensor([0.5, 0.5])}
     routing = make_routing([3, 6], [0.1, 0.4])
-    losses = total_loss(terms, routing, RatioTarget(weight=0.5, downsample_factor=4.0))
+    losses = total_loss(terms, {"ratio": Weighted(0.5, ratio_loss(routing, 4.0))})
     assert list(losses) == ["loss", "mse", "vb", "diffusion_loss", "ratio_loss"]
     assert losses["diffusion_loss"].tolist() == [1.5, 3.5]
     assert torch.equal(losses["ratio_loss"], ratio_loss(routing, 4.0))
@@ -269,9 +269,10 @@ def test_the_total_loss_is_made_of_its_parts():
 
 
 def test_without_weight_there_is_no_ratio_loss():
-    losses = total_loss(
-        {"mse": torch.tensor([1.0, 3.0])}, make_routing([3, 6], [0.1, 0.4]), RatioTarget(0.0, 4.0)
-    )
+    config = load_config(None, ["training.ratio_loss_weight=0"])
+    terms = Terms(config, FakeStore())
+    assert not terms.prepared
+    losses = total_loss({"mse": torch.tensor([1.0, 3.0])}, terms(None, None, 0))
     assert list(losses) == ["loss", "mse", "diffusion_loss"]
     assert losses["loss"].item() == 2.0
 

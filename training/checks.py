@@ -8,6 +8,7 @@ from data.features import Features, open_features
 from models import build_model
 from models.embeddings import CONDITIONS
 from processes import group
+from training.losses import Terms
 from training.schedules import total_steps
 
 MAX_RANGES = 5  # of labels in a warning
@@ -31,6 +32,8 @@ def open_fitting_features(config: Config) -> Features:
             f"latent_stride and latent_channels make {expected}; change those keys or extract again"
         )
     check_conditions(config, store)
+    with torch.device("meta"):
+        Terms(config, store)
     # The model knows every label
     largest = store.labels.max()
     if largest >= data.num_classes:

@@ -185,6 +185,8 @@ def check_unsharded(config: Config) -> None:
                 f"{key}: {every} needs the whole model on every GPU; "
                 "use 0 with FSDP, and sample the checkpoints"
             )
+    if config.training.terms:
+        raise UserError("training.terms: are not supported with FSDP; use {}, or leave --use_fsdp out")
     stds = config.training.posthoc_ema_stds
     if stds:
         raise UserError(

@@ -1,41 +1,111 @@
-"""The loss as a pure function of what the model returned."""
+"""The loss: that of the diffusion, and terms beside it. `TERMS` names the kinds of terms.
 
+A term is a function of what the network returned, the batch and the step. It may own weights, which are trained
+with the network's and stay out of the EMA and of exported weights.
+"""
+
+import dataclasses
 import functools
-from typing import NamedTuple
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
 
-from models.types import Routing
+from config import Config, UserError, parse_layout
+from data.features import Features
+from models.packing import unpack
+from models.types import DenoiserOutput, Routing
+from schema import NonNegativeFloat, NonNegativeInt, PositiveInt, build
+from training import schedules
+from training.batches import Batch
 
 
-class RatioTarget(NamedTuple):
-    """What the ratio loss pulls the router towards in one step."""
+class Weighted(NamedTuple):
+    """The value of a term in one micro-batch, and its weight in the loss."""
 
-    weight: float  # of the ratio loss in the total; 0 leaves it out
-    downsample_factor: float  # N: keep 1 token in N
-    group_size: int | None = None  # samples over which the shares are averaged; None: the whole batch
+    weight: float
+    value: Tensor  # () or per sample (B,)
 
 
-def total_loss(terms: dict[str, Tensor], routing: Routing, target: RatioTarget) -> dict[str, Tensor]:
-    """Combine the loss terms of a micro-batch (DC-DiT, training objective).
+def total_loss(parts: dict[str, Tensor], terms: Mapping[str, Weighted]) -> dict[str, Tensor]:
+    """Combine the losses of a micro-batch (DC-DiT, training objective).
 
     Args:
-        terms: per sample (B,), from `diffusion.losses`.
-        routing: of the same batch.
-        target: of the ratio loss.
+        parts: of the diffusion loss, per sample (B,), from `diffusion.losses`.
+        terms: beside it, by name.
 
     Returns:
-        "loss": the scalar to train on. Then its parts: the terms and their sum "diffusion_loss" (B,), and the
-        scalar "ratio_loss" if it has a weight.
+        "loss": the scalar to train on. Then what it is made of: the parts and their sum "diffusion_loss" (B,), and
+        each term as "NAME_loss".
     """
-    diffusion_loss = functools.reduce(torch.add, terms.values())  # (B,)
-    losses = {"loss": diffusion_loss.mean(), **terms, "diffusion_loss": diffusion_loss}
-    if target.weight > 0:
-        ratio = ratio_loss(routing, target.downsample_factor, target.group_size)
-        losses["loss"] = losses["loss"] + target.weight * ratio
-        losses["ratio_loss"] = ratio
+    diffusion_loss = functools.reduce(torch.add, parts.values())  # (B,)
+    losses = {"loss": diffusion_loss.mean(), **parts, "diffusion_loss": diffusion_loss}
+    for name, term in terms.items():
+        mean = term.value.mean() if term.value.ndim else term.value
+        losses["loss"] = losses["loss"] + term.weight * mean
+        losses[f"{name}_loss"] = term.value
     return losses
+
+
+# ------------------------------------------------------------------------------------------------- what a term is
+
+
+@dataclass(kw_only=True)
+class TermSettings:
+    """What `training.terms` says of a term. Types and ranges are checked as those of configuration keys."""
+
+    weight: NonNegativeFloat  # in the loss; 0 leaves the term out
+
+
+class Term(nn.Module):
+    """A term of the loss.
+
+    Args:
+        settings: those of the term.
+        config: of the run.
+        store: the features, whose opened columns are in every batch.
+
+    Raises:
+        UserError: settings that do not fit the network or the features.
+    """
+
+    # A dataclass, whose fields are the settings. A field `column` names a column of the features to open
+    settings_type: ClassVar[type[TermSettings]] = TermSettings
+    # Indices of the transformer blocks whose tokens it reads in `output.hidden`
+    blocks: tuple[int, ...] = ()
+
+    def __init__(self, settings: Any, config: Config, store: Features):
+        super().__init__()
+
+    def forward(self, output: DenoiserOutput, batch: Batch, step: int) -> Tensor:
+        """The value of the term, () or per sample (B,).
+
+        Args:
+            output: what the network returned.
+            batch: on its device, without `images`.
+            step: optimizer steps done.
+        """
+        raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------- ratio
+
+
+class RatioTerm(Term):
+    """The ratio loss, which is set by keys of its own: `training.ratio_loss_weight` and those beside it."""
+
+    def __init__(self, settings: Any, config: Config, store: Features):
+        super().__init__(settings, config, store)
+        self.training_keys = config.training
+
+    def forward(self, output: DenoiserOutput, batch: Batch, step: int) -> Tensor:
+        factor = schedules.downsample_factor(step, self.training_keys)
+        return ratio_loss(output.routing, factor, self.training_keys.ratio_batch_size)
 
 
 def ratio_loss(routing: Routing, downsample_factor: float, group_size: int | None = None) -> Tensor:
@@ -56,3 +126,131 @@ def ratio_loss(routing: Routing, downsample_factor: float, group_size: int | Non
     kept = routing.boundary.float().view(groups, -1).mean(1)
     prob = routing.prob.float().view(groups, -1).mean(1)
     return (n / (n - 1) * ((n - 1) * kept * prob + (1 - kept) * (1 - prob))).mean()
+
+
+# ------------------------------------------------------------------------------------------------- alignment
+
+
+@dataclass(kw_only=True)
+class AlignSettings(TermSettings):
+    """Settings of `AlignTerm`."""
+
+    block: NonNegativeInt  # index of the transformer block whose tokens are aligned; 0: the first
+    column: str  # of an encoder's tokens, (tokens, width) or (rows, columns, width) per image
+    hidden: PositiveInt = 2048  # width of the projection's hidden layers
+
+
+class AlignTerm(Term):
+    """Representation alignment (REPA, arXiv 2410.06940): tokens of a block resemble those of a pretrained encoder.
+
+    The value is minus the cosine similarity of the projected tokens and the encoder's, averaged over the kept
+    tokens of each sample. The encoder's grid is resampled to the network's cells, of which the kept ones are taken.
+    """
+
+    settings_type = AlignSettings
+
+    def __init__(self, settings: AlignSettings, config: Config, store: Features):
+        super().__init__(settings, config, store)
+        blocks = len(parse_layout(config.model.hnet.arch_layout).main_blocks)
+        if settings.block >= blocks:
+            raise UserError(
+                f"training.terms.align.block: {settings.block} is no block of the network; "
+                f"use 0 to {blocks - 1}"
+            )
+        self.blocks = (settings.block,)
+        self.column = settings.column
+        self.cells = (config.token_side, config.token_side)
+        self.grid = encoder_grid(settings.column, store.columns[settings.column])
+        self.projection = nn.Sequential(
+            nn.Linear(config.d_model, settings.hidden),
+            nn.SiLU(),
+            nn.Linear(settings.hidden, settings.hidden),
+            nn.SiLU(),
+            nn.Linear(settings.hidden, self.grid[2]),
+        )
+
+    def forward(self, output: DenoiserOutput, batch: Batch, step: int) -> Tensor:
+        packing = output.packing
+        (block,) = self.blocks
+        projected = self.projection(output.hidden[block])  # (T, W)
+
+        # The encoder's tokens at the cells of the kept ones
+        tokens = batch.columns[self.column].float().view(-1, *self.grid)  # (B, rows, columns, W)
+        encoded = F.interpolate(tokens.permute(0, 3, 1, 2), self.cells, mode="bilinear", antialias=True)
+        cells = encoded.flatten(2).transpose(1, 2).flatten(0, 1)  # (B L, W)
+        target = cells.index_select(0, packing.token_index)  # (T, W)
+
+        # The mean over the kept tokens of each sample
+        similarity = F.cosine_similarity(projected.float(), target, dim=1)
+        per_cell = unpack(similarity[:, None], packing, math.prod(self.cells))  # (B, L, 1)
+        return -per_cell.sum((1, 2)) / packing.cu_seqlens.diff()
+
+
+def encoder_grid(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Rows, columns and width of an encoder's tokens. Raises UserError for a column that holds none."""
+    if len(shape) == 3:
+        return shape[0], shape[1], shape[2]
+    side = math.isqrt(shape[0]) if shape else 0
+    if len(shape) != 2 or side * side != shape[0]:
+        raise UserError(
+            f"training.terms.align.column: {name} holds {shape} per image, not the tokens of a square grid; "
+            "give (tokens, width) without a class token, or (rows, columns, width)"
+        )
+    return side, side, shape[1]
+
+
+# ------------------------------------------------------------------------------------------------- all terms
+
+# The kinds of terms. "ratio" has keys of its own; the others are the names of `training.terms`
+TERMS: dict[str, type[Term]] = {"ratio": RatioTerm, "align": AlignTerm}
+
+
+def read_settings(name: str, kind: type[Term], raw: dict[str, Any]) -> TermSettings:
+    """The checked settings of a term. UserError if one is missing, unknown or of another type."""
+    for field in dataclasses.fields(kind.settings_type):
+        if field.name not in raw and field.default is dataclasses.MISSING:
+            raise UserError(f"training.terms.{name}.{field.name}: is missing; give it")
+    return build(kind.settings_type, raw, f"training.terms.{name}.")
+
+
+class Terms:
+    """The terms of a run that have a weight.
+
+    Attributes:
+        modules: the terms by name; their weights are those to train and to save.
+        blocks: indices of the transformer blocks whose tokens they read.
+
+    Raises:
+        UserError: a setting is missing, unknown or of another type, or does not fit the run.
+    """
+
+    def __init__(self, config: Config, store: Features):
+        self.modules = nn.ModuleDict()
+        self.weights: dict[str, float] = {}
+        blocks: set[int] = set()
+        for name, raw in config.active_terms.items():
+            kind = TERMS[name]
+            settings = read_settings(name, kind, raw)
+            term = kind(settings, config, store)
+            self.modules[name] = term
+            self.weights[name] = settings.weight
+            blocks |= set(term.blocks)
+        self.blocks = tuple(sorted(blocks))
+        # What is called: the terms themselves, or what Accelerate makes of them
+        self.prepared: dict[str, nn.Module] = dict(self.modules.items())
+        # Those of them that own weights
+        self.owners: list[nn.Module] = []
+
+    def prepare(self, accelerator: Accelerator) -> None:
+        """Give terms that own weights Accelerate's precision, and gradients of all processes."""
+        for name, term in self.modules.items():
+            if list(term.parameters()):
+                self.prepared[name] = accelerator.prepare(term)
+                self.owners.append(self.prepared[name])
+
+    def __call__(self, output: DenoiserOutput, batch: Batch, step: int) -> dict[str, Weighted]:
+        """The value of each term in a micro-batch; see `Term.forward`."""
+        values = {}
+        for name, term in self.prepared.items():
+            values[name] = Weighted(self.weights[name], term(output, batch, step))
+        return values

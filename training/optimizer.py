@@ -1,5 +1,7 @@
 """AdamW over groups of parameters with a learning rate each."""
 
+from collections.abc import Iterable
+
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
@@ -8,9 +10,15 @@ from config import TrainingConfig
 from processes.sharding import shard_optimizer_state
 
 
-def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters of a model, in its fused form on devices that have one."""
+def make_optimizer(
+    model: nn.Module, training: TrainingConfig, others: Iterable[nn.Parameter] = ()
+) -> torch.optim.AdamW:
+    """AdamW over the parameters of a model and others, in its fused form on devices that have one."""
     groups = parameter_groups(model, training.lr_scales)
+    # The others have a group of their own, so that the model's are numbered as without them
+    own_group = list(others)
+    if own_group:
+        groups.append({"params": own_group, "lr_scale": 1.0})
     device = next(model.parameters()).device
     fused = device.type in ("cpu", "cuda")
     return torch.optim.AdamW(

@@ -24,7 +24,7 @@ from config import (
 from data.features import Features
 from data.names import renamed_label, short_name
 from plain_data import read_yaml
-from schema import require
+from schema import require, shown
 from training.schedules import total_steps
 from weights import upcycle
 from weights.checkpoint import (
@@ -305,6 +305,7 @@ def use_of_checkpoint(
         return None
     # Other groups of parameters do not fit the optimizer
     is_regrouped = any(key.startswith("training.lr_scales") for key in changed)
+    is_regrouped = is_regrouped or settings_of_terms(config) != settings_of_terms(saved)
     weights_only = is_reshaped or is_regrouped or not same_labels
     if not weights_only and not is_late:
         return "training"
@@ -418,6 +419,11 @@ def load_fitting_checkpoint(config: Config, path: Path | str, option: str) -> Ch
             f"training.lr_scales: {config.training.lr_scales} differs from the {scales} of {option} '{path}'; "
             "start at step 0 from its weights with training.init_from"
         )
+    if settings_of_terms(saved) != settings_of_terms(config):
+        raise UserError(
+            f"training.terms: {shown(config.training.terms)} differs from the {shown(saved.training.terms)} of "
+            f"{option} '{path}'; start at step 0 from its weights with training.init_from"
+        )
     # The network must have the same tensors
     difference = shape_difference(network_shapes(config), tensor_shapes(state["model"]))
     if difference:
@@ -431,6 +437,15 @@ def load_fitting_checkpoint(config: Config, path: Path | str, option: str) -> Ch
     return state
 
 
+def settings_of_terms(config: Config) -> dict[str, dict]:
+    """What decides the weights that the terms of the loss own: all settings but the weights in the loss."""
+    settings: dict[str, dict] = {}
+    for name, term in config.active_terms.items():
+        if name != "ratio":
+            settings[name] = {key: value for key, value in term.items() if key != "weight"}
+    return settings
+
+
 def check_finite(state: Checkpoint, name: str) -> None:
     """Raise a UserError if weights, EMA or moments of the optimizer hold a number that is not finite.
 
@@ -439,6 +454,8 @@ def check_finite(state: Checkpoint, name: str) -> None:
     tensors = {**state["model"]}
     for key, tensor in state["ema"].items():
         tensors[f"ema.{key}"] = tensor
+    for key, tensor in state.get("terms", {}).items():
+        tensors[f"terms.{key}"] = tensor
     for number, entry in state.get("optimizer", {}).get("state", {}).items():
         for key, tensor in entry.items():
             tensors[f"optimizer.{number}.{key}"] = tensor

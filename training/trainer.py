@@ -29,7 +29,7 @@ from processes.watch import ProcessWatch
 from training import launch, schedules
 from training.batches import Batch, Order, Samples, make_loader, read_batches
 from training.guard import FiniteGuard, nan_gradients_if_not_finite
-from training.losses import RatioTarget, total_loss
+from training.losses import Terms, total_loss
 from training.optimizer import load_optimizer, make_optimizer, set_learning_rate
 from training.sample_grids import grid_path
 from training.tracking import (
@@ -48,7 +48,6 @@ from weights.posthoc import PowerAverages
 SUMMARY = (
     "loss",
     "diffusion_loss",
-    "ratio_loss",
     "grad_norm",
     "kept_natural_mean",
     "kept_effective_mean",
@@ -125,19 +124,22 @@ class Trainer:
         model = build_model(self.config).to("cpu" if sharded else self.accelerator.device)
         self.ema = ModelEmaV3(model, decay=training.ema_decay, exclude_buffers=True)
         self.posthoc = PowerAverages(model, training.posthoc_ema_stds)
-        optimizer = make_optimizer(model, training)
+        self.terms = Terms(self.config, self.store)
+        self.terms.modules.to(self.accelerator.device)
+        optimizer = make_optimizer(model, training, self.terms.modules.parameters())
         if state is not None:
             model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
             if "optimizer" in state:
                 self.posthoc.load_state_dict(state.get("posthoc", {}))
-        launch.check_same_start(
-            self.accelerator, self.config, self.store, self.step, [model, self.ema.module]
-        )
+                self.terms.modules.load_state_dict(state.get("terms", {}))
+        models = [model, self.ema.module, self.terms.modules]
+        launch.check_same_start(self.accelerator, self.config, self.store, self.step, models)
         # Compile and distribute them
         if training.compile:
             compile_parts(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.terms.prepare(self.accelerator)
         if sharded:
             self.ema.module = fsdp2_prepare_model(self.accelerator, self.ema.module)
         # Find the parameters that do not change in the first steps
@@ -220,7 +222,7 @@ class Trainer:
         accumulation = training.gradient_accumulation_steps
         for micro_step in range(accumulation):
             is_last = micro_step == accumulation - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            with contextlib.nullcontext() if is_last else self.no_sync():
                 batch = self.next_batch(batches)
                 loss = nan_gradients_if_not_finite(self.loss(batch))
                 self.accelerator.backward(loss / accumulation)
@@ -229,9 +231,8 @@ class Trainer:
             for parameter in self.frozen:
                 parameter.grad = None
         # Update the weights if the gradients are finite, then the EMA
-        norm = full_tensor(
-            self.accelerator.clip_grad_norm_(self.model.parameters(), training.longest_gradient)
-        )
+        parameters = [*self.model.parameters(), *self.terms.modules.parameters()]
+        norm = full_tensor(self.accelerator.clip_grad_norm_(parameters, training.longest_gradient))
         local_batch = training.global_batch_size // self.accelerator.num_processes
         self.averages.add("grad_norm", norm.expand(local_batch))
         self.guard.update(self.optimizer, norm, self.step)
@@ -241,6 +242,13 @@ class Trainer:
         self.step += 1
         self.posthoc.update(self.accelerator.unwrap_model(self.model), self.step)
         self.watch.at(self.step, None)
+
+    def no_sync(self) -> contextlib.ExitStack:
+        """A block in which the processes keep their gradients to themselves."""
+        stack = contextlib.ExitStack()
+        for module in (self.model, *self.terms.owners):
+            stack.enter_context(self.accelerator.no_sync(module))
+        return stack
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
         """The next micro-batch. Raises NoBatch if the loader fails, or gives none for too long."""
@@ -265,6 +273,7 @@ class Trainer:
         noise = self.on_device(batch.noise)
         t = self.on_device(batch.t)  # (B,)
         labels = self.on_device(batch.labels)
+        columns = {name: self.on_device(values) for name, values in batch.columns.items()}
         # Multi-budget training drops the same fraction in the whole batch
         fraction = schedules.drop_fraction(self.step, self.config.training)
         drop = x0.new_full((len(x0),), fraction) if fraction else None  # (B,)
@@ -274,10 +283,13 @@ class Trainer:
         if draws_at_random(self.config):
             options["draw"] = self.on_device(self.draws(batch))
         if self.config.data.conditions:
-            options["conditions"] = self.conditions(batch, labels)
+            options["conditions"] = self.conditions(columns, labels)
+        if self.terms.blocks:
+            options["hidden"] = self.terms.blocks
         out = forward(self.accelerator, self.model, x_t, t, labels, drop, **options)
-        terms = self.diffusion.losses(out.prediction.float(), x0, x_t, t, noise)
-        losses = total_loss(terms, out.routing, self.ratio_target())
+        parts = self.diffusion.losses(out.prediction.float(), x0, x_t, t, noise)
+        batch = Batch(x0, noise, t, labels, batch.images, columns)
+        losses = total_loss(parts, self.terms(out, batch, self.step))
 
         # Log all terms
         for name, values in {**losses, **kept_fractions(out.routing)}.items():
@@ -289,12 +301,12 @@ class Trainer:
         self.averages.add_by_timestep(by_timestep, t, timesteps)
         return losses["loss"]
 
-    def conditions(self, batch: Batch, labels: Tensor) -> dict[str, Tensor]:
+    def conditions(self, columns: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """What the network is told beside the labels (B,): by name (B, ...), NaN where the label was dropped."""
         is_dropped = labels == self.config.data.num_classes
         conditions = {}
         for name in self.config.data.conditions:
-            values = self.on_device(batch.columns[name]).float()
+            values = columns[name].float()
             rows = is_dropped.view(-1, *[1] * (values.ndim - 1))
             conditions[name] = values.masked_fill(rows, math.nan)
         return conditions
@@ -306,12 +318,6 @@ class Trainer:
 
     def on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.accelerator.device, non_blocking=True)
-
-    def ratio_target(self) -> RatioTarget:
-        """What the ratio loss pulls towards in this step."""
-        training = self.config.training
-        factor = schedules.downsample_factor(self.step, training)
-        return RatioTarget(training.ratio_loss_weight, factor, training.ratio_batch_size)
 
     # ------------------------------------------------------------------------------- what the loop is made of
 
@@ -401,7 +407,9 @@ class Trainer:
         self.start_clock()
         # Write them to every log
         self.log.metrics(self.step, scalars)
-        summary = " ".join(f"{key}={scalars[key]:.4g}" for key in SUMMARY if key in scalars)
+        losses = [f"{name}_loss" for name in self.terms.modules]
+        keys = [*SUMMARY[:2], *losses, *SUMMARY[2:]]
+        summary = " ".join(f"{key}={scalars[key]:.4g}" for key in keys if key in scalars)
         self.log.line(f"step {self.step:7d}: {summary}")
         return f"loss={scalars['loss']:.4f} kept={kept['mean']:.3f}"
 
@@ -520,6 +528,7 @@ class Trainer:
                 "model": weights["model"],
                 "ema": weights["ema"],
                 "optimizer": weights["optimizer"],
+                "terms": self.terms.modules.state_dict(),
                 "posthoc": self.posthoc.state_dict(),
                 "averages": averages,
                 "skipped": skipped,

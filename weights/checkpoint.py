@@ -32,7 +32,7 @@ WEIGHTS = "model.safetensors"  # the weights file in a folder that is laid out f
 
 
 class Checkpoint(TypedDict, total=False):
-    """What a checkpoint holds. A weights file lacks the last five entries."""
+    """What a checkpoint holds. A weights file lacks the last seven entries."""
 
     format: int  # FORMAT
     step: int  # optimizer steps done
@@ -44,6 +44,7 @@ class Checkpoint(TypedDict, total=False):
     ema: dict[str, Tensor]
     model: dict[str, Tensor]
     optimizer: dict
+    terms: dict[str, Tensor]  # weights of the terms in training/losses.py
     posthoc: dict[str, dict[str, Tensor]]  # averages of `training.posthoc_ema_stds`
     averages: dict[str, Tensor]  # what the log has summed since its last line
     skipped: dict[str, int]  # what the guard has counted
