@@ -16,6 +16,7 @@ import matplotlib
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 import cli
 from data.files import write_text
@@ -48,6 +49,11 @@ def shown(name: str) -> str:
 
 def cell(number: Number | None, style: str) -> str:
     return number.text(style) if number else ""
+
+
+def tflop(number: Number | None) -> str:
+    """A cost. Its spread over seeds is the router's, whose kept share stands beside it."""
+    return f"{number.mean:.3g}" if number else ""
 
 
 def style_of(metric: str) -> str:
@@ -124,7 +130,7 @@ def quality_line(
     with_lite = guidance(scale) + (f", Lite-CFG {lite:.0%}" if lite is not None else "")
     dropped = "" if model.is_static else f"{drop:.0%}"
     line = [shown(model.label), with_lite, dropped, kept]
-    line += [value("tflop_per_image", ".4g"), value("ms_per_image", ".1f")]
+    line += [tflop(model.number("tflop_per_image", scale, drop, lite)), value("ms_per_image", ".1f")]
     line += [value(metric, style_of(metric)) for metric in evidence.metrics]
     return [*line, value("class_accuracy", ".1%"), seeds(model)]
 
@@ -187,7 +193,7 @@ def drop_lines(evidence: Evidence, model: Model, name: str) -> list[list[str]]:
         if lite is not None or whole is None or own is None:
             continue
         line = [shown(model.label), name, guidance(scale), f"{drop:.0%}"]
-        line.append(cell(model.number("tflop_per_image", scale, drop), ".4g"))
+        line.append(tflop(model.number("tflop_per_image", scale, drop)))
         line += [cell(model.number(metric, scale, drop), style_of(metric)) for metric in evidence.metrics]
         lines.append([*line, f"{own.mean / whole.mean - 1:+.1%}"])
     return lines
@@ -345,12 +351,23 @@ def draw_pareto(evidence: Evidence, path: Path) -> bool:
                 draw_curves(axis, model, metric, scale, colour_of(number))
             draw_floors(axis, evidence, metric)
             axis.set_title(f"guidance: {guidance(scale)}")
-            axis.set_xlabel("TFLOP per image")
-            axis.set_ylabel(METRIC_NAMES[metric])
-            axis.set_yscale("log" if metric != "kid" else "linear")
-    panels[0][0].legend(fontsize=6)
+            style_axes(axis, metric)
+    figure.suptitle("points of a curve: shares of the tokens dropped; stars: Lite-CFG", fontsize=8)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
     save_figure(figure, path)
     return True
+
+
+def style_axes(axis: Axes, metric: str) -> None:
+    """A logarithmic axis for distances; KID may be negative."""
+    axis.set_xlabel("TFLOP per image")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.set_ylabel(METRIC_NAMES[metric])
+    if metric != "kid":
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
 
 
 def draw_curves(axis: Axes, model: Model, metric: str, scale: float, colour: str) -> None:
@@ -360,7 +377,9 @@ def draw_curves(axis: Axes, model: Model, metric: str, scale: float, colour: str
     with_lite = [(drop, lite) for _, drop, lite in points if lite is not None]
     marker = "s" if model.is_static else "o"
     draw_points(axis, model, metric, scale, plain, {"marker": marker, "color": colour, "label": short(model)})
-    draw_points(axis, model, metric, scale, with_lite, {"marker": "*", "color": colour, "linestyle": "none"})
+    draw_points(
+        axis, model, metric, scale, with_lite, {"marker": "*", "ms": 9, "color": colour, "linestyle": "none"}
+    )
 
 
 def draw_points(
@@ -368,7 +387,7 @@ def draw_points(
     model: Model,
     metric: str,
     scale: float,
-    points: list[tuple[float, float | None]],
+    points: Sequence[tuple[float, float | None]],
     style: dict[str, Any],
 ) -> None:
     costs = []
@@ -382,12 +401,14 @@ def draw_points(
             means.append(number.mean)
             spreads.append(number.std)
     if costs:
-        axis.errorbar(costs, means, spreads, ms=4, capsize=2, **style)
+        axis.errorbar(costs, means, spreads, capsize=2, **{"ms": 4, **style})
 
 
 def draw_floors(axis: Axes, evidence: Evidence, metric: str) -> None:
+    """A line for each floor that is not far below the models, whose differences would become invisible."""
+    lowest, _ = axis.get_ylim()
     for style, (name, row) in zip((":", "--"), evidence.floors.items()):
-        if row.get(metric, 0) > 0:
+        if row.get(metric, 0) > lowest / 20:
             axis.axhline(row[metric], color="grey", linestyle=style, linewidth=1, label=f"floor: {name}")
 
 
@@ -405,8 +426,7 @@ def draw_budgets(evidence: Evidence, path: Path) -> bool:
         for number, model in enumerate(models.values()):
             draw_curves(axis, model, evidence.distance, scale, colour_of(number))
         axis.set_title(f"guidance: {guidance(scale)}")
-        axis.set_xlabel("TFLOP per image")
-        axis.set_ylabel(METRIC_NAMES[evidence.distance])
+        style_axes(axis, evidence.distance)
         axis.legend(fontsize=6)
     save_figure(figure, path)
     return True

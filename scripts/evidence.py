@@ -274,8 +274,8 @@ def read_mask(name: str, pixels: np.ndarray, masks: str) -> np.ndarray:
     size = len(pixels)
     if masks == "shapes":
         number = Path(name).stem
-        image, mask, _ = shapes.render(int(number) if number.isdigit() else 0, size)
-        if not np.array_equal(image, pixels):
+        drawn, mask, _ = shapes.render(int(number) if number.isdigit() else 0, size)
+        if not np.array_equal(drawn, pixels):
             raise UserError(f"--masks shapes: '{name}' is no image of toy.shapes; give a folder of masks")
         return mask
     path = Path(masks) / name

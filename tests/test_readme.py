@@ -35,7 +35,7 @@ DEFAULTS = to_dict(config_from_dict({}))
 FOREIGN_MODULES = {"pytest", "mypy"}
 FOREIGN_OPTIONS = {"--machine_rank", "--num_cpu_threads_per_process", "--help"}
 # Folders that the commands of the documentation make.
-MADE_BY_COMMANDS = {"quickstart", "results", "samples", "features"}
+MADE_BY_COMMANDS = {"quickstart", "results", "samples", "features", "evidence"}
 
 
 # --------------------------------------------------------------------------------------- the parts of a page

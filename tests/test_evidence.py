@@ -1,0 +1,289 @@
+"""Evidence: the configurations are of equal cost, a run becomes a summary, and summaries become tables."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from config import UserError, load_config
+from evaluation import evidence, pareto
+from figures import evidence as figures
+from models import architecture, build_model
+from models.flops import TokenCounts, total_flops
+from scripts import evidence as measuring
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs" / "evidence"
+MANUAL = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+SAMPLES = 6
+
+
+# ------------------------------------------------------------------------------------------------- configurations
+
+
+def cost(name: str) -> float:
+    """FLOPs of a forward pass where 1 token in N is kept."""
+    config = load_config(CONFIGS / f"{name}.yaml")
+    kept = config.tokens / (1 if config.is_static else config.training.downsample_factor)
+    return total_flops(architecture(config), TokenCounts(kept, kept**2))
+
+
+def parameters(name: str) -> int:
+    with torch.device("meta"):
+        model = build_model(load_config(CONFIGS / f"{name}.yaml"))
+    return sum(tensor.numel() for tensor in model.parameters())
+
+
+def test_models_of_equal_cost():
+    assert cost("dit2") == pytest.approx(cost("dc"), rel=0.03)
+    assert cost("dit4") == pytest.approx(cost("dc"), rel=0.03)
+    assert parameters("dit2-params") == pytest.approx(parameters("dc"), rel=0.03)
+    assert cost("dc-budgets") == cost("dc")
+    # The budgets of one model are those of the models for one budget
+    for name, drop in (("dc-kept20", 0.2), ("dc-kept15", 0.4), ("dc-kept10", 0.6)):
+        factor = load_config(CONFIGS / f"{name}.yaml").training.downsample_factor
+        assert 1 / factor == pytest.approx((1 - drop) / 4, rel=1e-4)
+
+
+def test_the_manual_has_every_model_and_its_cost():
+    rows = re.findall(r"^\| `(.+)\.yaml` \| .* \| ([\d.]+) M \| .* \| ([\d.]+) \|$", MANUAL, re.MULTILINE)
+    expected = []
+    for file in CONFIGS.glob("*.yaml"):
+        if file.stem != "base":
+            size = f"{parameters(file.stem) / 1e6:.2f}"
+            expected.append((file.stem, size, f"{cost(file.stem) / 1e9:.3f}"))
+    assert sorted(rows) == sorted(expected)
+
+
+def test_the_donor_has_the_blocks_of_the_upcycled_model():
+    donor = load_config(CONFIGS / "dit-donor.yaml")
+    upcycled = load_config(CONFIGS / "dc-upcycled.yaml")
+    assert donor.model.hnet.d_model == upcycled.model.hnet.d_model
+    assert donor.model.hnet.arch_layout[1] == upcycled.model.hnet.arch_layout[1]
+    assert f"{donor.training.max_steps:07d}.pt" in str(upcycled.training.init_from)
+
+
+@pytest.mark.parametrize("name", ["dc", "dc-upcycled", "dit4"])
+def test_the_command_of_a_run_names_its_configuration(name):
+    config = load_config(CONFIGS / f"{name}.yaml", ["training.seed=2"])
+    command = measuring.training_command(config, Path("runs/x"))
+    words = f"--config configs/evidence/{name}.yaml --set training.seed=2 --output runs/x"
+    assert command == f"python train.py {words}"
+
+
+# ------------------------------------------------------------------------------------------------ measuring a run
+
+
+@pytest.fixture
+def masks(tiny_images, tmp_path) -> Path:
+    """A mask of every tiny image, whose left half is the object."""
+    half = np.zeros((32, 32), np.uint8)
+    half[:, :16] = 255
+    for file in tiny_images.rglob("*.png"):
+        mask = tmp_path / "masks" / file.relative_to(tiny_images)
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(half).save(mask)
+    return tmp_path / "masks"
+
+
+def test_a_run_becomes_a_summary(
+    whole_run, masks, tiny_images, tiny_extractor, tmp_path, monkeypatch, capsys
+):
+    """All its points, routing and training; the same call samples nothing, and a table and figures follow."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "reference.npz", images)
+    argv = [whole_run, "--reference", tmp_path / "reference.npz", "--features", tiny_extractor]
+    argv += ["--images", tiny_images, "--masks", masks, "--num-samples", SAMPLES, "--num-sampling-steps", 2]
+    argv += ["--budgets", "0.5", "--output", tmp_path / "results", "--batch-size", 4]
+    measuring.main([str(word) for word in argv])
+    summary = json.loads((tmp_path / "results" / "run" / "summary.json").read_text())
+    points = [(row["cfg_scale"], row["budget"], row.get("lite_cfg")) for row in summary["rows"]]
+    assert points == [(1, 0, None), (2, 0, None), (2, 0, 0.8), (1, 0.5, None), (2, 0.5, None)]
+    for row in summary["rows"]:
+        assert row["images"] == SAMPLES and row["sampler"] == "ddim" and row["tflop_per_image"] > 0
+        assert {"frechet_distance", "kid", "class_accuracy", "ms_per_image"} <= row.keys()
+    assert [row["t"] for row in summary["routing"]] == [
+        0.05,
+        0.15,
+        0.25,
+        0.35,
+        0.45,
+        0.55,
+        0.65,
+        0.75,
+        0.85,
+        0.95,
+    ]
+    for row in summary["routing"]:
+        assert row["all"] == pytest.approx((row["object"] + row["background"]) / 2)
+    assert summary["step"] == 8 and [step for step, _ in summary["loss"]] == [4, 8]
+    assert summary["training seconds"] > 0 and summary["command"].startswith(
+        "python train.py --config configs/"
+    )
+
+    # The same again finds every point
+    monkeypatch.setattr(pareto, "measure_point", None)
+    measuring.main([str(word) for word in argv])
+    again = json.loads((tmp_path / "results" / "run" / "summary.json").read_text())
+    assert again == summary
+    figures.main([str(tmp_path / "results"), "--output", str(tmp_path / "assets")])
+    assert "1 runs of 1 models: tables.md, pareto.png, routing.png" in capsys.readouterr().out
+
+
+def test_masks_must_belong_to_the_images():
+    pixels, mask, _ = measuring.shapes.render(12, 24)
+    assert np.array_equal(measuring.read_mask("ring/000012.png", pixels, "shapes"), mask)
+    with pytest.raises(UserError, match="is no image of toy.shapes"):
+        measuring.read_mask("ring/000013.png", pixels, "shapes")
+    with pytest.raises(UserError, match="has no a/1.png"):
+        measuring.read_mask("a/1.png", pixels, "nowhere")
+
+
+def test_floors(tiny_images, tiny_vae, tiny_extractor, tmp_path):
+    """The images themselves are at no distance, and the autoencoder's are."""
+    folder = tmp_path / "real"
+    for file in tiny_images.rglob("*.png"):
+        target = folder / file.relative_to(tiny_images)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(file).crop((0, 0, 32, 32)).save(target)
+    argv = ["--floors", tiny_vae, "--images", folder, "--reference", folder, "--features", tiny_extractor]
+    argv += ["--output", tmp_path / "results", "--num-samples"]
+    with pytest.raises(UserError, match="10 images cannot be compared with 11 samples"):
+        measuring.main([str(word) for word in [*argv, 11]])
+    measuring.main([str(word) for word in [*argv, 10]])
+    rows = {}
+    for name in ("real-images", "autoencoder"):
+        summary = json.loads((tmp_path / "results" / f"floor-{name}" / "summary.json").read_text())
+        rows[name] = summary["rows"][0]
+    assert rows["real-images"]["frechet_distance"] < 1e-6 < rows["autoencoder"]["frechet_distance"]
+    assert rows["autoencoder"].keys() == rows["real-images"].keys() >= {"kid", "class_accuracy"}
+
+
+# -------------------------------------------------------------------------------------------- tables and figures
+
+
+def row(distance: float, scale: float = 1.0, drop: float = 0.0, **more: float) -> dict:
+    cost = scale * (1 - drop / 2)
+    point = {"cfg_scale": scale, "budget": drop, "images": 64.0, "steps": 20.0, "seed": 0.0, "features": "f"}
+    point |= {"tflop_per_image": cost, "ms_per_image": 10 * cost, "kept_share": (1 - drop) / 4}
+    return {**point, "frechet_distance": distance, "kid": distance / 10, "class_accuracy": 0.5, **more}
+
+
+def write_run(folder: Path, config: str, seed: int, rows: list[dict], losses: list[float], **more) -> None:
+    """A summary of a run that nobody trained."""
+    shape = load_config(CONFIGS / f"{config}.yaml", [f"training.seed={seed}"])
+    summary = {
+        "run": f"{config}-{seed}", "model": shape.model.name, "step": 50 * len(losses), "seed": seed,
+        "parameters": 1_500_000, "config": measuring.shaping_keys(shape), "command": f"train {config} {seed}",
+        "hardware": "a processor", "training seconds": 600.0, "measured by": "measure", "rows": rows, "routing": [],
+        "loss": [[50 * (k + 1), loss] for k, loss in enumerate(losses)], **more,
+    }  # fmt: skip
+    path = folder / f"{config}-{seed}" / "summary.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(summary))
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    """Two seeds of a DC-DiT and a static DiT, and one of each other kind."""
+    folder = tmp_path / "results"
+    falling = [1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2]
+    routing = [{"t": 0.25, "object": 0.5, "background": 0.1, "all": 0.3}]
+    routing += [{"t": 0.75, "object": 0.1, "background": 0.1, "all": 0.1}]
+    for seed in (0, 1):
+        rows = [
+            row(100 + 10 * seed),
+            row(150, drop=0.4),
+            row(80, 2.0),
+            row(81, 2.0, lite_cfg=0.8, ms_per_image=15.0),
+        ]
+        write_run(folder, "dc", seed, rows, falling, routing=routing)
+        write_run(folder, "dit2", seed, [row(200 + seed), row(70, 2.0)], falling)
+    write_run(folder, "dc-budgets", 0, [row(104), row(108, drop=0.4), row(81, 2.0)], falling)
+    write_run(folder, "dc-kept15", 0, [row(107, kept_share=0.15, tflop_per_image=0.8), row(79, 2.0)], falling)
+    write_run(folder, "dc-upcycled", 0, [row(99)], [0.6, 0.4, 0.3, 0.2, 0.1])
+    return folder
+
+
+def section(text: str, title: str) -> list[str]:
+    """The lines of a table, without its header."""
+    part = text.split(f"## {title}\n")[1].split("## ")[0]
+    return [line for line in part.splitlines() if line.startswith("| ")][2:]
+
+
+def test_every_table_and_figure(results, tmp_path):
+    figures.main([str(results), "--output", str(tmp_path / "assets")])
+    names = {path.name for path in (tmp_path / "assets").iterdir()}
+    assert names == {"tables.md", "pareto.png", "routing.png", "budgets.png", "upcycling.png"}
+    text = (tmp_path / "assets" / "tables.md").read_text()
+    against = section(text, "DC-DiT against static DiTs of about equal FLOPs")
+    assert (
+        "| DC-DiT | DiT, P = 2, equal FLOPs | none | +0% | -48% | -48% | no |" in against
+        and "| DC-DiT | DiT, P = 2, equal FLOPs | 2 | +0% | +14% | +14% | no |" in against
+    )
+    quality = section(text, "Quality against cost")
+    cells = [
+        "DC-DiT",
+        "none",
+        "0%",
+        "25.0% ± 0.0%",
+        "1",
+        "10.0 ± 0.0",
+        "105.0 ± 7.1",
+        "10.5 ± 0.7071",
+        "50.0% ± 0.0%",
+        "2",
+    ]
+    assert f"| {' | '.join(cells)} |" in quality and len(quality) == 12
+    assert section(text, "Kept tokens on objects and on background") == [
+        "| DC-DiT | 30.0% ± 0.0% | 10.0% ± 0.0% | 3.00 ± 0.00 | 30.0% ± 0.0% | 10.0% ± 0.0% | 2 |"
+    ]
+    (lite,) = section(text, "Lite-CFG against full guidance")
+    assert lite.startswith("| DC-DiT | 2 | 80% | +0.0% | -25.0% | +1.2% | +1.2% |")
+    # Only the pair that differs in multi-budget training, and only the models that differ in N
+    dropped = section(text, "Tail dropping with and without multi-budget training")
+    assert [line.split(" | ")[1:4:2] + line.split(" | ")[-1:] for line in dropped] == [
+        ["no", "0%", "+0.0% |"], ["no", "40%", "+42.9% |"], ["no", "0%", "+0.0% |"],
+        ["yes", "0%", "+0.0% |"], ["yes", "40%", "+3.8% |"], ["yes", "0%", "+0.0% |"],
+    ]  # fmt: skip
+    assert len(section(text, "One checkpoint at many budgets")) == 7
+    # The running means are 0.8, 0.633, ... and 0.433, 0.3, 0.2
+    assert section(text, "Upcycling")[-1] == "| DC-DiT, upcycled | 0.2500 | 400 | 250 | 1.6 | 1 |"
+    assert len(section(text, "Runs")) == 7
+
+
+def test_what_has_no_data_is_left_out(tmp_path):
+    write_run(tmp_path / "results", "dit2", 0, [row(3.0)], [1.0, 0.5, 0.2])
+    figures.main([str(tmp_path / "results"), "--output", str(tmp_path / "assets")])
+    text = (tmp_path / "assets" / "tables.md").read_text()
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles == [
+        "## Quality against cost",
+        "## Class accuracy",
+        "## Runs",
+        "## Commands that measured them",
+    ]
+    assert {path.name for path in (tmp_path / "assets").iterdir()} == {"tables.md", "pareto.png"}
+
+
+def test_summaries_that_cannot_be_compared(tmp_path):
+    with pytest.raises(UserError, match="has no summary.json of a run"):
+        evidence.read(tmp_path)
+    write_run(tmp_path, "dc", 0, [row(3.0)], [1.0])
+    write_run(tmp_path, "dc", 1, [row(3.0, images=32.0)], [1.0])
+    with pytest.raises(UserError, match="has images 32.0, and others 64.0"):
+        evidence.read(tmp_path)
+    (tmp_path / "dc-1" / "summary.json").write_text("[]")
+    with pytest.raises(UserError, match="is no summary of scripts.evidence"):
+        evidence.read(tmp_path)
+
+
+def test_models_of_one_name_are_told_apart(tmp_path):
+    write_run(tmp_path, "dc", 0, [row(3.0)], [1.0])
+    write_run(tmp_path, "dc", 1, [row(3.0)], [1.0, 0.5])
+    labels = [model.label for model in evidence.read(tmp_path).models]
+    assert labels == ["DC-DiT, 100 steps", "DC-DiT, 50 steps"]
