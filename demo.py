@@ -1,13 +1,16 @@
-"""A web page on which one checkpoint serves any budget: class, seed, guidance and a budget slider.
+"""A web page on which one checkpoint serves any budget: class, seed, guidance, and a slider for the budget.
 
+    python demo.py
     python demo.py --ckpt quickstart/run/checkpoints/0001400.pt
 
-shows the sample, its boundary probabilities and its cost, beside the same sample with nothing dropped. Needs
-`pip install gradio`.
+The page shows a sample beside the same sample with nothing dropped, what each of them costs, and which tokens are
+kept at any timestep. Without a checkpoint it shows the first model of `assets/`. Needs `pip install gradio`.
 """
 
 import argparse
+import contextlib
 import functools
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -15,11 +18,12 @@ import cli
 from config import UserError
 from data.names import markdown, short_name
 from diffusion import OBJECTIVES
-from figures.side_by_side import PIXELS, side_by_side
+from figures.side_by_side import PIXELS, Choice, ChunkMap, Drawn, SideBySide, View
 from models import describe
 from processes import group
 from sampling.arguments import add_run_arguments, load_trained_from
 from sampling.classes import shown_name
+from sampling.hub import shipped_models
 from sampling.load import TrainedModel
 from sampling.options import SamplingOptions, possible_scale
 
@@ -36,7 +40,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--sampler", help="ddpm, ddim, dpm++; of a flow euler, heun, sde (default: ddim; euler)"
     )
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.ckpt is None and args.config is None:
+        args.ckpt = str(default_model())
+    return args
+
+
+def default_model() -> str:
+    """The first model that comes with the repository; UserError if there is none."""
+    models = shipped_models()
+    if not models:
+        raise UserError(
+            "--ckpt is missing, and assets/ holds no model; run `bash scripts/quickstart.sh`, then give "
+            "quickstart/run/checkpoints/0001400.pt"
+        )
+    first, *others = models
+    print(f"--ckpt {first}" + "".join(f"; or {other}" for other in others))
+    return str(first)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,28 +82,21 @@ def main(argv: list[str] | None = None) -> None:
     page.launch(server_name="127.0.0.1", server_port=args.port)
 
 
+# ------------------------------------------------------------------------------------------------------- page
+
+
 def build_page(gradio: ModuleType, trained: TrainedModel, steps: int, sampler: str) -> Any:
-    """The Gradio page: a row of inputs, a row of pictures, a row of costs."""
+    """The Gradio page: inputs, the progress, two samples with their costs, and the chunk map at a timestep."""
     config = trained.config
-    draw_pair = side_by_side(trained, steps, sampler)
+    labels = class_choices(config.data.num_classes, trained.class_names)
+    calls = PageCalls(gradio, SideBySide(trained, steps, sampler), labels)
 
-    def update(label: int, seed: float | None, guidance: float | None, dropped: float | None) -> Any:
-        # A field is empty while its number is being typed
-        if seed is None or guidance is None or dropped is None:
-            return gradio.skip()
-        try:
-            return draw_pair(label, int(seed), guidance, dropped)
-        except (UserError, FloatingPointError) as error:
-            raise gradio.Error(str(error), print_exception=False) from None
-
-    classes = []
-    for label in range(config.data.num_classes):
-        classes.append((shown_name(label, trained.class_names), label))
     # A model without a null label can do scale 1 only, and one without classes scale 0
     scale = possible_scale(2.0, config)
-    guided = scale > 1
-    budget = "share of the kept tokens to drop"
+    slider = gradio.Slider
     picture = functools.partial(gradio.Image, interactive=False, format="png", width=PIXELS)
+    budget = "share of the kept tokens to drop"
+    last_t = config.diffusion.diffusion_steps - 1
 
     with gradio.Blocks(title=short_name(config.model.name)) as page:
         gradio.Markdown(
@@ -92,32 +105,133 @@ def build_page(gradio: ModuleType, trained: TrainedModel, steps: int, sampler: s
         )
         with gradio.Row():
             inputs = [
-                gradio.Dropdown(classes, value=0, label="class", interactive=scale > 0, elem_id="label"),
+                gradio.Dropdown(list(labels), label="class", interactive=scale > 0, elem_id="label"),
                 gradio.Number(0, label="seed", precision=0, minimum=0, elem_id="seed"),
-                gradio.Slider(
+                slider(
                     min(scale, 1),
                     8,
                     scale,
                     step=0.5,
                     label="guidance",
-                    interactive=guided,
+                    interactive=scale > 1,
                     elem_id="guidance",
                 ),
-                gradio.Slider(0, LARGEST_FRACTION, 0.5, step=0.05, label=budget, elem_id="dropped"),
+                slider(0, LARGEST_FRACTION, 0.5, step=0.05, label=budget, elem_id="dropped"),
             ]
-        # One output for each field of figures.side_by_side.Pair
+        progress = gradio.HTML(elem_id="progress")
+        # One output for each picture and text of `PageCalls.outputs`
         with gradio.Row():
-            outputs = [
+            samples = [
                 picture(label="at the budget", elem_id="image"),
-                picture(label="boundary probability, last step", elem_id="boundaries"),
                 picture(label="nothing dropped", elem_id="full_image"),
             ]
         with gradio.Row():
-            outputs.append(gradio.Textbox(label="cost", elem_id="cost"))
-            outputs.append(gradio.Textbox(label="cost, nothing dropped", elem_id="full_cost"))
-        changes = [each.change for each in inputs]
-        gradio.on([page.load, *changes], update, inputs, outputs, trigger_mode="always_last")
+            costs = [
+                gradio.Textbox(label="cost", elem_id="cost"),
+                gradio.Textbox(label="cost, nothing dropped", elem_id="full_cost"),
+            ]
+        timestep = slider(
+            0, last_t, 0, step=1, label="t: from noise (right) to image (left)", elem_id="timestep"
+        )
+        with gradio.Row():
+            chunk_map = [
+                picture(label="boundary probability at t", elem_id="probability"),
+                picture(label="kept tokens at t", elem_id="kept"),
+                gradio.Textbox(label="at t", elem_id="at_t"),
+            ]
+
+        # One sample is drawn at a time; what a user changes meanwhile comes next
+        together = {"trigger_mode": "always_last", "concurrency_id": "model", "show_progress": "hidden"}
+        changes = [page.load, *(each.change for each in inputs)]
+        outputs = [*samples, *costs, *chunk_map, progress]
+        gradio.on(changes, calls.sample, [*inputs, timestep], outputs, api_name="sample", **together)
+        moved = [timestep.change]
+        gradio.on(moved, calls.chunk_map, [*inputs, timestep], chunk_map, api_name="chunk_map", **together)
     return page
+
+
+class PageCalls:
+    """What the page calls; its names and descriptions are those of the page's API."""
+
+    def __init__(self, gradio: ModuleType, drawing: SideBySide, labels: dict[str, int]):
+        self.gradio = gradio
+        self.drawing = drawing
+        self.labels = labels
+
+    def sample(
+        self,
+        class_name: str,
+        seed: int | None,
+        guidance: float | None,
+        dropped: float | None,
+        t: float | None,
+    ) -> Iterator[list]:
+        """A sample at a budget and with nothing dropped, what both cost, and the chunk map at timestep t."""
+        choice = self.choice(class_name, seed, guidance, dropped)
+        if choice is None or t is None:
+            return
+        with self.errors_on_the_page():
+            for view in self.drawing.views(choice, int(t)):
+                yield self.outputs(view)
+
+    def chunk_map(
+        self,
+        class_name: str,
+        seed: int | None,
+        guidance: float | None,
+        dropped: float | None,
+        t: float | None,
+    ) -> list:
+        """Boundary probability and kept tokens of a sample at timestep t, both over the sample."""
+        choice = self.choice(class_name, seed, guidance, dropped)
+        if choice is None or t is None:
+            return self.unless_none(None, None, None)
+        with self.errors_on_the_page():
+            return list(self.drawing.chunk_map(choice, int(t)))
+
+    def choice(
+        self, class_name: str, seed: int | None, guidance: float | None, dropped: float | None
+    ) -> Choice | None:
+        """What the inputs ask for; None while a number is being typed, because its field is empty then."""
+        if seed is None or guidance is None or dropped is None:
+            return None
+        return Choice(self.labels[class_name], int(seed), guidance, dropped)
+
+    def outputs(self, view: View) -> list:
+        """A value for each output of the page."""
+        chunk_map: ChunkMap | tuple[None, None, None] = view.chunk_map or (None, None, None)
+        progress = None if view.progress is None else progress_bar(*view.progress)
+        return self.unless_none(view.image, view.full_image, view.cost, view.full_cost, *chunk_map, progress)
+
+    def unless_none(self, *values: Any) -> list:
+        """The values; None leaves an output as it is."""
+        return [self.gradio.skip() if value is None else value for value in values]
+
+    @contextlib.contextmanager
+    def errors_on_the_page(self) -> Iterator[None]:
+        """Show a mistake as a line on the page."""
+        try:
+            yield
+        except (UserError, FloatingPointError) as error:
+            raise self.gradio.Error(str(error), print_exception=False) from None
+
+
+def class_choices(num_classes: int, names: list[str] | None) -> dict[str, int]:
+    """Label of each class by its name, which the page shows and its API takes."""
+    shown = [shown_name(label, names) for label in range(num_classes)]
+    if len(set(shown)) < num_classes:
+        # Names may be the same where they are cut
+        shown = [f"{label}: {name}" for label, name in enumerate(shown)]
+    return {name: label for label, name in enumerate(shown)}
+
+
+def progress_bar(place: str, drawn: Drawn) -> str:
+    """HTML: how far the drawing of a sample has come."""
+    done = len(drawn.steps)
+    text = f"step {done} of {drawn.all_steps}, t = {drawn.steps[-1].t}"
+    if drawn.is_finished:
+        text = "finished"
+    return f'<progress max="{drawn.all_steps}" value="{done}"></progress> {place}: {text}'
 
 
 def import_gradio() -> ModuleType:

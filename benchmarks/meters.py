@@ -63,19 +63,19 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def saved_bytes(function: Callable[[], object], known: Sequence[Tensor]) -> int:
     """Memory that a forward pass keeps for its backward pass, beyond `known` weights and inputs."""
-    sizes: dict[int, int] = {}  # address of a storage -> bytes
+    sizes: dict[int, int] = {}  # identity of a storage -> bytes
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
+        sizes[storage._cdata] = storage.nbytes()  # fake tensors have storages, too, but no addresses
         # The tensor itself would hold the graph that holds it, and neither would ever be freed
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = function()
-    known_addresses = {tensor.untyped_storage().data_ptr() for tensor in known}
-    del output  # until here it kept the graph alive, and so every address its own
-    return sum(size for address, size in sizes.items() if address not in known_addresses)
+    known_storages = {tensor.untyped_storage()._cdata for tensor in known}
+    del output  # until here it kept the graph alive, and so every storage
+    return sum(size for storage, size in sizes.items() if storage not in known_storages)
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.meters import medians
+from benchmarks.meters import medians, saved_bytes
 from benchmarks.report import Row
 from benchmarks.step_functions import EMA_DECAY, TrainingStep, sampling_step, training_loss
 from benchmarks.workload import Case, Setup, Workload, build_workload, downsampling
@@ -48,6 +48,7 @@ KERNELS = {
     "convolution_backward": 3,
     "sort": 4,
 }
+COPIES = 5  # of each parameter: itself, its gradient, two averages of AdamW, the EMA
 TENSORS_PER_KERNEL = 30  # of operations on lists, such as the optimizer's
 # Operations that read or write only the rows that an index names
 GATHERING = ("index_select", "index", "embedding", "gather", "take")
@@ -212,12 +213,12 @@ def attend(qkv: Tensor, packing: Packing) -> Tensor:
     return cpu_attention.attend(qkv, packing.lengths)
 
 
-def count_training(case: Case, tf32: bool) -> Counts:
+def count_training(case: Case, tf32: bool, dropped: float = 0.0) -> Counts:
     """A training step on about one token in N: forward and backward pass, clipping, optimizer and EMA."""
     with FakeTensorMode():
         workload = fake_workload(case)
         parameters: list[Tensor] = list(workload.model.parameters())
-        loss = training_loss(workload, forward_with(workload.model, budget(case, 0.0)))
+        loss = training_loss(workload, forward_with(workload.model, budget(case, dropped)))
         optimizer = torch.optim.AdamW(parameters, fused=True)
         averages = [torch.empty_like(parameter) for parameter in parameters]
 
@@ -232,6 +233,17 @@ def count_training(case: Case, tf32: bool) -> Counts:
         with Counter(tf32) as counter:
             step()
     return counter.counts
+
+
+def count_memory(case: Case) -> int:
+    """Bytes of a training step: weights, gradients, AdamW, EMA, and what the backward pass needs."""
+    with FakeTensorMode():
+        workload = fake_workload(case)
+        parameters = list(workload.model.parameters())
+        known = [*parameters, *workload.model.buffers(), *workload.inputs, workload.noise]
+        saved = saved_bytes(training_loss(workload, forward_with(workload.model, budget(case, 0.0))), known)
+        state = COPIES * sum(size(parameter) for parameter in parameters)
+    return saved + state
 
 
 def count_sampling(case: Case, dropped: float) -> Counts:

@@ -70,6 +70,20 @@ def sample_latents(
     on_step: OnStep | None = None,
 ) -> tuple[Tensor, list[StepCounts]]:
     """The reverse process for one batch: scaled latents (B, C, S, S) and the kept tokens of every step."""
+    kept = []
+    latents = torch.empty(0)
+    for step, routing in reverse_process(trained, indices, labels, options):
+        latents = step.x_next
+        kept.append(routing.counts(step.t))
+        if on_step is not None:
+            on_step(step, routing.shown)
+    return latents, kept
+
+
+def reverse_process(
+    trained: TrainedModel, indices: list[int], labels: list[int], options: SamplingOptions
+) -> Iterator[tuple[Step, BranchRouting]]:
+    """The steps of the model's sampler for one batch, each with its routing."""
     config = trained.config
     diffusion = sampling_process(config, options)
     objective = OBJECTIVES[config.diffusion.objective]
@@ -79,14 +93,7 @@ def sample_latents(
     def sampler(denoise: Denoise) -> Iterator[Step]:
         return run(diffusion, denoise, noise(), noise)
 
-    kept = []
-    latents = torch.empty(0)
-    for step, routing in sampling_steps(trained, labels, options, sampler, indices):
-        latents = step.x_next
-        kept.append(routing.counts(step.t))
-        if on_step is not None:
-            on_step(step, routing.shown)
-    return latents, kept
+    return sampling_steps(trained, labels, options, sampler, indices)
 
 
 def sampling_steps(

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import benchmarks.__main__ as command
-from benchmarks import attention, budgets, meters, plan, report, roofline, runner, stages, steps
+from benchmarks import attention, budgets, meters, plan, recipes, report, roofline, runner, stages, steps
 from benchmarks.step_functions import TrainingStep, sampling_step
 from benchmarks.workload import Case, Setup, build_workload, varied_masks
 from config import UserError, config_from_dict
@@ -296,6 +296,22 @@ def test_a_training_step_is_three_forward_passes():
     assert counts.all_flops == pytest.approx(3 * 4 * forward, rel=0.1)
     assert counts.flops["float32"] == 0 and counts.flops["TF32"] > 0
     assert 0 < counts.device_seconds <= counts.seconds
+
+
+def test_recipes_are_of_the_configurations_that_there_are():
+    """docs/recipes.md has a row for every one, and the numbers of one of them are those of today's code."""
+    rows = {}
+    for line in recipes.PAGE.read_text().splitlines():
+        if line.startswith("| `"):
+            name, *cells = line.strip("| ").split(" | ")
+            rows[name.strip("`")] = cells
+    shipped = {file.stem for file in (ROOT / "configs").glob("*DiT-*.yaml")}
+    assert rows.keys() == shipped and shipped > recipes.PAPER_FID.keys()
+    _, *values = recipes.recipe("DCDiT-S-N16").values()
+    shown = rows["DCDiT-S-N16"]
+    assert shown[1] == values[1]
+    for text, value in zip([shown[0], *shown[2:6]], [values[0], *values[2:6]], strict=True):
+        assert float(text) == pytest.approx(value, rel=0.05)
 
 
 def test_gradients_node_by_node():

@@ -15,10 +15,13 @@ import pytest
 import torch
 
 import demo
+import figures.side_by_side as side_by_side
 from config import UserError, load_config, to_dict
 from data.features import open_features
-from figures.side_by_side import side_by_side
+from figures.side_by_side import Choice, SideBySide
 from models import build_model
+from sampling import hub
+from sampling.generate import SamplingOptions, generate_images
 from sampling.load import load_trained
 from weights.checkpoint import save_checkpoint
 
@@ -45,15 +48,58 @@ def save_random(config, folder: Path) -> Path:
 
 
 def test_pictures_and_costs(tiny_config, tmp_path):
-    """Of the function behind the page, without a page: half of the tokens against all of them."""
+    """Of what is behind the page, without a page: half of the tokens against all of them."""
     trained = load_trained(save_random(load_config(tiny_config), tmp_path))
-    draw_pair = side_by_side(trained, 3, "ddim")
-    pair = draw_pair(1, 0, 2.0, 0.5)
-    assert pair.image.shape == pair.boundaries.shape == pair.full_image.shape == (288, 288, 3)
-    assert not np.array_equal(pair.image, pair.full_image)
-    assert float(pair.cost.split()[0]) < float(pair.full_cost.split()[0])
-    assert re.search(r"TFLOP, \S+ ms, peak memory \d+ MB, .* of the time$", pair.cost)
-    assert np.array_equal(draw_pair(1, 0, 2.0, 0.0).image, pair.full_image)
+    drawing = SideBySide(trained, 3, "ddim")
+    *_, last = drawing.views(Choice(1, 0, 2.0, 0.5), 0)
+    assert last.image.shape == last.full_image.shape == last.chunk_map.probability.shape == (288, 288, 3)
+    assert not np.array_equal(last.image, last.full_image)
+    assert float(last.cost.split()[0]) < float(last.full_cost.split()[0])
+    assert re.search(r"TFLOP, \S+ ms, peak memory \d+ MB, .* of the time$", last.cost)
+
+    # The same as sampling without a page
+    options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=3, sampler="ddim")
+    (image,) = generate_images(trained, [1], options)
+    assert np.array_equal(last.full_image[::9, ::9], image.permute(1, 2, 0).numpy())
+
+
+def test_the_first_sight_of_a_sample_comes_early(tiny_config, tmp_path, monkeypatch):
+    """After one step of the first of two samples; each look shows more steps, and the chunk map of the latest."""
+    monkeypatch.setattr(side_by_side, "PAUSE", 0.0)
+    monkeypatch.setattr(side_by_side, "PATIENCE", 0.0)
+    trained = load_trained(save_random(load_config(tiny_config), tmp_path))
+    choice = Choice(1, 0, 2.0, 0.5)
+    drawing = SideBySide(trained, 4, "ddim")
+    views = list(drawing.views(choice, 999))
+    seen = [(view.progress[0], len(view.progress[1].steps)) for view in views if view.progress]
+    first = [("at the budget", done) for done in (1, 2, 3, 4)]
+    assert seen == [*first, *(("nothing dropped", done) for _, done in first), ("both samples", 4)]
+    assert 'value="1"' in demo.progress_bar(*views[1].progress)
+    latest = [int(view.chunk_map.sentence.split()[2][:-1]) for view in views[1:4]]
+    assert latest == sorted(latest, reverse=True)
+
+    # The chunk map at any t, of the sample that is remembered
+    assert views[-1].chunk_map.sentence.startswith("t = 999: ")
+    step = drawing.remembered[choice].steps[-1]
+    kept = int(step.keep.sum())
+    assert drawing.chunk_map(choice, 0).sentence.startswith(f"t = {step.t}: {kept} of 64 tokens kept")
+
+
+def test_without_a_checkpoint_the_first_shipped_model_is_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hub, "ASSETS", tmp_path)
+    with pytest.raises(UserError, match="--ckpt is missing, and assets/ holds no model; run `bash scripts/"):
+        demo.parse([])
+    for name in ("shapes", "emoji"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    assert demo.parse([]).ckpt == str(tmp_path / "emoji")
+    assert capsys.readouterr().out == f"--ckpt {tmp_path / 'emoji'}; or {tmp_path / 'shapes'}\n"
+    assert demo.parse(["--ckpt", "other.pt"]).ckpt == "other.pt"
+
+
+def test_classes_are_chosen_by_name():
+    assert demo.class_choices(3, ["cat", "dog"]) == {"cat": 0, "dog": 1, "2": 2}
+    assert demo.class_choices(2, ["cat", "cat"]) == {"0: cat": 0, "1: cat": 1}
 
 
 def test_a_static_model_is_refused(tiny_config, tmp_path, monkeypatch):
@@ -131,9 +177,11 @@ def browser():
 
 LOOK = """
 const found = {};
-for (const key of ["image", "boundaries", "full_image"]) found[key] = document.querySelector(`#${key} img`)?.src;
-for (const key of ["cost", "full_cost"])
+for (const key of ["image", "full_image", "probability", "kept"])
+  found[key] = document.querySelector(`#${key} img`)?.src;
+for (const key of ["cost", "full_cost", "at_t"])
   found[key] = document.querySelector(`#${key} textarea, #${key} input`)?.value;
+found.progress = document.querySelector("#progress")?.innerText;
 return found;
 """
 FETCH = """
@@ -144,13 +192,9 @@ fetch(source).then(answer => answer.blob()).then(blob => reader.readAsDataURL(bl
 
 
 def look(browser) -> dict[str, str] | None:
-    """The pictures' addresses and the costs on the page, or None until all are there."""
+    """The pictures' addresses and the texts on the page, or None until both samples are finished."""
     found = browser.execute_script(LOOK)
-    return (
-        found
-        if all(found.get(key) for key in ("image", "boundaries", "full_image", "cost", "full_cost"))
-        else None
-    )
+    return found if "both samples: finished" in (found["progress"] or "") else None
 
 
 def pixels(browser, source: str) -> str:
@@ -158,22 +202,44 @@ def pixels(browser, source: str) -> str:
     return browser.execute_async_script(FETCH, source)
 
 
-def test_the_slider_changes_picture_and_cost(page, browser):
-    """And nothing of the sample at full cost beside it; another seed changes both."""
+def test_the_sliders_change_what_is_shown(page, browser):
+    """That of the budget the picture and its cost, and nothing of the sample beside it; that of t the chunk map."""
     browser.get(page)
     before = wait_for(lambda: look(browser))
-    shown = {key: pixels(browser, before[key]) for key in ("image", "boundaries", "full_image")}
-    slider = browser.find_element("css selector", "#dropped input[type=range]")
-    slider.send_keys("\ue010")  # the End key: as much as the page offers
+    assert all(before.values())
+    shown = {key: pixels(browser, before[key]) for key in ("image", "full_image", "kept")}
+
+    # The End key: as much as a slider offers
+    browser.find_element("css selector", "#timestep input[type=range]").send_keys("\ue010")
+    wait_for(lambda: look(browser)["at_t"].startswith("t = 999: "))
+    wait_for(lambda: pixels(browser, look(browser)["kept"]) != shown["kept"])
+    assert look(browser)["cost"] == before["cost"]
+
+    browser.find_element("css selector", "#dropped input[type=range]").send_keys("\ue010")
     after = wait_for(lambda: (seen := look(browser)) and seen["cost"] != before["cost"] and seen)
-    cheaper, cost, full = (
-        float(text.split()[0]) for text in (after["cost"], before["cost"], after["full_cost"])
-    )
-    assert cheaper < cost < full
+    costs = [float(text.split()[0]) for text in (after["cost"], before["cost"], after["full_cost"])]
+    assert costs == sorted(costs) and len(set(costs)) == 3
     assert after["full_cost"] == before["full_cost"]
     wait_for(lambda: pixels(browser, look(browser)["image"]) != shown["image"])
     assert pixels(browser, look(browser)["full_image"]) == shown["full_image"]
-    browser.find_element("css selector", "#seed input").send_keys(
-        "\ue0033"
-    )  # Backspace: for a moment there is no seed
-    wait_for(lambda: pixels(browser, look(browser)["full_image"]) != shown["full_image"])
+
+    # Another seed changes both; after Backspace there is no seed for a moment
+    browser.find_element("css selector", "#seed input").send_keys("\ue0033")
+    wait_for(lambda: (seen := look(browser)) and pixels(browser, seen["full_image"]) != shown["full_image"])
+
+
+def test_the_api_takes_what_it_documents(page):
+    """A class by its name; the answer is that of the page."""
+    client = pytest.importorskip("gradio_client").Client(page, verbose=False)
+    documented = client.view_api(return_format="dict")["named_endpoints"]
+    for name, number_of_outputs in (("/sample", 8), ("/chunk_map", 3)):
+        given = {}
+        for parameter in documented[name]["parameters"]:
+            is_class = parameter["parameter_name"] == "class_name"
+            given[parameter["parameter_name"]] = (
+                parameter["type"]["enum"][1] if is_class else parameter["parameter_default"]
+            )
+        assert (
+            list(given) == ["class_name", "seed", "guidance", "dropped", "t"] and given["class_name"] == "b"
+        )
+        assert len(client.predict(**given, api_name=name)) == number_of_outputs

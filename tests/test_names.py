@@ -17,7 +17,7 @@ from config import UserError, config_from_dict, load_config, to_dict
 from data.features import open_features
 from data.names import markdown, short_name
 from figures import cost, elastic_grid, pareto
-from figures.side_by_side import side_by_side
+from figures.side_by_side import Choice, SideBySide
 from models import build_model
 from sampling import hub
 from sampling.accounting import SamplingRecord, Seconds, save_summary, summarise
@@ -291,9 +291,12 @@ def build_page(trained, changes=None, error=None):
         def __exit__(self, *error):
             pass
 
-    names = ("Blocks", "Markdown", "Row", "Dropdown", "Number", "Slider", "Image", "Textbox")
+    names = ("Blocks", "Markdown", "Row", "Dropdown", "Number", "Slider", "Image", "Textbox", "HTML")
     gradio = types.SimpleNamespace(
-        **dict.fromkeys(names, Part), on=lambda *args, **options: calls.append(args), Error=error
+        **dict.fromkeys(names, Part),
+        on=lambda *args, **options: calls.append(args),
+        skip=lambda: None,
+        Error=error,
     )
     demo.build_page(gradio, trained, 2, "ddim")
     return seen
@@ -306,8 +309,8 @@ def test_page(odd):
     text = next(args[0] for args, _ in seen if args and str(args[0]).startswith("##"))
     assert text.startswith(r"## \_DiT \$1\_\<b\>: one checkpoint")
     choices = next(args[0] for args, options in seen if options.get("label") == "class")
-    assert choices[:2] == [("$5_to_$x^{", 0), (r"caf\xe9 <b>", 1)]
-    "".join(name for name, _ in choices).encode()
+    assert choices[:2] == ["$5_to_$x^{", r"caf\xe9 <b>"]
+    "".join(choices).encode()
 
 
 def test_the_page_shows_an_error_in_a_line(odd):
@@ -320,11 +323,12 @@ def test_the_page_shows_an_error_in_a_line(odd):
 
     changes = []
     build_page(load_trained(odd), changes, Error)
-    (_, update, *_) = changes[0]
+    (_, sample, *_), (_, chunk_map, *_) = changes
+    name = "$5_to_$x^{"
     with pytest.raises(Error, match="--seed -1: must be 0 or greater"):
-        update(0, -1, 2.0, 0.0)
+        list(sample(name, -1, 2.0, 0.0, 0))
     with pytest.raises(Error, match="--cfg-scale 0.5: must be a number of at least 1"):
-        update(0, 0, 0.5, 0.0)
+        chunk_map(name, 0, 0.5, 0.0, 0)
 
 
 @pytest.mark.parametrize("dropped_labels, scale", [(0.0, 1), (1.0, 0), (0.5, 2)])
@@ -334,7 +338,8 @@ def test_the_page_offers_a_scale_that_the_model_can_do(tiny_config, tmp_path, dr
     seen = build_page(trained)
     (lowest, _, shown), options = next(part for part in seen if part[1].get("label") == "guidance")
     assert shown == scale and lowest == min(scale, 1) and options["interactive"] == (scale == 2)
-    assert side_by_side(trained, 2, "ddim")(1, 0, shown, 0.5).image.shape == (288, 288, 3)
+    *_, last = SideBySide(trained, 2, "ddim").views(Choice(1, 0, shown, 0.5), 0)
+    assert last.image.shape == (288, 288, 3)
 
 
 def test_any_name_can_be_printed(monkeypatch, capsys):

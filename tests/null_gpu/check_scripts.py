@@ -16,7 +16,7 @@ import sample_ddp
 import train
 from data.features import open_features
 from figures import elastic_grid, pareto
-from figures.side_by_side import side_by_side
+from figures.side_by_side import Choice, SideBySide
 from null_gpu.counts import counting
 from sampling.load import load_trained
 from sampling.pipeline import DCDiTPipeline
@@ -170,5 +170,6 @@ def test_toy_classifier(tmp_path):
 
 def test_demo(checkpoint):
     """The function behind the page."""
-    pair = side_by_side(load_trained(checkpoint, "cuda"), 2, "ddim")(0, 0, 2.0, 0.5)
-    assert pair.image.shape == (288, 288, 3)
+    drawing = SideBySide(load_trained(checkpoint, "cuda"), 2, "ddim")
+    *_, last = drawing.views(Choice(0, 0, 2.0, 0.5), 0)
+    assert last.image.shape == (288, 288, 3)
