@@ -78,6 +78,7 @@ class Config:
         """What diffusion.build_process takes."""
         return {
             "objective": self.diffusion.objective,
+            "prediction": self.diffusion.prediction,
             "noise_schedule": self.diffusion.noise_schedule,
             "diffusion_steps": self.diffusion.diffusion_steps,
             "learn_sigma": self.training.learn_sigma,
@@ -204,7 +205,10 @@ UNREAD: list[tuple[Callable[[Config], bool], tuple[str, ...]]] = [
     (lambda config: not config.training.frozen, ("training.frozen_steps",)),
     (lambda config: config.training.init_from is None, ("model.upcycle.",)),
     (lambda config: config.diffusion.objective != "flow", ("diffusion.flow_shift",)),
-    (lambda config: config.diffusion.objective == "flow", ("diffusion.noise_schedule",)),
+    (
+        lambda config: config.diffusion.objective == "flow",
+        ("diffusion.prediction", "diffusion.noise_schedule"),
+    ),
     (lambda config: config.is_static, ("model.router",)),
     (lambda config: config.is_static, ("model.hnet.enc_dec_dim_factor", "model.hnet.dechunk_kernel_sigma")),
     (lambda config: not config.logging.sample_every, ("logging.sample_cfg_scale",)),

@@ -290,7 +290,10 @@ class DiffusionConfig:
     """The diffusion process and its guidance."""
 
     objective: Annotated[str, one_of(OBJECTIVES)] = process(
-        "gaussian", "gaussian: predict epsilon; flow: predict the velocity of the straight path"
+        "gaussian", "gaussian: DDPM's process; flow: the straight path, whose velocity is predicted"
+    )
+    prediction: Literal["epsilon", "velocity"] = process(
+        "epsilon", "what the network predicts of the Gaussian process; flow: has no effect"
     )
     flow_shift: PositiveFloat = process(
         1.0, "above 1, more of the path of a flow is noisy, which large images need; gaussian: has no effect"

@@ -1,4 +1,4 @@
-"""Gaussian diffusion with epsilon prediction and (optionally) a learned variance range.
+"""Gaussian diffusion with epsilon or velocity prediction and (optionally) a learned variance range.
 
 The notation is that of DDPM (arXiv 2006.11239) and improved DDPM (arXiv 2102.09672). Coefficient tables are
 computed once in float64 and gathered in float32. Images and latents are (B, C, ...). `i` (B,) counts the
@@ -22,12 +22,21 @@ class GaussianDiffusion:
         betas: (steps,) float64.
         learn_sigma: the network predicts variance logits in the second half of its channels (improved DDPM,
             section 3.1).
+        predicts: "epsilon" (the noise), or "velocity" (arXiv 2202.00512, section 4): signal * noise - sigma * x_0
+            where x_t = signal * x_0 + sigma * noise. A network that predicts it does not have to pass x_t through.
         timesteps: (steps,) the original timestep of each step; None if they are the same.
     """
 
-    def __init__(self, betas: np.ndarray, learn_sigma: bool, timesteps: np.ndarray | None = None):
+    def __init__(
+        self,
+        betas: np.ndarray,
+        learn_sigma: bool,
+        predicts: str = "epsilon",
+        timesteps: np.ndarray | None = None,
+    ):
         self.steps = len(betas)
         self.learn_sigma = learn_sigma
+        self.predicts = predicts
         self.timesteps = np.arange(len(betas)) if timesteps is None else timesteps
 
         alpha_bar = np.cumprod(1 - betas)
@@ -82,16 +91,33 @@ class GaussianDiffusion:
         return x0_share * x0 + x_t_share * x_t
 
     def split(self, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Network output -> epsilon and variance logits (None without a learned variance)."""
+        """Network output -> epsilon or velocity, and variance logits (None without a learned variance)."""
         if not self.learn_sigma:
             return prediction, None
-        epsilon, logits = prediction.chunk(2, dim=1)
-        return epsilon, logits
+        value, logits = prediction.chunk(2, dim=1)
+        return value, logits
+
+    def predict_epsilon(self, prediction: Tensor, x_t: Tensor, i: Tensor) -> Tensor:
+        """The epsilon that a network output implies."""
+        value, _ = self.split(prediction)
+        if self.predicts == "epsilon":
+            return value
+        signal = self.table("sqrt_alpha_bar", i, x_t.ndim)
+        sigma = self.table("sqrt_one_minus_alpha_bar", i, x_t.ndim)
+        return signal * value + sigma * x_t
+
+    def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the network learns to predict: epsilon or velocity."""
+        if self.predicts == "epsilon":
+            return noise
+        signal = self.table("sqrt_alpha_bar", t, x0.ndim)
+        sigma = self.table("sqrt_one_minus_alpha_bar", t, x0.ndim)
+        return signal * noise - sigma * x0
 
     def reverse(self, prediction: Tensor, x_t: Tensor, i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and log-variance of p(x_{t-1} | x_t), and the implied x_0; nothing is clipped."""
-        epsilon, logits = self.split(prediction)
-        x0 = self.predict_x0(x_t, i, epsilon)
+        _, logits = self.split(prediction)
+        x0 = self.predict_x0(x_t, i, self.predict_epsilon(prediction, x_t, i))
         return self.posterior_mean(x0, x_t, i), self.log_variance(logits, x_t, i), x0
 
     def log_variance(self, logits: Tensor | None, x_t: Tensor, i: Tensor) -> Tensor:
@@ -110,13 +136,14 @@ class GaussianDiffusion:
         """Loss terms per sample (B,); training minimises their sum.
 
         Returns:
-            "mse": mean squared error of epsilon. "vb" (with a learned variance only): the variational bound in bits
-            per dimension, without a gradient to epsilon (improved DDPM, equation 16 with weight 1).
+            "mse": mean squared error of epsilon or velocity. "vb" (with a learned variance only): the variational
+            bound in bits per dimension, with a gradient to the variance alone (improved DDPM, equation 16 with
+            weight 1).
         """
-        epsilon, logits = self.split(prediction)
-        terms = {"mse": _mean((noise - epsilon) ** 2)}
+        value, logits = self.split(prediction)
+        terms = {"mse": _mean((self.target(x0, t, noise) - value) ** 2)}
         if logits is not None:
-            only_variance = torch.cat([epsilon.detach(), logits], dim=1)
+            only_variance = torch.cat([value.detach(), logits], dim=1)
             terms["vb"] = self.variational_bound(only_variance, x0, x_t, t)
         return terms
 
@@ -170,6 +197,7 @@ def create_diffusion(
     diffusion_steps: int = 1000,
     learn_sigma: bool = True,
     sampling_steps: int | None = None,
+    predicts: str = "epsilon",
 ) -> GaussianDiffusion:
     """Build a diffusion process; `sampling_steps` respaces it for sampling.
 
@@ -178,6 +206,6 @@ def create_diffusion(
     """
     betas = schedule.betas(noise_schedule, diffusion_steps)
     if sampling_steps is None:
-        return GaussianDiffusion(betas, learn_sigma)
+        return GaussianDiffusion(betas, learn_sigma, predicts)
     timesteps = schedule.respaced_timesteps(diffusion_steps, sampling_steps)
-    return GaussianDiffusion(schedule.respaced_betas(betas, timesteps), learn_sigma, timesteps)
+    return GaussianDiffusion(schedule.respaced_betas(betas, timesteps), learn_sigma, predicts, timesteps)

@@ -48,9 +48,14 @@ class Objective(NamedTuple):
 
 
 def build_gaussian(
-    noise_schedule: str, diffusion_steps: int, learn_sigma: bool, sampling_steps: int | None, **_: Any
+    noise_schedule: str,
+    diffusion_steps: int,
+    learn_sigma: bool,
+    prediction: str,
+    sampling_steps: int | None,
+    **_: Any,
 ) -> Process:
-    return create_diffusion(noise_schedule, diffusion_steps, learn_sigma, sampling_steps)
+    return create_diffusion(noise_schedule, diffusion_steps, learn_sigma, sampling_steps, prediction)
 
 
 def build_flow(diffusion_steps: int, flow_shift: float, sampling_steps: int | None, **_: Any) -> Process:

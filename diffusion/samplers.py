@@ -48,7 +48,7 @@ def ddim(
     """Deterministic sampling (DDIM, arXiv 2010.02502, equation 12 with eta = 0); `noise` is not called."""
     for i in reversed(range(diffusion.steps)):
         t, index, prediction = _evaluate(diffusion, denoise, x, i)
-        epsilon, _ = diffusion.split(prediction)
+        epsilon = diffusion.predict_epsilon(prediction, x, index)
         x0_hat = diffusion.predict_x0(x, index, epsilon)
         # Move to the previous noise level along the same epsilon
         previous = diffusion.table("alpha_bar_previous", index, x.ndim)
@@ -72,7 +72,7 @@ def dpm_solver(
     solver.set_timesteps(timesteps=list(reversed(range(diffusion.steps))))
     for i in reversed(range(diffusion.steps)):
         t, index, prediction = _evaluate(diffusion, denoise, x, i)
-        epsilon, _ = diffusion.split(prediction)
+        epsilon = diffusion.predict_epsilon(prediction, x, index)
         x0_hat = diffusion.predict_x0(x, index, epsilon)
         # First order to t = 0: the signal-to-noise ratio jumps too far there to extrapolate
         if i == 1:

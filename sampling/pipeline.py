@@ -34,6 +34,9 @@ from sampling.options import SamplingOptions, possible_scale
 # Guidance where none is asked for, if the model can do it
 DEFAULT_SCALE = 4.0
 
+# `diffusion.prediction` in diffusers' words
+PREDICTION_TYPES = {"epsilon": "epsilon", "velocity": "v_prediction"}
+
 Generators = torch.Generator | list[torch.Generator]
 
 
@@ -153,6 +156,7 @@ def default_scheduler(config: Config) -> DDPMScheduler:
         variance_type="learned_range" if config.training.learn_sigma else "fixed_large",
         clip_sample=False,
         timestep_spacing="linspace",
+        prediction_type=PREDICTION_TYPES[config.diffusion.prediction],
     )
 
 
@@ -175,7 +179,8 @@ def prepare_scheduler(scheduler: SchedulerMixin, config: Config, steps: int) -> 
             problem = f"goes from t = {first:g} to {last:g}, not from noise to image"
     if problem is not None:
         raise UserError(
-            f"scheduler {type(scheduler).__name__}: {problem}; give one that denoises by epsilon, such as "
+            f"scheduler {type(scheduler).__name__}: {problem}; give one that denoises from the "
+            f"{config.diffusion.prediction}, such as "
             "DDIMScheduler.from_config(pipe.scheduler.config)"
         )
 
@@ -187,9 +192,10 @@ def scheduler_problem(scheduler: SchedulerMixin, config: Config) -> str | None:
         return (
             "is for another process, such as flow matching, than the diffusion that the model was trained for"
         )
-    prediction = scheduler.config.get("prediction_type", "epsilon")
-    if prediction != "epsilon" or scheduler.config.get("use_flow_sigmas"):
-        return f"reads a prediction of another kind ({prediction}) than the model's epsilon"
+    predicts = config.diffusion.prediction
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    if prediction_type != PREDICTION_TYPES[predicts] or scheduler.config.get("use_flow_sigmas"):
+        return f"reads a prediction of another kind ({prediction_type}) than the model's {predicts}"
     parameters = inspect.signature(scheduler.step).parameters.values()
     required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
     others = set(required) - {"model_output", "timestep", "sample", "args", "kwargs"}

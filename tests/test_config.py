@@ -101,7 +101,7 @@ def test_every_official_key_is_known():
         "downsample_factor downsample_factor_start downsample_factor_warmup_steps multi_budget_training "
         "multi_budget_drop_fractions multi_budget_start_step profile profile_steps resume_from_ckpt",
         "data": "feature_path image_size num_classes num_workers",
-        "diffusion": "objective flow_shift noise_schedule diffusion_steps",
+        "diffusion": "objective prediction flow_shift noise_schedule diffusion_steps",
         "logging": "results_dir log_every ckpt_every wandb_project",
     }
     known = {leaf.name for leaf in leaves(Config)}
@@ -415,7 +415,7 @@ MUST_AGREE = {
     "fp32_router_dechunk",
     "training": "class_dropout_prob learn_sigma",
     "data": "image_size num_classes latent_stride latent_channels",
-    "diffusion": "objective flow_shift noise_schedule diffusion_steps",
+    "diffusion": "objective prediction flow_shift noise_schedule diffusion_steps",
 }
 
 

@@ -220,3 +220,27 @@ def test_the_fast_solver_is_nearer_to_the_exact_path(steps):
     exact = sample("ddim", 1000)
     errors = [(sample(name, steps) - exact).abs().mean() for name in ("ddim", "dpm++")]
     assert errors[1] < 0.5 * errors[0] and errors[1] < 0.03
+
+
+def test_velocity_and_epsilon_describe_one_process():
+    """A network that predicts velocity and one that predicts epsilon, both knowing x_0, take the same steps."""
+    draw = torch.Generator().manual_seed(0)
+    x0, noise, logits = torch.randn(3, 4, 2, 3, 3, generator=draw).unbind(0)[0:3]
+    t = torch.tensor([3, 400, 700, 999])
+    epsilon_process = create_diffusion()
+    velocity_process = create_diffusion(predicts="velocity")
+    x_t = epsilon_process.add_noise(x0, t, noise)
+    signal = epsilon_process.table("sqrt_alpha_bar", t, 4)
+    sigma = epsilon_process.table("sqrt_one_minus_alpha_bar", t, 4)
+    velocity = signal * noise - sigma * x0
+
+    by_epsilon = epsilon_process.reverse(torch.cat([noise, logits], dim=1), x_t, t)
+    by_velocity = velocity_process.reverse(torch.cat([velocity, logits], dim=1), x_t, t)
+    for ours, want in zip(by_velocity, by_epsilon, strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
+
+    # The loss of the true velocity is 0, and the bound of the variance is that of epsilon
+    terms = velocity_process.losses(torch.cat([velocity, logits], dim=1), x0, x_t, t, noise)
+    want = epsilon_process.losses(torch.cat([noise, logits], dim=1), x0, x_t, t, noise)
+    torch.testing.assert_close(terms["mse"], torch.zeros(4))
+    torch.testing.assert_close(terms["vb"], want["vb"], rtol=1e-3, atol=1e-4)

@@ -46,6 +46,7 @@ SHARED = (
     "data.latent_stride",
     "diffusion.objective",
     "diffusion.flow_shift",
+    "diffusion.prediction",
     "diffusion.noise_schedule",
     "diffusion.diffusion_steps",
 )
