@@ -29,7 +29,7 @@ def test_command_saves_a_diffusers_model_once(tmp_path):
 
     model = AutoencoderKL.from_pretrained(tmp_path / "model")
     assert len(model.config.latents_mean) == len(model.config.latents_std) == 4
-    assert model.config.scaling_factor == autoencoder.LATENT_SCALE
+    assert model.config.scaling_factor == autoencoder.LATENT_STD
     x = torch.zeros(1, 3, 16, 16)
     assert model.encode(x).latent_dist.mean.shape == (1, 4, 4, 4)
     assert model(x).sample.shape == x.shape
@@ -37,6 +37,9 @@ def test_command_saves_a_diffusers_model_once(tmp_path):
     assert "finished" in train_by_command(tmp_path / "images", tmp_path / "model")
     assert weights.stat().st_mtime_ns == written
     assert list(tmp_path.glob("*unfinished*")) == []
+
+    with pytest.raises(UserError, match="--latent-std 1: the finished autoencoder .* has 3.5"):
+        autoencoder.main(["--images", "none", "--output", str(tmp_path / "model"), "--latent-std", "1"])
 
     # Emptied by a power cut
     weights.write_bytes(b"")
@@ -59,6 +62,40 @@ def test_decorrelated_latents_are_white_and_decode_to_the_same_picture():
         z = (autoencoder.posterior_means(model, images) - mean) / std
     covariance = torch.cov(z.transpose(0, 1).flatten(1))
     assert torch.allclose(covariance, torch.eye(4), atol=1e-2)
+
+
+def singular_values(model: AutoencoderKL) -> torch.Tensor:
+    return torch.linalg.svdvals(model.post_quant_conv.weight[:, :, 0, 0].detach())
+
+
+def test_ignored_channels_are_woken_and_others_decode_to_the_same_picture():
+    pixels = np.stack([shapes.render(index, 16)[0] for index in range(32)])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    model = autoencoder.build_autoencoder(seed=0).eval()
+    x = autoencoder.to_signed(images)
+    weight = model.post_quant_conv.weight
+    with torch.no_grad():
+        # A decoder that ignores a channel
+        autoencoder.wake_channels(model, images)
+        weight[:, 0] = 0
+        assert singular_values(model).min() < 1e-6
+        autoencoder.wake_channels(model, images)
+        assert singular_values(model).min() > 0.3 * singular_values(model).mean()
+        z = autoencoder.posterior_means(model, images)
+        assert torch.allclose(z.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3)
+        assert torch.allclose(z.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-3)
+
+        # A decoder that uses all of them alike
+        weight.copy_(torch.eye(4)[:, :, None, None])
+        before = model(x).sample
+        autoencoder.wake_channels(model, images)
+        assert torch.allclose(model(x).sample, before, atol=1e-4)
+
+
+def test_bad_deviations_are_refused(tmp_path):
+    for value in ("0", "nan", "inf"):
+        with pytest.raises(UserError, match=f"--latent-std {value}"):
+            autoencoder.main(["--images", "none", "--output", str(tmp_path / "model"), "--latent-std", value])
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path):

@@ -8,6 +8,7 @@ channel.
 """
 
 import argparse
+import math
 import shutil
 import time
 from pathlib import Path
@@ -35,9 +36,9 @@ STRIDE = 4
 LATENT_CHANNELS = 4
 # Groups of each group normalization; with one channel per group, every channel would lose its level.
 GROUPS = 8
-# Standard deviation of a latent channel. At 1, the errors of a small network at high noise would exceed the
-# variation of the mean colour.
-LATENT_SCALE = 3.5
+# Standard deviation of a latent channel unless --latent-std gives another. At 1, the errors of a small network at
+# high noise would exceed the variation of the mean colour.
+LATENT_STD = 3.5
 
 # -------------------------------------------------------------------------------------------------- training
 
@@ -46,6 +47,8 @@ PEAK_LEARNING_RATE = 4e-3
 KL_WEIGHT = 5e-5
 # This share of the steps sees crops of half the size, which cost a quarter; the last steps see whole images.
 CROP_SHARE = 0.75
+# --all-channels raises each singular value of the decoder's first layer to this share of their mean.
+LEAST_SENSITIVITY = 0.5
 # One image in 16 measures the reconstruction and trains nothing.
 HELD_OUT = 16
 # Training images, evenly spread, that determine the axes, means and deviations of the latents.
@@ -54,7 +57,7 @@ STATISTICS_IMAGES = 512
 CHUNK = 64
 
 
-def build_autoencoder(seed: int) -> AutoencoderKL:
+def build_autoencoder(seed: int, latent_std: float = LATENT_STD) -> AutoencoderKL:
     """AutoencoderKL without attention, its initial weights a function of `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -66,7 +69,7 @@ def build_autoencoder(seed: int) -> AutoencoderKL:
             norm_num_groups=GROUPS,
             mid_block_add_attention=False,
             latent_channels=LATENT_CHANNELS,
-            scaling_factor=LATENT_SCALE,
+            scaling_factor=latent_std,
         )
 
 
@@ -106,8 +109,13 @@ def autoencoder_loss(model: AutoencoderKL, x: Tensor, noise: Tensor) -> Tensor:
     return F.l1_loss(reconstruction, x) + F.mse_loss(reconstruction, x) + KL_WEIGHT * kl
 
 
-def train(model: AutoencoderKL, images: Tensor, steps: int, batch_size: int, seed: int) -> None:
-    """AdamW with one warm-up and decay of the learning rate; crops first, whole images at the end."""
+def train(
+    model: AutoencoderKL, images: Tensor, steps: int, batch_size: int, seed: int, first_step: int = 0
+) -> None:
+    """AdamW with one warm-up and decay of the learning rate; crops first, whole images at the end.
+
+    `first_step` is the number of steps of an earlier call, whose batches are not drawn again.
+    """
     optimizer = torch.optim.AdamW(
         model.parameters(), PEAK_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
@@ -117,8 +125,8 @@ def train(model: AutoencoderKL, images: Tensor, steps: int, batch_size: int, see
     progress = tqdm(range(steps), desc="autoencoder", unit="step")
     for step in progress:
         size = crop_size if step < CROP_SHARE * steps else image_size
-        x = draw_batch(images, batch_size, size, seed, step).to(model.device)
-        noise = draw_noise(batch_size, size, seed, step).to(model.device)
+        x = draw_batch(images, batch_size, size, seed, first_step + step).to(model.device)
+        noise = draw_noise(batch_size, size, seed, first_step + step).to(model.device)
 
         loss = autoencoder_loss(model, x, noise)
         loss.backward()
@@ -173,6 +181,34 @@ def store_latent_statistics(model: AutoencoderKL, images: Tensor) -> None:
 
 
 @torch.no_grad()
+def wake_channels(model: AutoencoderKL, images: Tensor) -> None:
+    """Give all latent channels unit variance, and the decoder a use for the channels that it ignores.
+
+    A channel that starts as noise may stay unused: the decoder ignores it, and so the encoder learns nothing to put
+    there. White latents would show it to the diffusion model at full size all the same.
+    """
+    decorrelate_latents(model, images)
+    store_latent_statistics(model, images)
+    weight = model.quant_conv.weight
+    mean = torch.tensor(model.config["latents_mean"]).to(weight)
+    std = torch.tensor(model.config["latents_std"]).to(weight)
+
+    # The encoder's last layer gives mean and log variance
+    last = model.quant_conv
+    last.weight[:LATENT_CHANNELS] /= std[:, None, None, None]
+    last.bias[:LATENT_CHANNELS] = (last.bias[:LATENT_CHANNELS] - mean) / std
+    last.bias[LATENT_CHANNELS:] -= 2 * std.log()
+
+    # The decoder's first layer undoes this, and then looks at every direction
+    first = model.post_quant_conv
+    matrix = first.weight[:, :, 0, 0]
+    first.bias += matrix @ mean
+    left, values, right = torch.linalg.svd(matrix * std)
+    values = values.clamp(min=LEAST_SENSITIVITY * values.mean().item())
+    first.weight.copy_((left * values @ right)[:, :, None, None])
+
+
+@torch.no_grad()
 def reconstruction_psnr(model: AutoencoderKL, images: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of the decoded posterior means, over all pixels of uint8 images."""
     sum_of_squares = 0.0
@@ -216,6 +252,16 @@ def is_complete(output: Path) -> bool:
     return False
 
 
+def check_latent_std(output: Path, latent_std: float) -> None:
+    """UserError if a finished model has another standard deviation."""
+    found = AutoencoderKL.load_config(output)["scaling_factor"]
+    if found != latent_std:
+        raise UserError(
+            f"--latent-std {latent_std:g}: the finished autoencoder in {output} has {found:g}; "
+            "give another --output"
+        )
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser("Train a small AutoencoderKL and save it in diffusers format.")
     add = parser.add_argument
@@ -225,17 +271,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=1000, help="(default: %(default)s)")
     add("--batch-size", type=int, default=8, help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
+    std_help = "standard deviation of the latents in each channel (default: %(default)s)"
+    channels_help = "half way, turn the decoder's attention to latent channels that it ignores"
+    add("--all-channels", action="store_true", help=channels_help)
+    add("--latent-std", type=float, default=LATENT_STD, help=std_help)
     args = parser.parse_args(argv)
     if args.image_size < STRIDE or args.image_size % STRIDE:
         raise UserError(f"--image-size {args.image_size}: must be a positive multiple of the stride {STRIDE}")
     cli.check_at_least(args, 1, "steps", "batch_size")
     cli.check_at_least(args, 0, "seed")
+    if not 0 < args.latent_std < math.inf:
+        raise UserError(f"--latent-std {args.latent_std:g}: must be a positive number")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if is_complete(args.output):
+        check_latent_std(args.output, args.latent_std)
         print(f"{args.output}: holds a finished autoencoder")
         return
     start = time.perf_counter()
@@ -254,14 +307,20 @@ def main(argv: list[str] | None = None) -> None:
     held_out_images = images[is_held_out]
 
     # Train
-    model = build_autoencoder(args.seed).to(group.default_device())
-    train(model, training_images, args.steps, args.batch_size, args.seed)
+    every = max(len(images) // STATISTICS_IMAGES, 1)
+    statistics_images = training_images[::every]
+    model = build_autoencoder(args.seed, args.latent_std).to(group.default_device())
+    first_steps = args.steps // 2 if args.all_channels else 0
+    if first_steps:
+        train(model, training_images, first_steps, args.batch_size, args.seed)
+        wake_channels(model.eval(), statistics_images)
+        model.train()
+    train(model, training_images, args.steps - first_steps, args.batch_size, args.seed, first_steps)
     model.eval()
 
     # Make the latents white
-    every = max(len(images) // STATISTICS_IMAGES, 1)
-    decorrelate_latents(model, training_images[::every])
-    store_latent_statistics(model, training_images[::every])
+    decorrelate_latents(model, statistics_images)
+    store_latent_statistics(model, statistics_images)
 
     save(model, args.output)
     psnr = reconstruction_psnr(model, held_out_images)
