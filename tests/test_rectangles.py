@@ -244,6 +244,13 @@ def test_from_images_to_samples(tiny_config, tiny_images, tiny_vae, tiny_extract
     for size, found in ((32, "32"), ([40, 24], r"\[40, 24\]")):
         with pytest.raises(UserError, match=rf"data.image_size: {found}, but .* of size \[24, 40\]"):
             open_features(features, size)
+    (tmp_path / "official" / "imagenet32_features").mkdir(parents=True)
+    for folder, message in (
+        ("official", "is no square, which the official layout"),
+        ("run", "is not a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_features(tmp_path / folder, [24, 40])
 
     # Train
     changes = {
