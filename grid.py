@@ -27,9 +27,14 @@ class Grid(NamedTuple):
         return self.rows * self.columns
 
     @property
+    def is_square(self) -> bool:
+        """Whether there are as many rows as columns."""
+        return self.rows == self.columns
+
+    @property
     def size(self) -> int | list[int]:
         """Plain data, which `of` inverts: one number for a square."""
-        return self.rows if self.rows == self.columns else [self.rows, self.columns]
+        return self.rows if self.is_square else [self.rows, self.columns]
 
     def coarsen(self, factor: int) -> "Grid":
         """The grid of the blocks of factor x factor cells; the factor divides both sides."""

@@ -65,7 +65,6 @@ def open_features(path: str | os.PathLike, image_size: Size, columns: Sequence[s
             f"data.feature_path: {path} is an unfinished extraction; "
             "run its extract_features.py command again"
         )
-    # The official layout has square images only
     if (folder / f"imagenet{image.size}_features").is_dir():
         if columns:
             raise UserError(
@@ -75,6 +74,11 @@ def open_features(path: str | os.PathLike, image_size: Size, columns: Sequence[s
         return OfficialStore(folder, image.rows)
     if not folder.is_dir():
         raise UserError(f"data.feature_path: {path} is not a folder; {remedy}")
+    if not image.is_square and any(folder.glob("imagenet*_features")):
+        raise UserError(
+            f"data.image_size: {image.size} is no square, which the official layout of {path} does not have; "
+            "give one number, or make features with extract_features.py"
+        )
     option = str(image.size).strip("[]").replace(",", "")
     raise UserError(
         f"data.feature_path: {path} holds no {image.size}-pixel features; {remedy} --image-size {option}"

@@ -38,8 +38,9 @@ class Trace:
     """
 
     def __init__(self, steps: int, columns: int = 8, samples: int = 2):
+        columns = min(columns, steps)
         intervals = max(columns - 1, 1)
-        self.wanted = {round(k * (steps - 1) / intervals) for k in range(min(columns, steps))}
+        self.wanted = {round(k * (steps - 1) / intervals) for k in range(columns)}
         self.samples = samples
         self.steps: list[TracedStep] = []
 
@@ -80,7 +81,9 @@ def draw_chunking(trace: Trace, autoencoder: Autoencoder, tokens: Grid, path: Pa
 
     # Names of the rows at the left, and no ticks anywhere
     for row, panels in enumerate(grid):
-        panels[0].set_ylabel(ROWS[row % len(ROWS)])
+        name = ROWS[row % len(ROWS)]
+        # Panels of wide images are too short for a name in one line
+        panels[0].set_ylabel(name if tokens.rows >= tokens.columns else name.replace(" ", "\n"))
     for panel in grid.flat:
         panel.set_xticks([])
         panel.set_yticks([])
