@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from config import Config, OneProcessError, TrainingConfig, UserError, one_line
+from grid import Grid
 from schema import leaves
 
 # All keys of the configuration, as `section.key`
@@ -252,6 +253,29 @@ def add_measuring_tf32_argument(parser: Parser) -> None:
     parser.add_argument(
         "--tf32", action="store_true", help="products in float32 may run as TF32, those of the features too"
     )
+
+
+def add_image_size_argument(parser: Parser, meaning: str, default: list[int] | None = None) -> None:
+    """Add --image-size, which `image_size` reads."""
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        default=default,
+        metavar="PIXELS",
+        help=f"side of a square, or height and width, of {meaning}",
+    )
+
+
+def image_size(args: argparse.Namespace) -> Grid:
+    """The value of --image-size as rows and columns; UserError unless it is one or two whole numbers above 0."""
+    sides: list[int] = args.image_size
+    if len(sides) > 2 or min(sides) < 1:
+        given = " ".join(map(str, sides))
+        raise UserError(
+            f"--image-size {given}: give one number of pixels, or height and width, above 0; try 256"
+        )
+    return Grid.of(sides if len(sides) == 2 else sides[0])
 
 
 def boolean(text: str) -> bool:

@@ -31,6 +31,7 @@ from config_keys import (
     TrainingConfig,
     free,
 )
+from grid import Grid
 from layouts import main_network_only, parse_layout, spell_layout
 from plain_data import differences, flatten, merge, parse_override, read_yaml
 from schema import (
@@ -115,19 +116,24 @@ class Config:
         return {name: settings for name, settings in terms.items() if settings.get("weight") != 0}
 
     @property
-    def latent_size(self) -> int:
-        """Side S of the square latent."""
-        return self.data.image_size // self.data.latent_stride
+    def latent_grid(self) -> Grid:
+        """Rows and columns of the latent."""
+        return self.data.image_grid.coarsen(self.data.latent_stride)
 
     @property
-    def token_side(self) -> int:
-        """Tokens per side: S, or S / P for a static DiT."""
-        return self.latent_size // (self.model.patch_size or 1)
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of the latent."""
+        return (self.data.latent_channels, *self.latent_grid)
+
+    @property
+    def token_grid(self) -> Grid:
+        """Rows and columns of the tokens: those of the latent, or of the patches of a static DiT."""
+        return self.latent_grid.coarsen(self.model.patch_size or 1)
 
     @property
     def tokens(self) -> int:
         """All tokens L of an image, kept or not."""
-        return self.token_side**2
+        return self.token_grid.cells
 
     @property
     def d_model(self) -> int:
@@ -277,18 +283,19 @@ def check_combinations(config: Config) -> None:
 
 def _check_sizes(config: Config) -> None:
     data, patch = config.data, config.model.patch_size
-    # A whole number of cells, and of patches
-    size = _round_to(data.latent_stride * (patch or 1), data.image_size)
-    size = max(size, 2 * data.latent_stride)
+    # A whole number of cells, and of patches, along each side
+    image, latent = data.image_grid, config.latent_grid
+    sides = [_round_to(data.latent_stride * (patch or 1), side) for side in image]
+    fitting = Grid.of([max(side, 2 * data.latent_stride) for side in sides])
     require(
-        data.image_size % data.latent_stride == 0 and config.latent_size >= 2,
+        image.is_multiple_of(data.latent_stride) and min(latent) >= 2,
         f"data.image_size: {data.image_size} must be a multiple of data.latent_stride ({data.latent_stride}) "
-        f"and hold at least 2 latent cells; try {size}",
+        f"and hold at least 2 latent cells; try {fitting.size}",
     )
     require(
-        patch is None or config.latent_size % patch == 0,
-        f"model.patch_size: {patch} does not divide the latent's side of {config.latent_size}; "
-        f"try {_nearest_divisor(patch or 1, config.latent_size)}, or null for a DC-DiT",
+        patch is None or latent.is_multiple_of(patch),
+        f"model.patch_size: {patch} does not divide the latent's side of {latent.size}; "
+        f"try {_nearest_divisor(patch or 1, math.gcd(*latent))}, or null for a DC-DiT",
     )
 
 

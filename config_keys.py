@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeVar
 
 import layouts
 import spellings
+from grid import Grid
 from schema import (
     Constraint,
     Fraction,
@@ -288,7 +289,9 @@ class DataConfig:
     """Images and their latents."""
 
     feature_path: str = free("features", "folder that extract_features.py wrote")
-    image_size: PositiveInt = network(256, "side of an image in pixels")
+    image_size: PositiveInt | Annotated[list[PositiveInt], of_length(2)] = network(
+        256, "side of a square image in pixels, or [height, width]", spellings.one_side
+    )
     num_classes: PositiveInt = network(1000, "number of labels, without the null label")
     num_workers: NonNegativeInt = free(32, "loader processes per training process")
     vae: str = free("ema", "autoencoder that decodes samples: ema, mse, pixels, or a local diffusers folder")
@@ -300,6 +303,11 @@ class DataConfig:
         "dropped with the class",
         spellings.no_pairs,
     )
+
+    @property
+    def image_grid(self) -> Grid:
+        """Rows and columns of an image's pixels."""
+        return Grid.of(self.image_size)
 
 
 @dataclass

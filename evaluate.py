@@ -25,7 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("samples", nargs="?", metavar="SAMPLES", help="ADM .npz, OUT.npz or folder of images")
     add("reference", nargs="?", metavar="REFERENCE", help="the same")
     add("--make-reference", nargs=2, metavar=("IMAGES", "OUT.npz"), help="write a data set's reference batch")
-    add("--image-size", type=int, help="pixels of ADM's crop, with --make-reference")
+    cli.add_image_size_argument(parser, "ADM's crop in pixels, with --make-reference")
     add("--features", default="inception", help="or a TorchScript file or timm folder (default: %(default)s)")
     add("--inception-weights", metavar="FILE", help="torch-fidelity's weights (default: download them)")
     cli.add_measuring_tf32_argument(parser)
@@ -42,8 +42,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         output = args.make_reference[1]
         if args.samples or args.output:
             raise UserError("--make-reference: takes IMAGES and OUT.npz alone; leave the other paths out")
-        if not args.image_size or args.image_size < 1:
-            raise UserError(f"--image-size {args.image_size}: --make-reference needs pixels, e.g. 256")
+        if args.image_size is None:
+            raise UserError("--image-size: --make-reference needs pixels, e.g. 256")
+        args.image_size = cli.image_size(args)
         if Path(output).suffix != ".npz":
             raise UserError(f"--make-reference '{output}': the output must end in .npz")
     elif args.reference is None:

@@ -49,9 +49,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="folder with one sub-folder of images per class, or one class of images",
     )
     add("--features-path", default="features", help="folder of the store (default: %(default)s)")
-    add(
-        "--image-size", type=int, default=256, help="side of the centre crop in pixels (default: %(default)s)"
-    )
+    cli.add_image_size_argument(parser, "the centre crop in pixels (default: 256)", default=[256])
     add("--vae", default="ema", help="ema or mse (stabilityai/sd-vae-ft-*) or a local diffusers folder")
     batch_help = "an eighth of it is encoded at once, on any number of processes (default: %(default)s)"
     add("--global-batch-size", type=int, default=256, help=batch_help)
@@ -67,7 +65,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for option in UNUSED_OPTIONS:
         add(option, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    cli.check_at_least(args, 1, "image_size", "global_batch_size")
+    args.image_size = cli.image_size(args)
+    cli.check_at_least(args, 1, "global_batch_size")
     cli.check_at_least(args, 0, "num_workers", "global_seed", "max_bad")
     if args.shard_size is not None:
         cli.check_at_least(args, 1, "shard_size")

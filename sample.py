@@ -106,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     summary = summarise_run(trained, options, batch.record())
     save_summary(summary, args.output / "summary.json")
     if not args.no_visualize:
-        draw_chunking(trace, trained.autoencoder, args.output / "chunking_viz.png")
+        tokens = trained.config.token_grid
+        draw_chunking(trace, trained.autoencoder, tokens, args.output / "chunking_viz.png")
         draw_kept(summary, args.output / "chunking_summary.png")
     print(report(summary))
     if args.count_flops:

@@ -58,6 +58,12 @@ def one_reduction(values: Any, key: str) -> Any:
     return nearest
 
 
+def one_side(value: Any, key: str) -> Any:
+    """[256] or [256, 256] -> 256: the side of a square."""
+    is_square = isinstance(value, list) and len(value) in (1, 2) and value[0] == value[-1]
+    return value[0] if is_square else value
+
+
 def not_negative(value: Any, key: str) -> Any:
     """A negative weight -> 0: the official code leaves the loss out at either."""
     is_negative = isinstance(value, (int, float)) and value < 0

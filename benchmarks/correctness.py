@@ -66,7 +66,7 @@ def measure_model(case: Case, setup: Setup) -> list[Row]:
         model.router.get_parameter("residual_scorer.3.bias").zero_()
 
     # What the textbook version computes
-    x = torch.randn(case.batch, config.data.latent_channels, config.latent_size, config.latent_size)
+    x = torch.randn(case.batch, *config.latent_shape)
     t = torch.randint(config.diffusion.diffusion_steps, (case.batch,))
     labels = torch.randint(config.data.num_classes, (case.batch,))
     out = reference.forward(model, x, t, labels)

@@ -197,9 +197,9 @@ def fake_workload(case: Case) -> FakeWorkload:
     device = torch.device("cuda")
     with device:
         model = build_model(config)
-        x = torch.empty(case.batch, config.data.latent_channels, config.latent_size, config.latent_size)
+        x = torch.empty(case.batch, *config.latent_shape)
         whole = torch.empty(case.batch, dtype=torch.int64)
-        prob = torch.empty(case.batch, config.latent_size**2)
+        prob = torch.empty(case.batch, config.latent_grid.cells)
     for block in model.blocks:
         assert isinstance(block, DiTBlock)
         # One operation that the counter knows, in place of the kernel that this machine would choose

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from benchmarks.meters import largest_difference, medians, peak_bytes, saved_bytes
 from benchmarks.report import Row
 from benchmarks.workload import Case, Setup, Workload, build_workload
+from grid import Grid
 from models import reference
 from models.blocks import DiTBlock
 from models.conv import ConvStack, to_grid, to_tokens
@@ -71,26 +72,26 @@ def scaffold_stages(workload: Workload, conditioning: Tensor, features: Tensor) 
     drop = torch.full((len(workload.x),), 0.3, device=workload.x.device)
     router = Stage(
         "router",
-        textbook=lambda: reference.router(model.router, features, drop).prob,
+        textbook=lambda: reference.router(model.router, features, drop, model.grid).prob,
         # Not called as a module, whose hook would replace the probabilities
-        ours=lambda: model.router.forward(to_grid(features), drop).prob,
+        ours=lambda: model.router.forward(to_grid(features, model.grid), drop).prob,
         inputs=[features],
         module=model.router,
         is_float32=True,
     )
     return [
-        conv_stage("encoder", model.encoder, narrow, conditioning),
-        conv_stage("decoder", model.decoder, features, conditioning),
+        conv_stage("encoder", model.encoder, narrow, conditioning, model.grid),
+        conv_stage("decoder", model.decoder, features, conditioning, model.grid),
         router,
     ]
 
 
-def conv_stage(name: str, stack: ConvStack, tokens: Tensor, conditioning: Tensor) -> Stage:
+def conv_stage(name: str, stack: ConvStack, tokens: Tensor, conditioning: Tensor, grid: Grid) -> Stage:
     """A stack of convolution blocks on tokens (B, L, in) with conditioning (B, D)."""
     return Stage(
         name,
-        textbook=lambda: reference.conv_stack(stack, tokens, conditioning),
-        ours=lambda: to_tokens(stack(to_grid(tokens), conditioning)),
+        textbook=lambda: reference.conv_stack(stack, tokens, conditioning, grid),
+        ours=lambda: to_tokens(stack(to_grid(tokens, grid), conditioning)),
         inputs=[tokens, conditioning],
         module=stack,
     )
@@ -137,7 +138,7 @@ def packed_stages(workload: Workload, conditioning: Tensor, features: Tensor) ->
         ),
         Stage(
             "dechunk",
-            textbook=lambda: reference.dechunk(tokens, routing, chunks, sigma) + residual,
+            textbook=lambda: reference.dechunk(tokens, routing, chunks, sigma, model.grid) + residual,
             ours=lambda: model.dechunk(tokens, residual, routing, packing),
             inputs=[tokens, prob, residual],
             is_float32=True,

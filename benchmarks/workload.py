@@ -136,14 +136,14 @@ def build_workload(config: Config, batch: int, setup: Setup) -> Workload:
             parameter.add_(torch.randn_like(parameter) * 0.02)
 
     # The batch
-    shape = (batch, config.data.latent_channels, config.latent_size, config.latent_size)
+    shape = (batch, *config.latent_shape)
     x = torch.randn(shape, device=device)
     noise = torch.randn(shape, device=device)
     t = torch.randint(config.diffusion.diffusion_steps, (batch,), device=device)
     labels = torch.randint(config.data.num_classes, (batch,), device=device)
 
     # The mask
-    prob = fixed_probabilities(batch, config.latent_size**2, 1 / downsampling(config), device)
+    prob = fixed_probabilities(batch, config.latent_grid.cells, 1 / downsampling(config), device)
     workload = Workload(config, model, x, t, labels, noise, prob, setup.bf16)
     if isinstance(model, DCDiT):
         model.router.register_forward_hook(workload.fix_routing)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from config import UserError, one_line
 from data.codecs import CODECS, Codec, PixelCodec, pixel_stride
+from grid import Grid
 
 # Files of weights; the variant is None in the usual case.
 WEIGHTS_FILE = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[\w-]+))?\.(safetensors|bin)")
@@ -106,16 +107,15 @@ class Autoencoder:
             "sha256": self.sha256,
         }
 
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(C, s, s) for square images. Raises UserError if the stride does not divide the size."""
-        if image_size < 1 or image_size % self.stride:
-            nearest = max(1, round(image_size / self.stride)) * self.stride
+    def latent_shape(self, image: Grid) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of such images. Raises UserError if the stride does not divide their sides."""
+        if not image.is_multiple_of(self.stride):
+            nearest = Grid.of([max(1, round(side / self.stride)) * self.stride for side in image])
             raise UserError(
-                f"image size {image_size}: is not a multiple of the autoencoder's stride {self.stride}; "
-                f"use {nearest}"
+                f"image size {image.size}: is not a multiple of the autoencoder's stride {self.stride}; "
+                f"use {nearest.size}"
             )
-        side = image_size // self.stride
-        return self.channels, side, side
+        return (self.channels, *image.coarsen(self.stride))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,11 +137,11 @@ class Autoencoder:
         """Images of latents.
 
         Args:
-            latents: (B, C, s, s) in scaled units, on any device.
+            latents: (B, C, h, w) in scaled units, on any device.
             bf16: compute in bfloat16.
 
         Returns:
-            (B, 3, s * stride, s * stride) uint8.
+            (B, 3, h * stride, w * stride) uint8.
 
         Raises:
             NonFiniteImage: NaN would become black, and infinity white.
@@ -154,7 +154,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode_pixels(self, latents: Tensor, bf16: bool = False) -> Tensor:
-        """As `decode`, but (B, 3, s * stride, s * stride) float32 of about -1 to 1, finite or not."""
+        """As `decode`, but (B, 3, h * stride, w * stride) float32 of about -1 to 1, finite or not."""
         raw = latents.to(self.shift_map.device).float() / self.scale_map + self.shift_map
         with torch.autocast(raw.device.type, torch.bfloat16, enabled=bf16):
             return self.codec.decode(raw).float()

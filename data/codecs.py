@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from grid import Grid
+
 PIXELS = "pixels"
 
 
@@ -134,10 +136,10 @@ def shift_and_scale(config: Any, channels: int) -> tuple[list[float], list[float
     return [float(value) for value in shift], scale
 
 
-def decoder_flops(codec: Codec, side: int) -> float:
-    """FLOPs to decode a latent of side x side cells, as PyTorch counts them: products and convolutions."""
+def decoder_flops(codec: Codec, grid: Grid) -> float:
+    """FLOPs to decode a latent of this grid, as PyTorch counts them: products and convolutions."""
     on_meta = copy.copy(codec)
     on_meta.model = copy.deepcopy(codec.model).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        on_meta.decode(torch.empty(1, codec.channels, side, side, device="meta"))
+        on_meta.decode(torch.empty(1, codec.channels, *grid, device="meta"))
     return float(counter.get_total_flops())

@@ -67,8 +67,8 @@ class StoreSettings:
     views: int  # 2: the image and its mirror image
     flip: bool
     dtype: str
-    image_size: int
-    latent_shape: tuple[int, int, int]  # (C, s, s)
+    image_size: int | list[int]  # the side of a square, or [height, width]
+    latent_shape: tuple[int, int, int]  # (C, h, w)
     seed: int | None
     shard_size: int
     source_count: int  # images in the source folder, undecodable ones included
@@ -86,8 +86,8 @@ class StoreSettings:
             views=2 if is_moments and options.flip else 1,
             flip=options.flip,
             dtype=options.dtype,
-            image_size=images.image_size,
-            latent_shape=autoencoder.latent_shape(images.image_size),
+            image_size=images.crop.size,
+            latent_shape=autoencoder.latent_shape(images.crop),
             seed=None if is_moments else options.seed,
             shard_size=options.shard_size or max(1024, least_shard_size),
             source_count=len(images),
@@ -98,7 +98,7 @@ class StoreSettings:
 
     @property
     def item_shape(self) -> tuple[int, int, int, int]:
-        """Shape of one image in a shard: (views, C or 2C, s, s)."""
+        """Shape of one image in a shard: (views, C or 2C, h, w)."""
         return item_shape(self.kind, self.views, self.latent_shape)
 
     def to_json(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def encode_images(
         settings: of the store.
 
     Returns:
-        (B, views, C or 2C, s, s) in the store's dtype.
+        (B, views, C or 2C, h, w) in the store's dtype.
 
     Raises:
         UserError: a number is not finite in this dtype.
@@ -146,7 +146,7 @@ def encode_images(
 
 
 def encode_moments(autoencoder: Autoencoder, images: Tensor, views: int) -> Tensor:
-    """Moments of each image and, with two views, of its mirror image: (B, views, 2C, s, s)."""
+    """Moments of each image and, with two views, of its mirror image: (B, views, 2C, h, w)."""
     moments = [torch.cat(autoencoder.encode(images), dim=1)]
     if views == 2:
         mirrored = images.flip(3)
@@ -157,7 +157,7 @@ def encode_moments(autoencoder: Autoencoder, images: Tensor, views: int) -> Tens
 def draw_latents(
     autoencoder: Autoencoder, images: Tensor, indices: list[int], settings: StoreSettings
 ) -> Tensor:
-    """One latent of each image or, at random, of its mirror image: (B, 1, C, s, s)."""
+    """One latent of each image or, at random, of its mirror image: (B, 1, C, h, w)."""
     assert settings.seed is not None, "only moments are extracted without a seed"
     flips = torch.empty(len(indices), dtype=torch.bool)
     noise = torch.empty(len(indices), *settings.latent_shape)
@@ -325,7 +325,7 @@ class FeatureWriter:
 
         Args:
             shard: its number.
-            features: (count, views, C or 2C, s, s) of the decoded images, in source order.
+            features: (count, views, C or 2C, h, w) of the decoded images, in source order.
             skipped: every other image of the shard.
             states: of the shard's files, skipped ones included.
         """

@@ -5,7 +5,7 @@ A store is a folder:
     manifest.json          written last and atomically: the store is complete as soon as it is there
     labels.npy             (n,) int64
     sources.npz            names, sizes, times and checksums of the image files (data/source_files.py)
-    shard-00000.npy ...    (count, views, channels, s, s) each
+    shard-00000.npy ...    (count, views, channels, h, w) each
     column-NAME.npy ...    (n, 1 or views, ...) each, of any shape per image (data/columns.py adds them)
 
 While an extraction is unfinished, the folder has no manifest; it holds settings.json (what is extracted) and
@@ -40,12 +40,13 @@ from config import UserError, one_line
 from data.official_layout import OfficialStore
 from data.source_files import read_sources
 from data.store_files import column_file, item_shape, read_labels, read_manifest, sha256_of
+from grid import Grid, Size
 
 # Every open memory map holds a file handle, and 1024 is a common limit per process.
 MAX_OPEN_SHARDS = 256
 
 
-def open_features(path: str | os.PathLike, image_size: int, columns: Sequence[str] = ()) -> "Features":
+def open_features(path: str | os.PathLike, image_size: Size, columns: Sequence[str] = ()) -> "Features":
     """Open a store or a folder of the official layout.
 
     Args:
@@ -55,25 +56,32 @@ def open_features(path: str | os.PathLike, image_size: int, columns: Sequence[st
         UserError: there is neither, or it lacks a column.
     """
     folder = Path(path)
+    image = Grid.of(image_size)
     remedy = f"make features with extract_features.py --features-path {path}"
     if (folder / "manifest.json").is_file():
-        return FeatureStore(folder, image_size, columns)
+        return FeatureStore(folder, image, columns)
     if (folder / "settings.json").is_file():
         raise UserError(
             f"data.feature_path: {path} is an unfinished extraction; "
             "run its extract_features.py command again"
         )
-    if (folder / f"imagenet{image_size}_features").is_dir():
+    if (folder / f"imagenet{image.size}_features").is_dir():
         if columns:
             raise UserError(
                 f"data.feature_path: {path} has the official layout, which has no columns such as {columns[0]}; "
                 f"{remedy}"
             )
-        return OfficialStore(folder, image_size)
+        return OfficialStore(folder, image.rows)
     if not folder.is_dir():
         raise UserError(f"data.feature_path: {path} is not a folder; {remedy}")
+    if not image.is_square and any(folder.glob("imagenet*_features")):
+        raise UserError(
+            f"data.image_size: {image.size} is no square, which the official layout of {path} does not have; "
+            "give one number, or make features with extract_features.py"
+        )
+    option = str(image.size).strip("[]").replace(",", "")
     raise UserError(
-        f"data.feature_path: {path} holds no {image_size}-pixel features; {remedy} --image-size {image_size}"
+        f"data.feature_path: {path} holds no {image.size}-pixel features; {remedy} --image-size {option}"
     )
 
 
@@ -83,23 +91,23 @@ class FeatureStore:
     Attributes:
         manifest: the checked manifest.
         kind: "moments" or "sample".
-        image_size: in pixels.
-        latent_shape: (C, s, s).
+        image: rows and columns of the images' pixels.
+        latent_shape: (C, h, w).
         labels: (n,) int64.
         columns: by name, the shape per image of every column that was opened.
         class_names: one per class number.
         autoencoder: `Autoencoder.describe()` of the autoencoder that encoded the images.
     """
 
-    def __init__(self, folder: Path, image_size: int, columns: Sequence[str] = ()):
+    def __init__(self, folder: Path, image: Grid, columns: Sequence[str] = ()):
         self.folder = Path(folder).absolute()
         self.manifest = read_manifest(self.folder / "manifest.json")
         self.kind: str = self.manifest["kind"]
-        self.image_size: int = self.manifest["image_size"]
+        self.image = Grid.of(self.manifest["image_size"])
         self.latent_shape: tuple[int, ...] = tuple(self.manifest["latent_shape"])
         self.class_names: list[str] = self.manifest["class_names"]
         self.autoencoder: dict[str, Any] = self.manifest["autoencoder"]
-        self._check_size(image_size)
+        self._check_size(image)
 
         self.labels = read_labels(self.folder, self.manifest)
         self._check_files()
@@ -114,10 +122,10 @@ class FeatureStore:
             self.columns[name] = tuple(self._column_entry(name)["shape"])
             self._open_column(name)  # a file that cannot be read ends the program here
 
-    def _check_size(self, image_size: int) -> None:
-        if self.image_size != image_size:
+    def _check_size(self, image: Grid) -> None:
+        if self.image != image:
             raise UserError(
-                f"data.image_size: {image_size}, but {self.folder} holds features of size {self.image_size}"
+                f"data.image_size: {image.size}, but {self.folder} holds features of size {self.image.size}"
             )
 
     def _check_files(self) -> None:
@@ -141,7 +149,7 @@ class FeatureStore:
         return self.__dict__ | {"_maps": {}, "_columns": {}}
 
     def latent(self, index: int, generator: np.random.Generator) -> np.ndarray:
-        """Latent (C, s, s) float32 of one image. From moments, view and noise are drawn with `generator`."""
+        """Latent (C, h, w) float32 of one image. From moments, view and noise are drawn with `generator`."""
         views = self._views(index)
         if self.kind == "sample":
             return views[0].astype(np.float32)
@@ -205,12 +213,12 @@ class FeatureStore:
         return int(np.searchsorted(self._first, index, side="right")) - 1
 
     def _views(self, index: int) -> np.ndarray:
-        """What is stored of an image, (views, C or 2C, s, s)."""
+        """What is stored of an image, (views, C or 2C, h, w)."""
         shard = self._shard_of(index)
         return self._map(shard)[index - self._first[shard]]
 
     def _map(self, shard: int) -> np.ndarray:
-        """The memory map of a shard, (count, views, C or 2C, s, s)."""
+        """The memory map of a shard, (count, views, C or 2C, h, w)."""
         if shard not in self._maps:
             if len(self._maps) >= MAX_OPEN_SHARDS:
                 oldest = next(iter(self._maps))
@@ -296,7 +304,7 @@ def damaged_files(folder: Path) -> list[str]:
 def non_finite_images(folder: Path) -> list[str]:
     """One line per image of a store, whose files are whole, with a NaN or an infinity in its features."""
     image_size = read_manifest(folder / "manifest.json")["image_size"]
-    store = FeatureStore(folder, image_size)
+    store = FeatureStore(folder, Grid.of(image_size))
     lines = []
     for index in range(len(store)):
         if not store.is_finite(index):

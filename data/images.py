@@ -1,7 +1,7 @@
-"""The images of a data set, as centre-cropped 8-bit RGB squares.
+"""The images of a data set, as 8-bit RGB, all cropped to one size at their centre.
 
-data/folders.py says which files these are. The crop is ADM's, which the DiT literature trains on. Unusual
-files are treated as follows:
+data/folders.py says which files these are. The crop is ADM's, which the DiT literature trains on, and its
+counterpart for sizes that are no square. Unusual files are treated as follows:
 
 - EXIF orientation is NOT applied: the training sets of the literature are not rotated either.
 - Transparent pixels are composited onto white; CMYK, palette and grey images become RGB; 16-bit grey is
@@ -21,8 +21,9 @@ import numpy as np
 from PIL import Image
 
 from data.folders import list_dataset, readable_formats
+from grid import Grid, Size
 
-# A 1 x 100,000 image would grow to gigabytes when its shorter side is resized.
+# A 1 x 100,000 image would grow to gigabytes when it is resized until it covers the crop.
 MAX_RESIZED_PIXELS = 2**26
 
 
@@ -57,14 +58,17 @@ class ImageFolder:
         notes: lines that a user should read, such as which files are not images.
     """
 
-    def __init__(self, root: str | os.PathLike, image_size: int, option: str = "--data-path"):
+    def __init__(self, root: str | os.PathLike, image_size: Size, option: str = "--data-path"):
         """List the files and open none. `option` is what the user calls the folder.
+
+        Args:
+            image_size: of the crop in pixels: the side of a square, or [height, width].
 
         Raises:
             UserError: there is no such folder, no image, or the folder holds several data sets.
         """
         self.root = Path(root)
-        self.image_size = image_size
+        self.crop = Grid.of(image_size)
         listing = list_dataset(self.root, option)
         self.listing = listing
         self.class_names = listing.class_names
@@ -76,14 +80,14 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Returns the image, (image_size, image_size, 3) uint8, and its label. Raises UnreadableImage."""
+        """Returns the image, (H, W, 3) uint8, and its label. Raises UnreadableImage."""
         path = self.paths[index]
         image = read_rgb(self.root / path, path)
         width, height = image.size
-        resized_pixels = self.image_size**2 * max(width, height) / min(width, height)
+        resized_pixels = width * height * covering_scale(image.size, self.crop) ** 2
         if resized_pixels > MAX_RESIZED_PIXELS:
             raise UnreadableImage(path, f"{width} x {height} pixels are too elongated to resize")
-        return center_crop(image, self.image_size), self.labels[index]
+        return center_crop(image, self.crop), self.labels[index]
 
     def source_hash(self) -> str:
         """SHA-256 of the list of relative paths and labels, not of the files' contents."""
@@ -139,24 +143,32 @@ def wide_grey_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(rounded.astype(np.uint8)).convert("RGB")
 
 
-def center_crop(image: Image.Image, image_size: int) -> np.ndarray:
-    """ADM's crop: halve while twice too large, resize the shorter side to `image_size`, cut out the centre.
+def center_crop(image: Image.Image, size: Size) -> np.ndarray:
+    """ADM's crop: halve while twice too large, resize until the crop is just covered, cut out the centre.
 
     Args:
         image: RGB, any size.
+        size: of the crop: the side of a square, or [height, width].
 
     Returns:
-        (image_size, image_size, 3) uint8.
+        (H, W, 3) uint8.
     """
+    crop = Grid.of(size)
     # Box halvings first: a large bicubic step would alias.
-    while min(image.size) >= 2 * image_size:
+    while image.width >= 2 * crop.columns and image.height >= 2 * crop.rows:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
 
-    # Resize the shorter side to `image_size`
-    scale = image_size / min(image.size)
+    # Resize until one side is that of the crop, and the other at least as long
+    scale = covering_scale(image.size, crop)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
     # Cut out the centre
-    left = (image.width - image_size) // 2
-    top = (image.height - image_size) // 2
-    return np.array(image)[top : top + image_size, left : left + image_size]
+    left = (image.width - crop.columns) // 2
+    top = (image.height - crop.rows) // 2
+    return np.array(image)[top : top + crop.rows, left : left + crop.columns]
+
+
+def covering_scale(size: tuple[int, int], crop: Grid) -> float:
+    """The factor at which an image of this (width, height) just covers the crop."""
+    width, height = size
+    return max(crop.rows / height, crop.columns / width)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from data.images import ImageFolder, SkippedImage, UnreadableImage
 from data.source_files import FileState, read_state
 from data.workers import make_loader, read
+from grid import Grid
 
 
 class ImageBatch(NamedTuple):
@@ -57,13 +58,13 @@ class DecodedImages(Dataset):
             else:
                 indices.append(item.source_index)
                 decoded.append(item.content)
-        images = stack_images(decoded, self.images.image_size)
+        images = stack_images(decoded, self.images.crop)
         return ImageBatch(indices, images, skipped, [item.state for item in items])
 
 
-def stack_images(images: list[np.ndarray], image_size: int) -> Tensor:
+def stack_images(images: list[np.ndarray], size: Grid) -> Tensor:
     """A list of n images (H, W, 3) uint8, which may be empty, to one tensor (n, 3, H, W)."""
-    pixels = np.empty((len(images), image_size, image_size, 3), np.uint8)
+    pixels = np.empty((len(images), *size, 3), np.uint8)
     for row, image in enumerate(images):
         pixels[row] = image
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
@@ -109,4 +110,4 @@ def read_all(images: ImageFolder) -> tuple[Tensor, Tensor]:
             continue
         decoded.append(pixels)
         labels.append(label)
-    return stack_images(decoded, images.image_size).contiguous(), torch.tensor(labels)
+    return stack_images(decoded, images.crop).contiguous(), torch.tensor(labels)

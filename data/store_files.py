@@ -12,6 +12,7 @@ import numpy as np
 
 from config import UserError, one_line
 from config_keys import COLUMN_NAME
+from grid import is_size
 
 FORMAT = 1
 STORE_KINDS = ("moments", "sample")
@@ -19,13 +20,12 @@ DTYPES = ("float16", "float32")
 SHARD_NAME = re.compile(r"shard-[0-9]{5,}\.npy")
 MAX_LATENT_SIDE = 2**16
 
-# The entries of a manifest that readers use.
+# The entries of a manifest that readers use, beside "image_size", which is one number or two.
 MANIFEST_TYPES: dict[str, type] = {
     "format": int,
     "kind": str,
     "views": int,
     "dtype": str,
-    "image_size": int,
     "latent_shape": list,
     "count": int,
     "shards": list,
@@ -40,7 +40,7 @@ MAX_COLUMN_SIZE = 2**31  # numbers per image
 
 
 def item_shape(kind: str, views: int, latent_shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """Shape of one image in a shard: (views, C or 2C, s, s)."""
+    """Shape of one image in a shard: (views, C or 2C, h, w)."""
     channels, height, width = latent_shape
     if kind == "moments":
         channels = 2 * channels
@@ -99,7 +99,7 @@ def is_consistent(manifest: dict[str, Any]) -> bool:
         return False
     if not all(isinstance(name, str) for name in manifest["class_names"]):
         return False
-    if len(manifest["latent_shape"]) != 3:
+    if not is_size(manifest.get("image_size")) or len(manifest["latent_shape"]) != 3:
         return False
     for side in manifest["latent_shape"]:
         if type(side) is not int or not 0 < side < MAX_LATENT_SIDE:

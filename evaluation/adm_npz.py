@@ -17,11 +17,12 @@ from numpy.lib import format as npy
 from config import UserError
 from data.store_files import sha256_of
 from evaluation.metrics import Gaussian
+from grid import Grid, is_size
 from sampling.npz import CLASS_NAMES
 
 LARGEST = 2**30  # bytes of labels or statistics; images are read in parts
 META = "dcdit_meta"  # our note in a .npz, as JSON
-META_TYPES = {"extractor": str, "images": int, "image_size": int}
+META_TYPES = {"extractor": str, "images": int}  # and "image_size", one number or two
 # Entries that references of earlier versions lack
 OPTIONAL_META_TYPES = {"lossy": int, "content": str}
 
@@ -114,6 +115,8 @@ def read_meta(path: Path) -> dict[str, Any]:
     for key, kind in wanted.items():
         if not isinstance(meta.get(key), kind):
             raise ValueError(f"{META} is damaged")
+    if not is_size(meta.get("image_size")):
+        raise ValueError(f"{META} is damaged")
     return meta
 
 
@@ -152,7 +155,7 @@ class NpzImages:
         self.stream = images.stream
         self.start = images.stream.tell()
         self.count = shape[0]
-        self.size = (shape[1], shape[2])
+        self.size = Grid(shape[1], shape[2])
         self.labels = self._read_labels()
         self.class_names = self._read_class_names()
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from config import UserError, one_line
 from data.folders import list_dataset, readable_formats
-from data.images import ImageFolder, UnreadableImage, read_rgb
+from data.images import ImageFolder, UnreadableImage, covering_scale, read_rgb
 from data.store_files import sha256_of
 from evaluation.adm_npz import (
     INCEPTION_KEYS,
@@ -28,6 +28,7 @@ from evaluation.adm_npz import (
 )
 from evaluation.class_labels import ClassLabels
 from evaluation.metrics import Gaussian
+from grid import Grid, Size
 from sampling.sample_folder import SETTINGS
 
 READERS = 8  # threads that decode image files
@@ -76,10 +77,10 @@ class FolderImages:
     class_names: list[str] | None = None
     notes: Sequence[str] = ()
 
-    def __init__(self, folder: Path, image_size: int | None = None, option: str = "--make-reference"):
+    def __init__(self, folder: Path, image_size: Size | None = None, option: str = "--make-reference"):
         self.folder = folder
-        self.image_size = image_size
-        self.dataset = ImageFolder(folder, image_size, option) if image_size else None
+        self.crop = None if image_size is None else Grid.of(image_size)
+        self.dataset = None if self.crop is None else ImageFolder(folder, self.crop, option)
         listing = list_dataset(folder, option) if self.dataset is None else self.dataset.listing
         self.paths = [folder / path for path in listing.paths]
         # The folder of sample_ddp.py is no class, and the other files in it are known
@@ -87,7 +88,7 @@ class FolderImages:
             self.notes = listing.notes
             self.labels = np.array(listing.labels)
             self.class_names = listing.class_names
-        self.size = (image_size, image_size) if image_size else self._common_size()
+        self.size = self.crop or self._common_size()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -96,7 +97,7 @@ class FolderImages:
     def lossy(self) -> int:
         """Number of lossily compressed images; those that a crop has scaled do not count."""
         return sum(
-            header.is_lossy and (self.image_size is None or min(header.size) == self.image_size)
+            header.is_lossy and (self.crop is None or covering_scale(header.size, self.crop) == 1)
             for header in self._headers
         )
 
@@ -106,7 +107,7 @@ class FolderImages:
 
     @functools.cached_property
     def _digest(self) -> str:
-        total = hashlib.sha256(str(self.image_size).encode())
+        total = hashlib.sha256(str(self.crop and self.crop.size).encode())
         with ThreadPoolExecutor(READERS) as readers:
             digests = readers.map(self._hash_one, self.paths)
             for path, digest in zip(self.paths, digests):
@@ -124,8 +125,8 @@ class FolderImages:
             images = list(readers.map(self._read_one, index))
         return np.stack(images)
 
-    def _common_size(self) -> tuple[int, int]:
-        """(height, width). UserError where the images differ in size."""
+    def _common_size(self) -> Grid:
+        """Rows and columns. UserError where the images differ in size."""
         sizes = [header.size for header in self._headers]
         for path, size in zip(self.paths, sizes):
             if size != sizes[0]:
@@ -134,7 +135,7 @@ class FolderImages:
                     f"'{self.folder}': mixes image sizes ({example}); --make-reference crops images to one size"
                 )
         width, height = sizes[0]
-        return height, width
+        return Grid(height, width)
 
     @functools.cached_property
     def _headers(self) -> "list[Header]":
@@ -190,7 +191,7 @@ class Source:
         if self.images is not None:
             return self.images.size
         if self.meta:
-            return self.meta["image_size"], self.meta["image_size"]
+            return Grid.of(self.meta["image_size"])
         return None
 
     @property

@@ -73,8 +73,7 @@ class Evaluation:
         source = open_source(str(section.reference), "evaluation.reference")
         for note in source.notes:
             group.print_once(note)
-        size = config.data.image_size
-        check_sizes((size, size), source.size)
+        check_sizes(config.data.image_grid, source.size)
         self.extractor = load_extractor(section.features, section.inception_weights, processes.device)
         check_source(source, self.extractor)
         warning = compression_warning(None, source)

@@ -275,7 +275,7 @@ def check_models(models: Mapping[str, TrainedModel], source: Source) -> None:
                 raise UserError(
                     f"--ckpt '{ckpt}': has data.{key} {own}, but '{first}' has {wanted}; compare them apart"
                 )
-    check_sizes((expected.image_size, expected.image_size), source.size)
+    check_sizes(expected.image_grid, source.size)
 
 
 def settings_of(plan: ParetoPlan, source: Source, point: Point, extractor: Extractor) -> dict[str, str]:

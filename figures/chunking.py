@@ -12,6 +12,7 @@ from torch import Tensor
 from data.autoencoder import Autoencoder, to_levels
 from diffusion.samplers import Step
 from figures.canvas import SMALL, save_figure
+from grid import Grid
 from models.types import Routing
 
 ROWS = ("noisy input", "boundary probability", "kept tokens")
@@ -37,8 +38,9 @@ class Trace:
     """
 
     def __init__(self, steps: int, columns: int = 8, samples: int = 2):
+        columns = min(columns, steps)
         intervals = max(columns - 1, 1)
-        self.wanted = {round(k * (steps - 1) / intervals) for k in range(min(columns, steps))}
+        self.wanted = {round(k * (steps - 1) / intervals) for k in range(columns)}
         self.samples = samples
         self.steps: list[TracedStep] = []
 
@@ -54,11 +56,18 @@ class Trace:
 
 
 @rc_context(SMALL)
-def draw_chunking(trace: Trace, autoencoder: Autoencoder, path: Path) -> None:
-    """Three rows for each recorded sample (ROWS), a column per timestep, the kept share under each column."""
+def draw_chunking(trace: Trace, autoencoder: Autoencoder, tokens: Grid, path: Path) -> None:
+    """Three rows for each recorded sample (ROWS), a column per timestep, the kept share under each column.
+
+    Args:
+        tokens: rows and columns of the tokens.
+    """
     columns = len(trace.steps)
     samples = len(trace.steps[0].x_t)
-    figure = Figure(figsize=(1.35 * columns + 0.4, 4.5 * samples), dpi=120, layout="constrained")
+    # A panel with its title is 1.35 wide and, of a square image, 1.5 high
+    height = 0.15 + 1.35 * tokens.rows / tokens.columns
+    size = (1.35 * columns + 0.4, len(ROWS) * height * samples)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
     grid = figure.subplots(len(ROWS) * samples, columns, squeeze=False)
     for column, step in enumerate(trace.steps):
         inputs = as_pixels(autoencoder, step.x_t)
@@ -66,11 +75,15 @@ def draw_chunking(trace: Trace, autoencoder: Autoencoder, path: Path) -> None:
         for sample in range(samples):
             first_row = len(ROWS) * sample
             panels = grid[first_row : first_row + len(ROWS), column]
-            draw_column(panels, step, sample, inputs[sample], estimates[sample])
+            prob = as_map(step.prob[sample], tokens)
+            keep = as_map(step.keep[sample], tokens)
+            draw_column(panels, step.t, inputs[sample], estimates[sample], prob, keep)
 
     # Names of the rows at the left, and no ticks anywhere
     for row, panels in enumerate(grid):
-        panels[0].set_ylabel(ROWS[row % len(ROWS)])
+        name = ROWS[row % len(ROWS)]
+        # Panels of wide images are too short for a name in one line
+        panels[0].set_ylabel(name if tokens.rows >= tokens.columns else name.replace(" ", "\n"))
     for panel in grid.flat:
         panel.set_xticks([])
         panel.set_yticks([])
@@ -78,17 +91,20 @@ def draw_chunking(trace: Trace, autoencoder: Autoencoder, path: Path) -> None:
 
 
 def draw_column(
-    panels: np.ndarray, step: TracedStep, sample: int, noisy: np.ndarray, estimate: np.ndarray
+    panels: np.ndarray, t: int, noisy: np.ndarray, estimate: np.ndarray, prob: np.ndarray, keep: np.ndarray
 ) -> None:
-    """The three panels of one sample at one timestep; noisy and estimated image: (H, W, 3) uint8."""
+    """The three panels of one sample at one timestep.
+
+    Args:
+        noisy, estimate: images (H, W, 3) uint8. prob, keep: (rows, columns) of the tokens.
+    """
     top: Axes
     middle: Axes
     bottom: Axes
     top, middle, bottom = panels
     top.imshow(noisy)
-    top.set_title(f"t = {step.t}")
-    middle.imshow(as_map(step.prob[sample]), cmap="magma", vmin=0, vmax=1)
-    keep = as_map(step.keep[sample])
+    top.set_title(f"t = {t}")
+    middle.imshow(prob, cmap="magma", vmin=0, vmax=1)
     bottom.imshow(dim_dropped(estimate, keep))
     bottom.set_xlabel(f"{keep.mean():.0%} kept")
 
@@ -102,20 +118,19 @@ def as_pixels(autoencoder: Autoencoder, latents: Tensor) -> np.ndarray:
     return to_levels(pixels).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def as_map(values: Tensor) -> np.ndarray:
-    """(L,) -> (S, S) float32."""
-    side = int(len(values) ** 0.5)
-    return values.float().view(side, side).cpu().numpy()
+def as_map(values: Tensor, tokens: Grid) -> np.ndarray:
+    """(L,) -> (rows, columns) float32."""
+    return values.float().view(*tokens).cpu().numpy()
 
 
-def enlarge(cells: np.ndarray, side: int) -> np.ndarray:
-    """(S, S) -> (side, side), each cell as a square."""
-    stride = side // len(cells)
+def enlarge(cells: np.ndarray, height: int) -> np.ndarray:
+    """(rows, columns) -> (height, width), each cell as a square."""
+    stride = height // len(cells)
     return cells.repeat(stride, 0).repeat(stride, 1)
 
 
 def dim_dropped(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """The image (H, W, 3), dimmed towards white where no token is kept (S, S)."""
+    """The image (H, W, 3), dimmed towards white where no token is kept (rows, columns)."""
     mask = enlarge(keep, len(image))[:, :, None]
     opacity = 0.25 + 0.75 * mask
     white = 255 * 0.75 * (1 - mask)
@@ -123,7 +138,7 @@ def dim_dropped(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 
 def boundary_overlay(image: np.ndarray, prob: np.ndarray) -> np.ndarray:
-    """The boundary probability (S, S) in colour over a grey image (H, W, 3): (H, W, 3) uint8."""
+    """The boundary probability (rows, columns) in colour over a grey image (H, W, 3): (H, W, 3) uint8."""
     colour = 255 * colormaps["magma"](enlarge(prob, len(image)))[:, :, :3]
     grey = image.mean(2, keepdims=True)
     return (0.5 * grey + 0.5 * colour).astype("uint8")

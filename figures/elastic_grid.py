@@ -46,7 +46,9 @@ def draw_grid(batches: list[SampledBatch], titles: list[str], names: list[str], 
     """One column per batch with its title above, one row per sample with its name at the left."""
     rows = len(names)
     columns = len(batches)
-    figure = Figure(figsize=(1.2 * columns + 0.5, 1.2 * rows + 0.5), dpi=120, layout="constrained")
+    height, width = batches[0].images.shape[2:]
+    size = (1.2 * columns + 0.5, 1.2 * rows * height / width + 0.5)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for column, batch in enumerate(batches):
         axes[0][column].set_title(titles[column])

@@ -81,7 +81,7 @@ def draw_sample(trained: TrainedModel, label: int, options: SamplingOptions) -> 
 
     (batch,) = generate(trained, [0], [label], options, on_step=on_step)
     image = enlarge(batch.images[0].permute(1, 2, 0).numpy())
-    boundaries = boundary_overlay(image, as_map(probabilities[-1]))
+    boundaries = boundary_overlay(image, as_map(probabilities[-1], trained.config.token_grid))
     tflop = float(image_tflop(trained.config, batch.kept)[0])
     counts = [step.shown.item() for step in batch.kept]
     kept = float(np.mean(counts)) / trained.config.tokens
@@ -89,6 +89,6 @@ def draw_sample(trained: TrainedModel, label: int, options: SamplingOptions) -> 
 
 
 def enlarge(image: np.ndarray) -> np.ndarray:
-    """Repeat pixels until the image is about PIXELS wide."""
-    factor = max(1, PIXELS // len(image))
+    """Repeat pixels until the longer side of the image is about PIXELS long."""
+    factor = max(1, PIXELS // max(image.shape[:2]))
     return image.repeat(factor, 0).repeat(factor, 1)

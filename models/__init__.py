@@ -16,7 +16,7 @@ def architecture(config: Config) -> Architecture:
     model, training, hnet = config.model, config.training, config.model.hnet
     layout = parse_layout(hnet.arch_layout)
     return Architecture(
-        latent_side=config.latent_size,
+        latent_grid=config.latent_grid,
         latent_channels=config.data.latent_channels,
         num_classes=config.data.num_classes,
         has_null_label=training.class_dropout_prob > 0,
@@ -58,7 +58,7 @@ def describe(config: Config) -> str:
     with torch.device("meta"):
         model = build_model(config)
     parameters = sum(p.numel() for p in model.parameters())
-    tokens = f"{config.tokens} per image ({config.token_side} x {config.token_side})"
+    tokens = f"{config.tokens} per image ({config.token_grid})"
     return f"{to_yaml(config)}\nparameters    {parameters:,}\ntokens        {tokens}"
 
 

@@ -17,10 +17,9 @@ def to_tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def to_grid(tokens: Tensor) -> Tensor:
-    """(B, L, C) -> (B, C, S, S)."""
-    side = int(tokens.shape[1] ** 0.5)
-    return tokens.unflatten(1, (side, side)).permute(0, 3, 1, 2)
+def to_grid(tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """(B, L, C) -> (B, C, S, S), for a grid of these rows and columns."""
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
 class Conv3x3(nn.Conv2d):
@@ -39,7 +38,8 @@ class Conv1x1(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         # On a CPU PyTorch's convolution first copies the grid to another layout
         if x.is_cpu:
-            return to_grid(F.linear(to_tokens(x), self.weight.flatten(1), self.bias))
+            tokens = F.linear(to_tokens(x), self.weight.flatten(1), self.bias)
+            return to_grid(tokens, x.shape[2:])
         return super().forward(x)
 
 
@@ -85,7 +85,7 @@ class ConvStack(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x, c)
-        return to_grid(self.norm(to_tokens(x)))
+        return to_grid(self.norm(to_tokens(x)), x.shape[2:])
 
 
 def build_encoder(blocks: int, width: int, d_model: int) -> ConvStack:

@@ -28,19 +28,20 @@ class DCDiT(nn.Module):
     def __init__(self, architecture: Architecture):
         super().__init__()
         a = architecture
+        self.grid = a.latent_grid
         self.fp32_chunking = a.fp32_chunking
         self.gradient_checkpointing = a.gradient_checkpointing
         self.x_embedder = nn.Conv2d(a.latent_channels, a.conv_width, 3, padding=1)
         self.t_embedder = TimestepEmbedder(a.width, a.timestep_divisor)
         self.y_embedder = LabelEmbedder(a.num_classes, a.width, a.has_null_label)
         self.conditioner = Conditioner(dict(a.conditions), a.width)
-        self.register_buffer("pos_embed", sincos_positions(a.width, a.latent_side))  # (L, D)
+        self.register_buffer("pos_embed", sincos_positions(a.width, self.grid))  # (L, D)
         self.encoder = build_encoder(a.encoder_blocks, a.conv_width, a.width)
         self.router = ROUTERS[a.router](a.width, a.downsample_factor)
         self.residual_proj = nn.Linear(a.width, a.width)
         self.blocks = build_blocks(a)
         self.norm = RMSNorm(a.width)
-        self.dechunk = Dechunk(a.latent_side, a.smoothing_sigma)
+        self.dechunk = Dechunk(self.grid, a.smoothing_sigma)
         self.decoder = build_decoder(a.decoder_blocks, a.conv_width, a.width)
         self.final_layer = FinalLayer(a.conv_width, a.width, a.out_channels)
         init_weights(self, a.init)
@@ -85,8 +86,8 @@ class DCDiT(nn.Module):
 
         # Give every cell a token again and decode
         h = self.plug_back(u, residual, routing, packing)  # (B, L, D)
-        h = self.decoder(to_grid(h), c)  # (B, E, S, S)
-        prediction = to_grid(self.final_layer(to_tokens(h), c))  # (B, C or 2C, S, S)
+        h = self.decoder(to_grid(h, self.grid), c)  # (B, E, S, S)
+        prediction = to_grid(self.final_layer(to_tokens(h), c), self.grid)  # (B, C or 2C, S, S)
         return DenoiserOutput(prediction, routing, packing, outputs)
 
     def route(

@@ -8,6 +8,7 @@ models/ops/distance.py.
 import torch
 from torch import Tensor, nn
 
+from grid import Grid
 from models.ops.distance import nearest_token
 from models.ops.smoothing import SpatialSmoothing, smooth_and_plug
 from models.types import Packing, Routing
@@ -18,9 +19,10 @@ PROB_MARGIN = 1e-4  # as a weight, p is clamped to [margin, 1 - margin]
 class Dechunk(nn.Module):
     """Processed tokens (T, D) and the residual (B, L, D) -> (B, L, D)."""
 
-    def __init__(self, side: int, sigma: float):
+    def __init__(self, grid: Grid, sigma: float):
         super().__init__()
-        self.smoothing = SpatialSmoothing(side, sigma)
+        self.grid = grid
+        self.smoothing = SpatialSmoothing(grid, sigma)
 
     def forward(self, tokens: Tensor, residual: Tensor, routing: Routing, packing: Packing) -> Tensor:
         # How much of a kept token's value is its own, and how much comes from its neighbours
@@ -33,6 +35,6 @@ class Dechunk(nn.Module):
         confidence = torch.where(routing.boundary, routing.prob, 1 - routing.prob)  # (B, L)
 
         # Each cell takes the smoothed value of its nearest kept token
-        nearest = nearest_token(routing.keep)  # (B, L)
+        nearest = nearest_token(routing.keep, self.grid)  # (B, L)
         gaussian_sum = self.smoothing.prepare(packing)
         return smooth_and_plug(tokens, residual, prob, confidence, nearest, gaussian_sum)

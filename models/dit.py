@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from grid import Grid
 from models.blocks import FinalLayer, build_blocks, run_blocks
 from models.conv import to_tokens
 from models.embeddings import Conditioner, LabelEmbedder, TimestepEmbedder, sincos_positions
@@ -32,12 +33,13 @@ class DiT(nn.Module):
         if a.patch is None:
             raise ValueError("a static DiT needs a patch size")
         self.patch = a.patch
+        self.grid = a.token_grid
         self.gradient_checkpointing = a.gradient_checkpointing
         self.x_embedder = nn.Conv2d(a.latent_channels, a.width, a.patch, stride=a.patch)
         self.t_embedder = TimestepEmbedder(a.width, a.timestep_divisor)
         self.y_embedder = LabelEmbedder(a.num_classes, a.width, a.has_null_label)
         self.conditioner = Conditioner(dict(a.conditions), a.width)
-        self.register_buffer("pos_embed", sincos_positions(a.width, a.latent_side // a.patch))  # (L, D)
+        self.register_buffer("pos_embed", sincos_positions(a.width, self.grid))  # (L, D)
         self.blocks = build_blocks(a)
         self.final_layer = FinalLayer(a.width, a.width, a.patch**2 * a.out_channels)
         init_transformer(self, zero_blocks=a.init == "adaln_zero")
@@ -73,17 +75,16 @@ class DiT(nn.Module):
         u, outputs = run_blocks(self.blocks, u, c, packing, self.gradient_checkpointing, hidden)
 
         patches = self.final_layer(u.unflatten(0, (batch, length)), c)  # (B, L, P P C) or (B, L, P P 2C)
-        prediction = unpatchify(patches, self.patch)  # (B, C or 2C, S, S)
+        prediction = unpatchify(patches, self.patch, self.grid)  # (B, C or 2C, S, S)
         routing = keep_all(batch, length, u.device)
         return DenoiserOutput(prediction, routing, packing, outputs)
 
 
-def unpatchify(patches: Tensor, patch: int) -> Tensor:
-    """(B, L, P P C), channels varying fastest and then columns -> (B, C, S, S)."""
-    side = int(patches.shape[1] ** 0.5)
+def unpatchify(patches: Tensor, patch: int, grid: Grid) -> Tensor:
+    """(B, L, P P C), channels varying fastest and then columns -> (B, C, S, S), for this grid of patches."""
     # (B, row, column, row in the patch, column in the patch, C)
-    grid = patches.view(len(patches), side, side, patch, patch, -1)
-    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    pixels = patches.view(len(patches), *grid, patch, patch, -1)
+    return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def keep_all(batch: int, length: int, device: torch.device) -> Routing:

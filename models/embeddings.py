@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from grid import Grid
+
 FREQUENCIES = 128  # sinusoidal features per timestep: 128 cosines and 128 sines
 SCALAR_RANGE = 1000  # timesteps that a scalar from 0 to 1 is spread over
 
@@ -124,19 +126,19 @@ class Conditioner(nn.Module):
         return c
 
 
-def sincos_positions(width: int, side: int, spacing: float = 1.0, offset: float = 0.0) -> Tensor:
-    """Fixed 2-D positions (side * side, width): sin and cos of the column, then of the row.
+def sincos_positions(width: int, grid: Grid, spacing: float = 1.0, offset: float = 0.0) -> Tensor:
+    """Fixed 2-D positions (cells, width): sin and cos of the column, then of the row.
 
     Row and column i lie at (i + offset) * spacing, which upcycling uses to resample a coarser grid.
     """
     # One axis: a sine and a cosine per frequency
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    place = (torch.arange(side, dtype=torch.float64) + offset) * spacing
+    place = (torch.arange(max(grid), dtype=torch.float64) + offset) * spacing
     angle = place[:, None] * omega
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, width / 2)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (longer side, width / 2)
 
     # Both axes at every cell, in raster order
-    column = axis[None, :, :].expand(side, side, -1)
-    row = axis[:, None, :].expand(side, side, -1)
-    grid = torch.cat([column, row], dim=-1)  # (side, side, width)
-    return grid.flatten(0, 1).float()
+    column = axis[None, : grid.columns].expand(*grid, -1)
+    row = axis[: grid.rows, None].expand(*grid, -1)
+    positions = torch.cat([column, row], dim=-1)  # (rows, columns, width)
+    return positions.flatten(0, 1).float()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import cli
 from config import Config, UserError, load_config
+from grid import Grid
 from models import architecture, describe
 from models.blocks import block_ratios
 from models.router import ROUTERS
@@ -79,7 +80,7 @@ def forward_flops(network: Architecture, kept: TokenCounts) -> dict[str, Any]:
         "residual_proj": 2 * length * d * d,
         "blocks": sum(_block(d, kept.mean, ratio) for ratio in ratios),
         "attention": len(ratios) * _attention(d, network.heads, kept.mean_square),
-        "dechunk": 2 * 2 * length * network.latent_side * (d + 1),
+        "dechunk": 2 * length * sum(network.latent_grid) * (d + 1),
         "decoder": _stack(length, [d] + [e] * network.decoder_blocks, d),
         "final_layer": _final_layer(length, e, network.out_channels, d),
     }
@@ -102,8 +103,8 @@ def static_dit_flops(network: Architecture) -> dict[str, float]:
     }
 
 
-def decoder_flops(vae: Mapping[str, Any], side: int) -> dict[str, float]:
-    """FLOPs to decode one latent of side x side cells, from the configuration of a diffusers AutoencoderKL.
+def decoder_flops(vae: Mapping[str, Any], grid: Grid) -> dict[str, float]:
+    """FLOPs to decode one latent of this grid, from the configuration of a diffusers AutoencoderKL.
 
     Its decoder is an optional 1x1 convolution, a 3x3 convolution, two residual blocks around an attention over all
     cells, `layers_per_block` + 1 residual blocks per resolution with nearest-neighbour upsampling and a 3x3
@@ -112,7 +113,7 @@ def decoder_flops(vae: Mapping[str, Any], side: int) -> dict[str, float]:
     widths = list(vae["block_out_channels"])[::-1]
     layers = vae["layers_per_block"] + 1
     latent = vae["latent_channels"]
-    cells = side * side
+    cells = grid.cells
     top = widths[0]
 
     # From the latent to the widest blocks, at the latent's resolution
@@ -291,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     if decoder.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         print(f"\nautoencoder: an {decoder['_class_name']} is counted when it is loaded, by sample.py")
         return
-    decoding = sum(decoder_flops(decoder, config.latent_size).values())
+    decoding = sum(decoder_flops(decoder, config.latent_grid).values())
     print(f"\nautoencoder: {decoding / 1e12:.3f} TFLOP more to decode an image")
 
 

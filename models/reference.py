@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grid import Grid
 from models.attention import Attention, attend_flash, attend_varlen, pick_kernel
 from models.blocks import DiTBlock
 from models.conv import ConvBlock, ConvStack
@@ -48,10 +49,10 @@ def forward(
 
     # Encoder; then router and residual projection, which are in float32 under autocast too
     x = to_tokens(model.x_embedder(x_t))  # (B, L, E)
-    features = conv_stack(model.encoder, x, c)  # (B, L, D)
+    features = conv_stack(model.encoder, x, c, model.grid)  # (B, L, D)
     with torch.autocast(x_t.device.type, enabled=False):
         features = features.float()
-        routing = router(model.router, features, drop)
+        routing = router(model.router, features, drop, model.grid)
         if replace_routing is not None:
             routing = replace_routing(routing)
         residual = model.residual_proj(features)
@@ -69,13 +70,12 @@ def forward(
 
     # Dechunk, decoder and head
     with torch.autocast(x_t.device.type, enabled=False):
-        h = (
-            dechunk(u.float(), routing, chunks, model.dechunk.smoothing.sigma) + residual
-        )  # (B, L, D), H-Net, equation 3
-    h = conv_stack(model.decoder, h, c)  # (B, L, E)
+        plugged = dechunk(u.float(), routing, chunks, model.dechunk.smoothing.sigma, model.grid)
+        h = plugged + residual  # (B, L, D), H-Net, equation 3
+    h = conv_stack(model.decoder, h, c, model.grid)  # (B, L, E)
     shift, scale = model.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=2)
     prediction = model.final_layer.linear(modulate(h, shift, scale))  # (B, L, 2C)
-    return DenoiserOutput(to_grid(prediction), routing, plan_packing(routing.keep), outputs)
+    return DenoiserOutput(to_grid(prediction, model.grid), routing, plan_packing(routing.keep), outputs)
 
 
 # ------------------------------------------------------------------------------------------- encoder and decoder
@@ -86,23 +86,22 @@ def to_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2).contiguous()
 
 
-def to_grid(x: Tensor) -> Tensor:
+def to_grid(x: Tensor, grid: Grid) -> Tensor:
     """(B, L, C) -> (B, C, S, S), contiguous."""
-    side = int(x.shape[1] ** 0.5)
-    return x.transpose(1, 2).reshape(len(x), -1, side, side)
+    return x.transpose(1, 2).reshape(len(x), -1, *grid)
 
 
-def conv_stack(stack: ConvStack, x: Tensor, c: Tensor) -> Tensor:
+def conv_stack(stack: ConvStack, x: Tensor, c: Tensor, grid: Grid) -> Tensor:
     """(B, L, in) -> (B, L, out)."""
     for module in stack.blocks:
         assert isinstance(module, ConvBlock)
-        x = conv_block(module, x, c)
+        x = conv_block(module, x, c, grid)
     return rms_norm(x, stack.norm.weight)
 
 
-def conv_block(module: ConvBlock, x: Tensor, c: Tensor) -> Tensor:
+def conv_block(module: ConvBlock, x: Tensor, c: Tensor, grid: Grid) -> Tensor:
     """Residual block with additive conditioning: (B, L, in) -> (B, L, out)."""
-    x = to_grid(x)
+    x = to_grid(x, grid)
     h = conv(module.conv1, F.silu(group_norm(module.norm1, x)))
     h = h + module.cond_proj(c)[:, :, None, None]
     h = conv(module.conv2, F.silu(group_norm(module.norm2, h)))
@@ -134,15 +133,15 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- chunking
 
 
-def router(module: Router, features: Tensor, drop: Tensor | None) -> Routing:
+def router(module: Router, features: Tensor, drop: Tensor | None, grid: Grid) -> Routing:
     """Boundary probabilities and decisions: (B, L, D) -> Routing (the role of H-Net, equation 4).
 
     z = proj(x), surprise = z - context_predictor(z), p = sigmoid(score(surprise)); a token is a boundary if p
     > 1/2. Routers other than the paper's are called as they are.
     """
     if not isinstance(module, LearnedRouter):
-        return module(to_grid(features), drop)
-    z = conv(module.proj, to_grid(features))
+        return module(to_grid(features, grid), drop)
+    z = conv(module.proj, to_grid(features, grid))
     surprise = z - conv(module.context_predictor, z)
     first_conv, norm, _, last_conv = module.residual_scorer
     score = conv(first_conv, surprise)
@@ -249,12 +248,12 @@ def attention(module: Attention, x: Tensor, chunks: Chunks) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ dechunk
 
 
-def dechunk(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float) -> Tensor:
+def dechunk(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float, grid: Grid) -> Tensor:
     """Smooth, plug back, straight through: (T, D) -> (B, L, D) (H-Net, equations 5 to 9, in the plane)."""
-    mixed = smooth(tokens, routing, chunks, sigma)  # (B, M, D)
+    mixed = smooth(tokens, routing, chunks, sigma, grid)  # (B, M, D)
 
     # Plug-back: every cell takes the value of its nearest kept token (the role of H-Net, equation 8)
-    nearest = nearest_kept(chunks, routing.prob.shape[1])  # (B, L)
+    nearest = nearest_kept(chunks, grid)  # (B, L)
     plugged = mixed.gather(1, nearest[:, :, None].expand(-1, -1, mixed.shape[2]))
 
     # Straight-through confidence: a factor of 1 with the gradient of c = p or 1 - p (H-Net, equations 6, 7 and 9)
@@ -263,14 +262,14 @@ def dechunk(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float) -> T
     return plugged * factor[:, :, None]
 
 
-def smooth(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float) -> Tensor:
+def smooth(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float, grid: Grid) -> Tensor:
     """v_i = p_i u_i + (1 - p_i) sum_j w_ij u_j: (T, D) -> (B, M, D) (the role of H-Net, equation 5).
 
     w_ij is exp(-|x_i - x_j|^2 / (2 sigma^2)) p_j, normalised over the kept tokens j of the sample.
     """
     u = unpack(tokens, chunks)
     prob = routing.prob.gather(1, chunks.index).clamp(1e-4, 1 - 1e-4)  # (B, M)
-    place = cell_places(routing.prob.shape[1], tokens.device)[chunks.index]  # (B, M, 2)
+    place = cell_places(grid, tokens.device)[chunks.index]  # (B, M, 2)
     squared_distance = (place[:, :, None] - place[:, None]).square().sum(-1)  # (B, M, M)
 
     # Each token's weighted mean over all kept tokens of its sample, itself included
@@ -284,9 +283,9 @@ def smooth(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float) -> Te
     return own_share * u + (1 - own_share) * smoothed
 
 
-def nearest_kept(chunks: Chunks, length: int) -> Tensor:
+def nearest_kept(chunks: Chunks, grid: Grid) -> Tensor:
     """Which of its sample's M chunks is nearest to each cell, ties to the lowest raster index: -> (B, L)."""
-    cells = cell_places(length, chunks.index.device)  # (L, 2)
+    cells = cell_places(grid, chunks.index.device)  # (L, 2)
     chosen = cells[chunks.index]  # (B, M, 2)
     squared_distance = (cells[:, None] - chosen[:, None]).square().sum(-1)  # (B, L, M)
     # Padding is no candidate; argmin returns the first of equals
@@ -294,8 +293,7 @@ def nearest_kept(chunks: Chunks, length: int) -> Tensor:
     return squared_distance.argmin(2)
 
 
-def cell_places(length: int, device: torch.device) -> Tensor:
+def cell_places(grid: Grid, device: torch.device) -> Tensor:
     """Row and column of each cell: (L, 2)."""
-    side = int(length**0.5)
-    cell = torch.arange(length, device=device)
-    return torch.stack([cell // side, cell % side], dim=1).float()
+    cell = torch.arange(grid.cells, device=device)
+    return torch.stack([cell // grid.columns, cell % grid.columns], dim=1).float()

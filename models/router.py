@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from grid import Grid
 from models.conv import Conv1x1, Conv3x3, GroupNorm, to_tokens
 from models.ops.norm_silu import norm_silu
 from models.tail_drop import drop_tail, force_ends, keep_top
@@ -207,7 +208,9 @@ class UniformRouter(ControlRouter):
     """A regular grid, the same in every image; at N = 4 one token in every 2 x 2 cells. Budgets thin it evenly."""
 
     def importance(self, features: Tensor, draw: Tensor) -> Tensor:
-        return 1 - ordered_dither(features.shape[-1], features.device).flatten().expand(len(features), -1)
+        rows, columns = features.shape[2:]
+        ranks = ordered_dither(Grid(rows, columns), features.device)
+        return 1 - ranks.flatten().expand(len(features), -1)
 
 
 class RandomRouter(ControlRouter):
@@ -253,17 +256,17 @@ def neighbour_sum(x: Tensor) -> Tensor:
     return above + below + left + right
 
 
-def ordered_dither(side: int, device: torch.device) -> Tensor:
-    """Ranks of the cells of a grid in [0, 1): (side, side). The first cells by rank lie evenly, for any count.
+def ordered_dither(grid: Grid, device: torch.device) -> Tensor:
+    """Ranks of the cells of a grid in [0, 1): (rows, columns). The first cells by rank lie evenly, for any count.
 
-    The ranks are Bayer's ordered-dither matrix, cut to the side: each level takes one more cell of every 2 x 2.
+    The ranks are Bayer's ordered-dither matrix, cut to the grid: each level takes one more cell of every 2 x 2.
     """
-    levels = max(1, math.ceil(math.log2(side)))
+    levels = max(1, math.ceil(math.log2(max(grid))))
     corner = torch.tensor([[0.0, 2.0], [3.0, 1.0]], device=device)
     ranks = torch.zeros(1, 1, device=device)
     for _ in range(levels):
         ranks = torch.kron(torch.ones_like(corner), 4 * ranks) + torch.kron(corner, torch.ones_like(ranks))
-    return ranks[:side, :side] / 4**levels
+    return ranks[: grid.rows, : grid.columns] / 4**levels
 
 
 def hash_to_unit(seed: Tensor, position: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The values that travel between the parts of a network, and the legend of their shapes.
 
-B batch, S latent side, L = S * S tokens in raster order (index = row * S + column), C latent channels, E
-width of the convolutions, D model width, T kept tokens of the whole batch, K tokens that a budget keeps. A
-static DiT has a token per patch of P x P cells: L = (S / P)^2.
+B batch, (S, S) rows and columns of the latent, which are equal in square images only, L = rows * columns tokens in
+raster order (index = row * columns + column), C latent channels, E width of the convolutions, D model width, T kept
+tokens of the whole batch, K tokens that a budget keeps. A static DiT has a token per patch of P x P cells.
 """
 
 from dataclasses import dataclass, field
@@ -11,12 +11,14 @@ from typing import NamedTuple
 import torch.export
 from torch import Tensor
 
+from grid import Grid
+
 
 @dataclass(frozen=True)
 class Architecture:
     """All that a network is built from, a DCDiT or a DiT."""
 
-    latent_side: int  # S, in latent cells
+    latent_grid: Grid  # rows and columns of latent cells
     latent_channels: int  # C
     num_classes: int  # label `num_classes` is the null label, if there is one
     has_null_label: bool  # whether labels were dropped in training, which guidance needs
@@ -48,9 +50,14 @@ class Architecture:
         return self.patch is not None
 
     @property
+    def token_grid(self) -> Grid:
+        """Rows and columns of all tokens of an image, kept or not."""
+        return self.latent_grid.coarsen(self.patch or 1)
+
+    @property
     def tokens(self) -> int:
         """L: all tokens of an image, kept or not."""
-        return (self.latent_side // (self.patch or 1)) ** 2
+        return self.token_grid.cells
 
     @property
     def out_channels(self) -> int:

@@ -74,8 +74,7 @@ def sample_latents(
     diffusion = sampling_process(config, options)
     objective = OBJECTIVES[config.diffusion.objective]
     run = objective.samplers[options.sampler or objective.default]
-    shape = (config.data.latent_channels, config.latent_size, config.latent_size)
-    noise = sample_noise(options.seed, indices, shape, trained.device)
+    noise = sample_noise(options.seed, indices, config.latent_shape, trained.device)
 
     def sampler(denoise: Denoise) -> Iterator[Step]:
         return run(diffusion, denoise, noise(), noise)

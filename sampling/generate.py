@@ -128,11 +128,11 @@ def warm_up(trained: TrainedModel, labels: list[int], options: SamplingOptions) 
 def summarise_run(trained: TrainedModel, options: SamplingOptions, record: SamplingRecord) -> dict:
     """What summary.json holds: the options, and what the samples cost."""
     codec = trained.autoencoder.codec
-    side = trained.config.latent_size
+    grid = trained.config.latent_grid
     if isinstance(codec, KLCodec):
-        decoding = sum(flops.decoder_flops(codec.model.config, side).values())
+        decoding = sum(flops.decoder_flops(codec.model.config, grid).values())
     else:
-        decoding = decoder_flops(codec, side)
+        decoding = decoder_flops(codec, grid)
     account = summarise(trained.config, decoding, trained.class_names, record)
     return {"options": dataclasses.asdict(options), **account}
 

@@ -107,9 +107,9 @@ images = DCDiTPipeline.from_pretrained("this folder")(class_labels=[0], guidance
 
 ## Training data
 
-{data.image_size} x {data.image_size} pixels, {data.num_classes} classes{classes}.
+{data.image_grid} pixels, {data.num_classes} classes{classes}.
 {trained.step:,} steps of {batch} images,
-as latents of {data.latent_channels} channels and {config.latent_size} x {config.latent_size} cells.
+as latents of {data.latent_channels} channels and {config.latent_grid} cells.
 Autoencoder: `{autoencoder}`, SHA-256 of its weights `{trained.autoencoder.sha256[:16]}`.
 
 ## Budgets and cost

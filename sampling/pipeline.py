@@ -140,8 +140,7 @@ class DCDiTPipeline:
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             arguments["generator"] = generator
 
-        shape = (batch, channels, config.latent_size, config.latent_size)
-        x = randn_tensor(shape, generator=generator, device=self.trained.device)
+        x = randn_tensor((batch, *config.latent_shape), generator=generator, device=self.trained.device)
         x = x * self.scheduler.init_noise_sigma
         for t in self.scheduler.timesteps:
             on_device = torch.full((batch,), t.item(), dtype=t.dtype, device=x.device)

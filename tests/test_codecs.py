@@ -12,6 +12,7 @@ import train
 from config import UserError
 from data.autoencoder import Autoencoder
 from data.codecs import KLCodec, decoder_flops
+from grid import Grid
 from models import flops
 from weights.checkpoint import load_checkpoint
 
@@ -74,8 +75,8 @@ def test_counted_flops_are_the_formula(tiny_vae):
     """Up to the softmax, which PyTorch does not count."""
     codec = Autoencoder.load(str(tiny_vae), "cpu").codec
     assert isinstance(codec, KLCodec)
-    formula = sum(flops.decoder_flops(codec.model.config, 8).values())
-    assert decoder_flops(codec, 8) == pytest.approx(formula, rel=0.01)
+    formula = sum(flops.decoder_flops(codec.model.config, Grid(8, 8)).values())
+    assert decoder_flops(codec, Grid(8, 8)) == pytest.approx(formula, rel=0.01)
 
 
 def test_names_of_no_codec(tmp_path):

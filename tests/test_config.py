@@ -72,7 +72,7 @@ def refusal(function, *args) -> str:
 def test_defaults():
     config = load_config()
     assert config == Config()
-    assert (config.latent_size, config.d_model, config.encoder_width) == (32, 768, 768)
+    assert (config.latent_grid, config.d_model, config.encoder_width) == ((32, 32), 768, 768)
     assert config.model.hnet.arch_layout == ["c2", ["D12"], "c2"] and config.model.init == "adaln_zero"
     assert config.training.learning_rate == 1e-4 and config.training.ratio_batch_size == 16
     assert config.training.multi_budget_drop_fractions == [0, 0.1, 0.2, 0.3]

@@ -139,8 +139,8 @@ def test_official_dit(tmp_path, wrapped):
     state = converted(tmp_path / "DiT.pt", tmp_path / "DiT.safetensors")
     assert_same_weights(state["ema"], weights)
     found = config_from_dict(state["config"])
-    assert found.latent_size == 32
-    assert found.token_side == 8
+    assert found.latent_grid == (32, 32)
+    assert found.token_grid == (8, 8)
     assert found.model.hnet.num_heads == [6, 6]
     assert found.model.mlp_ratio == 4.0
     assert found.model.timestep_divisor == 128

@@ -86,10 +86,10 @@ def static_dit(model, x_t, t, labels):
     kernel = torch.exp(-distance / 2)
     smooth = kernel @ (p * u) / (kernel @ p + 1e-8)
     h = p * u + (1 - p) * smooth + model.residual_proj(tokens)
-    h = model.decoder(to_grid(h), c)
+    h = model.decoder(to_grid(h, model.grid), c)
     shift, scale = model.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=2)
     h = F.layer_norm(to_tokens(h), (WIDTH,), eps=1e-6) * (1 + scale) + shift
-    return to_grid(model.final_layer.linear(h))
+    return to_grid(model.final_layer.linear(h), model.grid)
 
 
 def test_everything_kept_is_a_static_transformer():

@@ -44,7 +44,7 @@ def test_published_sizes(name):
 
 def test_512_pixels():
     config = load_config(CONFIGS / "DiT-XL-2.yaml", ["data.image_size=512"])
-    assert (config.token_side, config.tokens) == (32, 1024)
+    assert (config.token_grid, config.tokens) == ((32, 32), 1024)
     with torch.device("meta"):
         assert build_model(config).pos_embed.shape == (1024, 1152)
 

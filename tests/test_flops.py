@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import config_from_dict, load_config
+from grid import Grid
 from models import architecture, build_model, flops
 from models.flops import (
     STABLE_DIFFUSION,
@@ -162,7 +163,7 @@ def test_decoder_against_the_counter(vae):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.decode(torch.empty(1, config["latent_channels"], side, side))
     softmax = 3 * side**4 if config.get("mid_block_add_attention", True) else 0
-    assert sum(decoder_flops(model.config, side).values()) - softmax == counter.get_total_flops()
+    assert sum(decoder_flops(model.config, Grid(side, side)).values()) - softmax == counter.get_total_flops()
 
 
 def test_the_table_needs_no_weights(capsys):

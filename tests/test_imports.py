@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom to the top. A place may import those of the rows below it, and itself.
 LAYERS = (
     ("schema",),
-    ("spellings", "layouts", "plain_data"),
+    ("spellings", "layouts", "plain_data", "grid"),
     ("config_keys",),
     ("config",),
     ("cli",),

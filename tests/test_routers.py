@@ -8,6 +8,7 @@ import torch
 
 import sample
 from config import load_config
+from grid import Grid
 from models import build_model
 from models.router import ROUTERS, hash_to_unit, ordered_dither
 from models.types import Routing
@@ -56,7 +57,7 @@ def test_the_uniform_grid():
         grid[::step, ::step] = True
         grid[-1, -1] = True
         assert torch.equal(keep, grid.expand(3, 8, 8))
-    ranks = ordered_dither(12, torch.device("cpu"))
+    ranks = ordered_dither(Grid(12, 12), torch.device("cpu"))
     assert len(ranks.unique()) == 144
 
 

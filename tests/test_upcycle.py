@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import train
 from config import UserError, config_from_dict, load_config
+from grid import Grid
 from models import build_model
 from models.embeddings import sincos_positions
 from training.optimizer import parameter_groups
@@ -135,7 +136,7 @@ def test_a_fresh_scaffold_is_left_alone():
             assert torch.equal(model.state_dict()[name], fresh[name]), name
     # A cell's position is relative to the centre of its patch: (2 - 0.5) / 2 and (4 - 0.5) / 2
     positions = model.pos_embed.view(SIDE, SIDE, -1)
-    quarter_steps = sincos_positions(WIDTH, 100, 0.25).view(100, 100, -1)
+    quarter_steps = sincos_positions(WIDTH, Grid(100, 100), 0.25).view(100, 100, -1)
     torch.testing.assert_close(positions[2, 4], quarter_steps[3, 7])
 
 

@@ -73,6 +73,6 @@ def kept_tokens(
 
 def cells_on_object(masks: Tensor, config: Config) -> Tensor:
     """Token cells that an object covers by at least half: (B, H, W) bool -> (B, L) bool."""
-    pixels_per_token = config.data.image_size // config.token_side
+    pixels_per_token = config.data.image_grid.rows // config.token_grid.rows
     coverage = F.avg_pool2d(masks.float()[:, None], pixels_per_token)
     return coverage.flatten(1) >= 0.5

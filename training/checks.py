@@ -22,10 +22,10 @@ def open_fitting_features(config: Config) -> Features:
         UserError: they cannot be read, or they do not fit the configuration.
     """
     data = config.data
-    store = open_features(data.feature_path, data.image_size, config.columns)
+    store = open_features(data.feature_path, data.image_grid, config.columns)
     # The latents have the shape that the model expects
     found = tuple(store.latent_shape)
-    expected = (data.latent_channels, config.latent_size, config.latent_size)
+    expected = config.latent_shape
     if found != expected:
         raise UserError(
             f"data.feature_path: '{data.feature_path}' holds latents of shape {found}, but image_size, "

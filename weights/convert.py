@@ -19,6 +19,7 @@ from torch import Tensor
 import cli
 from config import Config, UserError, config_from_dict, load_config, one_line, printable, to_dict
 from data.files import write_file
+from grid import Grid
 from weights.checkpoint import (
     FORMAT,
     WEIGHTS,
@@ -232,9 +233,9 @@ def read_diffusers(args: argparse.Namespace, folder: Path) -> Checkpoint:
     if problem:
         raise UserError(f"source '{folder}': {printable(problem)}")
     try:
-        tokens = (about["sample_size"] // about["patch_size"]) ** 2
+        patches = Grid.of(about["sample_size"]).coarsen(about["patch_size"])
         heads = about["num_attention_heads"]
-        converted = from_diffusers(weights, tokens)
+        converted = from_diffusers(weights, patches)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
             f"source '{folder}' is no DiTTransformer2DModel that can be converted ({one_line(error)})"

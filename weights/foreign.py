@@ -1,10 +1,12 @@
 """Foreign state dicts -> names and layouts of this repository, and a configuration from their shapes."""
 
+import math
 import re
 
 import torch
 from torch import Tensor
 
+from grid import Grid
 from models.embeddings import sincos_positions
 
 # Official name -> name here; the first match wins. DC-DiT's main network sits two levels deep there.
@@ -52,11 +54,11 @@ def from_official(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def from_diffusers(state: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+def from_diffusers(state: dict[str, Tensor], patches: Grid) -> dict[str, Tensor]:
     """Rename the state dict of a DiTTransformer2DModel, and join its query, key and value weights.
 
     Args:
-        tokens: patches per image, for the positions, which diffusers does not store.
+        patches: rows and columns of an image's patches, for the positions, which diffusers does not store.
 
     Raises:
         ValueError: the blocks have different embeddings; a DiT has one for all blocks.
@@ -84,7 +86,7 @@ def from_diffusers(state: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
         converted[name] = torch.cat([parts["q"], parts["k"], parts["v"]])
     if "pos_embed" not in converted:
         width = len(converted["x_embedder.weight"])
-        converted["pos_embed"] = sincos_positions(width, int(tokens**0.5))
+        converted["pos_embed"] = sincos_positions(width, patches)
     return converted
 
 
@@ -104,7 +106,7 @@ def dit_config(state: dict[str, Tensor], heads: int | None = None) -> dict:
         heads: attention heads, which the shapes do not tell. None: as in the published size with this width.
 
     Raises:
-        ValueError: no published size has this width.
+        ValueError: no published size has this width, or the images are not square.
     """
     width, channels, patch, _ = state["x_embedder.weight"].shape
     heads = heads or DIT_HEADS.get(width)
@@ -114,7 +116,10 @@ def dit_config(state: dict[str, Tensor], heads: int | None = None) -> dict:
     blocks = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     hidden = len(state["blocks.0.mlp.fc1.weight"])
     out_channels = len(state["final_layer.linear.weight"]) // patch**2
-    latent_side = int(len(state["pos_embed"]) ** 0.5) * patch
+    positions = len(state["pos_embed"])
+    side = math.isqrt(positions)
+    if side**2 != positions:
+        raise ValueError(f"its {positions} positions are those of no square, so its image size is unknown")
     labels = len(state["y_embedder.table.weight"])  # the classes, and the null label
     hnet = {
         "arch_layout": ["c2", [f"D{blocks}"], "c2"],
@@ -130,7 +135,7 @@ def dit_config(state: dict[str, Tensor], heads: int | None = None) -> dict:
         },
         "training": {"learn_sigma": out_channels == 2 * channels},
         "data": {
-            "image_size": latent_side * 8,
+            "image_size": side * patch * 8,
             "latent_stride": 8,
             "latent_channels": channels,
             "num_classes": labels - 1,

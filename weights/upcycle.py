@@ -124,6 +124,12 @@ def check_same_network(config: Config, source_config: Config, source: nn.Module,
             f"training.init_from: '{path}' holds another network than the configuration describes: "
             f"{difference}; give a model with its shapes, or a static DiT of its width and blocks"
         )
+    # The same number of positions may lie on another grid
+    if config.latent_grid != source_config.latent_grid:
+        raise UserError(
+            f"training.init_from: '{path}' has latents of {source_config.latent_grid} cells, but data.image_size "
+            f"makes {config.latent_grid}; give a model of the same size"
+        )
     # The same shapes may stand for another network, such as one with other heads
     for key in differences(to_dict(config), to_dict(source_config)):
         if key.startswith("model.") and role_of(key) == "process":
@@ -209,6 +215,7 @@ class UpcycledWeights:
     """The tensors of a DC-DiT, by name, and where the values of each come from."""
 
     def __init__(self, model: DCDiT):
+        self.grid = model.grid  # of the latent
         self.tensors = model.state_dict()
         self.origins: Origins = dict.fromkeys(self.tensors, "new")
 
@@ -257,9 +264,9 @@ def resample_positions(dit: dict[str, Tensor], target: UpcycledWeights, at_first
             than 2 always have it at their centre, because `embed_in_3x3` shrinks them.
     """
     patch = dit["x_embedder.weight"].shape[-1]
-    cells, width = target.tensors["pos_embed"].shape
+    width = target.tensors["pos_embed"].shape[1]
     offset = 0.0 if at_first_cell and patch <= 2 else (1 - patch) / 2
-    positions = sincos_positions(width, int(cells**0.5), 1 / patch, offset)
+    positions = sincos_positions(width, target.grid, 1 / patch, offset)
     target.write("pos_embed", positions, f"resampled: {patch} cells per step of the DiT's grid")
 
 

@@ -3,7 +3,7 @@
 Smoothing is a Gaussian sum over the kept tokens of a sample. There are two ways, each fast on its device:
     neighbour lists (CPU)      for each token the kept tokens near it: all with a weight above float32's epsilon
     grid products (others)     the kernel is a product of a row and a column kernel: the kept tokens are put on the
-                               grid, and two (S, S) products give the sum over all pairs
+                               grid, and a product per axis gives the sum over all pairs
 Neither has a (T, T) matrix. The lists' length depends on the data, so a GPU would have to wait for it.
 """
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from grid import Grid
 from models.packing import unpack
 from models.types import Packing
 
@@ -27,41 +28,49 @@ GaussianSum = Callable[[Tensor, Tensor], Tensor]
 
 
 class SpatialSmoothing(nn.Module):
-    """The Gaussian kernel between the cells of an S x S grid, prepared for both ways of summing."""
+    """The Gaussian kernel between the cells of a grid, prepared for both ways of summing."""
 
-    kernel: Tensor
+    row_kernel: Tensor
+    column_kernel: Tensor
     disc: Tensor
 
-    def __init__(self, side: int, sigma: float):
+    def __init__(self, grid: Grid, sigma: float):
         super().__init__()
+        self.grid = grid
         self.sigma = sigma  # in latent cells
-        place = torch.arange(side, dtype=torch.float64)
-        distance = place[:, None] - place
-        kernel = torch.exp(-(distance**2) / (2 * sigma**2))
-        self.register_buffer("kernel", kernel.float(), persistent=False)  # (S, S), symmetric
+        # Between rows (rows, rows) and between columns (columns, columns); both are symmetric
+        self.register_buffer("row_kernel", gaussian_kernel(grid.rows, sigma).float(), persistent=False)
+        self.register_buffer("column_kernel", gaussian_kernel(grid.columns, sigma).float(), persistent=False)
 
         # The rows of a disc around a token, up or down, and how many columns each reaches to either side
         radius = REACH * sigma
-        height = min(int(radius), side - 1)
+        height = min(int(radius), grid.rows - 1)
         disc = [(row, int((radius**2 - row**2) ** 0.5)) for row in range(-height, height + 1)]
-        self.register_buffer("disc", torch.tensor(disc), persistent=False)  # (R, 2)
+        self.register_buffer("disc", torch.tensor(disc), persistent=False)  # (R, 2), R rows of the disc
 
     def prepare(self, packing: Packing) -> GaussianSum:
         """The Gaussian sum over these kept tokens, in the way that is fast on their device."""
         if packing.token_index.is_cpu:
-            neighbours = find_neighbours(packing, self.kernel, self.disc)
+            neighbours = find_neighbours(packing, self.row_kernel, self.column_kernel, self.disc)
             return functools.partial(sum_neighbours, neighbours)
         return functools.partial(self.sum_on_grid, packing)
 
     def sum_on_grid(self, packing: Packing, values: Tensor, factor: Tensor) -> Tensor:
-        """Values (T, D), factors (T, 1) -> (T, D) by two products with the kernel on the full grid."""
-        side = len(self.kernel)
+        """Values (T, D), factors (T, 1) -> (T, D) by a product with the kernel of each axis on the full grid."""
+        rows, columns = self.grid
         width = values.shape[1]
-        grid = unpack(values * factor, packing, side * side)
-        grid = self.kernel @ grid.view(-1, side, side * width)  # over rows
-        grid = self.kernel @ grid.view(-1, side, width)  # over columns
-        sums = grid.flatten(0, 1).index_select(0, packing.token_index)
+        cells = unpack(values * factor, packing, self.grid.cells)
+        cells = self.row_kernel @ cells.view(-1, rows, columns * width)
+        cells = self.column_kernel @ cells.view(-1, columns, width)
+        sums = cells.flatten(0, 1).index_select(0, packing.token_index)
         return sums.to(values.dtype)  # autocast may have rounded the products
+
+
+def gaussian_kernel(length: int, sigma: float) -> Tensor:
+    """exp(-(i - j)^2 / (2 sigma^2)): (length, length) float64."""
+    place = torch.arange(length, dtype=torch.float64)
+    distance = place[:, None] - place
+    return torch.exp(-(distance**2) / (2 * sigma**2))
 
 
 class Neighbours(NamedTuple):
@@ -73,8 +82,10 @@ class Neighbours(NamedTuple):
 
 
 @torch.no_grad()
-def find_neighbours(packing: Packing, kernel: Tensor, disc: Tensor) -> Neighbours:
-    """The kept tokens of the same sample within `disc` (R, 2), weighted by `kernel` (S, S).
+def find_neighbours(packing: Packing, row_kernel: Tensor, column_kernel: Tensor, disc: Tensor) -> Neighbours:
+    """The kept tokens of the same sample within `disc` (R, 2), weighted by the product of both kernels.
+
+    row_kernel: (rows, rows). column_kernel: (columns, columns).
 
     Kept tokens are packed in raster order. Those in one row of the disc therefore have consecutive packed
     numbers, and a token's list is R runs of them, each given by its first number and its count.
@@ -84,7 +95,8 @@ def find_neighbours(packing: Packing, kernel: Tensor, disc: Tensor) -> Neighbour
     row 1, columns 0 to 2: first 1, count 2; row 2, column 1: none. Its list is [1, 2], with the weights
     exp(0) and exp(-1 / (2 sigma^2)).
     """
-    side = len(kernel)
+    rows = len(row_kernel)
+    columns = len(column_kernel)
     cells = len(packing.lengths) * packing.max_length
     disc_row, disc_reach = disc.unbind(1)  # (R,) each
 
@@ -94,16 +106,16 @@ def find_neighbours(packing: Packing, kernel: Tensor, disc: Tensor) -> Neighbour
     kept_before = is_kept.cumsum(0)
 
     # The cells of each run: a part of one row of the grid
-    column = packing.token_index % side  # (T,)
-    row = (packing.token_index // side % side)[:, None] + disc_row  # (T, R)
-    row_start = (packing.token_index - column)[:, None] + disc_row * side
+    column = packing.token_index % columns  # (T,)
+    row = (packing.token_index // columns % rows)[:, None] + disc_row  # (T, R)
+    row_start = (packing.token_index - column)[:, None] + disc_row * columns
     left = (column[:, None] - disc_reach).clamp(min=0)
-    right = (column[:, None] + disc_reach + 1).clamp(max=side)
+    right = (column[:, None] + disc_reach + 1).clamp(max=columns)
 
     # The kept tokens of each run; rows outside the grid have none
     first = kept_before.take((row_start + left).clamp(0, cells))
     count = kept_before.take((row_start + right).clamp(0, cells)) - first
-    count = count.where((row >= 0) & (row < side), 0)
+    count = count.where((row >= 0) & (row < rows), 0)
 
     # Write the runs out, one list after another
     first = first.flatten()  # (T * R,)
@@ -115,8 +127,8 @@ def find_neighbours(packing: Packing, kernel: Tensor, disc: Tensor) -> Neighbour
     # A pair's weight is the product of the kernel along columns and along rows
     own_column = column.repeat_interleave(len(disc)).index_select(0, run)
     across = (column.index_select(0, neighbour) - own_column).abs_()
-    down_weight = kernel[0][disc_row.abs()].repeat(len(column)).index_select(0, run)
-    weight = kernel[0].index_select(0, across).mul_(down_weight)
+    down_weight = row_kernel[0][disc_row.abs()].repeat(len(column)).index_select(0, run)
+    weight = column_kernel[0].index_select(0, across).mul_(down_weight)
 
     list_ends = end[len(disc) - 1 :: len(disc)]
     return Neighbours(neighbour.int(), weight, F.pad(list_ends, (1, 0)).int())

@@ -56,7 +56,7 @@ def make_trainer(tiny_config, tmp_path):
 def make_batch(config: Config) -> Batch:
     """A batch as the loader hands it out: in pinned memory."""
     batch = config.training.global_batch_size
-    latents = torch.zeros(batch, config.data.latent_channels, config.latent_size, config.latent_size)
+    latents = torch.zeros(batch, *config.latent_shape)
     numbers = torch.zeros(batch, dtype=torch.int64)
     return Batch(*[tensor.pin_memory() for tensor in (latents, latents, numbers, numbers, numbers)])
 
