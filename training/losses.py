@@ -105,8 +105,12 @@ class RatioTerm(Term):
         self.training_keys = config.training
 
     def forward(self, output: DenoiserOutput, batch: Batch, step: int) -> Tensor:
-        factor = schedules.downsample_factor(step, self.training_keys)
-        return ratio_loss(output.routing, factor, self.training_keys.ratio_batch_size)
+        keys = self.training_keys
+        if keys.downsample_factor_points is None:
+            factor = schedules.downsample_factor(step, keys)
+            return ratio_loss(output.routing, factor, keys.ratio_batch_size)
+        factors = schedules.downsample_factors(step, batch.t, keys)
+        return ratio_loss_by_timestep(output.routing, factors, batch.t, keys.ratio_batch_size)
 
 
 def ratio_loss(routing: Routing, downsample_factor: float, group_size: int | None = None) -> Tensor:
@@ -126,6 +130,30 @@ def ratio_loss(routing: Routing, downsample_factor: float, group_size: int | Non
     # F and G of each group (groups,)
     kept = routing.boundary.float().view(groups, -1).mean(1)
     prob = routing.prob.float().view(groups, -1).mean(1)
+    return (n / (n - 1) * ((n - 1) * kept * prob + (1 - kept) * (1 - prob))).mean()
+
+
+def ratio_loss_by_timestep(
+    routing: Routing, downsample_factors: Tensor, t: Tensor, group_size: int | None = None
+) -> Tensor:
+    """The ratio loss with a target that depends on the timestep.
+
+    The samples of a process are sorted by timestep and cut into groups of neighbours. Each group has the ratio loss
+    whose 1 / N is the mean of its samples' 1 / N(t). Images of similar noise thus share a target, and may still
+    differ from each other. With one group per batch, only the mean over all timesteps has a target.
+
+    Args:
+        routing: as in `ratio_loss`.
+        downsample_factors: N(t) > 1 of each sample (B,).
+        t: (B,).
+        group_size: samples of a group; divides B. None: all of them.
+    """
+    order = t.argsort(stable=True)
+    size = len(order) if group_size is None else group_size
+    # Target, F and G of each group (groups,)
+    n = 1 / downsample_factors[order].reciprocal().view(-1, size).mean(1)
+    kept = routing.boundary.float().mean(1)[order].view(-1, size).mean(1)
+    prob = routing.prob.float().mean(1)[order].view(-1, size).mean(1)
     return (n / (n - 1) * ((n - 1) * kept * prob + (1 - kept) * (1 - prob))).mean()
 
 
