@@ -45,6 +45,7 @@ from schema import (
     printable,
     require,
 )
+from spellings import parse_schedule
 
 # Passed on to the packages above.
 __all__ = [
@@ -224,7 +225,10 @@ UNREAD: list[tuple[Callable[[Config], bool], tuple[str, ...]]] = [
         ("training.multi_budget_drop_fractions", "training.multi_budget_start_step"),
     ),
     (lambda config: not config.training.profile, ("training.profile_steps",)),
-    (lambda config: not config.training.ratio_loss_weight, ("training.ratio_batch_size",)),
+    (
+        lambda config: not config.training.ratio_loss_weight,
+        ("training.ratio_batch_size", "training.downsample_factor_points"),
+    ),
     (lambda config: config.training.max_steps is not None, ("training.epochs",)),
     (lambda config: not config.training.frozen, ("training.frozen_steps",)),
     (lambda config: config.training.init_from is None, ("model.upcycle.",)),
@@ -233,7 +237,10 @@ UNREAD: list[tuple[Callable[[Config], bool], tuple[str, ...]]] = [
         lambda config: config.diffusion.objective == "flow",
         ("diffusion.prediction", "diffusion.noise_schedule"),
     ),
-    (lambda config: config.is_static, ("model.router",)),
+    (
+        lambda config: config.is_static,
+        ("model.router", "model.min_tokens", "model.residual_projection"),
+    ),
     (lambda config: config.is_static, ("model.hnet.enc_dec_dim_factor", "model.hnet.dechunk_kernel_sigma")),
     (lambda config: not config.logging.sample_every, ("logging.sample_cfg_scale",)),
     (
@@ -274,6 +281,7 @@ def check_combinations(config: Config) -> None:
     _check_training(config.training)
     _check_diffusion(config.diffusion, config.data.latent_channels)
     _check_conditions(config)
+    _check_ablations(config)
     evaluation = config.evaluation
     require(
         evaluation.reference or not evaluation.every,
@@ -403,6 +411,29 @@ def _check_conditions(config: Config) -> None:
         "data.conditions: are dropped with the class, so training.class_dropout_prob 1 would never show them; "
         "give one class, or try 0.1",
     )
+
+
+def _check_ablations(config: Config) -> None:
+    floor = config.model.min_tokens
+    require(
+        config.is_static or floor is None or floor <= config.tokens,
+        f"model.min_tokens: {floor} is more than the {config.tokens} tokens of an image; try {config.tokens // 8}",
+    )
+    points = config.training.downsample_factor_points
+    if points is None or not config.training.ratio_loss_weight:
+        return
+    key = f"training.downsample_factor_points: '{points}'"
+    last = config.diffusion.diffusion_steps
+    try:
+        parsed = parse_schedule(points)
+    except ValueError:
+        raise UserError(f"{key} must be pairs t:N, e.g. 0:2,{last // 2}:4,{last}:8") from None
+    timesteps = [t for t, _ in parsed]
+    require(
+        len(set(timesteps)) == len(timesteps) and max(timesteps) <= last,
+        f"{key} must have timesteps from 0 to {last}, each once",
+    )
+    require(all(factor > 1 for _, factor in parsed), f"{key} must have factors greater than 1")
 
 
 def validate_processes(config: Config, processes: int) -> int:

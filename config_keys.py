@@ -115,8 +115,8 @@ class HNetConfig:
         "[factor, null]: the encoder and the decoder have width d_model / factor; null: d_model",
         spellings.one_reduction,
     )
-    dechunk_kernel_sigma: PositiveFloat = process(
-        1.0, "width of the smoothing kernel in latent cells; 2 at 512 pixels"
+    dechunk_kernel_sigma: NonNegativeFloat = process(
+        1.0, "width of the smoothing kernel in latent cells; 2 at 512 pixels; 0: no smoothing"
     )
     fp32_router_dechunk: bool | Literal["tf32"] = process(
         True,
@@ -153,6 +153,13 @@ class ModelConfig:
         "learned",
         "which tokens are kept; hnet compares neighbours; uniform (a grid), random and contrast learn nothing "
         "and keep 1 token in N",
+    )
+    min_tokens: Annotated[int, at_least(2)] | None = process(
+        None,
+        "keep at least this number of tokens per image, the first by the router's order; null: any number",
+    )
+    residual_projection: bool = network(
+        True, "the decoder also gets a projection of the encoder's output; false: the kept tokens alone"
     )
     patch_size: PositiveInt | None = network(
         None, "P: a static DiT on patches of P x P latent cells, with the main network only; null: a DC-DiT"
@@ -251,6 +258,11 @@ class TrainingConfig:
     )
     downsample_factor_warmup_steps: NonNegativeInt = training(
         0, "optimizer steps from the first N to downsample_factor"
+    )
+    downsample_factor_points: str | None = training(
+        None,
+        "N by timestep, linear between points, e.g. 0:2,500:4,1000:8; the ratio loss then groups samples by "
+        "timestep; null: downsample_factor at every timestep",
     )
     multi_budget_training: bool = training(False, "drop a random fraction of the kept tokens in each step")
     multi_budget_drop_fractions: list[Fraction] | FractionRange = training(

@@ -177,6 +177,24 @@ def build(section: type[T], raw: Any, prefix: str = "", refused: dict[str, UserE
         raise WrongType from None
 
 
+def known_part(section: type, raw: Any, prefix: str = "") -> tuple[Any, list[str]]:
+    """Plain data without the keys that neither a section nor those in it have, and the names of these keys."""
+    if not isinstance(raw, dict):
+        return raw, []
+    hints = typing.get_type_hints(section, include_extras=True)
+    known = {}
+    unknown = []
+    for name, value in raw.items():
+        if name not in hints:
+            unknown.append(f"{prefix}{name}")
+            continue
+        if dataclasses.is_dataclass(hints[name]):
+            value, below = known_part(typing.cast(type, hints[name]), value, f"{prefix}{name}.")
+            unknown += below
+        known[name] = value
+    return known, unknown
+
+
 def as_mapping(raw: Any, where: str) -> dict:
     """A mapping as it is, and nothing as an empty one. UserError for anything else."""
     if raw is None:

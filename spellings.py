@@ -5,6 +5,7 @@ value itself, which the check of types then refuses or accepts.
 """
 
 import math
+import re
 from typing import Any
 
 from schema import UserError, require, shown
@@ -99,3 +100,15 @@ def no_pairs(value: Any, key: str) -> Any:
 def never_read(value: Any, key: str) -> Any:
     """Anything -> false: the official code has the key, and does not read it."""
     return False
+
+
+def parse_schedule(text: str) -> list[tuple[float, float]]:
+    """Read "1000:0.6,300:0.2,0:0" as points (t, value) by rising t; ValueError for another form."""
+    number = r"\s*(\d+\.?\d*|\.\d+)\s*"
+    points = []
+    for part in text.split(","):
+        pair = re.fullmatch(f"{number}:{number}", part)
+        if pair is None:
+            raise ValueError(f"'{part}' is not a pair t:value")
+        points.append((float(pair[1]), float(pair[2])))
+    return sorted(points)

@@ -33,7 +33,9 @@ def architecture(config: Config) -> Architecture:
         conv_width=config.encoder_width,
         router=model.router,
         downsample_factor=training.downsample_factor,
+        min_tokens=model.min_tokens,
         smoothing_sigma=hnet.dechunk_kernel_sigma,
+        has_residual=model.residual_projection,
         fp32_chunking=hnet.fp32_router_dechunk is not False,  # true or tf32
         attention=model.attention,
         init=model.init,

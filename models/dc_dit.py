@@ -38,7 +38,8 @@ class DCDiT(nn.Module):
         self.register_buffer("pos_embed", sincos_positions(a.width, self.grid))  # (L, D)
         self.encoder = build_encoder(a.encoder_blocks, a.conv_width, a.width)
         self.router = ROUTERS[a.router](a.width, a.downsample_factor)
-        self.residual_proj = nn.Linear(a.width, a.width)
+        self.router.min_tokens = a.min_tokens
+        self.residual_proj = nn.Linear(a.width, a.width) if a.has_residual else None
         self.blocks = build_blocks(a)
         self.norm = RMSNorm(a.width)
         self.dechunk = Dechunk(self.grid, a.smoothing_sigma)
@@ -97,11 +98,17 @@ class DCDiT(nn.Module):
         tokens: int | list[int] | None,
         draw: Tensor | None,
     ) -> tuple[Routing, Tensor]:
-        """Encoder output (B, D, S, S) -> the routing and the residual (B, L, D), in the precision of chunking."""
+        """Encoder output (B, D, S, S) -> the routing and the residual (B, L, D), in the precision of chunking.
+
+        Without a residual projection, the residual is a zero (1, 1, 1).
+        """
         with self.chunking_precision(features):
             features = self.to_chunking_precision(features)
             routing = self.router(features, drop, tokens, draw)
-            residual = self.residual_proj(to_tokens(features))
+            if self.residual_proj is None:
+                residual = features.new_zeros(1, 1, 1)
+            else:
+                residual = self.residual_proj(to_tokens(features))
         return routing, residual
 
     def plug_back(self, u: Tensor, residual: Tensor, routing: Routing, packing: Packing) -> Tensor:
@@ -143,5 +150,5 @@ def init_weights(model: DCDiT, init: str) -> None:
     """
     init_transformer(model, zero_blocks=init == "adaln_zero")
     model.router.start()
-    if init == "adaln_zero":
+    if init == "adaln_zero" and model.residual_proj is not None:
         zero_layers(model.residual_proj)

@@ -77,10 +77,10 @@ def forward_flops(network: Architecture, kept: TokenCounts) -> dict[str, Any]:
         "embeddings": _conv(length, network.latent_channels, e, 3) + _timestep(d),
         "encoder": _stack(length, [e] * network.encoder_blocks + [d], d),
         "router": ROUTERS[network.router].flops(length, d),
-        "residual_proj": 2 * length * d * d,
+        "residual_proj": 2 * length * d * d if network.has_residual else 0,
         "blocks": sum(_block(d, kept.mean, ratio) for ratio in ratios),
         "attention": len(ratios) * _attention(d, network.heads, kept.mean_square),
-        "dechunk": 2 * length * sum(network.latent_grid) * (d + 1),
+        "dechunk": 2 * length * sum(network.latent_grid) * (d + 1) if network.smoothing_sigma else 0,
         "decoder": _stack(length, [d] + [e] * network.decoder_blocks, d),
         "final_layer": _final_layer(length, e, network.out_channels, d),
     }

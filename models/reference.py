@@ -55,7 +55,7 @@ def forward(
         routing = router(model.router, features, drop, model.grid)
         if replace_routing is not None:
             routing = replace_routing(routing)
-        residual = model.residual_proj(features)
+        residual = features.new_zeros(1) if model.residual_proj is None else model.residual_proj(features)
 
     # The transformer on the kept tokens
     chunks = plan(routing)
@@ -152,9 +152,12 @@ def router(module: Router, features: Tensor, drop: Tensor | None, grid: Grid) ->
     prob[:, 0] = 1.0
     prob[:, -1] = 1.0
     boundary = torch.stack([1 - prob, prob], dim=-1).argmax(-1) == 1
-    if drop is None:
-        return Routing(prob, boundary, boundary)
-    return Routing(prob, boundary, tail_drop(prob, boundary, drop))
+    keep = boundary if drop is None else tail_drop(prob, boundary, drop)
+    if module.min_tokens is not None:
+        # The ends have a probability of 1, so they are among the most probable
+        most_probable = prob.argsort(dim=1, descending=True)[:, : module.min_tokens]
+        keep = keep.scatter(1, most_probable, True)
+    return Routing(prob, boundary, keep)
 
 
 def tail_drop(prob: Tensor, boundary: Tensor, drop: Tensor) -> Tensor:
@@ -272,6 +275,8 @@ def smooth(tokens: Tensor, routing: Routing, chunks: Chunks, sigma: float, grid:
     place = cell_places(grid, tokens.device)[chunks.index]  # (B, M, 2)
     squared_distance = (place[:, :, None] - place[:, None]).square().sum(-1)  # (B, M, M)
 
+    if sigma == 0:
+        return u
     # Each token's weighted mean over all kept tokens of its sample, itself included
     kernel = torch.exp(-squared_distance / (2 * sigma**2))
     weight = kernel * prob[:, None] * chunks.valid[:, None]

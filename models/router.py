@@ -45,6 +45,8 @@ class Router(nn.Module):
     is_learned = True
     # Whether `score` needs numbers to draw from
     is_random = False
+    # Tokens that every sample keeps at least, the first by `order`; a number of tokens from outside comes before it
+    min_tokens: int | None = None
 
     def __init__(self, width: int, factor: float):
         super().__init__()
@@ -94,6 +96,8 @@ class Router(nn.Module):
             keep = drop_tail(order, boundary, drop)
         else:
             keep = boundary
+        if self.min_tokens is not None and tokens is None:
+            keep = keep | keep_top(order, self.min_tokens)
         return Routing(prob, boundary, keep)
 
 

@@ -41,7 +41,9 @@ class Architecture:
     conv_width: int  # E
     router: str  # a name in models/router.py
     downsample_factor: float  # N: a router that learns nothing keeps 1 token in N
-    smoothing_sigma: float  # standard deviation of the dechunk smoothing, in latent cells
+    min_tokens: int | None  # tokens that every image keeps at least, unless a budget says their number
+    smoothing_sigma: float  # standard deviation of the dechunk smoothing, in latent cells; 0: none
+    has_residual: bool  # whether the decoder also gets a projection of the encoder's output
     fp32_chunking: bool  # router, residual projection and dechunk in float32 under autocast too
 
     @property

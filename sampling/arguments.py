@@ -20,7 +20,7 @@ from sampling.cuda_graph import GraphedDenoiser
 from sampling.generate import check_labels
 from sampling.load import TrainedModel, load_trained
 from sampling.options import REASONS, SamplingOptions, possible_scale
-from weights.checkpoint import load_checkpoint
+from weights.checkpoint import forget_unknown_keys, load_checkpoint
 
 
 def add_run_arguments(parser: cli.Parser) -> None:
@@ -230,7 +230,9 @@ def add_class_arguments(parser: argparse.ArgumentParser, one_per_class: str) -> 
 def print_classes(args: argparse.Namespace) -> None:
     """What --list-classes prints. The checkpoint alone is read."""
     config = load_config(args.config, args.set) if args.config else None
-    state = load_checkpoint(chosen_checkpoint(args, config))
+    ckpt = chosen_checkpoint(args, config)
+    state = load_checkpoint(ckpt)
+    forget_unknown_keys(state, f"--ckpt '{ckpt}'")
     num_classes = config_from_dict(state["config"]).data.num_classes
     print(class_table(num_classes, state["class_names"]))
 

@@ -8,13 +8,13 @@ ALL                                      drop nothing
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from config import Config, UserError
+from spellings import parse_schedule
 
 # Unit of a budget -> the command line's option for it.
 OPTIONS = {
@@ -106,13 +106,7 @@ class Budget:
 
     def drop_fraction(self, t: Tensor) -> Tensor:
         """Fraction to drop at each timestep, float32 on the device of t; no value is read by the host."""
-        t = t.float()
-        points = self._points()
-        fraction = torch.full_like(t, points[0][1])
-        # A sum of ramps, each of which rises from 0 to 1 between two points
-        for (start, before), (end, after) in zip(points, points[1:]):
-            fraction += ((t - start) / (end - start)).clamp(0, 1) * (after - before)
-        return fraction
+        return piecewise_linear(self._points(), t)
 
     def kept_tokens(self, undropped: Tensor, t: Tensor) -> Tensor:
         """Tokens that stay where the router alone would keep `undropped`, by the rule of models/tail_drop.py."""
@@ -133,16 +127,18 @@ class Budget:
 ALL = Budget()
 
 
-def parse_schedule(text: str) -> list[tuple[float, float]]:
-    """Read "1000:0.6,300:0.2,0:0" as points (t, fraction) by rising t; ValueError for another form."""
-    number = r"\s*(\d+\.?\d*|\.\d+)\s*"
-    points = []
-    for part in text.split(","):
-        pair = re.fullmatch(f"{number}:{number}", part)
-        if pair is None:
-            raise ValueError(f"'{part}' is not a pair t:fraction")
-        points.append((float(pair[1]), float(pair[2])))
-    return sorted(points)
+def piecewise_linear(points: list[tuple[float, float]], t: Tensor) -> Tensor:
+    """The value at each timestep, float32 on the device of t; no value is read by the host.
+
+    Args:
+        points: (t, value) by rising t; the value is linear between them and constant outside.
+    """
+    t = t.float()
+    value = torch.full_like(t, points[0][1])
+    # A sum of ramps, each of which rises from 0 to 1 between two points
+    for (start, before), (end, after) in zip(points, points[1:]):
+        value += ((t - start) / (end - start)).clamp(0, 1) * (after - before)
+    return value
 
 
 def _check_schedule(text: str, option: str, diffusion_steps: int) -> None:

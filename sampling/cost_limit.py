@@ -63,6 +63,8 @@ class CostModel:
         seen = torch.tensor([step.t for step in self.undropped])
         counts = torch.stack(undropped, 1).cpu()  # (samples, steps seen)
         kept = budget.kept_tokens(counts, seen.expand_as(counts)).double()
+        if budget.token_count is None and self.network.min_tokens is not None:
+            kept = kept.clamp(min=self.network.min_tokens)
         # Cost of one forward pass at each timestep that was seen
         cost = []
         for k in range(len(seen)):

@@ -17,6 +17,7 @@ from processes import group
 from weights.checkpoint import (
     Checkpoint,
     chosen_weights,
+    forget_unknown_keys,
     load_checkpoint,
     non_finite_tensor,
     shape_difference,
@@ -63,6 +64,7 @@ def load_trained(
             than in training.
     """
     state = load_checkpoint(ckpt)
+    forget_unknown_keys(state, f"--ckpt '{ckpt}'")
     config = config or config_from_dict(state["config"], overrides)
     check_agreement(config, config_from_dict(state["config"]))
 

@@ -324,10 +324,14 @@ UNREAD_VALUES = [
     ("model.upcycle.scaffold", ["x"], ["training.init_from=a.pt"]),
     ("model.upcycle.router", ["x"], ["training.init_from=a.pt"]),
     ("model.hnet.enc_dec_dim_factor", ["[5, 7]"], ["model.patch_size=null"]),
-    ("model.hnet.dechunk_kernel_sigma", ["0"], ["model.patch_size=null"]),
+    ("model.hnet.dechunk_kernel_sigma", ["-1"], ["model.patch_size=null"]),
     ("model.hnet.arch_layout", ["[D2]", "[D1, [D2], x]"], ["model.patch_size=null"]),
     ("model.hnet.d_model", ["[5, 768]"], ["model.patch_size=null"]),
     ("model.router", ["x"], ["model.patch_size=null"]),
+    ("model.min_tokens", ["1", "5000"], ["model.patch_size=null"]),
+    ("model.residual_projection", ["x"], ["model.patch_size=null"]),
+    ("training.downsample_factor_points", ["x", "0:4,0:2", "0:1", "0:2,1001:3"],
+     ["model.patch_size=null", "training.ratio_loss_weight=0.1"]),
     ("diffusion.flow_shift", ["0"], ["diffusion.objective=flow"]),
     ("logging.sample_cfg_scale", ["null"], ["logging.sample_every=1"]),
     ("logging.wandb_project.x", ["1"], ["logging.trackers=[wandb]"]),
@@ -410,7 +414,7 @@ FREE = {
     "batch_size",
 }
 MUST_AGREE = {
-    "model": "mlp_ratio patch_size router timestep_divisor",
+    "model": "mlp_ratio min_tokens patch_size residual_projection router timestep_divisor",
     "model.hnet": "arch_layout d_model num_heads tie_embeddings enc_dec_dim_factor dechunk_kernel_sigma "
     "fp32_router_dechunk",
     "training": "class_dropout_prob learn_sigma",
@@ -444,7 +448,7 @@ def test_the_other_keys_shape_the_course_of_training():
     named = full_keys(FREE) | full_keys(MUST_AGREE) | {"ckpt"}
     others = keys_with_role("network", "process", "training", "free") - named
     assert keys_with_role("training") == others
-    assert len(others) == 32
+    assert len(others) == 33
 
 
 def test_keys_of_the_network_are_those_that_change_its_tensors():
@@ -457,6 +461,7 @@ def test_keys_of_the_network_are_those_that_change_its_tensors():
         "model.mlp_ratio": "2",
         "model.patch_size": "2",
         "model.router": "hnet",
+        "model.residual_projection": "false",
         "model.hnet.arch_layout": "[c1,[D2],c1]",
         "model.hnet.d_model": "[128,128]",
         "model.hnet.enc_dec_dim_factor": "[2,null]",
@@ -471,6 +476,7 @@ def test_keys_of_the_network_are_those_that_change_its_tensors():
     assert keys_with_role("network") == set(changes)
     process = {
         "model.timestep_divisor": "127",
+        "model.min_tokens": "9",
         "model.hnet.num_heads": "[2,2]",
         "model.hnet.dechunk_kernel_sigma": "2",
         "model.hnet.fp32_router_dechunk": "false",
@@ -626,8 +632,8 @@ MISTAKES = [
     ("model: {hnet: {d_model: [384, 768]}}", "must be equal at both entries; try [768, 768]"),
     ("model: {hnet: {d_model: [768, 768, 512]}}",
      "has entries for more than one chunking stage, and only one is supported; try [768, 768]"),
-    ("model: {hnet: {dechunk_kernel_sigma: 0}}",
-     "model.hnet.dechunk_kernel_sigma: 0.0 must be greater than 0"),
+    ("model: {hnet: {dechunk_kernel_sigma: -1}}",
+     "model.hnet.dechunk_kernel_sigma: -1.0 must be at least 0"),
     ("model: {init: zero}", "model.init: 'zero' is not one of adaln_zero, released"),
     ("model: {attention: xformers}", "model.attention: 'xformers' is not one of auto, flash, varlen, sdpa"),
     ("model: {mlp_ratio: 0}", "model.mlp_ratio: 0.0 must be greater than 0"),

@@ -12,7 +12,7 @@ import cli
 import sample
 import sample_ddp
 import train
-from config import Config, UserError, load_config, to_dict
+from config import Config, UserError, config_from_dict, load_config, to_dict
 from data.autoencoder import Autoencoder
 from data.features import open_features
 from figures import elastic_grid
@@ -52,6 +52,34 @@ def save_model(config_file: Path, folder: Path, *changes: str, step: int = 100, 
 @pytest.fixture
 def checkpoint(tiny_config, tmp_path) -> Path:
     return save_model(tiny_config, tmp_path / "checkpoints")
+
+
+# ---------------------------------------------------------------------------------------------- keys of a fork
+
+
+def test_keys_of_a_fork_are_left_out_with_one_warning(tiny_config, checkpoint, tmp_path, capsys):
+    config = to_dict(load_config(tiny_config))
+    config["model"]["hnet"]["gates"] = 2
+    config["swin"] = {"windows": [4]}
+    fork = save_model(tiny_config, tmp_path / "fork", config=config)
+    trained = load_trained(fork)
+    printed = capsys.readouterr().out.splitlines()
+    warning = f"warning: --ckpt '{fork}' has keys of another version, which have no effect here: "
+    assert [line for line in printed if "another version" in line] == [f"{warning}model.hnet.gates, swin"]
+    assert trained.fingerprint == load_trained(checkpoint).fingerprint
+    sample.main(
+        ["--ckpt", str(fork), *FEW_STEPS, "--no-visualize", "--classes", "0", "--output", str(tmp_path)]
+    )
+    sample.main(["--ckpt", str(fork), "--list-classes"])
+    # A key that is typed must be right, and so must those of a run that resumes
+    with pytest.raises(UserError, match="unknown key 'swin.windows'|unknown key 'swin'"):
+        load_trained(fork, overrides=["swin.windows=3"])
+    with pytest.raises(UserError, match="unknown key"):
+        config_from_dict(config)
+    # A checkpoint without them prints nothing
+    capsys.readouterr()
+    load_trained(checkpoint)
+    assert "another version" not in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------- EMA or raw weights

@@ -43,7 +43,7 @@ def aligned(tiny_config, with_tokens):
 
 def evaluate(config, terms, batch_size=3):
     """What the network returns for a random batch, the batch, and the terms of both."""
-    side = config.latent_size
+    side = config.latent_grid.rows
     x = torch.randn(batch_size, 4, side, side)
     t, labels = torch.tensor([5, 500, 900]), torch.tensor([0, 1, 2])
     columns = {"dino": torch.randn(batch_size, TOKENS, WIDTH).half()}
@@ -59,7 +59,7 @@ def test_alignment_by_its_formula(aligned):
     assert list(values) == ["ratio", "align"]
     assert (values["ratio"].weight, values["align"].weight) == (0.03, 0.5)
     align = terms.modules["align"]
-    side, hidden = config.latent_size, output.hidden[0]
+    side, hidden = config.latent_grid.rows, output.hidden[0]
     for row in range(3):
         # Tokens of 4 x 4 at the centres of 8 x 8 cells
         tokens = batch.columns["dino"][row].float().view(4, 4, WIDTH).permute(2, 0, 1)
@@ -184,5 +184,7 @@ def test_a_column_must_hold_a_grid_of_tokens(tiny_config, with_tokens, tmp_path)
     config = load_config(tiny_config, [with_tokens, ALIGN])
     np.save(tmp_path / "odd.npy", np.zeros((10, 17, WIDTH)))
     add_column(tmp_path / "features", "dino", tmp_path / "odd.npy")
-    with pytest.raises(UserError, match=r"dino holds \(17, 5\) per image, not the tokens of a square grid"):
+    with pytest.raises(
+        UserError, match=r"dino holds \(17, 5\) per image, not the tokens of a grid over the image"
+    ):
         Terms(config, open_features(config.data.feature_path, 32, config.columns))

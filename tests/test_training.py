@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -514,3 +516,24 @@ def test_narrow_models_train_in_float32_on_a_cpu(monkeypatch):
         shape = [f"d_model=[{width},{width}]", "num_heads=[4,4]", "enc_dec_dim_factor=[1,null]"]
         config = load_config(None, [f"model.hnet.{key}" for key in shape])
         assert launch.choose_precision(config, cpu, None) == chosen
+
+
+# -------------------------------------------------------------------------------------------------- the start
+
+
+def test_the_start_tells_the_scale_of_the_latents(tiny_config, run, tmp_path):
+    """It is measured on what is trained first; where it matters, one that is far from 1 is a warning."""
+    shutil.copytree(load_config(tiny_config).data.feature_path, tmp_path / "features")
+    moments = np.load(tmp_path / "features" / "shard-00000.npy")
+    moments[:, :, :4] = np.random.default_rng(0).normal(size=moments[:, :, :4].shape)
+    moments[:, :, 4:] = 0
+    changes = [f"data.feature_path={tmp_path / 'features'}", "training.max_steps=1"]
+    for factor, is_far in ((1, False), (40, True)):
+        # The files have checksums, which are compared on demand alone
+        np.save(tmp_path / "features" / "shard-00000.npy", moments * np.float16(factor))
+        for number, objective in enumerate(("flow", "gaussian")):
+            codes, printed = run(f"{factor}{number}", *changes, f"diffusion.objective={objective}")
+            assert codes == [0]
+            (deviation,) = re.findall(r"latents of standard deviation ([\d.e+]+), starting, ", printed)
+            assert float(deviation) == pytest.approx(factor, rel=0.1)
+            assert ("expects about 1; extract features" in printed) == (is_far and objective == "flow")

@@ -92,6 +92,11 @@ class Order(Sampler):
         return permutation(self.images, self.seed, epoch)[start : start + self.global_batch]
 
 
+def sample_stream(seed: int, micro_step: int, image: int) -> np.random.Generator:
+    """The random numbers of one sample, of which the latent is drawn first."""
+    return rng(seed, "train", micro_step, image)
+
+
 class Samples(Dataset):
     """The training sample for a (micro_step, image) key.
 
@@ -125,7 +130,7 @@ class Samples(Dataset):
 
     def draw(self, micro_step: int, image: int) -> Sample:
         # One stream per sample, whose draws are always in this order
-        stream = rng(self.seed, "train", micro_step, image)
+        stream = sample_stream(self.seed, micro_step, image)
         x0 = self.store.latent(image, stream)
         noise = stream.standard_normal(x0.shape, dtype=np.float32)
         t = draw_timestep(stream, self.diffusion_steps, self.timestep_sampling)
@@ -133,7 +138,7 @@ class Samples(Dataset):
         label = self.null_label if is_dropped else int(self.store.labels[image])
         columns: dict[str, np.ndarray] = {}
         if self.store.columns:
-            columns = self.store.column_values(image, rng(self.seed, "train", micro_step, image))
+            columns = self.store.column_values(image, sample_stream(self.seed, micro_step, image))
         return Sample(x0, noise, t, label, image, columns)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from config import Config, UserError, parse_layout
 from data.features import Features
+from grid import Grid
 from models.packing import unpack
 from models.types import DenoiserOutput, Routing
 from schema import NonNegativeFloat, NonNegativeInt, PositiveInt, build
@@ -104,8 +105,12 @@ class RatioTerm(Term):
         self.training_keys = config.training
 
     def forward(self, output: DenoiserOutput, batch: Batch, step: int) -> Tensor:
-        factor = schedules.downsample_factor(step, self.training_keys)
-        return ratio_loss(output.routing, factor, self.training_keys.ratio_batch_size)
+        keys = self.training_keys
+        if keys.downsample_factor_points is None:
+            factor = schedules.downsample_factor(step, keys)
+            return ratio_loss(output.routing, factor, keys.ratio_batch_size)
+        factors = schedules.downsample_factors(step, batch.t, keys)
+        return ratio_loss_by_timestep(output.routing, factors, batch.t, keys.ratio_batch_size)
 
 
 def ratio_loss(routing: Routing, downsample_factor: float, group_size: int | None = None) -> Tensor:
@@ -125,6 +130,30 @@ def ratio_loss(routing: Routing, downsample_factor: float, group_size: int | Non
     # F and G of each group (groups,)
     kept = routing.boundary.float().view(groups, -1).mean(1)
     prob = routing.prob.float().view(groups, -1).mean(1)
+    return (n / (n - 1) * ((n - 1) * kept * prob + (1 - kept) * (1 - prob))).mean()
+
+
+def ratio_loss_by_timestep(
+    routing: Routing, downsample_factors: Tensor, t: Tensor, group_size: int | None = None
+) -> Tensor:
+    """The ratio loss with a target that depends on the timestep.
+
+    The samples of a process are sorted by timestep and cut into groups of neighbours. Each group has the ratio loss
+    whose 1 / N is the mean of its samples' 1 / N(t). Images of similar noise thus share a target, and may still
+    differ from each other. With one group per batch, only the mean over all timesteps has a target.
+
+    Args:
+        routing: as in `ratio_loss`.
+        downsample_factors: N(t) > 1 of each sample (B,).
+        t: (B,).
+        group_size: samples of a group; divides B. None: all of them.
+    """
+    order = t.argsort(stable=True)
+    size = len(order) if group_size is None else group_size
+    # Target, F and G of each group (groups,)
+    n = 1 / downsample_factors[order].reciprocal().view(-1, size).mean(1)
+    kept = routing.boundary.float().mean(1)[order].view(-1, size).mean(1)
+    prob = routing.prob.float().mean(1)[order].view(-1, size).mean(1)
     return (n / (n - 1) * ((n - 1) * kept * prob + (1 - kept) * (1 - prob))).mean()
 
 
@@ -159,8 +188,8 @@ class AlignTerm(Term):
             )
         self.blocks = (settings.block,)
         self.column = settings.column
-        self.cells = (config.token_side, config.token_side)
-        self.grid = encoder_grid(settings.column, store.columns[settings.column])
+        self.cells = config.token_grid
+        self.grid = encoder_grid(settings.column, store.columns[settings.column], self.cells)
         self.projection = nn.Sequential(
             nn.Linear(config.d_model, settings.hidden),
             nn.SiLU(),
@@ -176,27 +205,38 @@ class AlignTerm(Term):
 
         # The encoder's tokens at the cells of the kept ones
         tokens = batch.columns[self.column].float().view(-1, *self.grid)  # (B, rows, columns, W)
-        encoded = F.interpolate(tokens.permute(0, 3, 1, 2), self.cells, mode="bilinear", antialias=True)
+        encoded = F.interpolate(
+            tokens.permute(0, 3, 1, 2), tuple(self.cells), mode="bilinear", antialias=True
+        )
         cells = encoded.flatten(2).transpose(1, 2).flatten(0, 1)  # (B L, W)
         target = cells.index_select(0, packing.token_index)  # (T, W)
 
         # The mean over the kept tokens of each sample
         similarity = F.cosine_similarity(projected.float(), target, dim=1)
-        per_cell = unpack(similarity[:, None], packing, math.prod(self.cells))  # (B, L, 1)
+        per_cell = unpack(similarity[:, None], packing, self.cells.cells)  # (B, L, 1)
         return -per_cell.sum((1, 2)) / packing.cu_seqlens.diff()
 
 
-def encoder_grid(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Rows, columns and width of an encoder's tokens. Raises UserError for a column that holds none."""
+def encoder_grid(name: str, shape: tuple[int, ...], cells: Grid) -> tuple[int, int, int]:
+    """Rows, columns and width of an encoder's tokens. Raises UserError for a column that holds none.
+
+    Args:
+        name: of the column.
+        shape: of one image in it.
+        cells: of the network, whose sides have the ratio of the image's.
+    """
     if len(shape) == 3:
         return shape[0], shape[1], shape[2]
-    side = math.isqrt(shape[0]) if shape else 0
-    if len(shape) != 2 or side * side != shape[0]:
-        raise UserError(
-            f"training.terms.align.column: {name} holds {shape} per image, not the tokens of a square grid; "
-            "give (tokens, width) without a class token, or (rows, columns, width)"
-        )
-    return side, side, shape[1]
+    if len(shape) == 2:
+        tokens, width = shape
+        rows = round(math.sqrt(tokens * cells.rows / cells.columns))
+        columns = tokens // max(rows, 1)
+        if rows * columns == tokens and rows * cells.columns == columns * cells.rows:
+            return rows, columns, width
+    raise UserError(
+        f"training.terms.align.column: {name} holds {shape} per image, not the tokens of a grid over the image; "
+        "give (tokens, width) without a class token, or (rows, columns, width)"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- all terms

@@ -1,9 +1,12 @@
 """What changes over a run, each as a function of the number of optimizer steps done."""
 
 import torch
+from torch import Tensor
 
 from config import Config, FractionRange, TrainingConfig
 from data.streams import rng
+from sampling.budgets import piecewise_linear
+from spellings import parse_schedule
 
 
 def total_steps(config: Config, images: int) -> int:
@@ -27,6 +30,18 @@ def downsample_factor(step: int, training: TrainingConfig) -> float:
         return end
     start = training.downsample_factor_start
     return start + (end - start) * min(1.0, step / training.downsample_factor_warmup_steps)
+
+
+def downsample_factors(step: int, t: Tensor, training: TrainingConfig) -> Tensor:
+    """N at this step for samples with these timesteps (B,), from `downsample_factor_points`.
+
+    The warm-up, if there is one, leads from `downsample_factor_start` to the points.
+    """
+    end = piecewise_linear(parse_schedule(str(training.downsample_factor_points)), t)
+    start, steps = training.downsample_factor_start, training.downsample_factor_warmup_steps
+    if start is None or steps == 0:
+        return end
+    return start + (end - start) * min(1.0, step / steps)
 
 
 def drop_fraction(step: int, training: TrainingConfig) -> float:

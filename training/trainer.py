@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, fsdp2_prepare_model
@@ -17,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, to_dict, validate_processes
+from config import Config, UserError, to_dict, validate_processes
 from data.features import Features
 from data.streams import rng
 from data.workers import NoBatch
@@ -27,7 +28,7 @@ from processes.sharding import forward, full_tensor, gather_full_state, is_shard
 from processes.stop import EndlessWait, StopRequest
 from processes.watch import ProcessWatch
 from training import launch, schedules
-from training.batches import Batch, Order, Samples, make_loader, read_batches
+from training.batches import Batch, Order, Samples, make_loader, read_batches, sample_stream
 from training.guard import FiniteGuard, nan_gradients_if_not_finite
 from training.losses import Terms, total_loss
 from training.optimizer import load_optimizer, make_optimizer, set_learning_rate
@@ -56,6 +57,10 @@ SUMMARY = (
     "images_per_sec",
     "model_flop_utilisation",
 )
+
+
+FIRST_IMAGES = 64  # whose latents are measured at the start
+FAR_DEVIATION = 2.0  # of the latents from 1, as a factor
 
 
 @dataclass(frozen=True)
@@ -444,9 +449,39 @@ class Trainer:
         processes = f"{self.accelerator.num_processes} x {self.accelerator.device}"
         size = f"{parameters:,} parameters, {len(self.store):,} images, {self.last_step:,} steps"
         precision = self.accelerator.mixed_precision
-        self.log.line(f"{self.config.model.name}: {size}, {start}, {processes}, {precision}")
+        # Only the main process writes lines
+        deviation = self.latent_deviation() if self.accelerator.is_main_process else math.nan
+        latents = f"latents of standard deviation {deviation:.3g}"
+        self.log.line(f"{self.config.model.name}: {size}, {latents}, {start}, {processes}, {precision}")
+        self.warn_of_scale(deviation)
         if self.step < self.last_step:
             self.warn_of_late_ema("will hold")
+
+    def latent_deviation(self) -> float:
+        """Standard deviation of the next latents, at most FIRST_IMAGES of them; NaN if they cannot be read."""
+        training = self.config.training
+        micro_step = self.step * training.gradient_accumulation_steps
+        latents = []
+        for image in self.order.global_batch_of(micro_step)[:FIRST_IMAGES].tolist():
+            # An image that cannot be read ends training when its batch is due
+            with contextlib.suppress(UserError):
+                latents.append(self.store.latent(image, sample_stream(training.seed, micro_step, image)))
+        return float(np.std(latents)) if latents else math.nan
+
+    def warn_of_scale(self, deviation: float) -> None:
+        """Log a warning if the standard deviation of the latents is far from 1, and the prediction depends on it.
+
+        A prediction of the noise hides the scale. A velocity is made of noise and latents, in fixed shares.
+        """
+        diffusion = self.config.diffusion
+        if diffusion.objective == "gaussian" and diffusion.prediction == "epsilon":
+            return
+        if deviation < 1 / FAR_DEVIATION or deviation > FAR_DEVIATION:
+            self.log.line(
+                f"warning: the latents have a standard deviation of {deviation:.3g}, and a network that does not "
+                "predict epsilon expects about 1; extract features with an autoencoder whose scaling factor gives "
+                "that, or predict epsilon"
+            )
 
     def warn_of_late_ema(self, holds: str) -> None:
         """Log a warning if the run is too short for its EMA to forget the first weights."""

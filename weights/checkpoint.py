@@ -24,6 +24,8 @@ from torch import Tensor
 from config import Config, UserError, one_line, printable
 from data.files import write_file
 from models import build_model
+from processes import group
+from schema import known_part
 from weights.untrusted import is_archive, unpickling_problem
 from weights.unwrap import conversion_hint, is_state_dict, precision_problem
 
@@ -186,6 +188,14 @@ def load_checkpoint(path: str | Path, option: str = "--ckpt") -> Checkpoint:
     return check_content(
         content, ("model", "ema"), f"{option} '{path}' is not a checkpoint of this repository"
     )
+
+
+def forget_unknown_keys(state: Checkpoint, name: str) -> None:
+    """Leave out of the configuration what this code does not know, such as a fork's keys, with one warning."""
+    state["config"], unknown = known_part(Config, state["config"])
+    if unknown:
+        keys = printable(", ".join(unknown))
+        group.print_once(f"warning: {name} has keys of another version, which have no effect here: {keys}")
 
 
 def newest_in(folder: Path) -> str:

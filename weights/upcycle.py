@@ -29,6 +29,7 @@ from models.dit import DiT
 from models.embeddings import sincos_positions
 from weights.checkpoint import (
     Checkpoint,
+    forget_unknown_keys,
     load_checkpoint,
     shape_difference,
     tensor_shapes,
@@ -74,6 +75,7 @@ def initial_state(config: Config, class_names: Sequence[str] | None = None) -> t
     path = str(config.training.init_from)
     # Build both networks, the new one from the seed
     loaded = load_checkpoint(path, "training.init_from")
+    forget_unknown_keys(loaded, f"training.init_from '{path}'")
     source_config = config_from_dict(loaded["config"])
     torch.manual_seed(config.training.seed)
     model = build_model(config)

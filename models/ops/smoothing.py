@@ -50,6 +50,8 @@ class SpatialSmoothing(nn.Module):
 
     def prepare(self, packing: Packing) -> GaussianSum:
         """The Gaussian sum over these kept tokens, in the way that is fast on their device."""
+        if self.sigma == 0:
+            return torch.mul  # each token alone
         if packing.token_index.is_cpu:
             neighbours = find_neighbours(packing, self.row_kernel, self.column_kernel, self.disc)
             return functools.partial(sum_neighbours, neighbours)
@@ -67,10 +69,10 @@ class SpatialSmoothing(nn.Module):
 
 
 def gaussian_kernel(length: int, sigma: float) -> Tensor:
-    """exp(-(i - j)^2 / (2 sigma^2)): (length, length) float64."""
+    """exp(-(i - j)^2 / (2 sigma^2)): (length, length); the identity at sigma 0."""
     place = torch.arange(length, dtype=torch.float64)
     distance = place[:, None] - place
-    return torch.exp(-(distance**2) / (2 * sigma**2))
+    return torch.exp(-(distance**2) / (2 * sigma**2)) if sigma else torch.eye(length)
 
 
 class Neighbours(NamedTuple):
