@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from figures.chunking import as_map, as_pixels, boundary_overlay, dim_dropped
 from processes.memory import peak_memory, reset_peak_memory
@@ -41,8 +40,8 @@ class RoutedStep(NamedTuple):
     """What the router decided in one step, in the conditional branch or the only one."""
 
     t: int
-    prob: Tensor  # (L,) boundary probability
-    keep: Tensor  # (L,) bool
+    prob: np.ndarray  # (rows, columns) boundary probability
+    keep: np.ndarray  # (rows, columns), 1 where a token is kept
 
 
 class ChunkMap(NamedTuple):
@@ -69,15 +68,15 @@ class Drawn(NamedTuple):
 
     @property
     def cost(self) -> str:
-        kept = np.mean([step.keep.float().mean().item() for step in self.steps])
+        kept = np.mean([step.keep.mean() for step in self.steps])
         spent = f"{self.tflop:.4g} TFLOP, {self.ms:.4g} ms, peak memory {self.peak_memory / 1e6:.0f} MB"
         return f"{spent}, {kept:.1%} of the tokens kept"
 
     def chunk_map(self, t: int) -> ChunkMap:
         """The map of the step next to t."""
         step = min(self.steps, key=lambda step: abs(step.t - t))
-        probability = boundary_overlay(self.image, as_map(step.prob))
-        keep = as_map(step.keep)
+        probability = boundary_overlay(self.image, step.prob)
+        keep = step.keep
         sentence = f"t = {step.t}: {keep.sum():.0f} of {keep.size} tokens kept ({keep.mean():.0%})"
         return ChunkMap(probability, dim_dropped(self.image, keep), sentence)
 
@@ -188,7 +187,9 @@ def draw_sample(trained: TrainedModel, label: int, options: SamplingOptions) -> 
         now = time.perf_counter()
         seconds += now - started
         shown = routing.shown
-        steps.append(RoutedStep(step.t, shown.prob[0].cpu(), shown.keep[0].cpu()))
+        prob = as_map(shown.prob[0], config.token_grid)
+        keep = as_map(shown.keep[0], config.token_grid)
+        steps.append(RoutedStep(step.t, prob, keep))
         kept.append(routing.counts(step.t))
 
         # Show the sample as it is, but not so often that it takes long
