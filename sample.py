@@ -2,7 +2,7 @@
 
     python sample.py --ckpt results/000-DC-DiT/checkpoints/0400000.pt --cfg-scale 4.0
 
-writes sample.png, summary.json (what the images cost), chunking_viz.png and chunking_summary.png.
+writes sample.png, summary.json (what the images cost), chunking_viz.png, chunk_maps.png and chunking_summary.png.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from tqdm import tqdm
 import cli
 from config import Config, UserError
 from diffusion.samplers import Step
-from figures.chunking import Trace, draw_chunking
+from figures.chunking import Trace, draw_chunk_maps, draw_chunking
 from figures.cost import draw_kept
 from models import describe
 from models.types import Routing
@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     if not args.no_visualize:
         tokens = trained.config.token_grid
         draw_chunking(trace, trained.autoencoder, tokens, args.output / "chunking_viz.png")
+        images = batch.images.permute(0, 2, 3, 1).cpu().numpy()
+        draw_chunk_maps(trace, images, tokens, args.output / "chunk_maps.png")
         draw_kept(summary, args.output / "chunking_summary.png")
     print(report(summary))
     if args.count_flops:

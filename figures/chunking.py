@@ -1,5 +1,6 @@
 """Pictures of the chunking: what the network saw, how it scored, and what it kept, from noise to image."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ from grid import Grid
 from models.types import Routing
 
 ROWS = ("noisy input", "boundary probability", "kept tokens")
+# Samples in the picture of all timesteps, and in that of few
+DETAILED = 2
+SHOWN = 8
 
 
 class TracedStep(NamedTuple):
@@ -37,7 +41,7 @@ class Trace:
         samples: number of samples to record out of the batch.
     """
 
-    def __init__(self, steps: int, columns: int = 8, samples: int = 2):
+    def __init__(self, steps: int, columns: int = 8, samples: int = SHOWN):
         columns = min(columns, steps)
         intervals = max(columns - 1, 1)
         self.wanted = {round(k * (steps - 1) / intervals) for k in range(columns)}
@@ -57,21 +61,21 @@ class Trace:
 
 @rc_context(SMALL)
 def draw_chunking(trace: Trace, autoencoder: Autoencoder, tokens: Grid, path: Path) -> None:
-    """Three rows for each recorded sample (ROWS), a column per timestep, the kept share under each column.
+    """Three rows for each of the first samples (ROWS), a column per timestep, the kept share under each column.
 
     Args:
         tokens: rows and columns of the tokens.
     """
     columns = len(trace.steps)
-    samples = len(trace.steps[0].x_t)
+    samples = min(len(trace.steps[0].x_t), DETAILED)
     # A panel with its title is 1.35 wide and, of a square image, 1.5 high
     height = 0.15 + 1.35 * tokens.rows / tokens.columns
     size = (1.35 * columns + 0.4, len(ROWS) * height * samples)
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     grid = figure.subplots(len(ROWS) * samples, columns, squeeze=False)
     for column, step in enumerate(trace.steps):
-        inputs = as_pixels(autoencoder, step.x_t)
-        estimates = as_pixels(autoencoder, step.x0_hat)
+        inputs = as_pixels(autoencoder, step.x_t[:samples])
+        estimates = as_pixels(autoencoder, step.x0_hat[:samples])
         for sample in range(samples):
             first_row = len(ROWS) * sample
             panels = grid[first_row : first_row + len(ROWS), column]
@@ -79,15 +83,44 @@ def draw_chunking(trace: Trace, autoencoder: Autoencoder, tokens: Grid, path: Pa
             keep = as_map(step.keep[sample], tokens)
             draw_column(panels, step.t, inputs[sample], estimates[sample], prob, keep)
 
-    # Names of the rows at the left, and no ticks anywhere
-    for row, panels in enumerate(grid):
-        name = ROWS[row % len(ROWS)]
+    name_rows(grid, ROWS * samples, tokens)
+    save_figure(figure, path)
+
+
+@rc_context(SMALL)
+def draw_chunk_maps(trace: Trace, images: np.ndarray, tokens: Grid, path: Path) -> None:
+    """The recorded samples, a column each, and which tokens were kept at the first, a middle and the last step.
+
+    Args:
+        images: (B, H, W, 3) uint8, the samples.
+        tokens: rows and columns of the tokens.
+    """
+    last = len(trace.steps) - 1
+    steps = [trace.steps[i] for i in sorted({0, last // 2, last})]
+    samples = len(steps[0].keep)
+    height = 0.15 + 1.2 * tokens.rows / tokens.columns
+    size = (1.2 * samples + 0.4, height * (1 + len(steps)))
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    grid = figure.subplots(1 + len(steps), samples, squeeze=False)
+    for column in range(samples):
+        grid[0, column].imshow(images[column])
+        for panel, step in zip(grid[1:, column], steps, strict=True):
+            keep = as_map(step.keep[column], tokens)
+            panel.imshow(dim_dropped(images[column], keep))
+            panel.set_xlabel(f"{keep.mean():.0%} kept")
+
+    name_rows(grid, ("sample", *(f"t = {step.t}" for step in steps)), tokens)
+    save_figure(figure, path)
+
+
+def name_rows(grid: np.ndarray, names: Sequence[str], tokens: Grid) -> None:
+    """Names at the left of the rows of panels, and no ticks anywhere."""
+    for panels, name in zip(grid, names, strict=True):
         # Panels of wide images are too short for a name in one line
         panels[0].set_ylabel(name if tokens.rows >= tokens.columns else name.replace(" ", "\n"))
     for panel in grid.flat:
         panel.set_xticks([])
         panel.set_yticks([])
-    save_figure(figure, path)
 
 
 def draw_column(

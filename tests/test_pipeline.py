@@ -29,7 +29,7 @@ from training import schedules
 
 ROOT = Path(__file__).parent.parent
 STEPS = 8  # of the tiny configuration
-WRITTEN = ["chunking_summary.png", "chunking_viz.png", "sample.png", "summary.json"]
+WRITTEN = ["chunk_maps.png", "chunking_summary.png", "chunking_viz.png", "sample.png", "summary.json"]
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",  # sums in one order, whatever the machine
     "CUDA_VISIBLE_DEVICES": "",  # on the CPU, as a machine without a GPU finds its way
