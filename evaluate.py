@@ -1,4 +1,4 @@
-"""FID, sFID, Inception Score, precision and recall. Under torchrun the processes share the work.
+"""FID, sFID, KID, Inception Score, precision and recall. Under torchrun the processes share the work.
 
 python evaluate.py samples/B-N4.npz VIRTUAL_imagenet256_labeled.npz
 python evaluate.py --make-reference IMAGES OUT.npz --image-size 256
@@ -97,7 +97,9 @@ def evaluate(args: argparse.Namespace) -> None:
         if warning:
             print(warning)
     for name, value in values.items():
-        print(f"{comparison.METRIC_NAMES[name]:<18}{value:12.4f}")
+        # KID of good samples is some 0.001
+        digits = 6 if name.startswith("kid") else 4
+        print(f"{comparison.METRIC_NAMES[name]:<18}{value:12.{digits}f}")
     known = reference.count or "an unknown number of"
     print(f"{samples.count} samples, reference of {known} images; {output}")
 

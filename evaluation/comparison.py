@@ -21,6 +21,8 @@ METRIC_NAMES = {
     "fid": "FID",
     "sfid": "sFID",
     "frechet_distance": "Fréchet distance",
+    "kid": "KID",
+    "kid_std": "KID, std",
     "inception_score": "Inception Score",
     "precision": "precision",
     "recall": "recall",
@@ -138,7 +140,8 @@ def compare(samples: FeatureSet, reference: FeatureSet, extractor: Extractor) ->
     """Every metric that the two sides and the extractor allow.
 
     Keys: `fid`, `sfid` and `inception_score` of Inception; `frechet_distance` of any other extractor;
-    `precision` and `recall`; `class_accuracy` where the extractor knows the samples' classes.
+    `kid`, and `kid_std` of one subset; `precision` and `recall`; `class_accuracy` where the extractor knows the
+    samples' classes.
 
     Raises:
         UserError: a metric is not finite, or the sides have features of different width.
@@ -151,6 +154,7 @@ def compare(samples: FeatureSet, reference: FeatureSet, extractor: Extractor) ->
     if samples.chunks is not None and reference.chunks is not None:
         # In float64, which MPS does not have
         device = extractor.device if extractor.device.type == "cuda" else torch.device("cpu")
+        values |= kernel_metrics(samples.chunks, reference.chunks, device)
         values |= manifold_metrics(samples.chunks, reference.chunks, device)
 
     for name, value in values.items():
@@ -193,6 +197,17 @@ def class_note(samples: FeatureSet, extractor: Extractor) -> str:
         return ""
     num_classes = samples.chunks.read("logits").shape[1]
     return match_classes(samples.labels, extractor.class_names, num_classes).note
+
+
+def kernel_metrics(
+    samples: FeatureChunks, reference: FeatureChunks, device: torch.device
+) -> dict[str, float]:
+    """KID, and its standard deviation over subsets where both sides have more images than a subset."""
+    distance = metrics.kernel_distance(reference.read("features"), samples.read("features"), device)
+    values = {"kid": distance.mean}
+    if distance.std is not None:
+        values["kid_std"] = distance.std
+    return values
 
 
 def manifold_metrics(

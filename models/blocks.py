@@ -1,5 +1,7 @@
 """DiT blocks over packed tokens, the final layer, and RMSNorm."""
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,15 +75,26 @@ def block_ratios(architecture: Architecture) -> list[float]:
 
 
 def run_blocks(
-    blocks: nn.ModuleList, u: Tensor, c: Tensor, packing: Packing, gradient_checkpointing: bool
-) -> Tensor:
-    """Tokens (T, D) through all blocks; `gradient_checkpointing` recomputes them in the backward pass."""
-    for block in blocks:
+    blocks: nn.ModuleList,
+    u: Tensor,
+    c: Tensor,
+    packing: Packing,
+    gradient_checkpointing: bool = False,
+    hidden: Collection[int] = (),
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Tokens (T, D) through all blocks: the result, and what the blocks with the indices `hidden` returned.
+
+    `gradient_checkpointing` recomputes the blocks in the backward pass.
+    """
+    outputs = {}
+    for index, block in enumerate(blocks):
         if gradient_checkpointing and torch.is_grad_enabled():
             u = checkpoint(block, u, c, packing, use_reentrant=False)
         else:
             u = block(u, c, packing)
-    return u
+        if index in hidden:
+            outputs[index] = u
+    return u, outputs
 
 
 class FinalLayer(nn.Module):

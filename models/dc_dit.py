@@ -50,6 +50,7 @@ class DCDiT(nn.Module):
         drop: Tensor | float | None = None,
         tokens: int | list[int] | None = None,
         draw: Tensor | None = None,
+        hidden: tuple[int, ...] = (),
     ) -> DenoiserOutput:
         """Predict the noise in x_t.
 
@@ -59,6 +60,7 @@ class DCDiT(nn.Module):
             tokens: keep exactly this number, in [2, L]: one number, one per sample, or None. `drop` is then
                 ignored, and the host knows all shapes without waiting for the device.
             draw: (B,) int64, from which a random router draws at each timestep; None: the row of the batch.
+            hidden: indices of the transformer blocks whose tokens are wanted too.
         """
         c = self.t_embedder(t) + self.y_embedder(labels)  # (B, D)
         if self.router.is_random:
@@ -72,14 +74,14 @@ class DCDiT(nn.Module):
         # Only the kept tokens go through the transformer
         packing = plan_packing(routing.keep, tokens)
         u = pack(to_tokens(features), packing) + self.positions(packing)  # (T, D)
-        u = run_blocks(self.blocks, u, c, packing, self.gradient_checkpointing)
+        u, outputs = run_blocks(self.blocks, u, c, packing, self.gradient_checkpointing, hidden)
         u = self.norm(u)
 
         # Give every cell a token again and decode
         h = self.plug_back(u, residual, routing, packing)  # (B, L, D)
         h = self.decoder(to_grid(h), c)  # (B, E, S, S)
         prediction = to_grid(self.final_layer(to_tokens(h), c))  # (B, C or 2C, S, S)
-        return DenoiserOutput(prediction, routing)
+        return DenoiserOutput(prediction, routing, packing, outputs)
 
     def route(
         self,

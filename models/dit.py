@@ -46,12 +46,14 @@ class DiT(nn.Module):
         labels: Tensor,
         drop: Tensor | float | None = None,
         tokens: int | list[int] | None = None,
+        hidden: tuple[int, ...] = (),
     ) -> DenoiserOutput:
         """Predict the noise in x_t.
 
         Args:
             x_t: (B, C, S, S). t: (B,) timesteps. labels: (B,) int64.
             drop, tokens: a DC-DiT's budget; must be None.
+            hidden: indices of the transformer blocks whose tokens are wanted too.
         """
         if drop is not None or tokens is not None:
             raise ValueError("a static DiT has no router and takes no budget")
@@ -61,11 +63,13 @@ class DiT(nn.Module):
 
         # All tokens go through the transformer, packed like those of a DC-DiT
         packing = full_packing(batch, length, u.device)
-        u = run_blocks(self.blocks, u.flatten(0, 1), c, packing, self.gradient_checkpointing)  # (B L, D)
+        u = u.flatten(0, 1)  # (B L, D)
+        u, outputs = run_blocks(self.blocks, u, c, packing, self.gradient_checkpointing, hidden)
 
         patches = self.final_layer(u.unflatten(0, (batch, length)), c)  # (B, L, P P C) or (B, L, P P 2C)
         prediction = unpatchify(patches, self.patch)  # (B, C or 2C, S, S)
-        return DenoiserOutput(prediction, keep_all(batch, length, u.device))
+        routing = keep_all(batch, length, u.device)
+        return DenoiserOutput(prediction, routing, packing, outputs)
 
 
 def unpatchify(patches: Tensor, patch: int) -> Tensor:

@@ -35,8 +35,9 @@ def forward(
     labels: Tensor,
     drop: Tensor | None = None,
     replace_routing: Callable[[Routing], Routing] | None = None,
+    hidden: tuple[int, ...] = (),
 ) -> DenoiserOutput:
-    """What `model(x_t, t, labels, drop)` computes.
+    """What `model(x_t, t, labels, drop, hidden=hidden)` computes.
 
     Args:
         replace_routing: exchanges the router's decision; benchmarks use it to fix the kept tokens.
@@ -56,9 +57,12 @@ def forward(
     # The transformer on the kept tokens
     chunks = plan(routing)
     u = pack(features + model.pos_embed, chunks)  # (T, D)
-    for module in model.blocks:
+    outputs = {}
+    for index, module in enumerate(model.blocks):
         assert isinstance(module, DiTBlock)
         u = block(module, u, c, chunks)
+        if index in hidden:
+            outputs[index] = u
     u = rms_norm(u, model.norm.weight)
 
     # Dechunk, decoder and head
@@ -69,7 +73,7 @@ def forward(
     h = conv_stack(model.decoder, h, c)  # (B, L, E)
     shift, scale = model.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=2)
     prediction = model.final_layer.linear(modulate(h, shift, scale))  # (B, L, 2C)
-    return DenoiserOutput(to_grid(prediction), routing)
+    return DenoiserOutput(to_grid(prediction), routing, plan_packing(routing.keep), outputs)
 
 
 # ------------------------------------------------------------------------------------------- encoder and decoder

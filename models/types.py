@@ -5,9 +5,10 @@ width of the convolutions, D model width, T kept tokens of the whole batch, K to
 static DiT has a token per patch of P x P cells: L = (S / P)^2.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch.export
 from torch import Tensor
 
 
@@ -79,8 +80,16 @@ class Packing(NamedTuple):
     max_length: int  # L: the bound on the length of a sample that is known without asking the device
 
 
-class DenoiserOutput(NamedTuple):
-    """What a denoiser returns."""
+@dataclass(frozen=True)
+class DenoiserOutput:
+    """What a denoiser returns. Its parts have names only, so that a new one breaks no caller."""
 
     prediction: Tensor  # (B, C or 2C, S, S): epsilon, then the variance logits
     routing: Routing  # of a static DiT: every token is kept
+    packing: Packing  # of the tokens in the transformer
+    # Tokens (T, D) after each transformer block that the caller asked for, by the block's index, 0 the first
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+# FSDP looks for tensors inside what a network returns; older versions of PyTorch find them only in known containers
+torch.export.register_dataclass(DenoiserOutput)

@@ -100,5 +100,9 @@ class Recording:
         for recorded, given in zip(self.inputs, inputs):
             recorded.copy_(given)
         self.graph.replay()
-        prediction, routing = self.output
-        return DenoiserOutput(prediction.clone(), Routing(*[x.clone() for x in routing]))
+        routing = Routing(*[x.clone() for x in self.output.routing])
+        packing = self.output.packing
+        copies: dict[str, Any] = {
+            name: value.clone() for name, value in packing._asdict().items() if isinstance(value, Tensor)
+        }
+        return DenoiserOutput(self.output.prediction.clone(), routing, packing._replace(**copies))

@@ -120,9 +120,9 @@ def sampling_steps(
         if options.bf16:
             autocast = torch.autocast(x.device.type, torch.bfloat16)
         with autocast:
-            prediction, routing = trained.model(x, t, **conditioning)
-        routings.append(routing)
-        return prediction.float()  # guidance takes differences, which bfloat16 would round away
+            output = trained.model(x, t, **conditioning)
+        routings.append(output.routing)
+        return output.prediction.float()  # guidance takes differences, which bfloat16 would round away
 
     on_device = torch.tensor(labels, device=trained.device)
     timesteps = []

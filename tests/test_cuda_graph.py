@@ -101,6 +101,7 @@ def test_replays_equal_evaluations(tapes, patch):
             ours, theirs = graphed(*inputs(seed), tokens=tokens), model(*inputs(seed), tokens=tokens)
             torch.testing.assert_close(ours.prediction, theirs.prediction)
             assert torch.equal(ours.routing.keep, theirs.routing.keep)
+            assert torch.equal(ours.packing.token_index, theirs.packing.token_index)
             earlier.append((ours, theirs))
     assert len(tapes) == len(budgets)
     for ours, theirs in earlier:  # a later replay changes nothing that was handed out
@@ -167,8 +168,8 @@ def test_an_evaluation_moves_nothing_between_host_and_device(tokens, monkeypatch
             model = small_model()
             x, t, labels = torch.empty(BATCH, 4, SIDE, SIDE), *torch.zeros(2, BATCH, dtype=torch.int64)
         with Transfers() as transfers:
-            prediction, routing = model(x, t, labels, tokens=tokens)
-        assert prediction.device.type == routing.keep.device.type == "cuda"
+            out = model(x, t, labels, tokens=tokens)
+        assert out.prediction.device.type == out.routing.keep.device.type == "cuda"
         assert not transfers.found
         with Transfers() as transfers:
             torch.tensor(tokens).to("cuda")

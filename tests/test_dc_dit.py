@@ -97,29 +97,30 @@ def test_everything_kept_is_a_static_transformer():
     last = model.router.residual_scorer[-1]
     torch.nn.init.zeros_(last.weight)
     torch.nn.init.constant_(last.bias, 20.0)
-    prediction, routing = model(*inputs())
-    assert routing.keep.all()
-    torch.testing.assert_close(prediction, static_dit(model, *inputs()), rtol=1e-4, atol=1e-5)
+    out = model(*inputs())
+    assert out.routing.keep.all()
+    torch.testing.assert_close(out.prediction, static_dit(model, *inputs()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("drop", [None, 0.5])
 def test_a_sample_does_not_depend_on_its_batch_mates(drop):
     model, arguments = tiny_model(), inputs()
-    prediction, routing = model(*arguments, drop)
+    together = model(*arguments, drop)
     for k in range(4):
-        alone, own = model(*select(arguments, k), drop)
-        assert torch.equal(own.keep[0], routing.keep[k])
-        torch.testing.assert_close(alone[0], prediction[k], rtol=1e-4, atol=1e-5)
+        alone = model(*select(arguments, k), drop)
+        assert torch.equal(alone.routing.keep[0], together.routing.keep[k])
+        torch.testing.assert_close(alone.prediction[0], together.prediction[k], rtol=1e-4, atol=1e-5)
 
 
 def test_a_drop_per_sample_is_separate_runs():
     model, arguments, drop = tiny_model(), inputs(), [0.0, 0.3, 0.6, 0.9]
-    prediction, routing = model(*arguments, torch.tensor(drop))
+    together = model(*arguments, torch.tensor(drop))
+    routing = together.routing
     assert torch.equal(routing.keep, drop_tail(routing.prob, routing.boundary, torch.tensor(drop)))
     for k, fraction in enumerate(drop):
-        alone, own = model(*select(arguments, k), fraction)
-        assert torch.equal(own.keep[0], routing.keep[k])
-        torch.testing.assert_close(alone[0], prediction[k], rtol=1e-4, atol=1e-5)
+        alone = model(*select(arguments, k), fraction)
+        assert torch.equal(alone.routing.keep[0], routing.keep[k])
+        torch.testing.assert_close(alone.prediction[0], together.prediction[k], rtol=1e-4, atol=1e-5)
     counts = routing.keep.sum(1)
     assert (counts < routing.boundary.sum(1))[1:].all() and torch.equal(routing.keep[0], routing.boundary[0])
 
@@ -137,7 +138,8 @@ def test_a_token_budget_above_the_natural_count():
     """Tokens that score below one half stay too, each sample as if alone; all tokens are the most there are."""
     model, arguments = tiny_model(), inputs()
     for tokens in (30, SIDE * SIDE):
-        prediction, routing = model(*arguments, tokens=tokens)
+        together = model(*arguments, tokens=tokens)
+        prediction, routing = together.prediction, together.routing
         assert (routing.boundary.sum(1) < tokens).all() and (routing.keep.sum(1) == tokens).all()
         assert prediction.isfinite().all()
         for k in range(4):
@@ -164,6 +166,38 @@ def test_dropping_changes_the_output_but_not_the_decision():
         full.routing.prob, cheap.routing.prob
     )
     assert (full.prediction - cheap.prediction).abs().max() > 1e-4
+
+
+def outputs_of_blocks(model, *arguments):
+    """What the transformer blocks return in a forward pass, by hooks."""
+    outputs = []
+    hooks = [block.register_forward_hook(lambda *call: outputs.append(call[-1])) for block in model.blocks]
+    model(*arguments)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"model__patch_size": 2, "training__multi_budget_training": "false"}]
+)
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_hidden_tokens_are_those_after_the_block(changes, checkpointing):
+    static = "model__patch_size" in changes
+    model = tiny_model(not static, training__gradient_checkpointing=checkpointing, **changes)
+    plain = model(*inputs())
+    outputs = outputs_of_blocks(model, *inputs())
+    asked = model(*inputs(), hidden=(0, 2))
+    assert not plain.hidden and list(asked.hidden) == [0, 2]
+    for index, tokens in asked.hidden.items():
+        assert torch.equal(tokens, outputs[index]) and len(tokens) == asked.packing.lengths.sum()
+    assert torch.equal(asked.prediction, plain.prediction)
+    assert torch.equal(asked.packing.lengths, asked.routing.keep.sum(1))
+    # Their gradient reaches this block and not the next
+    asked.hidden[0].square().mean().backward()
+    assert model.blocks[0].attn.qkv.weight.grad is not None and model.blocks[1].attn.qkv.weight.grad is None
+    with pytest.raises(TypeError, match="cannot unpack"):
+        _prediction, _routing = asked
 
 
 def test_every_input_matters():
@@ -195,16 +229,17 @@ def test_what_starts_at_zero(init):
 
 @pytest.mark.parametrize("init", ["adaln_zero", "released"])
 def test_the_first_output_is_zero(init):
-    prediction, routing = tiny_model(perturbed=False, model__init=init)(*inputs())
-    assert (prediction == 0).all() and prediction.shape == (4, 8, SIDE, SIDE)
-    assert 0.1 < routing.prob[:, 1:-1].mean() < 0.45  # near the usual target of one in four
+    out = tiny_model(perturbed=False, model__init=init)(*inputs())
+    assert (out.prediction == 0).all() and out.prediction.shape == (4, 8, SIDE, SIDE)
+    assert 0.1 < out.routing.prob[:, 1:-1].mean() < 0.45  # near the usual target of one in four
 
 
 def test_blocks_are_identities_at_the_start():
     model = tiny_model(perturbed=False)
     packing = plan_packing(torch.ones(2, 9, dtype=torch.bool))
     u = torch.randn(18, WIDTH)
-    assert torch.equal(run_blocks(model.blocks, u, torch.randn(2, WIDTH), packing, False), u)
+    processed, _ = run_blocks(model.blocks, u, torch.randn(2, WIDTH), packing)
+    assert torch.equal(processed, u)
 
 
 def test_linear_layers_start_xavier_uniform():

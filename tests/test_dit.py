@@ -102,8 +102,9 @@ def plain_dit(model, x, t, labels):
 @pytest.mark.parametrize("patch", [1, 2, 4, 8])
 def test_against_a_plain_transformer(patch):
     model, arguments = tiny_model(patch), inputs()
-    prediction, routing = model(*arguments)
-    torch.testing.assert_close(prediction, plain_dit(model, *arguments), rtol=1e-4, atol=1e-5)
+    out = model(*arguments)
+    routing = out.routing
+    torch.testing.assert_close(out.prediction, plain_dit(model, *arguments), rtol=1e-4, atol=1e-5)
     assert (
         routing.prob.shape == (3, (SIDE // patch) ** 2) and routing.keep.all() and (routing.prob == 1).all()
     )

@@ -187,7 +187,7 @@ def test_statistics_alone_are_a_reference(place, inception_weights, monkeypatch,
     assert np.array_equal(reference.mean, mu) and np.array_equal(reference.covariance, sigma)
     assert samples.mean.shape == (2048,) and samples.count == 4
     found = json.loads((place / "four.evaluation.json").read_text())
-    missing = {"sfid", "precision", "recall"}
+    missing = {"sfid", "kid", "precision", "recall"}
     assert {"fid", "inception_score"} <= found.keys()
     assert not missing & found.keys()
     assert found["num_reference"] is None and "an unknown number of images" in capsys.readouterr().out
@@ -261,7 +261,7 @@ def test_npz_and_folder_are_the_same_images(place, capsys):
     npz = run(place, place / "samples.npz", place / "reference.npz")
     folder = run(place, place / "samples", place / "reference.npz")
     assert npz.keys() - folder.keys() == {"class_accuracy"}  # a flat folder has no labels
-    for name in ("frechet_distance", "precision", "recall"):
+    for name in ("frechet_distance", "kid", "precision", "recall"):
         assert npz[name] == folder[name]
     with np.load(place / "samples.npz") as arrays:
         images, labels = arrays["arr_0"].astype(np.float32), arrays["arr_1"]

@@ -8,7 +8,14 @@ import scipy.stats
 import torch
 
 from evaluation import metrics
-from evaluation.metrics import Gaussian, Moments, frechet_distance, inception_score, precision_recall
+from evaluation.metrics import (
+    Gaussian,
+    Moments,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 
 NUMBERS = np.random.default_rng(0)
 
@@ -88,6 +95,54 @@ def test_inception_score_by_its_definition():
         7
     )  # probabilities of exactly 0 and 1
     assert inception_score(np.ones((9, 7), dtype=np.float32)) == pytest.approx(1)
+
+
+def kernel(x: np.ndarray, y: np.ndarray) -> float:
+    return (float(x @ y) / len(x) + 1) ** 3
+
+
+def squared_mmd_by_pairs(a: np.ndarray, b: np.ndarray) -> float:
+    """The unbiased estimator with one pair at a time."""
+    within = 0.0
+    for rows in (a, b):
+        others = [kernel(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j]
+        within += sum(others) / len(others)
+    between = [kernel(x, y) for x in a for y in b]
+    return within - 2 * sum(between) / len(between)
+
+
+def test_kid_of_all_images_equals_a_sum_over_pairs():
+    reference = NUMBERS.standard_normal((23, 5)).astype(np.float32)
+    samples = (0.5 + NUMBERS.standard_normal((23, 5))).astype(np.float32)
+    found = kernel_distance(reference, samples)
+    expected = squared_mmd_by_pairs(reference.astype(np.float64), samples.astype(np.float64))
+    assert found.mean == pytest.approx(expected, rel=1e-12)
+    assert found.std is None
+    # The smaller side has no spread, but the subsets of the larger one differ
+    fewer = kernel_distance(reference[:9], samples)
+    assert fewer.std is None and fewer.mean != kernel_distance(reference[:9], samples[:9]).mean
+
+
+def test_kid_is_unbiased():
+    """Two halves of one set: the mean over subsets is near 0, and single estimates lie on both sides."""
+    estimates = []
+    for _ in range(60):
+        rows = torch.from_numpy(NUMBERS.standard_normal((40, 8)))
+        estimates.append(metrics.squared_mmd(rows[:20], rows[20:]))
+    error = np.std(estimates) / np.sqrt(len(estimates))
+    assert abs(np.mean(estimates)) < 3 * error
+    assert min(estimates) < 0 < max(estimates)
+
+
+def test_kid_of_subsets_is_that_of_all_images(monkeypatch):
+    monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 200)
+    reference = NUMBERS.standard_normal((1500, 4))
+    samples = NUMBERS.standard_normal((1200, 4)) + 0.5
+    together = metrics.squared_mmd(torch.from_numpy(reference), torch.from_numpy(samples))
+    found = kernel_distance(reference, samples)
+    assert found.std is not None
+    assert abs(found.mean - together) < 4 * found.std / np.sqrt(metrics.KID_SUBSETS)
+    assert kernel_distance(reference, samples) == found
 
 
 def brute_force(reference: np.ndarray, samples: np.ndarray) -> tuple[float, float]:

@@ -1,5 +1,7 @@
 """The readable twin of the network against the network itself, outputs and gradients."""
 
+import functools
+
 import pytest
 import torch
 
@@ -39,8 +41,8 @@ def test_outputs_and_gradients_agree(model, drop):
     fraction = None if drop is None else torch.full((3,), drop)
 
     results = []
-    for network in (model, lambda *inputs: reference.forward(model, *inputs)):
-        output = network(x_t, t, labels, fraction)
+    for network in (model, functools.partial(reference.forward, model)):
+        output = network(x_t, t, labels, fraction, hidden=(0,))
         loss = output.prediction.square().mean() + output.routing.prob.mean()
         gradients = torch.autograd.grad(loss, [x_t, *model.parameters()], allow_unused=True)
         results.append((output, gradients))
@@ -49,6 +51,8 @@ def test_outputs_and_gradients_agree(model, drop):
     assert torch.equal(ours.routing.keep, plain.routing.keep)
     torch.testing.assert_close(ours.routing.prob, plain.routing.prob)
     torch.testing.assert_close(ours.prediction, plain.prediction, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.hidden[0], plain.hidden[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(ours.packing.token_index, plain.packing.token_index)
     for our_gradient, plain_gradient in zip(our_gradients, plain_gradients, strict=True):
         scale = plain_gradient.abs().max().item()
         torch.testing.assert_close(our_gradient, plain_gradient, rtol=1e-3, atol=1e-4 * scale + 1e-8)

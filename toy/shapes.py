@@ -165,14 +165,19 @@ CLASS_NAMES = tuple(CLASSES)
 # --------------------------------------------------------------------------------------------------- drawing
 
 
-def background(draw: np.random.Generator, image_size: int) -> np.ndarray:
-    """A linear gradient between two random colours, across the image: (H, W, 3) float32 in [0, 1]."""
-    angle = draw.uniform(0, 2 * np.pi)
-    first, second = draw.uniform(0.15, 0.9, size=(2, 3)).astype(np.float32)
+def gradient(angle: float, first: np.ndarray, second: np.ndarray, image_size: int) -> np.ndarray:
+    """A linear gradient between two colours across the image: (H, W, 3) float32. `angle` is its direction."""
     axis = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size - 0.5
     along = np.float32(np.cos(angle)) * axis[None, :] + np.float32(np.sin(angle)) * axis[:, None]
     ramp = np.clip(along + 0.5, 0, 1)[:, :, None]
     return first * (1 - ramp) + second * ramp
+
+
+def background(draw: np.random.Generator, image_size: int) -> np.ndarray:
+    """A gradient between two random colours: (H, W, 3) float32 in [0, 1]."""
+    angle = draw.uniform(0, 2 * np.pi)
+    first, second = draw.uniform(0.15, 0.9, size=(2, 3)).astype(np.float32)
+    return gradient(angle, first, second, image_size)
 
 
 def object_coordinates(draw: np.random.Generator, image_size: int) -> tuple[np.ndarray, np.ndarray]:
