@@ -298,11 +298,11 @@ def _check_sizes(config: Config) -> None:
     require(
         image.is_multiple_of(data.latent_stride) and min(latent) >= 2,
         f"data.image_size: {data.image_size} must be a multiple of data.latent_stride ({data.latent_stride}) "
-        f"and hold at least 2 latent cells; try {fitting.size}",
+        f"and hold at least 2 latent cells; try {fitting.plain}",
     )
     require(
         patch is None or latent.is_multiple_of(patch),
-        f"model.patch_size: {patch} does not divide the latent's side of {latent.size}; "
+        f"model.patch_size: {patch} does not divide the latent's side of {latent.plain}; "
         f"try {_nearest_divisor(patch or 1, math.gcd(*latent))}, or null for a DC-DiT",
     )
 

@@ -32,7 +32,7 @@ class Grid(NamedTuple):
         return self.rows == self.columns
 
     @property
-    def size(self) -> int | list[int]:
+    def plain(self) -> int | list[int]:
         """Plain data, which `of` inverts: one number for a square."""
         return self.rows if self.is_square else [self.rows, self.columns]
 

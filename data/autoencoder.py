@@ -112,8 +112,8 @@ class Autoencoder:
         if not image.is_multiple_of(self.stride):
             nearest = Grid.of([max(1, round(side / self.stride)) * self.stride for side in image])
             raise UserError(
-                f"image size {image.size}: is not a multiple of the autoencoder's stride {self.stride}; "
-                f"use {nearest.size}"
+                f"image size {image.plain}: is not a multiple of the autoencoder's stride {self.stride}; "
+                f"use {nearest.plain}"
             )
         return (self.channels, *image.coarsen(self.stride))
 

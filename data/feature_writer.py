@@ -86,7 +86,7 @@ class StoreSettings:
             views=2 if is_moments and options.flip else 1,
             flip=options.flip,
             dtype=options.dtype,
-            image_size=images.crop.size,
+            image_size=images.crop.plain,
             latent_shape=autoencoder.latent_shape(images.crop),
             seed=None if is_moments else options.seed,
             shard_size=options.shard_size or max(1024, least_shard_size),

@@ -65,7 +65,7 @@ def open_features(path: str | os.PathLike, image_size: Size, columns: Sequence[s
             f"data.feature_path: {path} is an unfinished extraction; "
             "run its extract_features.py command again"
         )
-    if (folder / f"imagenet{image.size}_features").is_dir():
+    if (folder / f"imagenet{image.plain}_features").is_dir():
         if columns:
             raise UserError(
                 f"data.feature_path: {path} has the official layout, which has no columns such as {columns[0]}; "
@@ -76,12 +76,12 @@ def open_features(path: str | os.PathLike, image_size: Size, columns: Sequence[s
         raise UserError(f"data.feature_path: {path} is not a folder; {remedy}")
     if not image.is_square and any(folder.glob("imagenet*_features")):
         raise UserError(
-            f"data.image_size: {image.size} is no square, which the official layout of {path} does not have; "
+            f"data.image_size: {image.plain} is no square, which the official layout of {path} does not have; "
             "give one number, or make features with extract_features.py"
         )
-    option = str(image.size).strip("[]").replace(",", "")
+    option = str(image.plain).strip("[]").replace(",", "")
     raise UserError(
-        f"data.feature_path: {path} holds no {image.size}-pixel features; {remedy} --image-size {option}"
+        f"data.feature_path: {path} holds no {image.plain}-pixel features; {remedy} --image-size {option}"
     )
 
 
@@ -125,7 +125,7 @@ class FeatureStore:
     def _check_size(self, image: Grid) -> None:
         if self.image != image:
             raise UserError(
-                f"data.image_size: {image.size}, but {self.folder} holds features of size {self.image.size}"
+                f"data.image_size: {image.plain}, but {self.folder} holds features of size {self.image.plain}"
             )
 
     def _check_files(self) -> None:

@@ -107,7 +107,7 @@ class FolderImages:
 
     @functools.cached_property
     def _digest(self) -> str:
-        total = hashlib.sha256(str(self.crop and self.crop.size).encode())
+        total = hashlib.sha256(str(self.crop and self.crop.plain).encode())
         with ThreadPoolExecutor(READERS) as readers:
             digests = readers.map(self._hash_one, self.paths)
             for path, digest in zip(self.paths, digests):

@@ -46,7 +46,7 @@ def write_reference(path: Path, images: FolderImages, chunks: FeatureChunks, ext
     meta = {
         "extractor": extractor.name,
         "images": len(images),
-        "image_size": images.size.size,
+        "image_size": images.size.plain,
         "lossy": images.lossy,
         "content": images.digest(),
     }
@@ -61,7 +61,7 @@ def is_reference_of(path: Path, images: FolderImages, extractor: Extractor) -> b
         meta = read_meta(path)
     except Exception:  # there is no end to what parsers raise on files of another kind
         return False
-    own = {"extractor": extractor.name, "images": len(images), "image_size": images.size.size}
+    own = {"extractor": extractor.name, "images": len(images), "image_size": images.size.plain}
     if any(meta[key] != value for key, value in own.items()):
         return False
     return meta.get("content") in (None, images.digest())

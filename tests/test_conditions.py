@@ -20,6 +20,7 @@ from sampling.denoising import guided_denoiser
 from sampling.load import load_trained
 from sampling.options import SamplingOptions
 from sampling.pipeline import DCDiTPipeline
+from training.checks import open_fitting_features
 from training.trainer import Trainer
 from weights.checkpoint import load_checkpoint
 
@@ -200,14 +201,15 @@ def test_without_dropout_every_condition_is_needed():
         config_from_dict(raw, ["data.conditions={score: text}"])
 
 
-def test_a_column_must_have_the_shape_of_its_condition(run, scored, tmp_path):
+def test_a_column_must_have_the_shape_of_its_condition(tiny_config, scored, tmp_path, capsys):
+    config = load_config(tiny_config, scored)
     np.save(tmp_path / "vectors.npy", np.zeros((10, 5)))
     add_column(tmp_path / "features", "score", tmp_path / "vectors.npy")
-    codes, printed = run("run", *scored)
-    assert codes == [2]
-    assert "data.conditions: score is a scalar of shape (), but its column holds (5,) per image" in printed
+    message = r"data.conditions: score is a scalar of shape \(\), but its column holds \(5,\) per image"
+    with pytest.raises(UserError, match=message):
+        open_fitting_features(config)
     np.save(tmp_path / "sizes.npy", np.arange(10) * 100)
     add_column(tmp_path / "features", "score", tmp_path / "sizes.npy")
-    codes, printed = run("run", *scored)
-    assert codes == [0]
-    assert "warning: data.conditions: score goes from 0 to 900" in printed
+    capsys.readouterr()
+    open_fitting_features(config)
+    assert "warning: data.conditions: score goes from 0 to 900" in capsys.readouterr().out

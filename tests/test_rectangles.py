@@ -34,8 +34,8 @@ WIDTH = 32
 
 
 def test_sizes_as_plain_data():
-    assert Grid.of(48) == Grid.of([48, 48]) == (48, 48) and Grid(48, 48).size == 48
-    assert Grid.of([48, 80]).size == [48, 80] and str(Grid(48, 80)) == "48 x 80"
+    assert Grid.of(48) == Grid.of([48, 48]) == (48, 48) and Grid(48, 48).plain == 48
+    assert Grid.of([48, 80]).plain == [48, 80] and str(Grid(48, 80)) == "48 x 80"
     assert Grid(48, 80).coarsen(16) == GRID and GRID.cells == 15
     assert Grid(48, 80).is_multiple_of(16) and not Grid(48, 80).is_multiple_of(10)
     assert is_size(5) and is_size([3, 5])
