@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import UserError
+from evaluation.comparison import METRIC_NAMES
 
 Row = dict[str, Any]
 
@@ -50,6 +51,14 @@ class Number(NamedTuple):
         return f"{self.mean:{style}} ± {self.std:{style}}"
 
 
+class Point(NamedTuple):
+    """A way to sample a model."""
+
+    scale: float  # of guidance
+    drop: float = 0.0  # share of the kept tokens
+    lite: float | None = None  # share of those of the unconditional branch; None: no Lite-CFG
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """Runs that differ in their seed only."""
@@ -77,30 +86,32 @@ class Model:
     def has_many_budgets(self) -> bool:
         return self.config["training.multi_budget_training"]
 
-    def points(self) -> list[tuple[float, float, float | None]]:
-        """(scale, dropped share, share dropped by Lite-CFG or None) of every point, in order."""
-        found = {point_of(row) for run in self.runs for row in run["rows"]}
-        return sorted(found, key=lambda point: (point[0], point[2] or -1, point[1]))
+    @property
+    def timesteps(self) -> list[float]:
+        """Timesteps, from 0 to 1, at which the routing was measured."""
+        return [row["t"] for row in self.runs[0]["routing"]]
 
-    def number(self, name: str, scale: float, drop: float = 0.0, lite: float | None = None) -> Number | None:
+    def points(self) -> list[Point]:
+        """Every point that a run has, Lite-CFG last, in order of the dropped share."""
+        found = set()
+        for run in self.runs:
+            found |= {point_of(row) for row in run["rows"]}
+        return sorted(found, key=lambda point: (point.scale, point.lite or 0, point.drop))
+
+    def at(self, point: Point, column: str) -> Number | None:
         """A column at a point over all seeds; None if no run has it."""
         values = []
         for run in self.runs:
             for row in run["rows"]:
-                if point_of(row) == (scale, drop, lite) and name in row:
-                    values.append(row[name])
-        return Number(tuple(values)) if values else None
-
-    def of_training(self, name: str) -> Number | None:
-        """A value of the summaries over all seeds."""
-        values = [run[name] for run in self.runs if run.get(name) is not None]
+                if point_of(row) == point and column in row:
+                    values.append(row[column])
         return Number(tuple(values)) if values else None
 
     def routing(self, name: str, low: float = 0.0, high: float = 1.0) -> Number | None:
         """Mean kept share of "object", "background" or "all" between two t of 0 to 1, over all seeds."""
         values = []
         for run in self.runs:
-            shares = [row[name] for row in run.get("routing", []) if low <= row["t"] <= high]
+            shares = [row[name] for row in run["routing"] if low <= row["t"] <= high]
             if shares:
                 values.append(statistics.fmean(shares))
         return Number(tuple(values)) if values else None
@@ -114,8 +125,8 @@ class Model:
         return False
 
 
-def point_of(row: Row) -> tuple[float, float, float | None]:
-    return row["cfg_scale"], row["budget"], row.get("lite_cfg")
+def point_of(row: Row) -> Point:
+    return Point(row["cfg_scale"], row["budget"], row.get("lite_cfg"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,17 +138,24 @@ class Evidence:
 
     @property
     def scales(self) -> list[float]:
-        return sorted({point[0] for model in self.models for point in model.points()})
+        found: set[float] = set()
+        for model in self.models:
+            found |= {point.scale for point in model.points()}
+        return sorted(found)
 
     @property
     def distance(self) -> str:
         """The Fréchet distance that the points have."""
-        rows = [row for model in self.models for run in model.runs for row in run["rows"]]
-        return next(name for name in DISTANCES if any(name in row for row in rows))
+        row = self.models[0].runs[0]["rows"][0]
+        return next(name for name in DISTANCES if name in row)
 
     @property
     def metrics(self) -> list[str]:
         return [self.distance, "kid"]
+
+    @property
+    def metric_names(self) -> list[str]:
+        return [METRIC_NAMES[metric] for metric in self.metrics]
 
     def multi_budget_pairs(self) -> list[tuple[Model, Model]]:
         """(with multi-budget training, without): they differ in nothing else."""

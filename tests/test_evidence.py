@@ -222,8 +222,8 @@ def test_every_table_and_figure(results, tmp_path):
     text = (tmp_path / "assets" / "tables.md").read_text()
     against = section(text, "DC-DiT against static DiTs of about equal FLOPs")
     assert (
-        "| DC-DiT | DiT, P = 2, equal FLOPs | none | +0% | -48% | -48% | no |" in against
-        and "| DC-DiT | DiT, P = 2, equal FLOPs | 2 | +0% | +14% | +14% | no |" in against
+        "| DC-DiT | DiT, P = 2, equal FLOPs | none | +0.0% | -47.6% | -47.6% | no |" in against
+        and "| DC-DiT | DiT, P = 2, equal FLOPs | 2 | +0.0% | +14.3% | +14.3% | no |" in against
     )
     quality = section(text, "Quality against cost")
     cells = [

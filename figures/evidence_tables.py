@@ -1,0 +1,320 @@
+"""The tables of the evidence in Markdown. Each function gives one, or None where there is nothing to show."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from data.names import MARKUP, short_name
+from evaluation.evidence import Evidence, Model, Number, Point, Row, losses
+
+# Costs within this factor count as equal
+EQUAL_COST = 1.2
+# Points of the loss curve from scratch, as shares of its steps, that an upcycled model has to reach
+LOSSES_TO_REACH = (0.25, 0.5, 1.0)
+# Characters of a model's name
+LONGEST = 80
+# Formats of columns of a point
+STYLES = {"kept_share": ".1%", "ms_per_image": ".1f", "class_accuracy": ".1%", "kid": ".4g"}
+OTHER_STYLE = ".1f"
+
+QUALITY_COSTS = ("kept_share", "tflop_per_image", "ms_per_image")
+QUALITY_START = ["model", "guidance", "dropped", "kept", "TFLOP per image", "ms per image"]
+
+Line = list[str]
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str | None:
+    """Markdown; None without lines."""
+    body = [row_of(line) for line in lines]
+    if not body:
+        return None
+    rule = ["---"] * len(header)
+    return "".join([row_of(header), row_of(rule), *body])
+
+
+def row_of(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+# ---------------------------------------------------------------------------------------------------------- cells
+
+
+def name_of(model: Model) -> str:
+    return escaped(model.label)
+
+
+def escaped(name: str) -> str:
+    """A name in Markdown."""
+    return MARKUP.sub(r"\\\g<0>", short_name(name, LONGEST))
+
+
+def seeds(model: Model) -> str:
+    return str(len(model.runs))
+
+
+def value(model: Model, point: Point, column: str) -> str:
+    """A column of a point with its spread over seeds; empty where it was not measured."""
+    number = model.at(point, column)
+    if number is None:
+        return ""
+    # The spread of the cost is the router's, whose kept share stands beside it
+    if column == "tflop_per_image":
+        return f"{number.mean:.3g}"
+    return number.text(STYLES.get(column, OTHER_STYLE))
+
+
+def values(model: Model, point: Point, columns: Iterable[str]) -> Line:
+    return [value(model, point, column) for column in columns]
+
+
+def share(number: Number | None) -> str:
+    return number.text(".1%") if number else ""
+
+
+def floor_value(row: Row, column: str) -> str:
+    return f"{row[column]:{STYLES.get(column, OTHER_STYLE)}}" if column in row else ""
+
+
+def change(own: Number | None, other: Number | None) -> str:
+    """The relative difference of two means."""
+    return f"{own.mean / other.mean - 1:+.1%}" if own and other else ""
+
+
+def guidance(scale: float) -> str:
+    names = {0.0: "without classes", 1.0: "none"}
+    return names.get(scale, f"{scale:g}")
+
+
+# ------------------------------------------------------------------------------------------- quality against cost
+
+
+def headline(evidence: Evidence) -> str | None:
+    """Every DC-DiT against every static DiT of about its cost, nothing dropped."""
+    static = [model for model in evidence.models if model.is_static]
+    dynamic = [model for model in evidence.models if not model.is_static]
+    lines = []
+    for scale in evidence.scales:
+        for baseline in static:
+            for model in dynamic:
+                if has_equal_cost(model, baseline, scale):
+                    lines.append(headline_line(evidence, model, baseline, scale))
+    names = evidence.metric_names
+    header = ["model", "against", "guidance", "TFLOP", *names, f"{names[0]}: do the seeds overlap?"]
+    return table(header, lines)
+
+
+def has_equal_cost(model: Model, baseline: Model, scale: float) -> bool:
+    own = model.at(Point(scale), "tflop_per_image")
+    other = baseline.at(Point(scale), "tflop_per_image")
+    if own is None or other is None:
+        return False
+    return 1 / EQUAL_COST <= own.mean / other.mean <= EQUAL_COST
+
+
+def headline_line(evidence: Evidence, model: Model, baseline: Model, scale: float) -> Line:
+    """Relative differences of cost and metrics."""
+    whole = Point(scale)
+    line = [name_of(model), name_of(baseline), guidance(scale)]
+    for column in ("tflop_per_image", *evidence.metrics):
+        line.append(change(model.at(whole, column), baseline.at(whole, column)))
+    own = model.at(whole, evidence.distance)
+    other = baseline.at(whole, evidence.distance)
+    return [*line, overlap(own, other)]
+
+
+def overlap(one: Number | None, other: Number | None) -> str:
+    """Whether the ranges of two numbers over seeds overlap."""
+    if one is None or other is None or min(len(one.values), len(other.values)) < 2:
+        return "one seed"
+    is_below = max(one.values) < min(other.values)
+    is_above = min(one.values) > max(other.values)
+    return "no" if is_below or is_above else "yes"
+
+
+def quality_and_cost(evidence: Evidence) -> str | None:
+    """Every point of every model, below the floors."""
+    lines = []
+    for name, row in evidence.floors.items():
+        line = [f"floor: {name}", *[""] * (len(QUALITY_START) - 1)]
+        for column in (*evidence.metrics, "class_accuracy"):
+            line.append(floor_value(row, column))
+        lines.append([*line, ""])
+    for model in evidence.models:
+        for point in model.points():
+            lines.append(quality_line(evidence, model, point))
+    return table(quality_header(evidence), lines)
+
+
+def quality_header(evidence: Evidence) -> Line:
+    return [*QUALITY_START, *evidence.metric_names, "class accuracy", "seeds"]
+
+
+def quality_line(evidence: Evidence, model: Model, point: Point) -> Line:
+    guided = guidance(point.scale)
+    if point.lite is not None:
+        guided += f", Lite-CFG {point.lite:.0%}"
+    costs = values(model, point, QUALITY_COSTS)
+    dropped = f"{point.drop:.0%}"
+    # A static DiT keeps everything
+    if model.is_static:
+        costs[0] = ""
+        dropped = ""
+    quality = values(model, point, (*evidence.metrics, "class_accuracy"))
+    return [name_of(model), guided, dropped, *costs, *quality, seeds(model)]
+
+
+def class_accuracy(evidence: Evidence) -> str | None:
+    """The share of samples that the classifier assigns to their class, nothing dropped."""
+    lines = []
+    for name, row in evidence.floors.items():
+        accuracy = floor_value(row, "class_accuracy")
+        if accuracy:
+            lines.append([f"floor: {name}", *[accuracy] * len(evidence.scales), ""])
+    for model in evidence.models:
+        shares = [value(model, Point(scale), "class_accuracy") for scale in evidence.scales]
+        if any(shares):
+            lines.append([name_of(model), *shares, seeds(model)])
+    columns = [f"guidance {guidance(scale)}" for scale in evidence.scales]
+    return table(["model", *columns, "seeds"], lines)
+
+
+# --------------------------------------------------------------------------------------------------------- routing
+
+
+def kept_by_place(evidence: Evidence) -> str | None:
+    """Kept share on objects, on the background, and at clean and noisy timesteps."""
+    lines = []
+    for model in evidence.models:
+        on_object = model.routing("object")
+        background = model.routing("background")
+        if on_object is None or background is None:
+            continue
+        ratios = [one / other for one, other in zip(on_object.values, background.values)]
+        line = [name_of(model), share(on_object), share(background), Number(tuple(ratios)).text(".2f")]
+        line.append(share(model.routing("all", high=0.3)))
+        line.append(share(model.routing("all", low=0.7)))
+        lines.append([*line, seeds(model)])
+    header = ["model", "on objects", "on background", "ratio", "t < 0.3 (clean)", "t > 0.7 (noisy)", "seeds"]
+    return table(header, lines)
+
+
+def kept_by_t(evidence: Evidence) -> str | None:
+    """Kept share at each timestep."""
+    routed = [model for model in evidence.models if model.timesteps]
+    if not routed:
+        return None
+    timesteps = routed[0].timesteps
+    lines = []
+    for model in routed:
+        shares = [share(model.routing("all", t, t)) for t in timesteps]
+        lines.append([name_of(model), *shares])
+    header = [f"t = {t:g}" for t in timesteps]
+    return table(["model", *header], lines)
+
+
+# --------------------------------------------------------------------------------------------------------- budgets
+
+
+def tail_dropping(evidence: Evidence) -> str | None:
+    """Models with and without multi-budget training at every dropped share."""
+    lines = []
+    for trained, other in evidence.multi_budget_pairs():
+        lines += drop_lines(evidence, other, "no")
+        lines += drop_lines(evidence, trained, "yes")
+    start = ["model", "multi-budget training", "guidance", "dropped", "TFLOP per image"]
+    return table([*start, *evidence.metric_names, "to 0%"], lines)
+
+
+def drop_lines(evidence: Evidence, model: Model, training: str) -> list[Line]:
+    """A line per dropped share; the last cell is the change of the distance against nothing dropped."""
+    lines = []
+    for point in model.points():
+        if point.lite is not None:
+            continue
+        line = [name_of(model), training, guidance(point.scale), f"{point.drop:.0%}"]
+        line += values(model, point, ("tflop_per_image", *evidence.metrics))
+        whole = model.at(Point(point.scale), evidence.distance)
+        lines.append([*line, change(model.at(point, evidence.distance), whole)])
+    return lines
+
+
+def one_for_many(evidence: Evidence) -> str | None:
+    """One checkpoint at many budgets, and below it a model for each budget."""
+    lines = []
+    for trained, single in evidence.budget_groups():
+        for scale in evidence.scales:
+            points = [point for point in trained.points() if point.scale == scale and point.lite is None]
+            for point in points:
+                lines.append(quality_line(evidence, trained, point))
+            for model in single:
+                if Point(scale) in model.points():
+                    lines.append(quality_line(evidence, model, Point(scale)))
+    return table(quality_header(evidence), lines)
+
+
+def lite_cfg(evidence: Evidence) -> str | None:
+    """What Lite-CFG saves against full guidance, and what it changes."""
+    lines = []
+    for model in evidence.models:
+        for point in model.points():
+            if point.lite is not None and not point.drop:
+                lines.append(lite_line(evidence, model, point))
+    start = ["model", "scale", "dropped without label", "TFLOP", "ms"]
+    accuracies = ["class accuracy, full", "with Lite-CFG"]
+    return table([*start, *evidence.metric_names, *accuracies, "seeds"], lines)
+
+
+def lite_line(evidence: Evidence, model: Model, point: Point) -> Line:
+    full = Point(point.scale)
+    line = [name_of(model), f"{point.scale:g}", f"{point.lite:.0%}"]
+    for column in ("tflop_per_image", "ms_per_image", *evidence.metrics):
+        line.append(change(model.at(point, column), model.at(full, column)))
+    for own in (full, point):
+        line.append(value(model, own, "class_accuracy"))
+    return [*line, seeds(model)]
+
+
+# ------------------------------------------------------------------------------------------------ upcycling, runs
+
+
+def upcycling(evidence: Evidence) -> str | None:
+    """The steps that an upcycled model needs for losses of the model from scratch."""
+    lines = []
+    for upcycled, scratch in evidence.upcycled_pairs():
+        known = losses(scratch)
+        steps = sorted(known)
+        for part in LOSSES_TO_REACH:
+            # The last logged step of this part of the curve
+            step = steps[math.ceil(part * len(steps)) - 1]
+            lines.append(upcycling_line(upcycled, step, known[step]))
+    header = ["model", "diffusion loss", "steps from scratch", "steps upcycled", "times fewer", "seeds"]
+    return table(header, lines)
+
+
+def upcycling_line(upcycled: Model, step: int, loss: float) -> Line:
+    """Where the upcycled model reaches the loss that the other has at a step."""
+    own = losses(upcycled)
+    enough = [at for at in sorted(own) if own[at] <= loss]
+    needed = f"{enough[0]:,}" if enough else f"> {max(own):,}"
+    factor = f"{step / enough[0]:.1f}" if enough else ""
+    return [name_of(upcycled), f"{loss:.4f}", f"{step:,}", needed, factor, seeds(upcycled)]
+
+
+def runs(evidence: Evidence) -> str | None:
+    """How every run was made, on what, and how long it took."""
+    lines = []
+    for model in evidence.models:
+        for run in model.runs:
+            seconds = run["training seconds"]
+            minutes = f"{seconds / 60:.0f} min" if seconds else ""
+            size = f"{run['parameters'] / 1e6:.2f} M"
+            line = [escaped(run["run"]), name_of(model), size, f"{run['step']:,}", minutes]
+            lines.append([*line, run["hardware"], f"`{run['command']}`"])
+    return table(["run", "model", "parameters", "steps", "training", "hardware", "command"], lines)
+
+
+def measuring_commands(evidence: Evidence) -> str | None:
+    """A list of the commands that measured the points."""
+    commands = {row["measured by"] for row in evidence.floors.values()}
+    for model in evidence.models:
+        commands |= {run["measured by"] for run in model.runs}
+    return "".join(f"- `{command}`\n" for command in sorted(commands))
