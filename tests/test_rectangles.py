@@ -17,7 +17,7 @@ from config import UserError, config_from_dict, load_config, to_dict
 from data.features import open_features
 from data.images import center_crop
 from figures import elastic_grid
-from figures.side_by_side import side_by_side
+from figures.side_by_side import Choice, SideBySide
 from grid import Grid, is_size
 from models import build_model, reference
 from models.embeddings import sincos_positions
@@ -281,8 +281,9 @@ def test_from_images_to_samples(tiny_config, tiny_images, tiny_vae, tiny_extract
     # Pictures, the pipeline, and a shared folder
     if patch == "null":
         elastic_grid.main([*few, "--fractions", "0", "0.5", "--output", str(tmp_path / "elastic.png")])
-        pair = side_by_side(load_trained(checkpoint), 2, "ddim")(0, 0, 2.0, 0.5)
-        assert pair.image.shape == pair.boundaries.shape == (7 * 24, 7 * 40, 3)
+        pictures = SideBySide(load_trained(checkpoint), 2, "ddim")
+        *_, drawn = pictures.draw(Choice(0, 0, 2.0, 0.5))
+        assert drawn.image.shape == drawn.chunk_map(0).probability.shape == (7 * 24, 7 * 40, 3)
     hub.main(["--ckpt", str(checkpoint), "--output", str(tmp_path / "hub")])
     assert "24 x 40 pixels" in (tmp_path / "hub" / "README.md").read_text()
     pipe = DCDiTPipeline.from_pretrained(tmp_path / "hub")
