@@ -26,6 +26,7 @@ PROGRAMS = [
     "scripts.upcycling",
     "toy.autoencoder",
     "toy.classifier",
+    "toy.openmoji",
     "toy.shapes",
     "weights.convert",
 ]
