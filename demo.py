@@ -1,7 +1,7 @@
 """A web page on which one checkpoint serves any budget: class, seed, guidance, and a slider for the budget.
 
     python demo.py
-    python demo.py --ckpt quickstart/run/checkpoints/0001400.pt
+    python demo.py --ckpt quickstart/run/checkpoints/0000800.pt
 
 The page shows a sample beside the same sample with nothing dropped, what each of them costs, and which tokens are
 kept at any timestep. Without a checkpoint it shows the first model of `assets/`. Needs `pip install gradio`.
@@ -52,7 +52,7 @@ def default_model() -> str:
     if not models:
         raise UserError(
             "--ckpt is missing, and assets/ holds no model; run `bash scripts/quickstart.sh`, then give "
-            "quickstart/run/checkpoints/0001400.pt"
+            "quickstart/run/checkpoints/0000800.pt"
         )
     first, *others = models
     print(f"--ckpt {first}" + "".join(f"; or {other}" for other in others))

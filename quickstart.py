@@ -29,7 +29,7 @@ from weights.checkpoint import list_checkpoints
 
 CONFIG = "configs/shapes.yaml"
 # Pixels, as in CONFIG.
-IMAGE_SIZE = 48
+IMAGE_SIZE = 64
 TRAIN_IMAGES = 2048
 HELD_OUT_IMAGES = 64
 
@@ -60,7 +60,9 @@ def run_workflow(out: Path) -> str:
     checkpoint = list_checkpoints(run / "checkpoints")[-1]
 
     with timed("samples", seconds):
-        sample.main(command_line(ckpt=checkpoint, output=out, cfg_scale=2, num_sampling_steps=100))
+        sample.main(
+            command_line(ckpt=checkpoint, output=out, cfg_scale=2, num_sampling_steps=25, sampler="dpm++")
+        )
 
     with timed("measurement", seconds):
         stats = measure_on_held_out_images(checkpoint)
@@ -79,7 +81,7 @@ def timed(part: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def command_line(**options: str | int | Path) -> list[str]:
-    """Options of a command line: image_size=48 becomes --image-size 48."""
+    """Options of a command line: image_size=64 becomes --image-size 64."""
     words = []
     for name, value in options.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
@@ -132,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     table = run_workflow(out)
     write_text(table_path, f"{table}\n")
     print(
-        f"\n{table}\n\n{out}/sample.png and {out}/chunking_viz.png show the samples and what the router kept."
+        f"\n{table}\n\n{out}/sample.png and {out}/chunk_maps.png show the samples and what the router kept."
     )
 
 

@@ -1,6 +1,6 @@
 """The same samples at several budgets side by side, each column with its cost.
 
-    python -m figures.elastic_grid --ckpt quickstart/run/checkpoints/0001400.pt --fractions 0 0.3 0.6 0.9
+    python -m figures.elastic_grid --ckpt quickstart/run/checkpoints/0000800.pt --fractions 0 0.3 0.6 0.9
 
 writes elastic_grid.png: a row per sample, a column per dropped fraction, TFLOP and milliseconds per image above it.
 """

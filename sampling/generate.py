@@ -1,6 +1,6 @@
 """From a trained model to images.
 
-    trained = load_trained("results/shapes/checkpoints/0001400.pt")
+    trained = load_trained("results/shapes/checkpoints/0000800.pt")
     options = SamplingOptions(cfg_scale=4.0, num_sampling_steps=100)
     images = generate_images(trained, labels=[0, 1, 2, 3], options=options)  # (4, 3, H, W) uint8
 

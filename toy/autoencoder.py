@@ -8,7 +8,6 @@ channel.
 """
 
 import argparse
-import math
 import shutil
 import time
 from pathlib import Path
@@ -36,9 +35,6 @@ STRIDE = 4
 LATENT_CHANNELS = 4
 # Groups of each group normalization; with one channel per group, every channel would lose its level.
 GROUPS = 8
-# Standard deviation of a latent channel unless --latent-std gives another. At 1, the errors of a small network at
-# high noise would exceed the variation of the mean colour.
-LATENT_STD = 3.5
 
 # -------------------------------------------------------------------------------------------------- training
 
@@ -57,7 +53,7 @@ STATISTICS_IMAGES = 512
 CHUNK = 64
 
 
-def build_autoencoder(seed: int, latent_std: float = LATENT_STD) -> AutoencoderKL:
+def build_autoencoder(seed: int) -> AutoencoderKL:
     """AutoencoderKL without attention, its initial weights a function of `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -69,7 +65,8 @@ def build_autoencoder(seed: int, latent_std: float = LATENT_STD) -> AutoencoderK
             norm_num_groups=GROUPS,
             mid_block_add_attention=False,
             latent_channels=LATENT_CHANNELS,
-            scaling_factor=latent_std,
+            # The statistics of the channels, stored after training, give unit variance
+            scaling_factor=1.0,
         )
 
 
@@ -252,16 +249,6 @@ def is_complete(output: Path) -> bool:
     return False
 
 
-def check_latent_std(output: Path, latent_std: float) -> None:
-    """UserError if a finished model has another standard deviation."""
-    found = AutoencoderKL.load_config(output)["scaling_factor"]
-    if found != latent_std:
-        raise UserError(
-            f"--latent-std {latent_std:g}: the finished autoencoder in {output} has {found:g}; "
-            "give another --output"
-        )
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser("Train a small AutoencoderKL and save it in diffusers format.")
     add = parser.add_argument
@@ -271,24 +258,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=1000, help="(default: %(default)s)")
     add("--batch-size", type=int, default=8, help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    std_help = "standard deviation of the latents in each channel (default: %(default)s)"
     channels_help = "half way, turn the decoder's attention to latent channels that it ignores"
     add("--all-channels", action="store_true", help=channels_help)
-    add("--latent-std", type=float, default=LATENT_STD, help=std_help)
     args = parser.parse_args(argv)
     if args.image_size < STRIDE or args.image_size % STRIDE:
         raise UserError(f"--image-size {args.image_size}: must be a positive multiple of the stride {STRIDE}")
     cli.check_at_least(args, 1, "steps", "batch_size")
     cli.check_at_least(args, 0, "seed")
-    if not 0 < args.latent_std < math.inf:
-        raise UserError(f"--latent-std {args.latent_std:g}: must be a positive number")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if is_complete(args.output):
-        check_latent_std(args.output, args.latent_std)
         print(f"{args.output}: holds a finished autoencoder")
         return
     start = time.perf_counter()
@@ -309,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     # Train
     every = max(len(images) // STATISTICS_IMAGES, 1)
     statistics_images = training_images[::every]
-    model = build_autoencoder(args.seed, args.latent_std).to(group.default_device())
+    model = build_autoencoder(args.seed).to(group.default_device())
     first_steps = args.steps // 2 if args.all_channels else 0
     if first_steps:
         train(model, training_images, first_steps, args.batch_size, args.seed)

@@ -1,6 +1,6 @@
 """Train a small classifier on an image folder: a feature extractor for data on which Inception means little.
 
-    python -m toy.classifier --images quickstart/images --output quickstart/classifier.pt --image-size 48
+    python -m toy.classifier --images quickstart/images --output quickstart/classifier.pt --image-size 64
 
 It trains in a minute on a CPU and writes a TorchScript file for `evaluate.py --features`. Its features are
 the channel means of every stage; its logits give the class accuracy of conditional samples. The file holds the
