@@ -34,12 +34,13 @@ from evaluation.comparison import FeatureSet, check_source, compare, measure_sou
 from evaluation.extractors import Extractor, load_extractor
 from evaluation.feature_cache import CHUNK, FeatureChunks, as_arrays, run_extractor
 from evaluation.image_sets import Source, open_source
-from evaluation.pareto import ParetoPlan, measure
+from evaluation.pareto import ParetoPlan, measure, points_of
 from figures.by_timestep import last_means, read_rows
 from figures.pareto import numbers
 from processes import group
 from processes.group import Processes
 from processes.hardware import machine
+from sampling.generate import draw_labels, generate
 from sampling.load import TrainedModel, load_trained
 from toy import shapes
 from toy.routing_stats import TIMESTEPS, cells_on_object, kept_tokens
@@ -50,6 +51,9 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ("configs/evidence/*.yaml", "configs/shapes.yaml")
 # Images on which the routing is measured
 ROUTING_IMAGES = 128
+# Images of a timed batch, and rounds over all points
+TIMED_IMAGES = 16
+TIMED_ROUNDS = 3
 # Columns of a point that hold text; the others are numbers
 TEXTS = ("point", "model", "name", "static", "sampler", "bf16", "features", "reference")
 
@@ -72,19 +76,60 @@ def main(argv: list[str] | None = None) -> None:
 def measure_run(run: Path, args: argparse.Namespace) -> None:
     """Measure the points of one run that are missing, and write its summary after each group of them."""
     checkpoint = newest_checkpoint(run)
-    folder = args.output / run.resolve().name
+    path = args.output / run.resolve().name / "summary.json"
     device = group.start_processes().device
     trained = load_trained(checkpoint, device, weights=args.weights)
     summary = describe_run(run, trained)
     summary["measured by"] = args.command
     summary["routing"] = group.on_first(lambda: routing_by_timestep(trained, args))
-    for plan in plans(checkpoint, trained.config, folder, args):
+    times = earlier_times(path)
+    chosen = plans(checkpoint, trained.config, path.parent, args)
+    for plan in chosen:
         points = measure(plan)
         # The table also has the points of earlier checkpoints
         own = trained.fingerprint[:12]
-        summary["rows"] = [typed(point) for point in points if point["model"] == own]
-        group.on_first(lambda: write_json(folder / "summary.json", summary))
-    group.print_once(f"{len(summary['rows'])} points of {run}: {folder / 'summary.json'}")
+        rows = [typed(point) for point in points if point["model"] == own]
+        summary["rows"] = rows
+        group.on_first(lambda: write_json(path, summary))
+
+    def time_and_write() -> None:
+        if any(row["point"] not in times for row in rows):
+            times.update(time_points(trained, chosen, rows))
+        for row in rows:
+            # A point of an earlier call with other budgets may have none
+            row["ms_per_image"] = times.get(row["point"], row["ms_per_image"])
+        write_json(path, {**summary, "times": times})
+
+    group.on_first(time_and_write)
+    group.print_once(f"{len(rows)} points of {run}: {path}")
+
+
+def earlier_times(path: Path) -> dict[str, float]:
+    """Milliseconds by point that an earlier call has measured."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["times"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def time_points(trained: TrainedModel, chosen: list[ParetoPlan], rows: list[Row]) -> dict[str, float]:
+    """Milliseconds of denoising per image for each row: the fastest of several rounds in which all take turns.
+
+    What else the machine does during the hours of sampling would decide about the means.
+    """
+    keys = {(row["cfg_scale"], row["budget"], row.get("lite_cfg")): row["point"] for row in rows}
+    options = {}
+    for plan in chosen:
+        for point in points_of(trained, plan):
+            options[keys[point.cfg_scale, point.budget, point.lite]] = point.options(plan)
+    indices = list(range(TIMED_IMAGES))
+    labels = draw_labels(chosen[0].seed, indices, trained.config.data.num_classes)
+    times: dict[str, list[float]] = {key: [] for key in options}
+    for _ in range(TIMED_ROUNDS):
+        for key, own in options.items():
+            (batch,) = generate(trained, indices, labels, own, TIMED_IMAGES)
+            times[key].append(batch.ms_per_image)
+    return {key: min(found) for key, found in times.items()}
 
 
 def newest_checkpoint(run: Path) -> str:
