@@ -208,7 +208,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_bitwise(in_one_process
     assert (
         max(path.name for path in (tiny_config.parent / "copied" / "checkpoints").iterdir()) == "0000005.pt"
     )
-    assert "8 steps, resuming from step 5" in (stopped / "log.txt").read_text()
+    assert "resuming from step 5" in (stopped / "log.txt").read_text()
     assert_same_run(stopped, trained)
 
 
@@ -275,13 +275,13 @@ def test_a_new_run_from_a_checkpoint(in_one_process, tiny_config):
     states = [torch.load(newest(folder), weights_only=True) for folder in (branch, copied)]
     ours, theirs = (tensors(state, "model", "ema", "optimizer") for state in states)
     assert len(ours) > 100 and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert "5 steps, resuming from step 3" in (branch / "log.txt").read_text()
+    assert "resuming from step 3" in (branch / "log.txt").read_text()
 
 
 def test_training_continues_with_another_learning_rate_and_batch(in_one_process, tiny_config):
     """As the refusal of the same changes in the folder of the run says."""
     changed = tiny_config.parent / "changed"
-    assert "4 steps, resuming from step 3" in (changed / "log.txt").read_text()
+    assert "resuming from step 3" in (changed / "log.txt").read_text()
     assert torch.load(newest(changed), weights_only=True)["step"] == 4
 
 
