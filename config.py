@@ -232,7 +232,7 @@ UNREAD: list[tuple[Callable[[Config], bool], tuple[str, ...]]] = [
     (lambda config: config.training.max_steps is not None, ("training.epochs",)),
     (lambda config: not config.training.frozen, ("training.frozen_steps",)),
     (lambda config: config.training.init_from is None, ("model.upcycle.",)),
-    (lambda config: config.diffusion.objective != "flow", ("diffusion.flow_shift",)),
+    (lambda config: config.diffusion.objective == "gaussian", ("diffusion.flow_shift",)),
     (
         lambda config: config.diffusion.objective == "flow",
         ("diffusion.prediction", "diffusion.noise_schedule"),

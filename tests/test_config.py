@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+import config_keys
 from config import (
     Config,
     UserError,
@@ -370,6 +371,17 @@ def test_an_unread_key_is_no_reason_to_refuse_a_resumed_run():
     multi_budget = load_config(None, ["training.multi_budget_training=true"])
     keys = ["training.multi_budget_drop_fractions", "training.multi_budget_training"]
     assert changed_keys(config, to_dict(multi_budget)) == keys
+
+
+def test_an_objective_of_the_user_may_read_the_shift():
+    config_keys.OBJECTIVES.append("mine")
+    try:
+        config = load_config(None, ["diffusion.objective=mine", "diffusion.flow_shift=3"])
+        other = load_config(None, ["diffusion.objective=mine"])
+        assert changed_keys(config, to_dict(other)) == ["diffusion.flow_shift"]
+        refusal(load_config, None, ["diffusion.objective=mine", "diffusion.flow_shift=x"])
+    finally:
+        config_keys.OBJECTIVES.remove("mine")
 
 
 def test_an_unread_key_keeps_a_value_that_could_be_read():
