@@ -212,7 +212,7 @@ def whole_run(one_cpu_thread, tiny_config, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(tiny_config, tmp_path):
+def run(one_cpu_thread, tiny_config, tmp_path):
     """Train in forks: run(name, change, ..., plans=...) returns (exit codes, printed). A plan per fork, or None."""
     import kills
 

@@ -292,7 +292,7 @@ def test_a_training_step_is_three_forward_passes():
     case = Case("shapes", 4)
     counts = roofline.count_training(case, tf32=True)
     network = architecture(case.config())
-    forward = flops.total_flops(network, flops.TokenCounts(36, 36**2))
+    forward = flops.total_flops(network, flops.TokenCounts(64, 64**2))
     assert counts.all_flops == pytest.approx(3 * 4 * forward, rel=0.1)
     assert counts.flops["float32"] == 0 and counts.flops["TF32"] > 0
     assert 0 < counts.device_seconds <= counts.seconds
@@ -318,7 +318,7 @@ def test_gradients_node_by_node():
     """`backward` gives every parameter the gradient that PyTorch's engine gives it."""
     config = Case("shapes", 2).config()
     model = build_model(config)
-    x, t, labels = torch.randn(2, 4, 12, 12), torch.tensor([5, 900]), torch.tensor([0, 3])
+    x, t, labels = torch.randn(2, 4, 16, 16), torch.tensor([5, 900]), torch.tensor([0, 3])
 
     def gradients(run):
         model.zero_grad()
