@@ -21,7 +21,7 @@ CHUNKING = ("router", "residual_proj")
 
 
 class DCDiT(nn.Module):
-    """Noised latents -> epsilon and variance logits, with a learned number of tokens in the transformer."""
+    """Noised latents -> epsilon or velocity, and variance logits; the number of tokens is learned."""
 
     pos_embed: Tensor
 
@@ -58,7 +58,7 @@ class DCDiT(nn.Module):
         hidden: tuple[int, ...] = (),
         conditions: Mapping[str, Tensor] | None = None,
     ) -> DenoiserOutput:
-        """Predict the noise in x_t.
+        """Predict what the process asks for, epsilon or velocity.
 
         Args:
             x_t: (B, C, S, S). t: (B,) timesteps. labels: (B,) int64.

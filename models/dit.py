@@ -19,7 +19,7 @@ from models.types import Architecture, DenoiserOutput, Routing
 
 
 class DiT(nn.Module):
-    """Noised latents -> epsilon and variance logits, with one token per patch of P x P cells.
+    """Noised latents -> epsilon or velocity, and variance logits, with one token per patch of P x P cells.
 
     Raises:
         ValueError: an architecture without a patch size.
@@ -54,7 +54,7 @@ class DiT(nn.Module):
         hidden: tuple[int, ...] = (),
         conditions: Mapping[str, Tensor] | None = None,
     ) -> DenoiserOutput:
-        """Predict the noise in x_t.
+        """Predict what the process asks for, epsilon or velocity.
 
         Args:
             x_t: (B, C, S, S). t: (B,) timesteps. labels: (B,) int64.

@@ -26,7 +26,7 @@ class Architecture:
     width: int  # D
     heads: int
     mlp_ratio: float  # hidden width of an MLP / D
-    learn_sigma: bool  # predict variance logits beside epsilon
+    learn_sigma: bool  # predict variance logits beside epsilon or velocity
     timestep_divisor: int  # frequency k of the timestep is 10000^(-k / divisor)
     attention: str  # "auto" or a kernel of models/attention.py
     init: str  # "adaln_zero" or "released", see `init_weights` in models/dc_dit.py
@@ -63,7 +63,7 @@ class Architecture:
 
     @property
     def out_channels(self) -> int:
-        """Channels of the prediction: epsilon, then the variance logits."""
+        """Channels of the prediction: epsilon or velocity, then the variance logits."""
         return 2 * self.latent_channels if self.learn_sigma else self.latent_channels
 
 
@@ -95,7 +95,7 @@ class Packing(NamedTuple):
 class DenoiserOutput:
     """What a denoiser returns. Its parts have names only, so that a new one breaks no caller."""
 
-    prediction: Tensor  # (B, C or 2C, S, S): epsilon, then the variance logits
+    prediction: Tensor  # (B, C or 2C, S, S): epsilon or velocity, then the variance logits
     routing: Routing  # of a static DiT: every token is kept
     packing: Packing  # of the tokens in the transformer
     # Tokens (T, D) after each transformer block that the caller asked for, by the block's index, 0 the first

@@ -4,7 +4,7 @@
     output = pipe(class_labels=[207, 360], guidance_scale=4.0, drop_fraction=0.4, num_inference_steps=50)
     output.images[0].save("golden_retriever.png")
 
-The scheduler may be replaced, with one that reads epsilon alone where it is not DDPM:
+The scheduler may be replaced, with one that reads no variances where it is not DDPM:
 
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, variance_type=None)
 """
@@ -59,8 +59,8 @@ class DCDiTPipeline:
 
     Attributes:
         trained: the model, its configuration and its autoencoder.
-        scheduler: a diffusers scheduler for epsilon prediction on the model's noise schedule; default: DDPM with
-            the model's variances.
+        scheduler: a diffusers scheduler for the model's prediction and noise schedule; default: DDPM with the
+            model's variances.
     """
 
     def __init__(self, trained: TrainedModel, scheduler: SchedulerMixin | None = None):

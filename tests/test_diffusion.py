@@ -225,7 +225,7 @@ def test_the_fast_solver_is_nearer_to_the_exact_path(steps):
 def test_velocity_and_epsilon_describe_one_process():
     """A network that predicts velocity and one that predicts epsilon, both knowing x_0, take the same steps."""
     draw = torch.Generator().manual_seed(0)
-    x0, noise, logits = torch.randn(3, 4, 2, 3, 3, generator=draw).unbind(0)[0:3]
+    x0, noise, logits = torch.randn(3, 4, 2, 3, 3, generator=draw).unbind(0)
     t = torch.tensor([3, 400, 700, 999])
     epsilon_process = create_diffusion()
     velocity_process = create_diffusion(predicts="velocity")
@@ -244,3 +244,26 @@ def test_velocity_and_epsilon_describe_one_process():
     want = epsilon_process.losses(torch.cat([noise, logits], dim=1), x0, x_t, t, noise)
     torch.testing.assert_close(terms["mse"], torch.zeros(4))
     torch.testing.assert_close(terms["vb"], want["vb"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_samplers_take_the_same_steps_by_velocity(name):
+    """For Gaussian data the best epsilon is known, and the velocity follows from it."""
+    full = create_diffusion(learn_sigma=False)
+    mean, variance = torch.randn(4, 3, 3), 0.25
+
+    def epsilon(x, t):
+        signal, sigma = full.table("sqrt_alpha_bar", t, 4), full.table("sqrt_one_minus_alpha_bar", t, 4)
+        return sigma * (x - signal * mean) / (signal**2 * variance + sigma**2)
+
+    def velocity(x, t):
+        signal, sigma = full.table("sqrt_alpha_bar", t, 4), full.table("sqrt_one_minus_alpha_bar", t, 4)
+        return (epsilon(x, t) - sigma * x) / signal
+
+    start, noise = torch.randn(2, 2, 4, 3, 3)
+    samples = {}
+    for predicts, denoise in (("epsilon", epsilon), ("velocity", velocity)):
+        process = create_diffusion(learn_sigma=False, sampling_steps=8, predicts=predicts)
+        *_, last = samplers.SAMPLERS[name](process, denoise, start, lambda: noise)
+        samples[predicts] = last.x_next
+    torch.testing.assert_close(samples["velocity"], samples["epsilon"], rtol=1e-3, atol=1e-3)

@@ -181,10 +181,14 @@ def test_an_autoencoder_of_the_hub_is_not_copied(checkpoint, tmp_path):
     assert not (tmp_path / "vae").exists() and "after 6 steps" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("scale, drop, steps", [(1.0, 0.0, 4), (2.0, 0.5, 7)])
-def test_the_pipeline_samples_what_our_sampler_does(checkpoint, scale, drop, steps):
+@pytest.mark.parametrize(
+    "scale, drop, steps, predicts",
+    [(1.0, 0.0, 4, "epsilon"), (2.0, 0.5, 7, "epsilon"), (2.0, 0.5, 4, "velocity")],
+)
+def test_the_pipeline_samples_what_our_sampler_does(checkpoint, scale, drop, steps, predicts):
     """DDPM with learned variances on the same noise: the same pictures, and the same tokens kept."""
     run, labels = load_trained(checkpoint), [0, 1, 2]
+    run.config.diffusion.prediction = predicts
     output = DCDiTPipeline(run)(labels, scale, drop, steps, torch.Generator().manual_seed(3))
 
     generator = torch.Generator().manual_seed(3)
@@ -194,7 +198,9 @@ def test_the_pipeline_samples_what_our_sampler_does(checkpoint, scale, drop, ste
         return torch.randn(3, 4, 8, 8, generator=generator)
 
     def sampler(denoise):
-        return SAMPLERS["ddpm"](create_diffusion(sampling_steps=steps), denoise, draw(), draw)
+        return SAMPLERS["ddpm"](
+            create_diffusion(sampling_steps=steps, predicts=predicts), denoise, draw(), draw
+        )
 
     kept = []
     with torch.inference_mode():
