@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import UserError
+from config_keys import CONTROL_ROUTERS
 from evaluation.comparison import METRIC_NAMES
 
 Row = dict[str, Any]
@@ -77,6 +78,15 @@ class Model:
     @property
     def is_static(self) -> bool:
         return self.config["model.patch_size"] is not None
+
+    @property
+    def has_learned_router(self) -> bool:
+        return not self.is_static and self.config["model.router"] not in CONTROL_ROUTERS
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts."""
+        return self.config["diffusion.prediction"]
 
     @property
     def is_upcycled(self) -> bool:
@@ -157,20 +167,29 @@ class Evidence:
     def metric_names(self) -> list[str]:
         return [METRIC_NAMES[metric] for metric in self.metrics]
 
+    def main_models(self) -> list[Model]:
+        """All but upcycled models and those for one budget, which are compared with their own kind."""
+        apart = [single for _, single, drop in self.budget_pairs() if drop]
+        return [model for model in self.models if not (model.is_upcycled or model in apart)]
+
     def multi_budget_pairs(self) -> list[tuple[Model, Model]]:
         """(with multi-budget training, without): they differ in nothing else."""
         return self._many_and_one(MULTI_BUDGET)
 
-    def budget_groups(self) -> list[tuple[Model, list[Model]]]:
-        """(one model for many budgets, models for one budget each): they differ in N only."""
-        groups: dict[int, tuple[Model, list[Model]]] = {}
-        for one, other in self._many_and_one((*MULTI_BUDGET, *DOWNSAMPLE)):
-            groups.setdefault(id(one), (one, []))[1].append(other)
+    def budget_pairs(self) -> list[tuple[Model, Model, float]]:
+        """(one model for many budgets, a model for one budget, the dropped share that makes them equal).
+
+        They differ in N and multi-budget training only. A model of the same N is for the budget at which the other
+        drops nothing, and shown only beside models of another N.
+        """
         found = []
-        for one, single in groups.values():
-            factors = {other.config["training.downsample_factor"] for other in single}
-            if len(factors) > 1:
-                found.append((one, single))
+        for one in self.models:
+            of_one = [
+                other for many, other in self._many_and_one((*MULTI_BUDGET, *DOWNSAMPLE)) if many is one
+            ]
+            pairs = [(one, other, dropped_share(one, other)) for other in of_one]
+            if any(drop for _, _, drop in pairs):
+                found += sorted(pairs, key=lambda pair: pair[2])
         return found
 
     def upcycled_pairs(self) -> list[tuple[Model, Model]]:
@@ -193,6 +212,12 @@ class Evidence:
                 if is_pair and not one.differs_in(other, allowed):
                     pairs.append((one, other))
         return pairs
+
+
+def dropped_share(one: Model, other: Model) -> float:
+    """The share that one model has to drop to keep as much as the other, by their N."""
+    factor = one.config["training.downsample_factor"] / other.config["training.downsample_factor"]
+    return round(1 - factor, 3)
 
 
 def read(folder: Path) -> Evidence:

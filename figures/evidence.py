@@ -7,11 +7,12 @@ differ in their seed only are one model: its numbers are means with the standard
 data is left out. A new run is one more folder.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,45 +21,61 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 import cli
 from data.files import write_text
 from evaluation.comparison import METRIC_NAMES
-from evaluation.evidence import Evidence, Model, Point, losses, read
+from evaluation.evidence import Evidence, Model, Point, Row, losses, read
 from figures import evidence_tables as tables
 from figures.canvas import SMALL, figure_name, save_figure
 
 # Characters of a model's name
 LONGEST = 48
 # Size of a panel in inches
-WIDTH = 4.6
-HEIGHT = 3.4
+WIDTH = 3.8
+HEIGHT = 3.2
 
 PLACES = {"object": "tab:orange", "background": "tab:blue"}
+
+# Beginning of the names of floors
+FLOOR = "floor: "
+NOTE = (
+    "lines: kept tokens dropped, from none at the right to the named share; "
+    "stars: Lite-CFG; bars: standard deviation over seeds"
+)
+
+# Marker and colours of each kind of model
+KINDS = {
+    "learned": ("o", ("tab:blue", "tab:purple", "tab:cyan", "navy", "tab:pink", "slateblue", "deepskyblue")),
+    "control": ("^", ("tab:green", "tab:olive", "darkgreen")),
+    "static": ("s", ("tab:orange", "tab:red", "tab:brown", "black", "goldenrod")),
+}
 
 
 def short(model: Model) -> str:
     return figure_name(model.label, LONGEST)
 
 
-def colour_of(number: int) -> Any:
-    """Twenty colours before one repeats."""
-    return matplotlib.colormaps["tab20"](number % 20)
+def kind_of(model: Model) -> str:
+    if model.is_static:
+        return "static"
+    return "learned" if model.has_learned_router else "control"
+
+
+def styles_of(models: Sequence[Model]) -> list[Row]:
+    """Marker and colour of each model; the colours of a kind repeat when there are too few."""
+    styles: list[Row] = []
+    counts: Counter[str] = Counter()
+    for model in models:
+        kind = kind_of(model)
+        marker, colours = KINDS[kind]
+        styles.append({"marker": marker, "color": colours[counts[kind] % len(colours)]})
+        counts[kind] += 1
+    return styles
 
 
 # ------------------------------------------------------------------------------------------- quality against cost
 
 
 def draw_pareto(evidence: Evidence) -> Figure | None:
-    """Every model: a panel per metric (rows) and guidance scale (columns)."""
-    rows = len(evidence.metrics)
-    columns = len(evidence.scales)
-    figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows), dpi=120, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for metric, row in zip(evidence.metrics, panels):
-        for scale, axis in zip(evidence.scales, row):
-            draw_panel(axis, evidence.models, metric, scale)
-            draw_floors(axis, evidence, metric)
-    figure.suptitle("points of a curve: shares of the tokens dropped; stars: Lite-CFG", fontsize=8)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
-    return figure
+    """DC-DiT with its budgets, control routers and static DiTs: a panel per guidance scale."""
+    return draw_against_cost(evidence, evidence.main_models())
 
 
 def draw_budgets(evidence: Evidence) -> Figure | None:
@@ -66,44 +83,57 @@ def draw_budgets(evidence: Evidence) -> Figure | None:
     models: list[Model] = []
     for pair in evidence.multi_budget_pairs():
         models += pair
-    for trained, single in evidence.budget_groups():
-        models += [trained, *single]
+    for many, single, _ in evidence.budget_pairs():
+        models += [many, single]
     if not models:
         return None
     # Each model once, in the order of the other figures
-    chosen = [model for model in evidence.models if model in models]
+    return draw_against_cost(evidence, [model for model in evidence.models if model in models])
+
+
+def draw_against_cost(evidence: Evidence, models: Sequence[Model]) -> Figure:
+    """The Fréchet distance against TFLOP per image, a panel per guidance scale, with one legend."""
     columns = len(evidence.scales)
-    figure = Figure(figsize=(WIDTH * columns, HEIGHT), dpi=120, layout="constrained")
+    legend_height = 0.07 * (len(models) + len(evidence.floors))
+    figure = Figure(figsize=(WIDTH * columns, HEIGHT + legend_height), dpi=120, layout="constrained")
     panels = figure.subplots(1, columns, squeeze=False)[0]
     for scale, axis in zip(evidence.scales, panels):
-        draw_panel(axis, chosen, evidence.distance, scale)
-        axis.legend(fontsize=6)
+        draw_panel(axis, models, evidence.distance, scale)
+        draw_floors(axis, evidence)
+    figure.suptitle(NOTE, fontsize=7)
+    # A model may have no point in the first panel
+    entries = {}
+    for axis in panels:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            entries.setdefault(label, handle)
+    labels = sorted(entries, key=lambda label: label.startswith(FLOOR))
+    handles = [entries[label] for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7)
     return figure
 
 
 def draw_panel(axis: Axes, models: Sequence[Model], metric: str, scale: float) -> None:
     """The dropped shares of each model as a curve; Lite-CFG as a star beside it."""
-    for number, model in enumerate(models):
+    costs = []
+    for model, style in zip(models, styles_of(models)):
         points = [point for point in model.points() if point.scale == scale]
         plain = [point for point in points if point.lite is None]
         lite = [point for point in points if point.lite is not None]
-        colour = colour_of(number)
-        marker = "s" if model.is_static else "o"
-        draw_points(axis, model, metric, plain, marker=marker, ms=4, color=colour, label=short(model))
-        draw_points(axis, model, metric, lite, marker="*", ms=9, color=colour, linestyle="none")
+        costs += draw_points(axis, model, metric, plain, **style, ms=4, label=short(model))
+        costs += draw_points(axis, model, metric, lite, **{**style, "marker": "*"}, ms=9, linestyle="none")
     axis.set_title(f"guidance: {tables.guidance(scale)}")
     axis.set_xlabel("TFLOP per image")
-    axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.set_ylabel(METRIC_NAMES[metric])
-    # KID may be negative
-    if metric != "kid":
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    # Small differences must not look large
+    if costs:
+        axis.set_xlim(min(costs) / 2, 1.05 * max(costs))
+    _, top = axis.get_ylim()
+    axis.set_ylim(0, 1.05 * top)
 
 
-def draw_points(axis: Axes, model: Model, metric: str, points: Sequence[Point], **style: Any) -> None:
-    """Points with their spread over seeds; those that were not measured are left out."""
+def draw_points(axis: Axes, model: Model, metric: str, points: Sequence[Point], **style: Any) -> list[float]:
+    """Points with their spread over seeds. Returns the costs; points that were not measured are left out."""
     costs = []
     means = []
     spreads = []
@@ -113,18 +143,23 @@ def draw_points(axis: Axes, model: Model, metric: str, points: Sequence[Point], 
         if cost and number:
             costs.append(cost.mean)
             means.append(number.mean)
-            spreads.append(number.std)
+            # One seed has no bar
+            spreads.append(number.std if len(number.values) > 1 else math.nan)
     if costs:
-        axis.errorbar(costs, means, spreads, capsize=2, **style)
+        axis.errorbar(costs, means, spreads, capsize=3, linewidth=1, **style)
+    if len(costs) > 1:
+        text = f"{points[-1].drop:.0%} "
+        end = {"ha": "right", "va": "center", "fontsize": 7, "color": style["color"]}
+        axis.annotate(text, (costs[-1], means[-1]), textcoords="offset points", xytext=(-4, 0), **end)
+    return costs
 
 
-def draw_floors(axis: Axes, evidence: Evidence, metric: str) -> None:
-    """A line for each floor that is not far below the models, whose differences would become invisible."""
-    lowest, _ = axis.get_ylim()
-    for style, (name, row) in zip((":", "--"), evidence.floors.items()):
-        if row.get(metric, 0) > lowest / 20:
-            label = f"floor: {name}"
-            axis.axhline(row[metric], color="grey", linestyle=style, linewidth=1, label=label)
+def draw_floors(axis: Axes, evidence: Evidence) -> None:
+    """A line for each floor: what no model can beat."""
+    for line, (name, row) in zip((":", "--"), evidence.floors.items()):
+        value = row.get(evidence.distance)
+        if value is not None:
+            axis.axhline(value, color="grey", linestyle=line, linewidth=1, label=f"{FLOOR}{name}")
 
 
 # -------------------------------------------------------------------------------------------- routing and upcycling
@@ -187,6 +222,8 @@ def draw_upcycling(evidence: Evidence) -> Figure | None:
     axis.set_xlabel("optimizer steps")
     axis.set_ylabel("diffusion loss")
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
     axis.legend(fontsize=7)
     return figure
 
@@ -204,7 +241,7 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
-    Section("DC-DiT against static DiTs of about equal FLOPs", tables.headline),
+    Section("DC-DiT against models of about equal FLOPs", tables.headline),
     Section("Quality against cost", tables.quality_and_cost, "pareto.png", draw_pareto),
     Section("Kept tokens on objects and on background", tables.kept_by_place, "routing.png", draw_routing),
     Section("Kept tokens against t", tables.kept_by_t),

@@ -13,7 +13,7 @@ LOSSES_TO_REACH = (0.25, 0.5, 1.0)
 # Characters of a model's name
 LONGEST = 80
 # Formats of columns of a point
-STYLES = {"kept_share": ".1%", "ms_per_image": ".1f", "class_accuracy": ".1%", "kid": ".4g"}
+STYLES = {"kept_share": ".1%", "ms_per_image": ".1f", "class_accuracy": ".1%", "kid": ".3g"}
 OTHER_STYLE = ".1f"
 
 QUALITY_COSTS = ("kept_share", "tflop_per_image", "ms_per_image")
@@ -47,8 +47,10 @@ def escaped(name: str) -> str:
     return MARKUP.sub(r"\\\g<0>", short_name(name, LONGEST))
 
 
-def seeds(model: Model) -> str:
-    return str(len(model.runs))
+def seeds(model: Model, point: Point | None = None) -> str:
+    """Number of runs, or of those at which a point was measured."""
+    cost = model.at(point, "tflop_per_image") if point else None
+    return str(len(cost.values) if cost else len(model.runs))
 
 
 def value(model: Model, point: Point, column: str) -> str:
@@ -88,18 +90,17 @@ def guidance(scale: float) -> str:
 
 
 def headline(evidence: Evidence) -> str | None:
-    """Every DC-DiT against every static DiT of about its cost, nothing dropped."""
-    static = [model for model in evidence.models if model.is_static]
-    dynamic = [model for model in evidence.models if not model.is_static]
+    """Every DC-DiT against every static DiT and control router of about its cost, nothing dropped."""
+    learned = [model for model in evidence.main_models() if model.has_learned_router]
+    others = [model for model in evidence.main_models() if not model.has_learned_router]
     lines = []
     for scale in evidence.scales:
-        for baseline in static:
-            for model in dynamic:
-                if has_equal_cost(model, baseline, scale):
-                    lines.append(headline_line(evidence, model, baseline, scale))
-    names = evidence.metric_names
-    header = ["model", "against", "guidance", "TFLOP", *names, f"{names[0]}: do the seeds overlap?"]
-    return table(header, lines)
+        for baseline in others:
+            for model in learned:
+                if model.prediction == baseline.prediction and has_equal_cost(model, baseline, scale):
+                    lines += headline_lines(evidence, model, baseline, scale)
+    start = ["model", "against", "guidance", "TFLOP per image", "metric"]
+    return table([*start, "model's", "the other's", "difference", "do the seeds overlap?"], lines)
 
 
 def has_equal_cost(model: Model, baseline: Model, scale: float) -> bool:
@@ -110,15 +111,18 @@ def has_equal_cost(model: Model, baseline: Model, scale: float) -> bool:
     return 1 / EQUAL_COST <= own.mean / other.mean <= EQUAL_COST
 
 
-def headline_line(evidence: Evidence, model: Model, baseline: Model, scale: float) -> Line:
-    """Relative differences of cost and metrics."""
+def headline_lines(evidence: Evidence, model: Model, baseline: Model, scale: float) -> list[Line]:
+    """A line per metric: both values, their relative difference, and whether the seeds decide it."""
     whole = Point(scale)
-    line = [name_of(model), name_of(baseline), guidance(scale)]
-    for column in ("tflop_per_image", *evidence.metrics):
-        line.append(change(model.at(whole, column), baseline.at(whole, column)))
-    own = model.at(whole, evidence.distance)
-    other = baseline.at(whole, evidence.distance)
-    return [*line, overlap(own, other)]
+    cost = change(model.at(whole, "tflop_per_image"), baseline.at(whole, "tflop_per_image"))
+    lines = []
+    for metric, name in zip(evidence.metrics, evidence.metric_names):
+        own = model.at(whole, metric)
+        other = baseline.at(whole, metric)
+        line = [name_of(model), name_of(baseline), guidance(scale), cost, name]
+        line += [value(model, whole, metric), value(baseline, whole, metric)]
+        lines.append([*line, change(own, other), overlap(own, other)])
+    return lines
 
 
 def overlap(one: Number | None, other: Number | None) -> str:
@@ -159,7 +163,7 @@ def quality_line(evidence: Evidence, model: Model, point: Point) -> Line:
         costs[0] = ""
         dropped = ""
     quality = values(model, point, (*evidence.metrics, "class_accuracy"))
-    return [name_of(model), guided, dropped, *costs, *quality, seeds(model)]
+    return [name_of(model), guided, dropped, *costs, *quality, seeds(model, point)]
 
 
 def class_accuracy(evidence: Evidence) -> str | None:
@@ -238,17 +242,29 @@ def drop_lines(evidence: Evidence, model: Model, training: str) -> list[Line]:
 
 
 def one_for_many(evidence: Evidence) -> str | None:
-    """One checkpoint at many budgets, and below it a model for each budget."""
+    """One checkpoint at many budgets, each beside a model that was trained for it."""
     lines = []
-    for trained, single in evidence.budget_groups():
-        for scale in evidence.scales:
-            points = [point for point in trained.points() if point.scale == scale and point.lite is None]
-            for point in points:
-                lines.append(quality_line(evidence, trained, point))
-            for model in single:
-                if Point(scale) in model.points():
-                    lines.append(quality_line(evidence, model, Point(scale)))
-    return table(quality_header(evidence), lines)
+    for scale in evidence.scales:
+        for many, single, drop in evidence.budget_pairs():
+            points = (Point(scale, drop), Point(scale))
+            if points[0] in many.points() and points[1] in single.points():
+                lines.append(budget_line(evidence, (many, single), points))
+    distance = evidence.metric_names[0]
+    header = ["guidance", "dropped"]
+    for name in ("one checkpoint", "its own model"):
+        header += [f"{name}: kept", "TFLOP per image", distance]
+    return table([*header, "difference", "its own model", "seeds"], lines)
+
+
+def budget_line(evidence: Evidence, models: tuple[Model, Model], points: tuple[Point, Point]) -> Line:
+    """A budget of one checkpoint, and the model that has this budget without dropping."""
+    line = [guidance(points[0].scale), f"{points[0].drop:.0%}"]
+    columns = ("kept_share", "tflop_per_image", evidence.distance)
+    for model, point in zip(models, points):
+        line += values(model, point, columns)
+    many, single = (model.at(point, evidence.distance) for model, point in zip(models, points))
+    counts = " and ".join(seeds(model, point) for model, point in zip(models, points))
+    return [*line, change(many, single), name_of(models[1]), counts]
 
 
 def lite_cfg(evidence: Evidence) -> str | None:
@@ -270,7 +286,7 @@ def lite_line(evidence: Evidence, model: Model, point: Point) -> Line:
         line.append(change(model.at(point, column), model.at(full, column)))
     for own in (full, point):
         line.append(value(model, own, "class_accuracy"))
-    return [*line, seeds(model)]
+    return [*line, seeds(model, point)]
 
 
 # ------------------------------------------------------------------------------------------------ upcycling, runs

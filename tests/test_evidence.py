@@ -12,6 +12,7 @@ from PIL import Image
 from config import UserError, load_config
 from evaluation import evidence, pareto
 from figures import evidence as figures
+from figures import evidence_tables as tables
 from models import architecture, build_model
 from models.flops import TokenCounts, total_flops
 from scripts import evidence as measuring
@@ -199,7 +200,7 @@ def results(tmp_path) -> Path:
             row(100 + 10 * seed),
             row(150, drop=0.4),
             row(80, 2.0),
-            row(81, 2.0, lite_cfg=0.8, ms_per_image=15.0),
+            row(81, 2.0, lite_cfg=0.8, ms_per_image=15.0, tflop_per_image=1.6, class_accuracy=0.49),
         ]
         write_run(folder, "dc", seed, rows, falling, routing=routing)
         write_run(folder, "dit2", seed, [row(200 + seed), row(70, 2.0)], falling)
@@ -220,11 +221,16 @@ def test_every_table_and_figure(results, tmp_path):
     names = {path.name for path in (tmp_path / "assets").iterdir()}
     assert names == {"tables.md", "pareto.png", "routing.png", "budgets.png", "upcycling.png"}
     text = (tmp_path / "assets" / "tables.md").read_text()
-    against = section(text, "DC-DiT against static DiTs of about equal FLOPs")
-    assert (
-        "| DC-DiT | DiT, P = 2, equal FLOPs | none | +0.0% | -47.6% | -47.6% | no |" in against
-        and "| DC-DiT | DiT, P = 2, equal FLOPs | 2 | +0.0% | +14.3% | +14.3% | no |" in against
-    )
+    # The upcycled model and that for one budget are compared with their own kind
+    against = section(text, "DC-DiT against models of about equal FLOPs")
+    start = "| DC-DiT | DiT, P = 2, equal FLOPs | "
+    assert [line.removeprefix(start) for line in against if line.startswith("| DC-DiT | ")] == [
+        "none | +0.0% | Fréchet distance | 105.0 ± 7.1 | 200.5 ± 0.7 | -47.6% | no |",
+        "none | +0.0% | KID | 10.5 ± 0.707 | 20.1 ± 0.0707 | -47.6% | no |",
+        "2 | +0.0% | Fréchet distance | 80.0 ± 0.0 | 70.0 ± 0.0 | +14.3% | no |",
+        "2 | +0.0% | KID | 8 ± 0 | 7 ± 0 | +14.3% | no |",
+    ]
+    assert len(against) == 8 and all(line.endswith("| one seed |") for line in against if "many" in line)
     quality = section(text, "Quality against cost")
     cells = [
         "DC-DiT",
@@ -234,7 +240,7 @@ def test_every_table_and_figure(results, tmp_path):
         "1",
         "10.0 ± 0.0",
         "105.0 ± 7.1",
-        "10.5 ± 0.7071",
+        "10.5 ± 0.707",
         "50.0% ± 0.0%",
         "2",
     ]
@@ -243,17 +249,55 @@ def test_every_table_and_figure(results, tmp_path):
         "| DC-DiT | 30.0% ± 0.0% | 10.0% ± 0.0% | 3.00 ± 0.00 | 30.0% ± 0.0% | 10.0% ± 0.0% | 2 |"
     ]
     (lite,) = section(text, "Lite-CFG against full guidance")
-    assert lite.startswith("| DC-DiT | 2 | 80% | +0.0% | -25.0% | +1.2% | +1.2% |")
+    assert lite == "| DC-DiT | 2 | 80% | -20.0% | -25.0% | +1.2% | +1.2% | 50.0% ± 0.0% | 49.0% ± 0.0% | 2 |"
     # Only the pair that differs in multi-budget training, and only the models that differ in N
     dropped = section(text, "Tail dropping with and without multi-budget training")
     assert [line.split(" | ")[1:4:2] + line.split(" | ")[-1:] for line in dropped] == [
         ["no", "0%", "+0.0% |"], ["no", "40%", "+42.9% |"], ["no", "0%", "+0.0% |"],
         ["yes", "0%", "+0.0% |"], ["yes", "40%", "+3.8% |"], ["yes", "0%", "+0.0% |"],
     ]  # fmt: skip
-    assert len(section(text, "One checkpoint at many budgets")) == 7
+    # Without guidance both budgets have a model of their own; at scale 2 only one of them was measured
+    assert section(text, "One checkpoint at many budgets") == [
+        "| none | 0% | 25.0% | 1 | 104.0 | 25.0% ± 0.0% | 1 | 105.0 ± 7.1 | -1.0% | DC-DiT | 1 and 2 |",
+        "| none | 40% | 15.0% | 0.8 | 108.0 | 15.0% | 0.8 | 107.0 | +0.9% | DC-DiT, 15% kept | 1 and 1 |",
+        "| 2 | 0% | 25.0% | 2 | 81.0 | 25.0% ± 0.0% | 2 | 80.0 ± 0.0 | +1.2% | DC-DiT | 1 and 2 |",
+    ]
+    assert "| DC-DiT | 50.0% ± 0.0% | 50.0% ± 0.0% | 2 |" in section(text, "Class accuracy")
     # The running means are 0.8, 0.633, ... and 0.433, 0.3, 0.2
     assert section(text, "Upcycling")[-1] == "| DC-DiT, upcycled | 0.2500 | 400 | 250 | 1.6 | 1 |"
     assert len(section(text, "Runs")) == 7
+
+
+def test_the_figure_of_quality_against_cost(results):
+    """A panel per scale; the budgets of a model are a line; a bar only where there are several seeds."""
+    measured = evidence.read(results)
+    axes = figures.draw_pareto(measured).axes
+    assert [axis.get_title() for axis in axes] == ["guidance: none", "guidance: 2"]
+    curves = {}
+    for curve in axes[0].containers:
+        bars = curve.lines[2][0].get_segments()
+        curves[curve.get_label()] = (
+            curve.lines[0].get_xydata().tolist(),
+            [bar[1][1] - bar[0][1] for bar in bars if len(bar)],
+        )
+    assert curves["DC-DiT"] == ([[1, 105], [0.8, 150]], pytest.approx([200**0.5, 0]))
+    assert curves["DC-DiT, many budgets"] == ([[1, 104], [0.8, 108]], [])
+    assert curves.keys() == {"DC-DiT", "DC-DiT, many budgets", "DiT, P = 2, equal FLOPs"}
+
+
+def test_seeds_overlap_when_their_ranges_do():
+    two = evidence.Number((1.0, 3.0))
+    assert tables.overlap(two, evidence.Number((3.1, 5.0))) == "no"
+    assert tables.overlap(two, evidence.Number((2.9, 5.0))) == "yes"
+    assert tables.overlap(two, evidence.Number((9.0,))) == "one seed"
+
+
+def test_a_point_of_one_seed_among_several_says_so(tmp_path):
+    write_run(tmp_path / "results", "dc", 0, [row(3.0), row(4.0, drop=0.4)], [1.0])
+    write_run(tmp_path / "results", "dc", 1, [row(5.0)], [1.0])
+    lines = tables.quality_and_cost(evidence.read(tmp_path / "results")).splitlines()[2:]
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert [(line[2], line[6], line[-1]) for line in cells] == [("0%", "4.0 ± 1.4", "2"), ("40%", "4.0", "1")]
 
 
 def test_what_has_no_data_is_left_out(tmp_path):
