@@ -102,7 +102,7 @@ def draw_against_cost(evidence: Evidence, models: Sequence[Model]) -> Figure:
         draw_floors(axis, evidence)
     figure.suptitle(NOTE, fontsize=7)
     # A model may have no point in the first panel
-    entries = {}
+    entries: dict[str, Any] = {}
     for axis in panels:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             entries.setdefault(label, handle)
