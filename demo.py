@@ -118,7 +118,7 @@ def build_page(gradio: ModuleType, trained: TrainedModel, steps: int, sampler: s
                 ),
                 slider(0, LARGEST_FRACTION, 0.5, step=0.05, label=budget, elem_id="dropped"),
             ]
-        progress = gradio.HTML(elem_id="progress")
+        progress = gradio.HTML(label="progress", elem_id="progress")
         # One output for each picture and text of `PageCalls.outputs`
         with gradio.Row():
             samples = [

@@ -243,3 +243,6 @@ def test_the_api_takes_what_it_documents(page):
             list(given) == ["class_name", "seed", "guidance", "dropped", "t"] and given["class_name"] == "b"
         )
         assert len(client.predict(**given, api_name=name)) == number_of_outputs
+    assert [output["label"] for output in documented["/sample"]["returns"]][2:] == [
+        "cost", "cost, nothing dropped", "boundary probability at t", "kept tokens at t", "at t", "progress",
+    ]  # fmt: skip
