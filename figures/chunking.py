@@ -101,16 +101,23 @@ def draw_chunk_maps(trace: Trace, images: np.ndarray, tokens: Grid, path: Path) 
     height = 0.15 + 1.2 * tokens.rows / tokens.columns
     size = (1.2 * samples + 0.4, height * (1 + len(steps)))
     figure = Figure(figsize=size, dpi=120, layout="constrained")
-    grid = figure.subplots(1 + len(steps), samples, squeeze=False)
-    for column in range(samples):
-        grid[0, column].imshow(images[column])
-        for panel, step in zip(grid[1:, column], steps, strict=True):
-            keep = as_map(step.keep[column], tokens)
-            panel.imshow(dim_dropped(images[column], keep))
-            panel.set_xlabel(f"{keep.mean():.0%} kept")
-
-    name_rows(grid, ("sample", *(f"t = {step.t}" for step in steps)), tokens)
+    draw_maps(figure.subplots(1 + len(steps), samples, squeeze=False), steps, images, tokens)
     save_figure(figure, path)
+
+
+def draw_maps(panels: np.ndarray, steps: Sequence[TracedStep], images: np.ndarray, tokens: Grid) -> None:
+    """A row of samples, and a row per step of the tokens that were kept for each of them.
+
+    Args:
+        panels: (1 + steps, samples) axes. images: (B, H, W, 3) uint8. tokens: their rows and columns.
+    """
+    for column, image in enumerate(images[: panels.shape[1]]):
+        panels[0, column].imshow(image)
+        for panel, step in zip(panels[1:, column], steps, strict=True):
+            keep = as_map(step.keep[column], tokens)
+            panel.imshow(dim_dropped(image, keep))
+            panel.set_xlabel(f"{keep.mean():.0%} kept")
+    name_rows(panels, ("sample", *(f"t = {step.t}" for step in steps)), tokens)
 
 
 def name_rows(grid: np.ndarray, names: Sequence[str], tokens: Grid) -> None:

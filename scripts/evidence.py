@@ -48,7 +48,7 @@ from weights.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).parent.parent
 # Where the command of a run is looked for
-CONFIGS = ("configs/evidence/*.yaml", "configs/shapes.yaml")
+CONFIGS = ("configs/evidence/*.yaml", "configs/openmoji.yaml", "configs/shapes.yaml")
 # Images on which the routing is measured
 ROUTING_IMAGES = 128
 # Images of a timed batch, and rounds over all points

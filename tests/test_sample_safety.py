@@ -15,7 +15,7 @@ import train
 from config import Config, UserError, config_from_dict, load_config, to_dict
 from data.autoencoder import Autoencoder
 from data.features import open_features
-from figures import elastic_grid
+from figures import elastic_grid, kept_tokens
 from figures.chunking import as_pixels
 from models import build_model
 from sampling import accounting, hub
@@ -221,6 +221,24 @@ def test_reports_fall_back_to_the_number(many_classes, tmp_path):
     )
     rows = json.loads((tmp_path / "m" / "summary.json").read_text())["kept_by_class"]
     assert [row["name"] for row in rows] == ["a", "b", "c", *map(str, range(3, 12))]
+
+
+def test_the_picture_of_kept_tokens(checkpoint, many_classes, tmp_path, monkeypatch):
+    """A block per model, with the first and the last step; a list of classes for each."""
+    drawn = []
+    draw = kept_tokens.draw
+    monkeypatch.setattr(kept_tokens, "draw", lambda models, path: (drawn.extend(models), draw(models, path)))
+    argv = [str(checkpoint), str(many_classes), "--num-sampling-steps", "3"]
+    argv += ["--output", str(tmp_path / "kept.png")]
+    kept_tokens.main([*argv, "--classes", "a,c", "--classes", "b,1,11"])
+    assert [model.names for model in drawn] == [["a", "c"], ["b", "b", "11"]]
+    for model in drawn:
+        assert [step.t for step in model.trace.steps] == [999, 0]
+        assert all(len(step.keep) == len(model.images) == len(model.names) for step in model.trace.steps)
+    width, height = Image.open(tmp_path / "kept.png").size
+    assert height > 1.5 * width
+    with pytest.raises(UserError, match="1 lists for 2 models"):
+        kept_tokens.main([*argv, "--classes", "a"])
 
 
 def test_images_are_kept_if_the_report_fails(checkpoint, tmp_path, monkeypatch):
