@@ -235,6 +235,9 @@ def read(folder: Path) -> Evidence:
                 if row.get(name) != settings.setdefault(name, row.get(name)):
                     problem = f"has {name} {row.get(name)}, and others {settings[name]}"
                     raise UserError(f"'{path}': {problem}; measure it again, or keep it in another folder")
+            # Only where all points of a run took turns, their times can be compared
+            if not summary.get("times"):
+                row.pop("ms_per_image", None)
         runs.append(summary)
     if not runs:
         raise UserError(f"'{folder}': has no summary.json of a run; make one with scripts.evidence")

@@ -255,11 +255,19 @@ SECTIONS = (
 )
 
 
+INTRODUCTION = """# What was measured
+
+Written by `python -m figures.evidence` from the summaries of the runs. A ± is the standard deviation over
+seeds. TFLOP and milliseconds are those of denoising one image; milliseconds depend on the machine, and are
+missing where the points of a run did not take turns.
+"""
+
+
 @rc_context(SMALL)
 def write(evidence: Evidence, output: Path) -> list[str]:
     """Write tables.md and the figures; returns the names of the files."""
     output.mkdir(parents=True, exist_ok=True)
-    parts = []
+    parts = [INTRODUCTION]
     files = ["tables.md"]
     for section in SECTIONS:
         text = section.table(evidence) or ""

@@ -181,6 +181,7 @@ def write_run(folder: Path, config: str, seed: int, rows: list[dict], losses: li
         "run": f"{config}-{seed}", "model": shape.model.name, "step": 50 * len(losses), "seed": seed,
         "parameters": 1_500_000, "config": measuring.shaping_keys(shape), "command": f"train {config} {seed}",
         "hardware": "a processor", "training seconds": 600.0, "measured by": "measure", "rows": rows, "routing": [],
+        "times": {"a point": 1.0},
         "loss": [[50 * (k + 1), loss] for k, loss in enumerate(losses)], **more,
     }  # fmt: skip
     path = folder / f"{config}-{seed}" / "summary.json"
@@ -298,6 +299,23 @@ def test_a_point_of_one_seed_among_several_says_so(tmp_path):
     lines = tables.quality_and_cost(evidence.read(tmp_path / "results")).splitlines()[2:]
     cells = [line.strip("| ").split(" | ") for line in lines]
     assert [(line[2], line[6], line[-1]) for line in cells] == [("0%", "4.0 ± 1.4", "2"), ("40%", "4.0", "1")]
+
+
+def test_the_stored_tables_are_those_of_the_stored_summaries(tmp_path):
+    stored = ROOT / "docs" / "evidence"
+    files = figures.write(evidence.read(stored), tmp_path)
+    assert (tmp_path / "tables.md").read_text() == (stored / "tables.md").read_text(), (
+        "python -m figures.evidence docs/evidence --output docs/evidence writes them again"
+    )
+    assert all((stored / name).is_file() for name in files)
+
+
+def test_times_of_points_that_did_not_take_turns_are_left_out(tmp_path):
+    write_run(tmp_path, "dc", 0, [row(3.0)], [1.0])
+    write_run(tmp_path, "dit2", 0, [row(3.0)], [1.0], times={})
+    dynamic, static = evidence.read(tmp_path).models
+    assert dynamic.at(evidence.Point(1.0), "ms_per_image").mean == 10
+    assert static.at(evidence.Point(1.0), "ms_per_image") is None
 
 
 def test_what_has_no_data_is_left_out(tmp_path):
