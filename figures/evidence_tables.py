@@ -259,12 +259,13 @@ def one_for_many(evidence: Evidence) -> str | None:
 def budget_line(evidence: Evidence, models: tuple[Model, Model], points: tuple[Point, Point]) -> Line:
     """A budget of one checkpoint, and the model that has this budget without dropping."""
     line = [guidance(points[0].scale), f"{points[0].drop:.0%}"]
-    columns = ("kept_share", "tflop_per_image", evidence.distance)
+    distances = []
+    counts = []
     for model, point in zip(models, points):
-        line += values(model, point, columns)
-    many, single = (model.at(point, evidence.distance) for model, point in zip(models, points))
-    counts = " and ".join(seeds(model, point) for model, point in zip(models, points))
-    return [*line, change(many, single), name_of(models[1]), counts]
+        line += values(model, point, ("kept_share", "tflop_per_image", evidence.distance))
+        distances.append(model.at(point, evidence.distance))
+        counts.append(seeds(model, point))
+    return [*line, change(*distances), name_of(models[1]), " and ".join(counts)]
 
 
 def lite_cfg(evidence: Evidence) -> str | None:

@@ -69,8 +69,10 @@ def default_labels(config: Config) -> list[int]:
 def draw(models: list[Samples], path: Path) -> None:
     """The samples of each model above their kept tokens."""
     columns = max(len(model.images) for model in models)
-    ratios = [model.tokens.rows / model.tokens.columns for model in models]
-    heights = [3 * (0.15 + 1.2 * ratio) + 0.2 for ratio in ratios]
+    heights = []
+    for model in models:
+        panel = 0.15 + 1.2 * model.tokens.rows / model.tokens.columns
+        heights.append(3 * panel + 0.2)
     figure = Figure(figsize=(1.2 * columns + 0.4, sum(heights)), dpi=120, layout="constrained")
     parts = figure.subfigures(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, model in zip(parts, models):
