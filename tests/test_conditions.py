@@ -1,8 +1,11 @@
 """Conditions beside the class: what the network makes of them, and that they train, resume and sample."""
 
+import importlib
 import json
 import math
 import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import kills
@@ -18,6 +21,7 @@ import sample
 import sample_ddp
 from config import UserError, config_from_dict, load_config, to_dict
 from data.columns import add_column
+from data.features import open_features
 from figures.side_by_side import Choice, SideBySide
 from models import build_model, reference
 from models.embeddings import CONDITIONS, VectorCondition, find_kind
@@ -365,3 +369,48 @@ def test_a_column_must_have_the_shape_of_its_condition(tiny_config, scored, tmp_
     open_fitting_features(config)
     printed = capsys.readouterr().out
     assert "the numbers of clip have a deviation of 0.024" in printed and "numbers of word" not in printed
+
+
+class Words:
+    """Stands in for CLIP's tokenizer and text encoder: 768 numbers that depend on the text alone."""
+
+    @classmethod
+    def from_pretrained(cls, name):
+        return cls()
+
+    def eval(self):
+        return self
+
+    def __call__(self, texts=None, codes=None, **options):
+        if codes is None:
+            return {"codes": torch.tensor([sum(text.encode()) for text in texts])}
+        return SimpleNamespace(text_embeds=torch.sin(codes[:, None] * torch.arange(1.0, 769.0)))
+
+
+def test_captions_become_a_column_and_a_condition(tiny_config, tmp_path, monkeypatch):
+    stand_in = SimpleNamespace(CLIPTokenizer=Words, CLIPTextModelWithProjection=Words)
+    monkeypatch.setitem(sys.modules, "transformers", stand_in)
+    captions = importlib.import_module("examples.captions")
+    features = shutil.copytree(load_config(tiny_config).data.feature_path, tmp_path / "features")
+    store = open_features(features, 32)
+    texts = [f"picture {index} of {name}" for index, name in enumerate(store.file_names)]
+    for name, text in zip(store.file_names[:-1], texts):
+        file = (tmp_path / name).with_suffix(".txt")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"{text}\n")
+    last = Path(store.file_names[-1]).with_suffix(".txt")
+    with pytest.raises(UserError, match=f"captions '.*': has no {last}; write one for every image"):
+        captions.main([str(features), str(tmp_path)])
+    (tmp_path / last).write_text(texts[-1])
+    captions.main([str(features), str(tmp_path)])
+
+    config = load_config(
+        tiny_config, [f"data.feature_path={features}", "data.conditions.caption=caption-768"]
+    )
+    column = open_fitting_features(config).column("caption")
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    for words, rows in ((texts[3], column[3:4]), (tmp_path / "prompts.txt", column)):
+        told = read_conditions([f"caption={words}"], config)
+        assert np.array_equal(told["caption"], rows)
+        SamplingOptions(conditions=told).check(config)
+    assert np.square(column).mean() == pytest.approx(1)
