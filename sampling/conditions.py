@@ -47,7 +47,7 @@ def rows_of(value: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
     """A value as (n, *shape), with n = 1 for all samples; ValueError if it has another shape."""
     array = np.asarray(value)
     rows = array[None] if array.shape == shape else array
-    if rows.shape[:1] in ((), (0,)) or rows.shape[1:] != shape:
+    if rows.ndim == 0 or len(rows) == 0 or rows.shape[1:] != shape:
         raise ValueError(f"has shape {array.shape}; give {forms_of_value(shape)}")
     return rows
 

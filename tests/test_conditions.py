@@ -35,6 +35,7 @@ from sampling.load import load_trained
 from sampling.options import SamplingOptions
 from sampling.pipeline import DCDiTPipeline
 from training.checks import open_fitting_features
+from training.sample_grids import check_grids
 from training.trainer import Trainer
 from weights.checkpoint import load_checkpoint
 
@@ -273,6 +274,9 @@ def test_a_run_tells_its_own_samples_of_images_of_their_class(tiny_config, score
     images = [int(np.flatnonzero(store.column("score") == score)[0]) for score in told["score"]]
     assert store.labels[images].tolist() == labels and len(set(images)) > 3
     assert np.array_equal(told["clip"], store.column("clip")[images])
+    # Also a model that was always told can draw them
+    always = load_config(tiny_config, [*scored, "training.class_dropout_prob=0", "logging.sample_every=8"])
+    check_grids(always, store)
     # A class without images takes any
     store.labels[store.labels == 1] = 0
     assert np.isfinite(conditions_of_images(store, config, [1])["score"]).all()
