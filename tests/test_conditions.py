@@ -17,6 +17,7 @@ from test_cuda_graph import BATCH, SIDE, inputs, tapes  # noqa: F401 - a fixture
 from test_demo import save_random
 
 import config_keys
+import evaluate
 import sample
 import sample_ddp
 from config import UserError, config_from_dict, load_config, to_dict
@@ -190,18 +191,33 @@ def scored(tiny_config, tmp_path, monkeypatch):
     config_keys.CONDITIONS.remove("word-N")
 
 
-def test_trains_resumes_and_samples(run, scored, tmp_path):
-    assert run("whole", *scored, "logging.sample_every=8")[0] == [0]
+@pytest.fixture
+def evaluated(tiny_images, tiny_extractor, tmp_path):
+    """Overrides for sample grids and an evaluation at the last step."""
+    own = ["--features", str(tiny_extractor), "--cache", str(tmp_path / "cache")]
+    reference = tmp_path / "reference.npz"
+    evaluate.main(["--make-reference", str(tiny_images), str(reference), "--image-size", "32", *own])
+    changes = {"reference": reference, "features": tiny_extractor, "num_samples": 4, "num_sampling_steps": 2}
+    return [
+        "logging.sample_every=8",
+        "evaluation.every=8",
+        *(f"evaluation.{k}={v}" for k, v in changes.items()),
+    ]
+
+
+def test_trains_resumes_and_samples(run, scored, evaluated, tmp_path):
+    assert run("whole", *scored, *evaluated)[0] == [0]
     assert (tmp_path / "whole" / "samples" / "0000008.png").is_file()
+    assert "frechet_distance" in (tmp_path / "whole" / "evaluation.jsonl").read_text()
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     (tmp_path / "parts" / "checkpoints" / "0000008.pt").unlink()
-    codes, printed = run("parts", *scored, "logging.sample_every=8")
+    codes, printed = run("parts", *scored, *evaluated)
     assert codes == [0] and "resuming from step 6" in printed
     kills.assert_same_training(tmp_path / "whole", tmp_path / "parts")
     # Another column is other features
     np.save(tmp_path / "ones.npy", np.ones(10))
     add_column(tmp_path / "features", "score", tmp_path / "ones.npy")
-    codes, printed = run("parts", *scored, "logging.sample_every=8")
+    codes, printed = run("parts", *scored, *evaluated)
     assert codes == [2] and "holds other features than" in printed
 
     checkpoint = tmp_path / "whole" / "checkpoints" / "0000008.pt"

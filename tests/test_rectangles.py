@@ -279,7 +279,7 @@ def test_from_images_to_samples(tiny_config, tiny_images, tiny_vae, tiny_extract
     train.main(argv)
     checkpoint = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert load_checkpoint(checkpoint)["config"]["data"]["image_size"] == [24, 40]
-    assert "frechet_distance" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "frechet_distance" in (tmp_path / "run" / "evaluation.jsonl").read_text()
 
     # Sample
     few = ["--ckpt", str(checkpoint), "--num-sampling-steps", "2", "--cfg-scale", "2"]
