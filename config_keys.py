@@ -6,6 +6,7 @@ between several keys stands in config.py. docs/configuration.md shows the table.
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
 
@@ -58,7 +59,7 @@ def free(default: T, meaning: str, rewrite: Rewrite | None = None) -> T:
 ROUTERS = ["learned", "hnet", "uniform", "random", "contrast"]
 CONTROL_ROUTERS = ["uniform", "random", "contrast"]  # those that learn nothing
 OBJECTIVES = ["gaussian", "flow"]
-CONDITIONS = ["scalar"]
+CONDITIONS = ["scalar", "vector-N"]  # N stands for a number above 0
 TERMS = ["align"]
 VARIANCE_OBJECTIVES = ["gaussian"]  # those that can learn a variance
 
@@ -67,6 +68,21 @@ def one_of(names: list[str]) -> Constraint:
     """One of a list of names that can grow."""
     remedy = "; name the module that adds another with --import"
     return Constraint(f"one of {', '.join(names)}", lambda value: value in names, remedy)
+
+
+def form_of_kind(kind: str) -> str:
+    """The form that the name of a condition's kind has, such as vector-N for vector-768."""
+    return re.sub(r"-[1-9]\d*", "-N", kind)
+
+
+def kind_among(names: list[str]) -> Constraint:
+    """One of a list of names that can grow, with a number in place of each N."""
+
+    def is_known(value: str) -> bool:
+        return not value.endswith("-N") and (value in names or form_of_kind(value) in names)
+
+    known = one_of(names)
+    return Constraint(f"{known.text}, with a number for N", is_known, known.remedy)
 
 
 COLUMN_NAME = "[a-z][a-z0-9_]{0,63}"  # of a column of the features
@@ -306,13 +322,17 @@ class DataConfig:
     )
     num_classes: PositiveInt = network(1000, "number of labels, without the null label")
     num_workers: NonNegativeInt = free(32, "loader processes per training process")
-    vae: str = free("ema", "autoencoder that decodes samples: ema, mse, pixels, or a local diffusers folder")
+    vae: str = free(
+        "ema",
+        "autoencoder that decodes samples: ema, mse, pixels, pixels-4 for patches of 4 x 4, or a local diffusers "
+        "folder",
+    )
     latent_stride: PositiveInt = network(8, "pixels per latent cell; must agree with the features")
     latent_channels: PositiveInt = network(4, "channels of a latent; must agree with the features")
-    conditions: dict[str, Annotated[str, one_of(CONDITIONS)]] = network(
+    conditions: dict[str, Annotated[str, kind_among(CONDITIONS)]] = network(
         {},
-        "columns of the features that the network is told beside the class, e.g. {aesthetic: scalar}; they are "
-        "dropped with the class",
+        "columns of the features that the network is told beside the class, e.g. {aesthetic: scalar, caption: "
+        "vector-768}; they are dropped with the class",
         spellings.no_pairs,
     )
 

@@ -21,10 +21,10 @@ from diffusion import OBJECTIVES
 from figures.side_by_side import PIXELS, Choice, ChunkMap, Drawn, SideBySide, View
 from models import describe
 from processes import group
-from sampling.arguments import add_run_arguments, load_trained_from
+from sampling.arguments import add_condition_argument, add_run_arguments, load_trained_from
 from sampling.classes import shown_name
+from sampling.conditions import read_conditions
 from sampling.hub import shipped_models
-from sampling.load import TrainedModel
 from sampling.options import SamplingOptions, possible_scale
 
 # Right end of the slider
@@ -39,6 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sampler", help="ddpm, ddim, dpm++; of a flow euler, heun, sde (default: ddim; euler)"
     )
+    add_condition_argument(parser)
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     args = parser.parse_args(argv)
     if args.ckpt is None and args.config is None:
@@ -66,42 +67,49 @@ def main(argv: list[str] | None = None) -> None:
     if trained.config.is_static:
         reason = "is a static DiT, which has no budget to show"
         raise UserError(f"--ckpt '{args.ckpt}': {reason}; draw its samples with sample.py")
-    conditions = ", ".join(trained.config.data.conditions)
-    if conditions:
-        raise UserError(
-            f"--ckpt '{args.ckpt}': is told {conditions}, for which the page has no field; draw its samples with "
-            "sample.py"
-        )
+    conditions = read_conditions(args.condition, trained.config) or None
     sampler = args.sampler or OBJECTIVES[trained.config.diffusion.objective].fast
     scale = possible_scale(1.0, trained.config)
-    SamplingOptions(scale, num_sampling_steps=args.num_sampling_steps, sampler=sampler).check(trained.config)
+    steps = args.num_sampling_steps
+    options = SamplingOptions(scale, num_sampling_steps=steps, sampler=sampler, conditions=conditions)
+    options.check(trained.config)
     if args.dry_run:
         print(describe(trained.config))
         return
-    page = build_page(gradio, trained, args.num_sampling_steps, sampler)
+    drawing = SideBySide(trained, steps, sampler, conditions)
+    page = build_page(gradio, drawing, args.condition)
     page.launch(server_name="127.0.0.1", server_port=args.port)
 
 
 # ------------------------------------------------------------------------------------------------------- page
 
 
-def build_page(gradio: ModuleType, trained: TrainedModel, steps: int, sampler: str) -> Any:
-    """The Gradio page: inputs, the progress, two samples with their costs, and the chunk map at a timestep."""
+def build_page(gradio: ModuleType, drawing: SideBySide, told: list[str]) -> Any:
+    """The Gradio page: inputs, the progress, two samples with their costs, and the chunk map at a timestep.
+
+    Args:
+        told: the conditions of all samples, as the command line has them.
+    """
+    trained = drawing.trained
     config = trained.config
     labels = class_choices(config.data.num_classes, trained.class_names)
-    calls = PageCalls(gradio, SideBySide(trained, steps, sampler), labels)
+    calls = PageCalls(gradio, drawing, labels)
 
     # A model without a null label can do scale 1 only, and one without classes scale 0
     scale = possible_scale(2.0, config)
     slider = gradio.Slider
     picture = functools.partial(gradio.Image, interactive=False, format="png", width=PIXELS)
     budget = "share of the kept tokens to drop"
+    facts = [f"{drawing.steps} steps of {drawing.sampler}", f"step {trained.step} of training"]
+    facts += [markdown(word) for word in told]
     last_t = config.diffusion.diffusion_steps - 1
 
     with gradio.Blocks(title=short_name(config.model.name)) as page:
         gradio.Markdown(
             f"## {markdown(config.model.name)}: one checkpoint, any budget\n"
-            f"{steps} steps of {sampler}, step {trained.step} of training"
+            + ", ".join(
+                [f"{drawing.steps} steps of {drawing.sampler}, step {trained.step} of training", *told]
+            )
         )
         with gradio.Row():
             inputs = [

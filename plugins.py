@@ -31,7 +31,7 @@ def add_objective(name: str, objective: Objective) -> None:
 
 
 def add_condition(kind: str, condition: type[Condition]) -> None:
-    """Let an entry of `data.conditions` be of this kind."""
+    """Let an entry of `data.conditions` be of this kind; "mine-N" stands for mine-4 and every other number."""
     CONDITIONS[kind] = condition
     config_keys.CONDITIONS.append(kind)
 

@@ -79,7 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     options, trained = read_arguments(args, group.default_device())
     labels = chosen_labels(args, trained, options, default_labels(trained.config))
     if args.dry_run:
-        print(f"{describe(trained.config)}\nsamples       {describe_labels(labels, options)}, {options}")
+        print(
+            f"{describe(trained.config)}\nsamples       {describe_labels(labels, options)}, {options.plain()}"
+        )
         return
 
     # A limit on the cost becomes a fraction to drop

@@ -21,6 +21,7 @@ from processes.lock import FolderLock
 from processes.watch import ProcessWatch
 from sampling.accounting import read_records, report, save_record, save_summary
 from sampling.arguments import add_cuda_graph_argument, add_sampling_arguments, read_arguments
+from sampling.conditions import check_rows
 from sampling.generate import describe_choice, draw_labels, generate, replace_cost_limits, summarise_run
 from sampling.load import TrainedModel
 from sampling.npz import write_npz
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     processes = group.start_processes()
     options, trained = read_arguments(args, processes.device)
     indices = list(range(args.num_fid_samples))
+    check_rows(options.conditions or {}, trained.config, len(indices))
     labels = draw_labels(options.seed, indices, trained.config.data.num_classes, args.labels == "balanced")
     settings = settings_of(args, options, trained)
     if args.dry_run:
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
 def settings_of(args: argparse.Namespace, options: SamplingOptions, trained: TrainedModel) -> dict:
     """What decides the samples: a run with other settings must not be resumed."""
     return {
-        **dataclasses.asdict(options),
+        **options.plain(),
         "labels": args.labels,
         "batch": args.per_proc_batch_size,
         "model": trained.fingerprint,

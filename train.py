@@ -17,6 +17,7 @@ from accelerate import Accelerator
 import cli
 from config import Config, UserError, config_from_dict, load_config, to_dict, to_yaml
 from data.autoencoder import Autoencoder
+from data.features import Features
 from data.files import write_text
 from data.folders import class_table
 from data.names import repeats_numbers
@@ -100,10 +101,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         cli.check_output(command.option, command.folder)
     checks.check_parameter_names(config)
-    sample_grids.check_grids(config)
 
     # Open the data and choose the checkpoint, before the processes meet: a mistake ends all of them alike
     store = checks.open_fitting_features(config)
+    sample_grids.check_grids(config, store)
     files = resume.starting_files(command.folder)
     start = resume.find_start(config, command, store)
 
@@ -112,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     autoencoder = sample_grids.load_decoder(config, store, accelerator.device)
     folder = command.folder or launch.make_run_folder(config, accelerator)
     accelerator.project_configuration.set_directories(str(folder))
-    hooks = make_hooks(config, accelerator, autoencoder, folder, store.class_names)
+    hooks = make_hooks(config, accelerator, autoencoder, store, folder)
 
     # Take the folder. If another run was there first, it may have left newer files
     with FolderLock(folder, command.option) as lock:
@@ -144,18 +145,18 @@ def make_hooks(
     config: Config,
     accelerator: Accelerator,
     autoencoder: Autoencoder | None,
+    store: Features,
     folder: Path,
-    class_names: list[str],
 ) -> Hooks:
     """The samples and metrics that the run makes from its EMA."""
     if autoencoder is None:
         return Hooks()
-    draw_samples = sample_grids.SampleGrids(config, autoencoder, accelerator, folder)
+    draw_samples = sample_grids.SampleGrids(config, autoencoder, accelerator, store, folder)
     if not config.evaluation.every:
         return Hooks(draw_samples)
     bf16 = accelerator.mixed_precision == "bf16"
     processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
-    evaluate = Evaluation(config, autoencoder, bf16, folder / "evaluation", processes, class_names)
+    evaluate = Evaluation(config, autoencoder, bf16, folder / "evaluation", processes, store)
     return Hooks(draw_samples, evaluate)
 
 

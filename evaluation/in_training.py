@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from config import Config, UserError
 from data.autoencoder import Autoencoder
+from data.features import Features
 from diffusion import OBJECTIVES
 from evaluation.class_labels import sampled_classes
 from evaluation.comparison import (
@@ -25,6 +26,7 @@ from evaluation.image_sets import open_source
 from evaluation.sample_features import SamplePlan, measure_samples
 from processes import group
 from processes.group import Processes
+from sampling.conditions import conditions_of_images
 from sampling.generate import SamplingOptions, TrainedModel, draw_labels
 from sampling.options import possible_scale
 
@@ -37,7 +39,7 @@ class Evaluation:
         bf16: whether to sample in bfloat16.
         folder: for features, shared by all processes.
         processes: this process among those of the run.
-        class_names: of the features, by label.
+        store: the features, whose images the samples take their conditions from.
 
     Raises:
         UserError: a reference or features that cannot be read or do not fit, before training starts.
@@ -50,25 +52,25 @@ class Evaluation:
         bf16: bool,
         folder: Path,
         processes: Processes,
-        class_names: list[str] | None,
+        store: Features,
     ):
         self.config = config
         self.autoencoder = autoencoder
         self.folder = folder
         self.processes = processes
-        self.class_names = class_names
+        self.class_names = store.class_names
         self.note = ""  # about the classes, as it was printed
         section = config.evaluation
+        scale = possible_scale(section.cfg_scale, config)
+        self.labels = draw_labels(0, list(range(section.num_samples)), config.data.num_classes)
         self.options = SamplingOptions(
-            cfg_scale=possible_scale(section.cfg_scale, config),
+            cfg_scale=scale,
             num_sampling_steps=section.num_sampling_steps,
             sampler=OBJECTIVES[config.diffusion.objective].fast,
             bf16=bf16,
+            conditions=conditions_of_images(store, config, self.labels) if scale else None,
         )
         self.options.check(config)
-        self.labels = draw_labels(
-            self.options.seed, list(range(section.num_samples)), config.data.num_classes
-        )
         # Measure the reference
         source = open_source(str(section.reference), "evaluation.reference")
         for note in source.notes:

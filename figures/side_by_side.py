@@ -1,11 +1,12 @@
 """A sample at some budget beside the same sample with nothing dropped, as they come into being; for demo.py."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from figures.chunking import as_map, as_pixels, boundary_overlay, dim_dropped
 from processes.memory import peak_memory, reset_peak_memory
@@ -95,10 +96,17 @@ class View(NamedTuple):
 class SideBySide:
     """Draws pairs of samples, and remembers them."""
 
-    def __init__(self, trained: TrainedModel, steps: int, sampler: str):
+    def __init__(
+        self,
+        trained: TrainedModel,
+        steps: int,
+        sampler: str,
+        conditions: Mapping[str, ArrayLike] | None = None,
+    ):
         self.trained = trained
         self.steps = steps
         self.sampler = sampler
+        self.conditions = conditions
         self.remembered: dict[Choice, Drawn] = {}
 
     def draw(self, choice: Choice) -> Iterator[Drawn]:
@@ -112,6 +120,7 @@ class SideBySide:
             sampler=self.sampler,
             seed=choice.seed,
             budget=Budget.fraction(choice.dropped),
+            conditions=self.conditions,
         )
         # Each thread of a server has caches of its own to fill, which is no cost of the sample
         warm_up(self.trained, [choice.label], options)

@@ -16,6 +16,7 @@ from models.ops.precision import has_bfloat16
 from processes import group
 from sampling.budgets import ALL, Budget
 from sampling.classes import ambiguity, choose_labels, class_table
+from sampling.conditions import read_conditions
 from sampling.cuda_graph import GraphedDenoiser
 from sampling.generate import check_labels
 from sampling.load import TrainedModel, load_trained
@@ -69,13 +70,7 @@ def add_sampling_arguments(parser: cli.Parser, cfg_scale: float, seed: int) -> N
         metavar=("LO", "HI"),
         help="guide at LO <= t <= HI only (default: always)",
     )
-    parser.add_argument(
-        "--condition",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="value of a condition that the model was trained with beside the class; repeatable (default: none)",
-    )
+    add_condition_argument(parser)
     # At most one budget, for both branches of guidance or, with --lite-cfg, for the conditional one
     parser.add_argument(
         "--tail-dropping-fraction", type=float, metavar="F", help="budget: share of the kept tokens to drop"
@@ -130,6 +125,18 @@ def add_sampling_arguments(parser: cli.Parser, cfg_scale: float, seed: int) -> N
     )
 
 
+def add_condition_argument(parser: argparse.ArgumentParser) -> None:
+    """What samples are told beside their class."""
+    parser.add_argument(
+        "--condition",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="value of a condition that the model was trained with beside the class: a number, or a .npy file of "
+        "one value or with a row per sample; repeatable (default: none)",
+    )
+
+
 def add_cuda_graph_argument(parser: argparse.ArgumentParser) -> None:
     """For scripts that evaluate the network often with the same budget."""
     parser.add_argument(
@@ -144,7 +151,10 @@ def add_cuda_graph_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_options(args: argparse.Namespace, device: torch.device) -> SamplingOptions:
-    """The options that the command line gives; UserError for budgets that contradict each other."""
+    """The options that the command line gives; UserError for budgets that contradict each other.
+
+    `fit_to_model` adds what only a model can read.
+    """
     budget = one_budget(
         args.tail_dropping_fraction, args.token_budget, args.tflops_per_image, args.budget_schedule
     )
@@ -173,22 +183,7 @@ def sampling_options(args: argparse.Namespace, device: torch.device) -> Sampling
         bf16_vae=args.vae_precision == "bf16",
         budget=budget,
         uncond=uncond if args.lite_cfg else None,
-        conditions=read_conditions(args.condition) or None,
     )
-
-
-def read_conditions(words: list[str]) -> dict[str, float]:
-    """The values of --condition by name; UserError for what is no NAME=VALUE."""
-    values = {}
-    for word in words:
-        name, _, text = word.partition("=")
-        try:
-            values[name] = float(text)
-        except ValueError:
-            raise UserError(
-                f"--condition {word}: must have the form NAME=VALUE, such as {name}=0.7"
-            ) from None
-    return values
 
 
 def one_budget(
@@ -306,8 +301,10 @@ def read_arguments(args: argparse.Namespace, device: torch.device) -> tuple[Samp
 def fit_to_model(options: SamplingOptions, args: argparse.Namespace, config: Config) -> SamplingOptions:
     """Choose the sampler and a scale that the model can do if none was given, and leave out what has no effect.
 
-    Each change of scale or budget prints a line.
+    The conditions are read as the model's kinds say. Each change of scale or budget prints a line.
     """
+    conditions = read_conditions(args.condition, config)
+    options = dataclasses.replace(options, conditions=conditions or None)
     if options.sampler is None:
         options = dataclasses.replace(options, sampler=OBJECTIVES[config.diffusion.objective].default)
     scale = options.cfg_scale

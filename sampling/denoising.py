@@ -18,11 +18,11 @@ from diffusion.process import evaluated_timesteps
 from diffusion.samplers import Denoise, Step
 from models import draws_at_random
 from models.attention import kernel_problem
-from models.embeddings import CONDITIONS
 from models.ops.precision import allow_tf32, bfloat16_problem, tf32
 from models.types import Routing
 from sampling.accounting import StepCounts
 from sampling.budgets import Budget
+from sampling.conditions import condition_values
 from sampling.load import TrainedModel
 from sampling.options import SamplingOptions
 
@@ -128,15 +128,19 @@ def sampling_steps(
     on_device = torch.tensor(labels, device=trained.device)
     timesteps = []
     finite = []  # a value per sample, of each step; they are read after the last step, so that no step waits
+    indices = indices or range(len(labels))
     common: Conditioning = {}
     if draws_at_random(trained.config):
-        common["draw"] = router_draws(options.seed, indices or range(len(labels)), trained.device)
+        common["draw"] = router_draws(options.seed, indices, trained.device)
+    if trained.config.data.conditions:
+        given = options.conditions or {}
+        common["conditions"] = condition_values(given, trained.config, indices, trained.device)
     for step in sampler(guided_denoiser(network, trained.config, on_device, options, common)):
         timesteps.append(step.t)
         finite.append(step.x_next.isfinite().flatten(1).all(1))
         yield step, split_branches(routings, len(labels), has_classes=options.cfg_scale > 0)
         routings.clear()
-    check_finite_samples(torch.stack(finite), timesteps, indices or range(len(labels)))
+    check_finite_samples(torch.stack(finite), timesteps, indices)
 
 
 def check_finite_samples(finite: Tensor, timesteps: Sequence[int], indices: Sequence[int]) -> None:
@@ -199,7 +203,7 @@ def guided_denoiser(
     """Bind labels and budgets: one branch at scale 1, and at 0 without labels; two branches above.
 
     Args:
-        common: what both branches get beside them.
+        common: what both branches get beside them, except that the unconditional one is told no condition.
     """
     budget = options.budget
     uncond = budget if options.uncond is None else options.uncond
@@ -209,29 +213,22 @@ def guided_denoiser(
     null = torch.full_like(labels, config.data.num_classes)
     if not options.has_guidance:
         only = labels if options.cfg_scale else null
-        told = common | told_conditions(config, options.conditions, len(labels), labels.device)
-        return condition(network, told | branch_conditioning(only, budget, pass_drop))
-    told = common | told_conditions(config, options.conditions, len(labels), labels.device)
-    untold = common | told_conditions(config, None, len(labels), labels.device)
-    conditional = told | branch_conditioning(labels, budget, pass_drop)
-    unconditional = untold | branch_conditioning(null, uncond, pass_drop)
+        return condition(network, common | branch_conditioning(only, budget, pass_drop))
+    conditional = common | branch_conditioning(labels, budget, pass_drop)
+    unconditional = without_conditions(common) | branch_conditioning(null, uncond, pass_drop)
     channels = config.diffusion.cfg_channels
     if isinstance(channels, str):  # "all"
         channels = config.data.latent_channels
     return guide(network, conditional, unconditional, options.cfg_scale, channels, options.guidance_interval)
 
 
-def told_conditions(
-    config: Config, values: dict[str, float] | None, batch: int, device: torch.device
-) -> Conditioning:
-    """What the network is told beside the class, the same for all samples; NaN is no condition."""
-    if not config.data.conditions:
-        return {}
-    told = {}
-    for name, kind in config.data.conditions.items():
-        value = (values or {}).get(name, math.nan)
-        told[name] = torch.full((batch, *CONDITIONS[kind].shape), value, device=device)
-    return {"conditions": told}
+def without_conditions(common: Conditioning) -> Conditioning:
+    """The same with every condition replaced by NaN, which is none."""
+    untold = dict(common)
+    if "conditions" in common:
+        values: dict[str, Tensor] = common["conditions"]
+        untold["conditions"] = {name: torch.full_like(told, math.nan) for name, told in values.items()}
+    return untold
 
 
 def branch_conditioning(labels: Tensor, budget: Budget, pass_drop: bool) -> Conditioning:

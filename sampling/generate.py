@@ -23,6 +23,7 @@ from models import architecture, flops
 from processes.memory import peak_memory, reset_peak_memory
 from sampling.accounting import SamplingRecord, Seconds, StepCounts, stack_kept, summarise
 from sampling.budgets import ALL
+from sampling.conditions import check_rows
 from sampling.cost_limit import CostModel, CostPrediction, choose_fractions
 from sampling.denoising import OnStep, decode_samples, network_timesteps, sample_latents
 from sampling.load import TrainedModel, load_trained
@@ -90,10 +91,11 @@ def generate(
     """Generate the samples with the given indices and labels, batch by batch.
 
     Raises:
-        UserError: options that do not fit, or a label that the model does not know.
+        UserError: options that do not fit the model or the samples, or a label that the model does not know.
     """
     options.check(trained.config)
     check_labels(labels, trained.config)
+    check_rows(options.conditions or {}, trained.config, max(indices, default=-1) + 1)
     options, _ = replace_cost_limits(trained, indices, labels, options)
     for start in range(0, len(indices), batch_size):
         part = slice(start, start + batch_size)
@@ -134,7 +136,7 @@ def summarise_run(trained: TrainedModel, options: SamplingOptions, record: Sampl
     else:
         decoding = decoder_flops(codec, grid)
     account = summarise(trained.config, decoding, trained.class_names, record)
-    return {"options": dataclasses.asdict(options), **account}
+    return {"options": options.plain(), **account}
 
 
 # ----------------------------------------------------------------------------------------- limits on the cost

@@ -154,7 +154,7 @@ from sampling.pipeline import DCDiTPipeline
 images = DCDiTPipeline.from_pretrained("FOLDER")(class_labels=[0], guidance_scale={scale}).images
 ```
 
-## Training data
+{conditions_note(config)}## Training data
 
 {data.image_grid} pixels, {data.num_classes} classes{classes}.
 {trained.step:,} steps of {batch} images,
@@ -171,6 +171,21 @@ Autoencoder: `{autoencoder}`, SHA-256 of its weights `{trained.autoencoder.sha25
 ```yaml
 {to_yaml(config)}```
 """
+
+
+def conditions_note(config: Config) -> str:
+    """Markdown: what samples can be told beside the class; nothing for a model without conditions."""
+    conditions = config.data.conditions
+    if not conditions:
+        return ""
+    kinds = ", ".join(f"`{name}` ({kind})" for name, kind in conditions.items())
+    name = next(iter(conditions))
+    script = f"--condition {name}=VALUE"
+    pipeline = f"conditions={{'{name}': value}}"
+    return (
+        f"Samples can be told, beside the class: {kinds}.\n"
+        f"The script takes `{script}`, and the pipeline `{pipeline}`.\n\n"
+    )
 
 
 def cost_table(config: Config) -> str:

@@ -1,12 +1,16 @@
 """How to sample: the options, and what may be combined."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from numpy.typing import ArrayLike
 
 from config import Config, UserError
 from diffusion import OBJECTIVES
-from models.embeddings import CONDITIONS
 from sampling.budgets import ALL, Budget
+from sampling.conditions import check_values, plain_conditions
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,8 @@ class SamplingOptions:
     bf16_vae: bool = False  # of the autoencoder
     budget: Budget = ALL
     uncond: Budget | None = None
-    # Name -> value, beside the class; None, or a name without a value: no condition
-    conditions: dict[str, float] | None = None
+    # Name -> value, or a row per sample, see sampling/conditions.py; None, or a name without a value: no condition
+    conditions: Mapping[str, ArrayLike] | None = None
 
     @property
     def has_guidance(self) -> bool:
@@ -53,20 +57,17 @@ class SamplingOptions:
         self._check_budgets(config)
         self._check_conditions(config)
 
+    def plain(self) -> dict:
+        """The options as plain data; equal options have equal data."""
+        plain = dataclasses.asdict(dataclasses.replace(self, conditions=None))
+        return plain | {"conditions": plain_conditions(self.conditions)}
+
     def _check_conditions(self, config: Config) -> None:
         given = self.conditions or {}
-        known = config.data.conditions
-        for name, value in given.items():
-            if name not in known:
-                names = f"its conditions are {', '.join(known)}" if known else "it has no conditions"
-                raise UserError(f"--condition {name}: the model was not trained with it; {names}")
-            if CONDITIONS[known[name]].shape != ():
-                raise UserError(f"--condition {name}: is a {known[name]}, which a number cannot be")
-            if not math.isfinite(value):
-                raise UserError(f"--condition {name}={value}: must be a finite number")
+        check_values(given, config)
         if given and self.cfg_scale == 0:
             raise UserError("--condition: --cfg-scale 0 draws samples without conditions; leave one out")
-        missing = [name for name in known if name not in given]
+        missing = [name for name in config.data.conditions if name not in given]
         if missing and config.training.class_dropout_prob == 0:
             raise UserError(
                 f"--condition {missing[0]}: is missing, and the model was trained without class dropout; "

@@ -10,13 +10,14 @@ The scheduler may be replaced, with one that reads no variances where it is not 
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from diffusion.samplers import Denoise
 from sampling.accounting import StepCounts
 from sampling.budgets import ALL, Budget
 from sampling.classes import choose_labels
+from sampling.conditions import check_rows
 from sampling.denoising import decode_samples, sampling_steps
 from sampling.generate import check_labels
 from sampling.load import TrainedModel, load_trained
@@ -70,11 +72,6 @@ class DCDiTPipeline:
                 f"diffusion.objective {objective}: the schedulers of diffusers step through other timesteps; "
                 "draw samples with sample.py"
             )
-        if trained.config.data.conditions:
-            raise UserError(
-                f"data.conditions: the pipeline gives the model no {', '.join(trained.config.data.conditions)}; "
-                "draw samples with sample.py"
-            )
         self.trained = trained
         self.scheduler = scheduler if scheduler is not None else default_scheduler(trained.config)
 
@@ -93,6 +90,7 @@ class DCDiTPipeline:
         drop_fraction: float = 0.0,
         num_inference_steps: int = 50,
         generator: Generators | None = None,
+        conditions: Mapping[str, ArrayLike] | None = None,
     ) -> PipelineOutput:
         """One image per label.
 
@@ -102,6 +100,7 @@ class DCDiTPipeline:
                 can do.
             drop_fraction: share of the kept tokens to drop, in [0, 1).
             generator: of the noise, as everywhere in diffusers.
+            conditions: name -> what the model is told beside the class, one value or a row per image.
 
         Raises:
             UserError: a value out of range, an unknown label, an attention kernel that needs bfloat16 (the
@@ -114,10 +113,12 @@ class DCDiTPipeline:
             cfg_scale=guidance_scale,
             num_sampling_steps=num_inference_steps,
             budget=Budget.fraction(drop_fraction) if drop_fraction else ALL,
+            conditions=conditions,
         )
         options.check(config)
         labels = choose_labels(class_labels, self.trained.class_names)
         check_labels(labels, config)
+        check_rows(conditions or {}, config, len(labels))
         prepare_scheduler(self.scheduler, config, num_inference_steps)
 
         def sampler(denoise: Denoise) -> Iterator[SchedulerStep]:

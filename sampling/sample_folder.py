@@ -6,7 +6,6 @@ records/NNNNNN.npz   kept tokens, time and peak memory of the batch that begins 
 summary.json         what all samples cost
 """
 
-import dataclasses
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +66,7 @@ class SampleFolder:
         chosen: dict | None = None
         if self._read_settings() is None:
             self._refuse_other_files()
-            options = dataclasses.asdict(choose_budgets())
+            options = choose_budgets().plain()
             chosen = {"budget": options["budget"], "uncond": options["uncond"]}
         lock.acquire()
         earlier = self._read_settings()

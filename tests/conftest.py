@@ -14,9 +14,10 @@ from processes import group
 
 # Files whose tests together take less than half a minute: `python -m pytest -m fast`.
 FAST = (
-    "test_attention.py", "test_budgets.py", "test_config.py", "test_conv.py", "test_dc_dit.py",
+    "test_attention.py", "test_budgets.py", "test_codecs.py", "test_config.py", "test_conv.py", "test_dc_dit.py",
     "test_dechunk.py", "test_diffusion.py", "test_dit.py", "test_images.py", "test_imports.py", "test_metrics.py",
-    "test_model_golden.py", "test_packing.py", "test_readme.py", "test_router.py", "test_slurm.py",
+    "test_model_golden.py", "test_packing.py", "test_readme.py", "test_router.py", "test_routers.py",
+    "test_slurm.py",
 )  # fmt: skip
 
 

@@ -1,20 +1,15 @@
-"""Every kind of autoencoder, from loading to samples."""
+"""Every kind of autoencoder: what it encodes and decodes. tests/test_values.py trains on it."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-import extract_features
-import sample
-import train
 from config import UserError
 from data.autoencoder import Autoencoder
 from data.codecs import KLCodec, decoder_flops
 from grid import Grid
 from models import flops
-from weights.checkpoint import load_checkpoint
 
 STRIDES = {"kl": 4, "dc": 4, "tiny": 4, "pixels": 1, "pixels-4": 4}
 CHANNELS = {"kl": 4, "dc": 4, "tiny": 4, "pixels": 3, "pixels-4": 48}
@@ -86,28 +81,3 @@ def test_names_of_no_codec(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
     with pytest.raises(UserError, match="describes none of AutoencoderKL, AutoencoderDC, AutoencoderTiny"):
         Autoencoder.load(str(tmp_path), "cpu")
-
-
-@pytest.mark.parametrize("kind", ["dc", "tiny", "pixels-4"])
-def test_extracts_trains_and_samples(codecs, tiny_config, tiny_images, tmp_path, kind):
-    vae = codecs[kind]
-    features = str(tmp_path / "features")
-    paths = ["--data-path", str(tiny_images), "--features-path", features, "--vae", vae]
-    extract_features.main([*paths, "--image-size", "32", "--num-workers", "0"])
-    keys = {
-        "data.feature_path": features,
-        "data.vae": vae,
-        "data.latent_stride": STRIDES[kind],
-        "data.latent_channels": CHANNELS[kind],
-        "training.max_steps": 2,
-    }
-    argv = ["--config", str(tiny_config), "--output", str(tmp_path / "run")]
-    for key, value in keys.items():
-        argv += ["--set", f"{key}={value}"]
-    train.main(argv)
-    checkpoint = tmp_path / "run" / "checkpoints" / "0000002.pt"
-    assert load_checkpoint(checkpoint)["autoencoder"]["stride"] == STRIDES[kind]
-    sample.main(["--ckpt", str(checkpoint), "--num-sampling-steps", "2", "--output", str(tmp_path / "out")])
-    assert Path(tmp_path / "out" / "sample.png").is_file()
-    decoding = json.loads((tmp_path / "out" / "summary.json").read_text())["tflop_decoding"]
-    assert (decoding > 0) == (kind != "pixels-4")

@@ -31,7 +31,7 @@ FILES = [str(path.relative_to(ROOT)) for path in SOURCES]
 BUILDERS = ("models/__init__.py", "models/flops.py")
 # Packages that take seconds to import, and the files that may import them at once.
 SLOW = {"matplotlib": "figures/", "diffusers": ("toy/autoencoder.py", "sampling/pipeline.py")}
-OPTIONAL = {"flash_attn", "wandb", "xformers", "tensorboard", "gradio", "torch_fidelity"}
+OPTIONAL = {"flash_attn", "wandb", "xformers", "tensorboard", "gradio", "torch_fidelity", "transformers"}
 
 
 def imports(file: str, at_module_level=False) -> set[str]:

@@ -298,7 +298,7 @@ def build_page(trained, changes=None, error=None):
         skip=lambda: None,
         Error=error,
     )
-    demo.build_page(gradio, trained, 2, "ddim")
+    demo.build_page(gradio, SideBySide(trained, 2, "ddim"), [])
     return seen
 
 

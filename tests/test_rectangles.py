@@ -252,6 +252,14 @@ def test_from_images_to_samples(tiny_config, tiny_images, tiny_vae, tiny_extract
         with pytest.raises(UserError, match=message):
             open_features(tmp_path / folder, [24, 40])
 
+    # Make a reference of the same crop
+    own = ["--features", str(tiny_extractor), "--cache", str(tmp_path / "cache")]
+    evaluate.main(
+        ["--make-reference", str(tiny_images), str(tmp_path / "own.npz"), "--image-size", "24", "40", *own]
+    )
+    with np.load(tmp_path / "own.npz") as file:
+        assert file["arr_0"].shape == (10, 24, 40, 3)
+
     # Train
     changes = {
         "data.feature_path": features,
@@ -259,6 +267,11 @@ def test_from_images_to_samples(tiny_config, tiny_images, tiny_vae, tiny_extract
         "model.patch_size": patch,
         "training.max_steps": 2,
         "logging.sample_every": 2,
+        "evaluation.every": 2,
+        "evaluation.reference": tmp_path / "own.npz",
+        "evaluation.features": tiny_extractor,
+        "evaluation.num_samples": 4,
+        "evaluation.num_sampling_steps": 2,
     }
     argv = ["--config", str(tiny_config), "--output", str(tmp_path / "run")]
     for key, value in changes.items():
@@ -266,6 +279,7 @@ def test_from_images_to_samples(tiny_config, tiny_images, tiny_vae, tiny_extract
     train.main(argv)
     checkpoint = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert load_checkpoint(checkpoint)["config"]["data"]["image_size"] == [24, 40]
+    assert "frechet_distance" in (tmp_path / "run" / "evaluation.jsonl").read_text()
 
     # Sample
     few = ["--ckpt", str(checkpoint), "--num-sampling-steps", "2", "--cfg-scale", "2"]
@@ -289,13 +303,7 @@ def test_from_images_to_samples(tiny_config, tiny_images, tiny_vae, tiny_extract
     pipe = DCDiTPipeline.from_pretrained(tmp_path / "hub")
     assert pipe([0], num_inference_steps=2).images[0].size == (40, 24)
 
-    # Evaluate against a reference of the same crop
-    own = ["--features", str(tiny_extractor), "--cache", str(tmp_path / "cache")]
-    evaluate.main(
-        ["--make-reference", str(tiny_images), str(tmp_path / "own.npz"), "--image-size", "24", "40", *own]
-    )
-    with np.load(tmp_path / "own.npz") as file:
-        assert file["arr_0"].shape == (10, 24, 40, 3)
+    # Evaluate
     evaluate.main([str(tmp_path / "many.npz"), str(tmp_path / "own.npz"), *own])
     assert json.loads((tmp_path / "many.evaluation.json").read_text())["num_reference"] == 10
 

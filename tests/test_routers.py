@@ -1,18 +1,13 @@
-"""Every router by its name: what it keeps, how a budget thins it, and that it trains, resumes and samples."""
+"""Every router by its name: what it keeps, and how a budget thins it. tests/test_values.py trains with it."""
 
-import shutil
-
-import kills
 import pytest
 import torch
 
-import sample
 from config import load_config
 from grid import Grid
 from models import build_model
 from models.router import ROUTERS, hash_to_unit, ordered_dither
 from models.types import Routing
-from weights.checkpoint import load_checkpoint
 
 CONTROLS = [name for name, router in ROUTERS.items() if not router.is_learned]
 WIDTH = 32
@@ -103,21 +98,3 @@ def test_random_routing_is_another_at_every_timestep():
     late = model(x, torch.tensor([6, 6]), labels, draw=draw).routing.keep
     assert not torch.equal(early, late)
     assert torch.equal(early, model(x, torch.tensor([5, 5]), labels, draw=draw).routing.keep)
-
-
-@pytest.mark.parametrize("name", [name for name in ROUTERS if name != "learned"])
-def test_trains_resumes_and_samples(run, tmp_path, name):
-    router = f"model.router={name}"
-    assert run("whole", router)[0] == [0]
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    (tmp_path / "parts" / "checkpoints" / "0000008.pt").unlink()
-    codes, printed = run("parts", router)
-    assert codes == [0] and "resuming from step 6" in printed
-    kills.assert_same_training(tmp_path / "whole", tmp_path / "parts")
-
-    checkpoint = tmp_path / "whole" / "checkpoints" / "0000008.pt"
-    weight = load_checkpoint(checkpoint)["config"]["training"]["ratio_loss_weight"]
-    assert (weight > 0) == ROUTERS[name].is_learned
-    options = ["--num-sampling-steps", "3", "--classes", "0", "1", "--cfg-scale", "1.5"]
-    sample.main(["--ckpt", str(checkpoint), "--output", str(tmp_path / "out"), *options])
-    assert (tmp_path / "out" / "sample.png").is_file()

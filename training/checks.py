@@ -6,13 +6,14 @@ import torch
 from config import Config, UserError
 from data.features import Features, open_features
 from models import build_model
-from models.embeddings import CONDITIONS
+from models.embeddings import VectorCondition, find_kind
 from processes import group
 from training.losses import Terms
 from training.schedules import total_steps
 
 MAX_RANGES = 5  # of labels in a warning
-LARGEST_SCALAR = 10  # of a condition, without a warning
+LARGEST_SCALAR = 10  # of a condition, without a warning; and the largest deviation of a vector's numbers
+MOST_VECTORS = 1000  # that are looked at
 
 
 def open_fitting_features(config: Config) -> Features:
@@ -58,21 +59,40 @@ def open_fitting_features(config: Config) -> Features:
 
 
 def check_conditions(config: Config, store: Features) -> None:
-    """Raise a UserError for a condition of another shape than its column; warn of scalars far from 0 to 1."""
-    for name, kind in config.data.conditions.items():
-        shape = CONDITIONS[kind].shape
+    """Raise a UserError for a condition of another shape than its column; warn of values of another scale."""
+    for name, kind_name in config.data.conditions.items():
+        kind = find_kind(kind_name)
         found = store.columns[name]
-        if found != shape:
+        if found != kind.shape:
             raise UserError(
-                f"data.conditions: {name} is a {kind} of shape {shape}, but its column holds {found} per image; "
-                "name another column or kind"
+                f"data.conditions: {name} is a {kind_name} of shape {kind.shape}, but its column holds {found} per "
+                "image; name another column or kind"
             )
         values = store.column(name)
-        if not shape and max(abs(values.min()), abs(values.max())) > LARGEST_SCALAR:
-            group.print_once(
-                f"warning: data.conditions: {name} goes from {values.min():.4g} to {values.max():.4g}, and scalars "
-                "are told apart best between 0 and 1; scale the column"
-            )
+        if not kind.shape:
+            warn_of_scalars(name, values)
+        elif issubclass(kind.condition, VectorCondition):
+            warn_of_vectors(name, values)
+
+
+def warn_of_scalars(name: str, values: np.ndarray) -> None:
+    """Warn of scalars (n,) far from 0 to 1."""
+    if max(abs(values.min()), abs(values.max())) > LARGEST_SCALAR:
+        group.print_once(
+            f"warning: data.conditions: {name} goes from {values.min():.4g} to {values.max():.4g}, and scalars "
+            "are told apart best between 0 and 1; scale the column"
+        )
+
+
+def warn_of_vectors(name: str, vectors: np.ndarray) -> None:
+    """Warn of vectors (n, N) whose numbers have a deviation far from 1, judged by some of them."""
+    some = vectors[:: -(-len(vectors) // MOST_VECTORS)]
+    deviation = some.std(dtype=np.float64)
+    if not 1 / LARGEST_SCALAR <= deviation <= LARGEST_SCALAR:
+        group.print_once(
+            f"warning: data.conditions: the numbers of {name} have a deviation of {deviation:.4g}, and vectors are "
+            "told apart best with a deviation of about 1; scale the column"
+        )
 
 
 def warn_of_untrained_classes(config: Config, store: Features) -> None:

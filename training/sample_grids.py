@@ -10,6 +10,7 @@ from config import Config, UserError
 from data.autoencoder import Autoencoder, is_same_autoencoder
 from data.features import Features
 from diffusion import OBJECTIVES
+from sampling.conditions import conditions_of_images
 from sampling.generate import SamplingOptions, TrainedModel, generate_images
 from sampling.options import possible_scale
 from sampling.pictures import save_grid
@@ -24,36 +25,51 @@ def grid_path(folder: Path, step: int) -> Path:
     return folder / "samples" / f"{step:07d}.png"
 
 
-def grid_options(config: Config, bf16: bool) -> SamplingOptions:
+def grid_labels(config: Config) -> list[int]:
+    """The classes of the images, in turn."""
+    return [number % config.data.num_classes for number in range(IMAGES)]
+
+
+def grid_options(config: Config, store: Features, bf16: bool) -> SamplingOptions:
     """How the grids are sampled."""
+    scale = possible_scale(config.logging.sample_cfg_scale, config)
     return SamplingOptions(
-        cfg_scale=possible_scale(config.logging.sample_cfg_scale, config),
+        cfg_scale=scale,
         num_sampling_steps=min(MAX_STEPS, config.diffusion.diffusion_steps),
         sampler=OBJECTIVES[config.diffusion.objective].fast,
         bf16=bf16,
+        conditions=conditions_of_images(store, config, grid_labels(config)) if scale else None,
     )
 
 
-def check_grids(config: Config) -> None:
+def check_grids(config: Config, store: Features) -> None:
     """Raise a UserError if the run is to draw grids and cannot."""
     if config.logging.sample_every:
-        grid_options(config, bf16=False).check(config)
+        grid_options(config, store, bf16=False).check(config)
 
 
 class SampleGrids:
     """Draws a grid of samples with the main process. Called as (ema_model, step) on every process.
 
     Args:
+        store: the features, whose images the samples take their conditions from.
         folder: the folder of the run.
     """
 
-    def __init__(self, config: Config, autoencoder: Autoencoder, accelerator: Accelerator, folder: Path):
+    def __init__(
+        self,
+        config: Config,
+        autoencoder: Autoencoder,
+        accelerator: Accelerator,
+        store: Features,
+        folder: Path,
+    ):
         self.config = config
         self.autoencoder = autoencoder
         self.accelerator = accelerator
         self.folder = folder
-        self.options = grid_options(config, bf16=accelerator.mixed_precision == "bf16")
-        self.labels = [number % config.data.num_classes for number in range(IMAGES)]
+        self.options = grid_options(config, store, bf16=accelerator.mixed_precision == "bf16")
+        self.labels = grid_labels(config)
 
     def __call__(self, model: nn.Module, step: int) -> None:
         if self.accelerator.is_main_process:
