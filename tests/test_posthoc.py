@@ -8,8 +8,9 @@ from torch import nn
 import sample
 from config import UserError
 from weights import reconstruct as command
+from weights.averages import PowerAverages, PowerSettings
 from weights.checkpoint import load_checkpoint
-from weights.posthoc import PowerAverages, Snapshot, exponent, list_snapshots, overlap, reconstruct, residual
+from weights.posthoc import Snapshot, exponent, list_snapshots, overlap, reconstruct, residual
 
 
 def profile(std, step):
@@ -50,14 +51,15 @@ class Walk(nn.Module):
 def test_reconstruction_is_the_average_that_was_not_tracked(tmp_path):
     """Of a random walk: from snapshots of 0.05 and 0.1 at every 100 steps, the averages of other lengths."""
     model, history = Walk(), []
-    tracked = PowerAverages(model, [0.05, 0.1])
-    direct = PowerAverages(model, [0.07, 0.12])
+    parameters = {"weight": model.weight.detach()}
+    tracked = PowerAverages(PowerSettings(stds=[0.05, 0.1]), parameters)
+    direct = PowerAverages(PowerSettings(stds=[0.07, 0.12]), parameters)
     for step in range(1, 2001):
         with torch.no_grad():
             model.weight += torch.randn(50, dtype=torch.float64)
         history.append(model.weight.detach().clone())
-        tracked.update(model, step)
-        direct.update(model, step)
+        tracked.update(parameters, step)
+        direct.update(parameters, step)
         if step % 100 == 0:
             tracked.save_snapshot(tmp_path, step)
     spread = torch.stack(history).std()
@@ -66,11 +68,11 @@ def test_reconstruction_is_the_average_that_was_not_tracked(tmp_path):
     for std in (0.07, 0.12):
         # The running update is the profile
         by_definition = (torch.stack(history) * torch.from_numpy(profile(std, 2000))[:, None]).sum(0)
-        assert (direct.weights[std]["weight"] - by_definition).abs().max() < 0.01 * spread
+        assert (direct.tracked[std]["weight"] - by_definition).abs().max() < 0.01 * spread
         # And the reconstruction is the running update
         found = reconstruct(files, Snapshot(2000, std))["weight"]
         assert residual(list(files), Snapshot(2000, std)) < 0.02
-        assert (found - direct.weights[std]["weight"]).abs().max() < 0.03 * spread
+        assert (found - direct.tracked[std]["weight"]).abs().max() < 0.03 * spread
 
 
 def test_a_run_with_snapshots_resumes_and_is_reconstructed(run, tmp_path, capsys):
