@@ -1,5 +1,7 @@
 """Averages of chosen length: their profile, the reconstruction against a direct average, and a run."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 import sample
 from config import UserError
+from figures import ema_lengths
 from weights import reconstruct as command
 from weights.averages import PowerAverages, PowerSettings
 from weights.checkpoint import load_checkpoint
@@ -75,7 +78,7 @@ def test_reconstruction_is_the_average_that_was_not_tracked(tmp_path):
         assert (found - direct.tracked[std]["weight"]).abs().max() < 0.03 * spread
 
 
-def test_a_run_with_snapshots_resumes_and_is_reconstructed(run, tmp_path, capsys):
+def test_a_run_with_snapshots_resumes_and_is_reconstructed(run, tiny_extractor, tmp_path, capsys):
     change = "training.posthoc_ema_stds=[0.05,0.1]"
     assert run("whole", change, "logging.ckpt_every=1")[0] == [0]
     assert run("parts", change, "logging.ckpt_every=1", "training.max_steps=5")[0] == [0]
@@ -116,6 +119,28 @@ def test_a_run_with_snapshots_resumes_and_is_reconstructed(run, tmp_path, capsys
         ]
     )
     assert (tmp_path / "s" / "sample.png").is_file()
+
+    # The figure of distance against length has a point for each length, and one for the EMA of training
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "reference.npz", images)
+    argv = (
+        f"{tmp_path}/whole --reference {tmp_path}/reference.npz --features {tiny_extractor} --num-samples 4"
+    )
+    argv += " --num-sampling-steps 2 --stds"
+    ema_lengths.main([*argv.split(), "0.05,0.1"])
+    first = read_points(tmp_path / "whole" / "ema_lengths" / "pareto.csv")
+    assert list(first) == ["tiny", "std 0.05", "std 0.1"] and len(set(first.values())) == 3
+    picture = tmp_path / "whole" / "ema_lengths" / "ema_lengths.png"
+    before = picture.read_bytes()
+    ema_lengths.main([*argv.split(), "0.1,0.2"])
+    second = read_points(tmp_path / "whole" / "ema_lengths" / "pareto.csv")
+    assert second == first | {"std 0.2": second["std 0.2"]} and picture.read_bytes() != before
+
+
+def read_points(path):
+    """Name -> Fréchet distance."""
+    with open(path, newline="") as stream:
+        return {row["name"]: float(row["frechet_distance"]) for row in csv.DictReader(stream)}
 
 
 @pytest.mark.parametrize(
