@@ -1,6 +1,6 @@
 """Distance against the length of the weights' average, for post-hoc EMAs of one run (EDM2, arXiv 2312.02696).
 
-    python -m figures.ema_lengths RUN --stds 0.05,0.1,0.2 --reference R.npz
+    python -m figures.ema_lengths RUN --stds 0,0.05,0.1,0.2 --reference R.npz
 
 needs a run with `training.posthoc_ema_stds`. It makes an average of each length, samples them and the EMA of
 training, and compares the samples with a reference. The averages, pareto.csv with a row for each, and
@@ -56,15 +56,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write_averages(run: Path, stds: list[float], folder: Path) -> list[Path]:
-    """Weights files of the averages of a run, each with its length as its name in tables."""
+    """Weights files of the averages of a run, with the length as the name in tables; 0: the trained weights."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for std in stds:
-        average = average_of_length(run, std)
-        average.state["config"]["model"]["name"] = f"{NAME}{std:g}"
-        files.append(folder / f"std-{std:g}.safetensors")
-        save_weights(files[-1], average.state)
-        print(f"{files[-1]}: {average}")
+        file = folder / f"std-{std:g}.safetensors"
+        if std:
+            average = average_of_length(run, std)
+            print(f"{file}: {average}")
+            state = average.state
+        else:
+            state = load_checkpoint(list_checkpoints(run / "checkpoints")[-1])
+            state["ema"] = state["model"]
+            state["weights"] = "model"
+        state["config"]["model"]["name"] = f"{NAME}{std:g}"
+        save_weights(file, state)
+        files.append(file)
     return files
 
 
@@ -108,8 +115,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stds",
         type=numbers,
-        default=[0.03, 0.05, 0.08, 0.12, 0.18, 0.25],
-        help="relative standard deviations (default: 0.03,0.05,0.08,0.12,0.18,0.25)",
+        default=[0, 0.03, 0.06, 0.1, 0.15, 0.2, 0.25],
+        help="relative standard deviations; 0: the trained weights (default: 0,0.03,0.06,0.1,0.15,0.2,0.25)",
     )
     add_measuring_arguments(parser)
     parser.add_argument("--output", type=Path, help="folder (default: ema_lengths in the folder of the run)")
@@ -119,8 +126,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.output = args.output or args.run / "ema_lengths"
     check_measuring_arguments(args)
     for std in args.stds:
-        if not 0 < std < LONGEST:
-            raise UserError(f"--stds {std}: must be above 0 and below {LONGEST}, which is nearly uniform")
+        if not 0 <= std < LONGEST:
+            raise UserError(f"--stds {std}: must be at least 0 and below {LONGEST}, which is nearly uniform")
     return args
 
 
