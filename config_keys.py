@@ -223,6 +223,12 @@ class TrainingConfig:
         "relative lengths of averages that are tracked besides, e.g. [0.05, 0.1]; `weights.reconstruct` makes "
         "any length from them",
     )
+    averages: dict[str, dict[str, bool | int | float | str]] = training(
+        {},
+        "averages of a module of --import by name, e.g. {mean: {start: 400}}; `--weights` takes one of them; see "
+        "weights/averages.py",
+        spellings.no_pairs,
+    )
     max_grad_norm: GradientNorm | None = training(
         1.0,
         "longer gradients are scaled down to this norm; null: gradients of any length",

@@ -1,4 +1,4 @@
-"""For modules of your own that --import names: add a router, an objective, a condition or a loss term.
+"""For modules of your own that --import names: add a router, an objective, a condition, a loss term or an average.
 
 # my_paper.py
 import plugins
@@ -12,6 +12,7 @@ from diffusion.process import OBJECTIVES, Objective
 from models.embeddings import CONDITIONS, Condition
 from models.router import ROUTERS, Router
 from training.losses import TERMS, Term
+from weights.averages import AVERAGES, Average
 
 
 def add_router(name: str, router: type[Router]) -> None:
@@ -40,3 +41,8 @@ def add_term(name: str, term: type[Term]) -> None:
     """Let `training.terms` have an entry of this name."""
     TERMS[name] = term
     config_keys.TERMS.append(name)
+
+
+def add_average(name: str, average: type[Average]) -> None:
+    """Let `training.averages` have an entry of this name, which `--weights` then takes."""
+    AVERAGES[name] = average

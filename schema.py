@@ -177,6 +177,14 @@ def build(section: type[T], raw: Any, prefix: str = "", refused: dict[str, UserE
         raise WrongType from None
 
 
+def build_complete(section: type[T], raw: dict[str, Any], prefix: str) -> T:
+    """A section from plain data, whose keys without a default must be given. Raises UserError as `build`."""
+    for field in dataclasses.fields(typing.cast(Any, section)):
+        has_default = field.default is not dataclasses.MISSING
+        require(field.name in raw or has_default, f"{prefix}{field.name}: is missing; give it")
+    return build(section, raw, prefix)
+
+
 def known_part(section: type, raw: Any, prefix: str = "") -> tuple[Any, list[str]]:
     """Plain data without the keys that neither a section nor those in it have, and the names of these keys."""
     if not isinstance(raw, dict):

@@ -29,6 +29,7 @@ from processes.lock import FolderLock
 from training import checks, launch, resume, sample_grids
 from training.tracking import start_trackers
 from training.trainer import Hooks, Trainer
+from weights import averages
 from weights.checkpoint import refuse_unconverted
 
 
@@ -101,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         cli.check_output(command.option, command.folder)
     checks.check_parameter_names(config)
+    averages.read_settings(config)
 
     # Open the data and choose the checkpoint, before the processes meet: a mistake ends all of them alike
     store = checks.open_fitting_features(config)

@@ -50,7 +50,7 @@ class ParetoPlan:
     # The points: every checkpoint at every guidance scale and budget
     checkpoints: list[str]
     vae: str | None  # default: the autoencoder that each checkpoint names
-    weights: str  # "ema" or "model"
+    weights: str  # "ema", "model" or the name of an average
     cfg_scales: list[float] | None  # None: without guidance, at the scale that each model can do
     budgets: list[float]  # dropped fractions
     lite_budgets: list[

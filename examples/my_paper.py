@@ -1,8 +1,10 @@
-"""A router, an objective and a loss term of one's own. Try them:
+"""A router, an objective, a loss term and an average of the weights of one's own. Try them:
 
 python train.py --import examples.my_paper --config configs/shapes.yaml --set model.router=centre
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ from diffusion.flow import euler, respaced
 from diffusion.process import Objective, Process
 from models.router import ControlRouter
 from models.types import DenoiserOutput
+from schema import NonNegativeInt
 from training.batches import Batch
 from training.losses import Term
+from weights.averages import Average, AverageSettings
 
 
 class CentreRouter(ControlRouter):
@@ -41,8 +45,30 @@ class ConfidenceTerm(Term):
         return (prob * (1 - prob)).mean(1)
 
 
+@dataclass(kw_only=True)
+class MeanSettings(AverageSettings):
+    """Settings of `MeanAverage`."""
+
+    start: NonNegativeInt  # optimizer steps whose weights are left out
+
+
+class MeanAverage(Average):
+    """The mean of the weights after every step from `start` on (SWA, arXiv 1803.05407)."""
+
+    settings_type = MeanSettings
+
+    def __init__(self, settings: MeanSettings, parameters: Mapping[str, Tensor]):
+        super().__init__(settings, parameters)
+        self.first_step = settings.start
+
+    def update(self, parameters: Mapping[str, Tensor], step: int) -> None:
+        for name, value in parameters.items():
+            self.weights[name].lerp_(value, 1 / (step - self.first_step))
+
+
 plugins.add_router("centre", CentreRouter)
 plugins.add_term("confidence", ConfidenceTerm)
+plugins.add_average("mean", MeanAverage)
 plugins.add_objective(
     "steep_flow",
     Objective(build_steep_flow, {"steep-euler": euler}, default="steep-euler", fast="steep-euler"),

@@ -240,18 +240,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("--ckpt", action="append", required=True, help="checkpoint of train.py; repeatable")
     parser.add_argument(
+        "--budgets", type=numbers, default=[0.0], help="tail-dropping fractions, e.g. 0,0.2,0.4 (default: 0)"
+    )
+    parser.add_argument(
+        "--lite-cfg", type=numbers, default=[], help="also drop these fractions in the unconditional branch"
+    )
+    add_weights_argument(parser)
+    add_measuring_arguments(parser)
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/pareto"), help="folder (default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    check_measuring_arguments(args)
+    if args.lite_cfg and max(args.cfg_scale or [1.0]) <= 1:
+        raise UserError(
+            "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; add a larger scale"
+        )
+    return args
+
+
+def add_measuring_arguments(parser: cli.Parser) -> None:
+    """How points are sampled, and what they are compared with."""
+    parser.add_argument(
         "--reference",
         required=True,
         help="ADM .npz, folder of images or file of evaluate.py --make-reference",
     )
     parser.add_argument(
-        "--budgets", type=numbers, default=[0.0], help="tail-dropping fractions, e.g. 0,0.2,0.4 (default: 0)"
-    )
-    parser.add_argument(
         "--cfg-scale", type=numbers, help="guidance scales, e.g. 1,1.5 (default: 1, which is none)"
-    )
-    parser.add_argument(
-        "--lite-cfg", type=numbers, default=[], help="also drop these fractions in the unconditional branch"
     )
     parser.add_argument(
         "--num-samples", type=int, default=50000, help="images per point (default: %(default)s)"
@@ -267,7 +283,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--vae", help="ema, mse or a local diffusers folder (default: the one that the checkpoint names)"
     )
-    add_weights_argument(parser)
     parser.add_argument(
         "--features",
         default="inception",
@@ -276,18 +291,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--inception-weights", metavar="FILE", help="torch-fidelity's weights (default: download them)"
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("results/pareto"), help="folder (default: %(default)s)"
-    )
-    args = parser.parse_args(argv)
+
+
+def check_measuring_arguments(args: argparse.Namespace) -> None:
+    """UserError for too few images, or a folder for the points that cannot be written."""
     cli.check_at_least(args, 4, "num_samples")
     cli.check_at_least(args, 1, "batch_size")
-    if args.lite_cfg and max(args.cfg_scale or [1.0]) <= 1:
-        raise UserError(
-            "--lite-cfg: has no unconditional branch to make cheaper at --cfg-scale 1; add a larger scale"
-        )
     cli.check_output("--output", args.output)
-    return args
 
 
 def plan_of(args: argparse.Namespace) -> ParetoPlan:

@@ -41,9 +41,9 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     """Which of the weights in a checkpoint."""
     parser.add_argument(
         "--weights",
-        choices=("ema", "model"),
         default="ema",
-        help="the moving average of the weights, or the trained weights (default: %(default)s)",
+        help="ema, the moving average; model, the trained weights; or a name of training.averages "
+        "(default: %(default)s)",
     )
 
 

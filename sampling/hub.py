@@ -127,7 +127,8 @@ def model_card(trained: TrainedModel, data_note: str = "") -> str:
     data = config.data
     batch = config.training.global_batch_size * config.training.gradient_accumulation_steps
     parameters = sum(p.numel() for p in trained.model.parameters())
-    weights = "EMA" if trained.weights == "ema" else "Trained"
+    names = {"ema": "EMA", "model": "Trained"}
+    weights = names.get(trained.weights, f"Average `{trained.weights}`:")
     autoencoder = short_name(Path(trained.autoencoder.name).name).replace("`", "'")
     scale = possible_scale(DEFAULT_SCALE, config)
     kind = "Class-conditional diffusion" if scale else "Unconditional diffusion"

@@ -29,13 +29,13 @@ from weights.ema import MAX_INITIAL_SHARE, initial_share
 class TrainedModel(NamedTuple):
     """A trained model with all that sampling needs."""
 
-    model: torch.nn.Module  # in evaluation mode, with the EMA weights or, if asked for, the trained ones
+    model: torch.nn.Module  # in evaluation mode, with the EMA weights or those that were asked for
     config: Config
     autoencoder: Autoencoder
     class_names: list[str] | None
     step: int  # optimizer steps it was trained for
     fingerprint: str  # of the weights and of what the configuration makes of them
-    weights: str = "ema"  # which they are, "ema" or "model"
+    weights: str = "ema"  # which they are: "ema", "model" or the name of an average
 
     @property
     def device(self) -> torch.device:
@@ -57,7 +57,7 @@ def load_trained(
         vae: "ema", "mse" or a local folder; default: the autoencoder in the folder, or that the checkpoint names.
         config: default: the checkpoint's own. It must agree with that in what shapes the network or the process.
         overrides: `section.key=value` for the checkpoint's own configuration.
-        weights: "ema", or "model" for the trained weights, which only a checkpoint of a run has.
+        weights: "ema"; of a run's checkpoint also "model", the trained weights, or a name of `training.averages`.
 
     Raises:
         UserError: unreadable checkpoint, non-finite weights, contradicting configuration, or another autoencoder
@@ -108,7 +108,7 @@ def load_known_autoencoder(known: dict | None, config: Config, device: torch.dev
 
 
 def load_network(state: Checkpoint, config: Config, weights: str, ckpt: str) -> torch.nn.Module:
-    """The configured network with the "ema" or "model" weights; UserError if they do not fit or are not finite."""
+    """The configured network with the chosen weights; UserError if they do not fit or are not finite."""
     values = chosen_weights(state, weights, f"--ckpt '{ckpt}'")
     model = build_model(config)
     difference = shape_difference(tensor_shapes(model.state_dict()), tensor_shapes(values))

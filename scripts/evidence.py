@@ -40,6 +40,7 @@ from figures.pareto import numbers
 from processes import group
 from processes.group import Processes
 from processes.hardware import machine
+from sampling.arguments import add_weights_argument
 from sampling.generate import draw_labels, generate
 from sampling.load import TrainedModel, load_trained
 from toy import shapes
@@ -413,7 +414,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=64, help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="of noise and classes (default: %(default)s)")
     add("--bf16", action="store_true", help="run the network in bfloat16")
-    add("--weights", choices=("ema", "model"), default="ema", help="(default: %(default)s)")
+    add_weights_argument(parser)
     add("--output", type=Path, default=Path("results/evidence"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
     cli.check_at_least(args, 4, "num_samples")

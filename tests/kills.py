@@ -44,6 +44,8 @@ EMPTY = {
     "autoencoder": None,
     "class_names": None,
 }
+# What must not differ between a run that was interrupted and one that was not
+COMPARED = ["step", "model", "ema", "optimizer", "terms", "posthoc", "weight_averages", "averages", "skipped"]
 DEADLINE = 180  # seconds for one attempt: nothing may hang
 TRAINING = ["training.gradient_accumulation_steps=1", f"training.max_steps={STEPS}", "logging.ckpt_every=3",
             "logging.ckpt_keep=2", "logging.log_every=4"]  # fmt: skip
@@ -273,8 +275,8 @@ def assert_same_training(one: Path, other: Path) -> None:
     assert files[0] == files[1], files
     assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
     states = [torch.load(checkpoint.list_checkpoints(folder / "checkpoints")[-1]) for folder in (one, other)]
-    for key in ("step", "model", "ema", "optimizer", "averages", "skipped", "terms", "posthoc"):
-        assert_equal(states[0].get(key), states[1].get(key), key)
+    for key in COMPARED:
+        assert_equal(states[0][key], states[1][key], key)
 
 
 def assert_equal(one, other, where: str) -> None:

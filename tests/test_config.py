@@ -444,6 +444,7 @@ def keys_with_role(*roles: str) -> set[str]:
     # An empty mapping would have no key of its own
     defaults["training"]["lr_scales"] = None
     defaults["training"]["terms"] = None
+    defaults["training"]["averages"] = None
     defaults["data"]["conditions"] = None
     return {key for key in flatten(defaults) if role_of(key) in roles}
 
@@ -460,7 +461,7 @@ def test_the_other_keys_shape_the_course_of_training():
     named = full_keys(FREE) | full_keys(MUST_AGREE) | {"ckpt"}
     others = keys_with_role("network", "process", "training", "free") - named
     assert keys_with_role("training") == others
-    assert len(others) == 33
+    assert len(others) == 34
 
 
 def test_keys_of_the_network_are_those_that_change_its_tensors():

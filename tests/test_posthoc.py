@@ -1,5 +1,7 @@
 """Averages of chosen length: their profile, the reconstruction against a direct average, and a run."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,11 @@ from torch import nn
 
 import sample
 from config import UserError
+from figures import ema_lengths
 from weights import reconstruct as command
+from weights.averages import PowerAverages, PowerSettings
 from weights.checkpoint import load_checkpoint
-from weights.posthoc import PowerAverages, Snapshot, exponent, list_snapshots, overlap, reconstruct, residual
+from weights.posthoc import Snapshot, exponent, list_snapshots, overlap, reconstruct, residual
 
 
 def profile(std, step):
@@ -50,14 +54,15 @@ class Walk(nn.Module):
 def test_reconstruction_is_the_average_that_was_not_tracked(tmp_path):
     """Of a random walk: from snapshots of 0.05 and 0.1 at every 100 steps, the averages of other lengths."""
     model, history = Walk(), []
-    tracked = PowerAverages(model, [0.05, 0.1])
-    direct = PowerAverages(model, [0.07, 0.12])
+    parameters = {"weight": model.weight.detach()}
+    tracked = PowerAverages(PowerSettings(stds=[0.05, 0.1]), parameters)
+    direct = PowerAverages(PowerSettings(stds=[0.07, 0.12]), parameters)
     for step in range(1, 2001):
         with torch.no_grad():
             model.weight += torch.randn(50, dtype=torch.float64)
         history.append(model.weight.detach().clone())
-        tracked.update(model, step)
-        direct.update(model, step)
+        tracked.update(parameters, step)
+        direct.update(parameters, step)
         if step % 100 == 0:
             tracked.save_snapshot(tmp_path, step)
     spread = torch.stack(history).std()
@@ -66,14 +71,14 @@ def test_reconstruction_is_the_average_that_was_not_tracked(tmp_path):
     for std in (0.07, 0.12):
         # The running update is the profile
         by_definition = (torch.stack(history) * torch.from_numpy(profile(std, 2000))[:, None]).sum(0)
-        assert (direct.weights[std]["weight"] - by_definition).abs().max() < 0.01 * spread
+        assert (direct.tracked[std]["weight"] - by_definition).abs().max() < 0.01 * spread
         # And the reconstruction is the running update
         found = reconstruct(files, Snapshot(2000, std))["weight"]
         assert residual(list(files), Snapshot(2000, std)) < 0.02
-        assert (found - direct.weights[std]["weight"]).abs().max() < 0.03 * spread
+        assert (found - direct.tracked[std]["weight"]).abs().max() < 0.03 * spread
 
 
-def test_a_run_with_snapshots_resumes_and_is_reconstructed(run, tmp_path, capsys):
+def test_a_run_with_snapshots_resumes_and_is_reconstructed(run, tiny_extractor, tmp_path, capsys):
     change = "training.posthoc_ema_stds=[0.05,0.1]"
     assert run("whole", change, "logging.ckpt_every=1")[0] == [0]
     assert run("parts", change, "logging.ckpt_every=1", "training.max_steps=5")[0] == [0]
@@ -114,6 +119,28 @@ def test_a_run_with_snapshots_resumes_and_is_reconstructed(run, tmp_path, capsys
         ]
     )
     assert (tmp_path / "s" / "sample.png").is_file()
+
+    # The figure of distance against length has a point for each length, and one for the EMA of training
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "reference.npz", images)
+    argv = (
+        f"{tmp_path}/whole --reference {tmp_path}/reference.npz --features {tiny_extractor} --num-samples 4"
+    )
+    argv += " --num-sampling-steps 2 --stds"
+    ema_lengths.main([*argv.split(), "0.05,0.1"])
+    first = read_points(tmp_path / "whole" / "ema_lengths" / "pareto.csv")
+    assert list(first) == ["tiny", "std 0.05", "std 0.1"] and len(set(first.values())) == 3
+    picture = tmp_path / "whole" / "ema_lengths" / "ema_lengths.png"
+    before = picture.read_bytes()
+    ema_lengths.main([*argv.split(), "0,0.1"])
+    second = read_points(tmp_path / "whole" / "ema_lengths" / "pareto.csv")
+    assert second == first | {"std 0": second["std 0"]} and picture.read_bytes() != before
+
+
+def read_points(path):
+    """Name -> Fréchet distance."""
+    with open(path, newline="") as stream:
+        return {row["name"]: float(row["frechet_distance"]) for row in csv.DictReader(stream)}
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,8 @@ def check_unsharded(config: Config) -> None:
             )
     if config.training.terms:
         raise UserError("training.terms: are not supported with FSDP; use {}, or leave --use_fsdp out")
+    if config.training.averages:
+        raise UserError("training.averages: need the whole model on every GPU; use {} with FSDP")
     stds = config.training.posthoc_ema_stds
     if stds:
         raise UserError(

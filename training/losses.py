@@ -4,7 +4,6 @@ A term is a function of what the network returned, the batch and the step. It ma
 with the network's and stay out of the EMA and of exported weights.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from data.features import Features
 from grid import Grid
 from models.packing import unpack
 from models.types import DenoiserOutput, Routing
-from schema import NonNegativeFloat, NonNegativeInt, PositiveInt, build
+from schema import NonNegativeFloat, NonNegativeInt, PositiveInt, build_complete
 from training import schedules
 from training.batches import Batch
 
@@ -245,14 +244,6 @@ def encoder_grid(name: str, shape: tuple[int, ...], cells: Grid) -> tuple[int, i
 TERMS: dict[str, type[Term]] = {"ratio": RatioTerm, "align": AlignTerm}
 
 
-def read_settings(name: str, kind: type[Term], raw: dict[str, Any]) -> TermSettings:
-    """The checked settings of a term. UserError if one is missing, unknown or of another type."""
-    for field in dataclasses.fields(kind.settings_type):
-        if field.name not in raw and field.default is dataclasses.MISSING:
-            raise UserError(f"training.terms.{name}.{field.name}: is missing; give it")
-    return build(kind.settings_type, raw, f"training.terms.{name}.")
-
-
 class Terms:
     """The terms of a run that have a weight.
 
@@ -270,7 +261,7 @@ class Terms:
         blocks: set[int] = set()
         for name, raw in config.active_terms.items():
             kind = TERMS[name]
-            settings = read_settings(name, kind, raw)
+            settings = build_complete(kind.settings_type, raw, f"training.terms.{name}.")
             term = kind(settings, config, store)
             self.modules[name] = term
             self.weights[name] = settings.weight

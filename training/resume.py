@@ -434,6 +434,12 @@ def load_fitting_checkpoint(config: Config, path: Path | str, option: str) -> Ch
             f"see {', '.join(keys)}"
         )
     check_finite(state, f"{option} '{path}'")
+    # An average with other settings is another one
+    own = config.training.averages
+    same = {name for name, settings in saved.training.averages.items() if own.get(name) == settings}
+    state["weight_averages"] = {
+        name: average for name, average in state.get("weight_averages", {}).items() if name in same
+    }
     return state
 
 

@@ -41,9 +41,9 @@ from training.tracking import (
     make_profiler,
     training_tflop,
 )
+from weights.averages import WeightAverages
 from weights.checkpoint import Checkpoint, list_checkpoints, save_checkpoint
 from weights.ema import MAX_INITIAL_SHARE, ema_decay, initial_share
-from weights.posthoc import PowerAverages
 
 # Values in the line that every log step prints
 SUMMARY = (
@@ -128,7 +128,7 @@ class Trainer:
         # A model that is to be sharded may fit into the memory of the host only
         model = build_model(self.config).to("cpu" if sharded else self.accelerator.device)
         self.ema = ModelEmaV3(model, decay=training.ema_decay, exclude_buffers=True)
-        self.posthoc = PowerAverages(model, training.posthoc_ema_stds)
+        self.weight_averages = WeightAverages(self.config, model)
         self.terms = Terms(self.config, self.store)
         self.terms.modules.to(self.accelerator.device)
         optimizer = make_optimizer(model, training, self.terms.modules.parameters())
@@ -136,7 +136,8 @@ class Trainer:
             model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
             if "optimizer" in state:
-                self.posthoc.load_state_dict(state.get("posthoc", {}))
+                saved = {"posthoc": state.get("posthoc", {}), **state.get("weight_averages", {})}
+                self.weight_averages.load_state_dict(saved, self.step)
                 self.terms.modules.load_state_dict(state.get("terms", {}))
         models = [model, self.ema.module, self.terms.modules]
         launch.check_same_start(self.accelerator, self.config, self.store, self.step, models)
@@ -220,7 +221,7 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def optimizer_step(self, batches: Iterator[Batch]) -> None:
-        """Accumulate gradients over the micro-batches, then update weights and EMA."""
+        """Accumulate gradients over the micro-batches, then update weights, EMA and other averages."""
         training = self.config.training
         set_learning_rate(self.optimizer, schedules.learning_rate(self.step, training))
         # Accumulate gradients; processes add theirs up after the last micro-batch
@@ -245,7 +246,7 @@ class Trainer:
         self.ema.decay = ema_decay(self.step, training)
         self.ema.update(self.accelerator.unwrap_model(self.model))
         self.step += 1
-        self.posthoc.update(self.accelerator.unwrap_model(self.model), self.step)
+        self.weight_averages.update(self.accelerator.unwrap_model(self.model), self.step)
         self.watch.at(self.step, None)
 
     def no_sync(self) -> contextlib.ExitStack:
@@ -554,6 +555,7 @@ class Trainer:
             weights = gather_full_state(weights)
         # Only the main process writes
         if self.accelerator.is_main_process:
+            weight_averages = self.weight_averages.state_dict(self.step)
             state: Checkpoint = {
                 "step": self.step,
                 "config": to_dict(self.config),
@@ -564,12 +566,13 @@ class Trainer:
                 "ema": weights["ema"],
                 "optimizer": weights["optimizer"],
                 "terms": self.terms.modules.state_dict(),
-                "posthoc": self.posthoc.state_dict(),
+                "posthoc": weight_averages.pop("posthoc", {}),
+                "weight_averages": weight_averages,
                 "averages": averages,
                 "skipped": skipped,
                 "precision": self.accelerator.mixed_precision,
             }
-            self.posthoc.save_snapshot(self.folder, self.step)
+            self.weight_averages.save_snapshots(self.folder, self.step)
             path = save_checkpoint(self.folder / "checkpoints", state, self.config.logging.ckpt_keep)
             self.log.line(f"step {self.step:7d}: saved {path}")
         self.accelerator.wait_for_everyone()

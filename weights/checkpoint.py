@@ -34,7 +34,7 @@ WEIGHTS = "model.safetensors"  # the weights file in a folder that is laid out f
 
 
 class Checkpoint(TypedDict, total=False):
-    """What a checkpoint holds. A weights file lacks the last seven entries."""
+    """What a checkpoint holds. A weights file lacks the last eight entries."""
 
     format: int  # FORMAT
     step: int  # optimizer steps done
@@ -42,12 +42,15 @@ class Checkpoint(TypedDict, total=False):
     autoencoder: dict | None  # `Autoencoder.describe()` of the one that made the features
     features: str | None  # fingerprint of the feature store
     class_names: list[str] | None
-    weights: str | None  # "model" in a weights file that holds the trained weights in place of the EMA
+    weights: (
+        str | None
+    )  # in a weights file that has others in place of the EMA: "model", or the name of an average
     ema: dict[str, Tensor]
     model: dict[str, Tensor]
     optimizer: dict
     terms: dict[str, Tensor]  # weights of the terms in training/losses.py
     posthoc: dict[str, dict[str, Tensor]]  # averages of `training.posthoc_ema_stds`
+    weight_averages: dict[str, dict[str, Any]]  # those of `training.averages`, with "weights"
     averages: dict[str, Tensor]  # what the log has summed since its last line
     skipped: dict[str, int]  # what the guard has counted
     precision: str  # Accelerate's name of the precision of training: "no" or "bf16"
@@ -248,23 +251,30 @@ def has_metadata(path: Path) -> bool:
 
 
 def chosen_weights(state: Checkpoint, which: str, source: str) -> dict[str, Tensor]:
-    """The "ema" or "model" weights of a checkpoint.
+    """The weights of a checkpoint: "ema", "model", or the name of an average of `training.averages`.
 
     Args:
         source: how an error message begins.
 
     Raises:
-        UserError: `which` is "model", and the file holds the EMA only.
+        UserError: the checkpoint does not have them.
     """
-    if which == "ema" or state.get("weights") == "model":
+    if which in ("ema", state.get("weights")):
         return state["ema"]
     # A checkpoint that was converted has the EMA as "model", too
     if "optimizer" not in state:
         raise UserError(
-            f"{source} holds the EMA weights only, so --weights model has nothing to take; "
+            f"{source} holds the EMA weights only, so --weights {which} has nothing to take; "
             "leave it out, or give the checkpoint that training wrote"
         )
-    return state["model"]
+    if which == "model":
+        return state["model"]
+    averages = state.get("weight_averages", {})
+    if which not in averages:
+        known = ", ".join(["ema", "model", *averages])
+        raise UserError(f"{source} has no average '{which}'; --weights takes one of {known}")
+    # An average has the parameters only
+    return state["ema"] | averages[which]["weights"]
 
 
 def find_damage(path: str | Path) -> str | None:

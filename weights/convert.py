@@ -58,8 +58,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("output", type=Path, help="*.safetensors, or *.pt")
     parser.add_argument(
         "--weights",
-        choices=("ema", "model"),
-        help="which weights of a checkpoint to convert (default: ema, where there is one)",
+        help="which weights of a checkpoint to convert: ema, model, or a name of training.averages "
+        "(default: ema, where there is one)",
     )
     parser.add_argument("--config", help="configuration, if the source has none")
     parser.add_argument(
@@ -190,9 +190,10 @@ def read_foreign_file(source: Path) -> Foreign:
 
 def choose_own_weights(state: Checkpoint, args: argparse.Namespace) -> None:
     """Make the weights that --weights names the "ema" of a checkpoint."""
-    state["ema"] = chosen_weights(state, args.weights or "ema", f"source '{args.source}'")
-    if args.weights == "model":
-        state["weights"] = "model"
+    which = args.weights or "ema"
+    state["ema"] = chosen_weights(state, which, f"source '{args.source}'")
+    if which != "ema":
+        state["weights"] = which
 
 
 def choose_weights(foreign: Foreign, args: argparse.Namespace) -> dict[str, Tensor]:
@@ -200,7 +201,7 @@ def choose_weights(foreign: Foreign, args: argparse.Namespace) -> dict[str, Tens
     weights = {"ema": foreign.ema, "model": foreign.model}
     names = [args.weights] if args.weights else ["ema", "model"]
     for name in names:
-        found = weights[name]
+        found = weights.get(name)
         if found is not None:
             return found
     raise UserError(f"source '{args.source}' has no weights '{args.weights}'; try the other --weights")

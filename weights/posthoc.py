@@ -5,7 +5,6 @@ standard deviation of that profile relative to t. Training tracks a few such ave
 From these, any other length is put together by least squares between the profiles.
 """
 
-import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import UserError
-from data.files import write_file
 
 FOLDER = "posthoc"  # in the folder of a run
 LONGEST = 0.28  # the uniform average has 1 / sqrt(12) = 0.289
@@ -27,49 +25,6 @@ class Snapshot(NamedTuple):
 
     step: int
     std: float
-
-
-class PowerAverages:
-    """Power-function averages of a model in training, one for each relative standard deviation."""
-
-    def __init__(self, model: nn.Module, stds: Sequence[float]):
-        self.exponents = {std: exponent(std) for std in stds}
-        self.weights: dict[float, dict[str, Tensor]] = {}
-        for std in stds:
-            self.weights[std] = {name: value.detach().clone() for name, value in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Follow the weights after optimizer step number `step`, counted from 1."""
-        current = [value.detach() for _, value in model.named_parameters()]
-        for std, weights in self.weights.items():
-            kept = (1 - 1 / step) ** (self.exponents[std] + 1)
-            torch._foreach_lerp_(list(weights.values()), current, 1 - kept)
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Standard deviation as text -> the weights."""
-        return {str(std): weights for std, weights in self.weights.items()}
-
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Continue from `state_dict`. Raises UserError for an average that the checkpoint does not have."""
-        for std, weights in self.weights.items():
-            if str(std) not in state:
-                raise UserError(
-                    f"training.posthoc_ema_stds: {std} is not tracked in the checkpoint, and an average cannot "
-                    f"start in the middle; it has {[float(known) for known in state]}"
-                )
-            for name, value in state[str(std)].items():
-                weights[name].copy_(value)
-
-    def save_snapshot(self, run: Path, step: int) -> None:
-        """Write all averages in half precision; reconstruction needs many of them, and they are never removed."""
-        folder = run / FOLDER
-        if self.weights:
-            folder.mkdir(exist_ok=True)
-        for std, weights in self.weights.items():
-            halves = {name: value.half() for name, value in weights.items()}
-            write = functools.partial(torch.save, halves)
-            write_file(folder / f"{step:07d}-{std}.pt", write)
 
 
 def exponent(std: float) -> float:

@@ -8,10 +8,11 @@ relative to the length of training: at 0.1, nine tenths of the weight lie in its
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import cli
 from config import UserError
-from weights.checkpoint import list_checkpoints, load_checkpoint, save_weights
+from weights.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_weights
 from weights.posthoc import LONGEST, Snapshot, list_snapshots, reconstruct, residual
 
 # Above this distance the snapshots cannot represent the profile, and the result is another average
@@ -35,31 +36,53 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    files = list_snapshots(args.run, args.step)
-    steps = sorted({snapshot.step for snapshot in files})
-    if args.step is not None and args.step not in steps:
-        raise UserError(
-            f"--step {args.step}: has no snapshot; the nearest earlier one is of step {steps[-1]}"
+    average = average_of_length(args.run, args.std, args.step)
+    save_weights(args.output, average.state)
+    print(f"{args.output}: {average}")
+
+
+class Reconstruction(NamedTuple):
+    """An average that was put together from snapshots."""
+
+    state: Checkpoint  # with the average as its EMA
+    std: float
+    snapshots: int
+    distance: float  # of its profile to the one that was asked for, relative
+
+    def __str__(self) -> str:
+        text = (
+            f"std {self.std:g} at step {self.state['step']} from {self.snapshots} snapshots, "
+            f"profile reproduced to {self.distance:.1%}"
         )
-    checkpoints = list_checkpoints(args.run / "checkpoints")
+        if self.distance > FAR:
+            text += "\nwarning: the snapshots are too far apart for this length; take a longer one"
+        return text
+
+
+def average_of_length(run: Path, std: float, step: int | None = None) -> Reconstruction:
+    """The average of a run with this relative standard deviation.
+
+    Args:
+        step: at which it ends; None: the last snapshot's.
+
+    Raises:
+        UserError: the run has no snapshot of this step, or no checkpoint.
+    """
+    files = list_snapshots(run, step)
+    steps = sorted({snapshot.step for snapshot in files})
+    if step is not None and step not in steps:
+        raise UserError(f"--step {step}: has no snapshot; the nearest earlier one is of step {steps[-1]}")
+    checkpoints = list_checkpoints(run / "checkpoints")
     if not checkpoints:
-        raise UserError(f"'{args.run}' has no checkpoints, which hold the configuration; give another run")
+        raise UserError(f"'{run}' has no checkpoints, which hold the configuration; give another run")
 
     # Put the weights together, into what else the newest checkpoint holds
-    target = Snapshot(steps[-1], args.std)
-    distance = residual(list(files), target)
+    target = Snapshot(steps[-1], std)
     state = load_checkpoint(checkpoints[-1])
-    buffers = {name: value for name, value in state["ema"].items()}
-    state["ema"] = buffers | reconstruct(files, target)
+    state["ema"] = state["ema"] | reconstruct(files, target)
     state["step"] = target.step
     state["weights"] = None
-    save_weights(args.output, state)
-    print(
-        f"{args.output}: std {args.std:g} at step {target.step} from {len(files)} snapshots, "
-        f"profile reproduced to {distance:.1%}"
-    )
-    if distance > FAR:
-        print("warning: the snapshots are too far apart for this length; take a longer one")
+    return Reconstruction(state, std, len(files), residual(list(files), target))
 
 
 if __name__ == "__main__":

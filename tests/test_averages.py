@@ -1,0 +1,80 @@
+"""An average of one's own: by its definition, resumed, started late, and used in place of the EMA."""
+
+import shutil
+
+import kills
+import pytest
+import torch
+
+import examples.my_paper  # noqa: F401
+import sample
+from config import UserError, load_config
+from sampling.load import load_trained
+from weights import convert
+from weights.averages import AVERAGES, read_settings
+from weights.checkpoint import load_checkpoint
+
+MEAN = ["training.averages.mean.start=5", "logging.ckpt_every=1"]
+
+
+def test_trains_resumes_and_samples(run, tmp_path, monkeypatch):
+    assert run("whole", *MEAN)[0] == [0]
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    states = {step: load_checkpoint(checkpoints / f"{step:07d}.pt") for step in range(5, 9)}
+    # The mean of the weights after steps 6 to 8
+    average = states[8]["weight_averages"]["mean"]["weights"]
+    for name, value in average.items():
+        mean = sum(states[step]["model"][name] for step in (6, 7, 8)) / 3
+        torch.testing.assert_close(value, mean)
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for step in (7, 8):
+        (tmp_path / "parts" / "checkpoints" / f"{step:07d}.pt").unlink()
+    codes, printed = run("parts", *MEAN)
+    assert codes == [0] and "resuming from step 6" in printed
+    kills.assert_same_training(tmp_path / "whole", tmp_path / "parts")
+
+    # In place of the EMA, from the checkpoint and from a weights file of it, without the module that adds it
+    monkeypatch.delitem(AVERAGES, "mean")
+    last = str(checkpoints / "0000008.pt")
+    trained = load_trained(last, weights="mean")
+    assert all(torch.equal(value, average[name]) for name, value in trained.model.named_parameters())
+    few = ["--num-sampling-steps", "2", "--classes", "0"]
+    sample.main(["--ckpt", last, "--weights", "mean", *few, "--output", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "sample.png").is_file()
+    convert.main([last, str(tmp_path / "mean.safetensors"), "--weights", "mean"])
+    assert load_trained(tmp_path / "mean.safetensors").fingerprint == trained.fingerprint
+    with pytest.raises(UserError, match="has no average 'mean'; --weights takes one of ema, model"):
+        load_trained(checkpoints / "0000005.pt", weights="mean")
+
+
+def test_starts_in_a_run_that_resumes_before_its_first_step(run, tmp_path):
+    assert run("before")[0] == [0]
+    start = f"training.resume_from_ckpt={tmp_path / 'before' / 'checkpoints' / '0000006.pt'}"
+    codes, printed = run("late", start, "training.averages.mean.start=5")
+    assert codes == [2]
+    assert "training.averages.mean: is not in the checkpoint with these settings" in printed
+    assert run("early", start, "training.averages.mean.start=6")[0] == [0]
+    first = tmp_path / "early" / "checkpoints" / "0000008.pt"
+    # Of other settings, it is another average
+    again = f"training.resume_from_ckpt={first}"
+    codes, printed = run("other", again, "training.averages.mean.start=7", "training.max_steps=9")
+    assert codes == [2] and "is not in the checkpoint with these settings" in printed
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            "training.averages.median.start=1",
+            "training.averages.median: is no known average; name the module",
+        ),
+        ("training.averages.mean={}", "training.averages.mean.start: is missing; give it"),
+        ("training.averages.mean={start: 1, end: 2}", "unknown key 'training.averages.mean.end'"),
+        ("training.averages.mean.start=-1", "training.averages.mean.start: -1 must be at least 0"),
+        ("training.averages.posthoc={}", "its lengths are training.posthoc_ema_stds"),
+    ],
+)
+def test_mistakes(change, message):
+    with pytest.raises(UserError, match=message):
+        read_settings(load_config(None, [change]))
