@@ -23,6 +23,7 @@ from models.ops.precision import allow_tf32, bfloat16_problem, tf32
 from models.types import Routing
 from sampling.accounting import StepCounts
 from sampling.budgets import Budget
+from sampling.half_weights import with_half_weights
 from sampling.load import TrainedModel
 from sampling.options import SamplingOptions
 
@@ -115,13 +116,14 @@ def sampling_steps(
     prepare_arithmetic(trained, options.bf16)
     # Of the current step: one entry if both branches ran as one batch, otherwise two
     routings: list[Routing] = []
+    model = with_half_weights(trained.model, torch.bfloat16) if options.bf16 else trained.model
 
     def network(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
         autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
         if options.bf16:
             autocast = torch.autocast(x.device.type, torch.bfloat16)
         with autocast:
-            output = trained.model(x, t, **conditioning)
+            output = model(x, t, **conditioning)
         routings.append(output.routing)
         return output.prediction.float()  # guidance takes differences, which bfloat16 would round away
 
