@@ -12,16 +12,25 @@ from models.dit import DiT
 def with_half_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of a network that computes the same under autocast, its weights cast once and not in every evaluation.
 
-    It shares all other tensors. A compiled network is returned as it is, because its copy would be compiled again;
+    It shares everything else. A compiled network is returned as it is, because its copy would be compiled again;
     so is a network that casts its weights itself.
     """
     if not isinstance(model, DCDiT | DiT) or any(part._compiled_call_impl for part in model.modules()):
         return model
-    copies = cast_weights(model, dtype)
-    replaced: dict[int, Tensor] = {id(buffer): buffer for buffer in model.buffers()}
-    for name, parameter in model.named_parameters():
-        replaced[id(parameter)] = nn.Parameter(copies.get(name, parameter), requires_grad=False)
-    return copy.deepcopy(model, replaced)
+    return replace_weights(model, cast_weights(model, dtype), "")
+
+
+def replace_weights(module: nn.Module, weights: dict[str, Tensor], prefix: str) -> nn.Module:
+    """A copy of a module, and of those within it, that has other weights, by name, and shares the rest with it."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    for name in module._parameters:
+        if prefix + name in weights:
+            twin._parameters[name] = nn.Parameter(weights[prefix + name], requires_grad=False)
+    twin._modules = {}
+    for name, child in module.named_children():
+        twin._modules[name] = replace_weights(child, weights, f"{prefix}{name}.")
+    return twin
 
 
 def cast_weights(model: DCDiT | DiT, dtype: torch.dtype) -> dict[str, Tensor]:

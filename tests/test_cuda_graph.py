@@ -115,7 +115,7 @@ def test_weights_cast_once_give_what_autocast_gives(patch):
     half = with_half_weights(model, torch.bfloat16)
     kept = {name for name, parameter in half.named_parameters() if parameter.dtype == torch.float32}
     assert "blocks.0.mlp.fc1.weight" not in kept and "y_embedder.table.weight" in kept
-    assert patch or {"router.query.weight", "residual_proj.bias"} <= kept
+    assert patch or {"router.proj.weight", "residual_proj.bias"} <= kept
     assert half.pos_embed is model.pos_embed and model.blocks[0].attn.qkv.weight.dtype == torch.float32
     tokens = None if patch else [20, 9]
     with torch.autocast("cpu", torch.bfloat16):
