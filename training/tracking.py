@@ -43,7 +43,7 @@ class Averages:
         self.rows: dict[str, list[Tensor]] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Add a batch of values (B,) by name. All names share their operations, which are short and many otherwise."""
+        """Add a batch of values (B,) by name. All names share their operations: on a GPU each takes a launch."""
         stacked = torch.stack([value.detach().float() for value in values.values()])  # (names, B)
         # Made on the device: `new_tensor` would copy from the host and wait
         count = torch.full_like(stacked[:, 0], stacked.shape[1])
