@@ -8,7 +8,7 @@ launch them; as a CUDA graph it takes the sum.
 """
 
 import contextlib
-import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -216,7 +216,7 @@ class CountedKernel:
 @contextlib.contextmanager
 def counted_kernels() -> Iterator[None]:
     """In a `with` block, fake tensors take the way through the Triton kernels, which are counted and not run."""
-    from triton.runtime import JITFunction  # here, because not every PyTorch has Triton
+    from triton.runtime import JITFunction
 
     with contextlib.ExitStack() as stack:
         modules = {}
@@ -233,8 +233,9 @@ def counted_kernels() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fake_gpu(fused: bool = True) -> Iterator[None]:
-    """A block in which tensors are fake; `fused`: with the network's Triton kernels."""
-    with FakeTensorMode(), counted_kernels() if fused else contextlib.nullcontext():
+    """A block in which tensors are fake; `fused`: with the network's Triton kernels, where there is Triton."""
+    has_kernels = fused and importlib.util.find_spec("triton") is not None
+    with FakeTensorMode(), counted_kernels() if has_kernels else contextlib.nullcontext():
         yield
 
 
