@@ -160,7 +160,9 @@ def plan_jobs(sizes: Sizes) -> list[Job]:
     jobs += [each("stages", stages.measure_stages, case) for case in sizes.stages]
     jobs += [each("steps", steps.measure_step, case) for case in sizes.steps]
     jobs += [each("compiled", partial(steps.measure_step, compiled=True), case) for case in sizes.compiled]
-    jobs += [each("precisions", precisions.measure_precisions, case) for case in sizes.precisions]
+    for case in sizes.precisions:
+        jobs.append(each("precisions", precisions.measure_precisions, case))
+        jobs.append(Job("precisions", f"{case}, shares", partial(precisions.list_shares, case)))
     jobs.append(Job("roofline", "training and sampling", roofline.measure_roofline))
     jobs += [each("budgets", budgets.measure_budgets, case) for case in sizes.budgets]
     jobs.append(each("dropping", steps.measure_dropping, base))

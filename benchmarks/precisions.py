@@ -28,7 +28,7 @@ KINDS = {
 
 
 def measure_precisions(case: Case, setup: Setup) -> list[Row]:
-    """Milliseconds of all four in turn, ratios textbook / ours, and the shares in each of the four, on a CPU."""
+    """One row with milliseconds of all four in turn, and ratios textbook / ours."""
     passes = four_passes(build_workload(case.config(), case.batch, setup))
     times = medians(passes, setup.device, setup.seconds)
     row: Row = {**case.columns}
@@ -39,8 +39,16 @@ def measure_precisions(case: Case, setup: Setup) -> list[Row]:
         row[f"ours {precision} ms"] = ours * 1e3
         row[f"ratio {precision}"] = plain / ours
     row["float32 / bfloat16, ours"] = times["ours", "float32"] / times["ours", "bfloat16"]
-    shares = [{"version": way, "precision": kind, **shares_of(run)} for (way, kind), run in passes.items()]
-    return [row, *shares]
+    return [row]
+
+
+def list_shares(case: Case, setup: Setup) -> list[Row]:
+    """Where the time of each of the four goes, on a CPU."""
+    rows: list[Row] = []
+    for (version, precision), run in four_passes(build_workload(case.config(), case.batch, setup)).items():
+        run()  # warm-up
+        rows.append({"version": version, "precision": precision, **case.columns, **shares_of(run)})
+    return rows
 
 
 def shares_of(run: StepFunction) -> dict[str, float]:
