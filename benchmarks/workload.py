@@ -78,7 +78,8 @@ class Workload:
     @property
     def sampled_model(self) -> nn.Module:
         """The model as sampling evaluates it."""
-        return with_half_weights(self.model, torch.bfloat16) if self.bf16 else self.model
+        has_copies = self.bf16 and self.prob.is_cuda
+        return with_half_weights(self.model, torch.bfloat16) if has_copies else self.model
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The precision of the network."""

@@ -116,7 +116,10 @@ def sampling_steps(
     prepare_arithmetic(trained, options.bf16)
     # Of the current step: one entry if both branches ran as one batch, otherwise two
     routings: list[Routing] = []
-    model = with_half_weights(trained.model, torch.bfloat16) if options.bf16 else trained.model
+    model = trained.model
+    if options.bf16 and trained.device.type == "cuda":
+        # On a CPU this gains nothing
+        model = with_half_weights(model, torch.bfloat16)
 
     def network(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
         autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
