@@ -83,13 +83,19 @@ def both_passes(workload: Workload, loss: Callable[[], Tensor]) -> StepFunction:
 
 
 def kind_of(event: Any) -> str:
-    """The kind of an event of the profiler: its own, or that of the outermost operation around it that has one."""
-    kind = "other"
-    for ancestor in lineage(event):
-        for name, beginnings in KINDS.items():
-            if ancestor.name.startswith(beginnings):
-                kind = name
-    return kind
+    """The kind of an event of the profiler: attention within attention, otherwise the innermost operation's."""
+    found = [kind for kind in map(own_kind, lineage(event)) if kind is not None]
+    if "attention" in found:
+        return "attention"
+    return found[0] if found else "other"
+
+
+def own_kind(event: Any) -> str | None:
+    """The kind that an event's name says."""
+    for kind, beginnings in KINDS.items():
+        if event.name.startswith(beginnings):
+            return kind
+    return None
 
 
 def lineage(event: Any) -> Iterator[Any]:
