@@ -12,6 +12,7 @@ from benchmarks import (
     kernels,
     loading,
     networks,
+    precisions,
     processes,
     roofline,
     stages,
@@ -31,6 +32,8 @@ PARTS = {
     "steps": "A training step and a guided sampling step against the textbook version and a static DiT. The "
     "number of tokens differs from step to step, as in training. MFU is the share of a measured product's rate.",
     "compiled": "The same with torch.compile.",
+    "precisions": "A forward and a backward pass in float32 and in bfloat16, textbook and ours, all in turn; and "
+    "the shares of the kinds of operations in each.",
     "roofline": "What an H100 needs at least: bytes, products and launches, counted operation by operation. "
     "The measured time stands beside it where this device is a GPU.",
     "budgets": "Time of sampling against FLOPs as the budget falls, as shares of guidance with nothing dropped; "
@@ -65,6 +68,7 @@ class Sizes:
     stages: tuple[Case, ...]
     steps: tuple[Case, ...]
     compiled: tuple[Case, ...]
+    precisions: tuple[Case, ...]
     budgets: tuple[Case, ...]
     graphs: tuple[Case, ...]
     base: Case  # of the parts that measure one configuration
@@ -80,6 +84,7 @@ CPU = Sizes(
     stages=(Case("DCDiT-B-N4", 8), Case("DCDiT-B-N4-512", 8, ("model.hnet.dechunk_kernel_sigma=1.0",))),
     steps=(Case("DCDiT-S-N4", 2), Case("DCDiT-S-N4-512", 1)),
     compiled=(Case("DCDiT-S-N4", 2),),
+    precisions=(Case("DCDiT-B-N4", 4), Case("DCDiT-S-N4-512", 1)),
     budgets=(Case("DCDiT-B-N4", 1), Case("DCDiT-B-N4", 8), Case("DCDiT-S-N4", 64)),
     graphs=(),
     base=Case("DCDiT-B-N4", 4),
@@ -104,6 +109,7 @@ CUDA = Sizes(
         Case("DCDiT-XL-N4-512", 8),
     ),
     compiled=(Case("DCDiT-B-N4", 256), Case("DCDiT-XL-N4", 64)),
+    precisions=(),
     budgets=(Case("DCDiT-B-N4", 1), Case("DCDiT-B-N4", 8), Case("DCDiT-B-N4", 64)),
     graphs=(
         Case("DCDiT-S-N4", 8),
@@ -126,6 +132,7 @@ SMOKE = Sizes(
     stages=(SMOKE_CASE,),
     steps=(SMOKE_CASE,),
     compiled=(),
+    precisions=(SMOKE_CASE,),
     budgets=(SMOKE_CASE,),
     graphs=(),
     base=SMOKE_CASE,
@@ -153,6 +160,9 @@ def plan_jobs(sizes: Sizes) -> list[Job]:
     jobs += [each("stages", stages.measure_stages, case) for case in sizes.stages]
     jobs += [each("steps", steps.measure_step, case) for case in sizes.steps]
     jobs += [each("compiled", partial(steps.measure_step, compiled=True), case) for case in sizes.compiled]
+    for case in sizes.precisions:
+        jobs.append(each("precisions", precisions.measure_precisions, case))
+        jobs.append(Job("precisions", f"{case}, shares", partial(precisions.list_shares, case)))
     jobs.append(Job("roofline", "training and sampling", roofline.measure_roofline))
     jobs += [each("budgets", budgets.measure_budgets, case) for case in sizes.budgets]
     jobs.append(each("dropping", steps.measure_dropping, base))

@@ -1,17 +1,19 @@
 """What a step takes on an H100 at least: a model from bytes, products and launches, counted operation by operation.
 
 The step runs on fake tensors of a CUDA device, which have shapes and types but neither values nor memory, so a
-machine without a GPU can count. Each operation reads its inputs and writes its outputs once; a kernel that
-computes several operations at once (torch.compile) would move less. An operation takes as long as its bytes or its
-products, whichever is longer. The step takes the sum over its operations, or as long as the host needs to launch
-them; as a CUDA graph it takes the sum.
+machine without a GPU can count. Each operation reads its inputs and writes its outputs once, each of the network's
+Triton kernels too; what torch.compile fuses beside them would move less. An operation takes as long as its bytes
+or its products, whichever is longer. The step takes the sum over its operations, or as long as the host needs to
+launch them; as a CUDA graph it takes the sum.
 """
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ from benchmarks.step_functions import EMA_DECAY, TrainingStep, sampling_step, tr
 from benchmarks.workload import Case, Setup, Workload, build_workload, downsampling
 from models import build_model
 from models.blocks import DiTBlock
-from models.ops import cpu_attention
+from models.ops import cpu_attention, norm_silu, rows
 from models.types import DenoiserOutput, Packing
 
 # Rates that real programs reach on an H100 SXM: shares of the data sheet's
@@ -61,6 +63,7 @@ class Counts:
 
     launches: int = 0
     bytes: int = 0
+    pass_bytes: int = 0  # those of operations without products
     flops: dict[str, float] = field(default_factory=lambda: dict.fromkeys(RATES, 0.0))
     memory_seconds: float = 0.0  # of operations that wait for memory
     product_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(RATES, 0.0))
@@ -78,6 +81,16 @@ class Counts:
     @property
     def all_flops(self) -> float:
         return sum(self.flops.values())
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.launches + other.launches,
+            self.bytes + other.bytes,
+            self.pass_bytes + other.pass_bytes,
+            {name: flops + other.flops[name] for name, flops in self.flops.items()},
+            self.memory_seconds + other.memory_seconds,
+            {name: seconds + other.product_seconds[name] for name, seconds in self.product_seconds.items()},
+        )
 
 
 class Counter(TorchDispatchMode):
@@ -107,6 +120,8 @@ class Counter(TorchDispatchMode):
         else:
             counts.memory_seconds += memory
         counts.bytes += moved
+        if not flops:
+            counts.pass_bytes += moved
         counts.flops[precision] += flops
         counts.launches += kernels(name, args)
         return result
@@ -170,6 +185,60 @@ def kernels(name: str, args: tuple) -> int:
     return KERNELS.get(name, 1)
 
 
+# ------------------------------------------------------------------------------------------------- Triton
+
+_LIBRARY = torch.library.Library("benchmarks", "DEF")
+_LIBRARY.define("kernel(Tensor[] tensors) -> ()")
+
+
+@torch.library.register_fake("benchmarks::kernel")
+def _compute_nothing(tensors: list[Tensor]) -> None:
+    return None
+
+
+class CountedKernel:
+    """In place of a Triton kernel: an operation that reads or writes each of its tensors once."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *arguments: Any, **options: Any) -> None:
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        if self.name == "_statistics":
+            # It reads one row of each sample
+            tensors[0] = tensors[0][:, :, 0, 0]
+        torch.ops.benchmarks.kernel(tensors)
+
+
+@contextlib.contextmanager
+def counted_kernels() -> Iterator[None]:
+    """In a `with` block, fake tensors take the way through the Triton kernels, which are counted and not run."""
+    from triton.runtime import JITFunction
+
+    with contextlib.ExitStack() as stack:
+        modules = {}
+        for name in ("triton_rows", "triton_norm"):
+            modules[name] = importlib.import_module(f"models.ops.{name}")
+            for key, value in list(vars(modules[name]).items()):
+                if isinstance(value, JITFunction):
+                    stack.enter_context(mock.patch.object(modules[name], key, CountedKernel(key)))
+        for user in (rows, norm_silu):
+            find = mock.patch.object(user, "find_kernels", lambda name, *_: modules[name])
+            stack.enter_context(find)
+        yield
+
+
+@contextlib.contextmanager
+def fake_gpu(fused: bool = True) -> Iterator[None]:
+    """A block in which tensors are fake; `fused`: with the network's Triton kernels, where there is Triton."""
+    has_kernels = fused and importlib.util.find_spec("triton") is not None
+    with FakeTensorMode(), counted_kernels() if has_kernels else contextlib.nullcontext():
+        yield
+
+
 # ------------------------------------------------------------------------------------------------- steps
 
 
@@ -215,29 +284,37 @@ def attend(qkv: Tensor, packing: Packing) -> Tensor:
 
 def count_training(case: Case, tf32: bool, dropped: float = 0.0) -> Counts:
     """A training step on about one token in N: forward and backward pass, clipping, optimizer and EMA."""
-    with FakeTensorMode():
+    forward, backward, update = count_phases(case, tf32, dropped)
+    return forward + backward + update
+
+
+def count_phases(
+    case: Case, tf32: bool, dropped: float = 0.0, fused: bool = True
+) -> tuple[Counts, Counts, Counts]:
+    """The same in parts: forward pass and loss; backward pass; clipping, optimizer and EMA."""
+    with fake_gpu(fused):
         workload = fake_workload(case)
         parameters: list[Tensor] = list(workload.model.parameters())
         loss = training_loss(workload, forward_with(workload.model, budget(case, dropped)))
         optimizer = torch.optim.AdamW(parameters, fused=True)
         averages = [torch.empty_like(parameter) for parameter in parameters]
 
-        def step() -> None:
-            backward(loss())
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-            optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(averages, parameters, 1 - EMA_DECAY)
-
-        step()  # the optimizer makes its state
-        with Counter(tf32) as counter:
-            step()
-    return counter.counts
+        for _ in range(2):  # in the first step the optimizer makes its state
+            with Counter(tf32) as forward_counter:
+                value = loss()
+            with Counter(tf32) as backward_counter:
+                backward(value)
+            with Counter(tf32) as update_counter:
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+                optimizer.step()
+                with torch.no_grad():
+                    torch._foreach_lerp_(averages, parameters, 1 - EMA_DECAY)
+    return forward_counter.counts, backward_counter.counts, update_counter.counts
 
 
 def count_memory(case: Case) -> int:
     """Bytes of a training step: weights, gradients, AdamW, EMA, and what the backward pass needs."""
-    with FakeTensorMode():
+    with fake_gpu():
         workload = fake_workload(case)
         parameters = list(workload.model.parameters())
         known = [*parameters, *workload.model.buffers(), *workload.inputs, workload.noise]
@@ -248,9 +325,9 @@ def count_memory(case: Case) -> int:
 
 def count_sampling(case: Case, dropped: float) -> Counts:
     """A guided evaluation of the network under a token budget."""
-    with FakeTensorMode():
+    with fake_gpu():
         workload = fake_workload(case)
-        forward = forward_with(workload.model, budget(case, dropped))
+        forward = forward_with(workload.sampled_model, budget(case, dropped))
         step = sampling_step(workload, forward, workload.prob)
         with Counter(tf32=False) as counter:
             step()
@@ -333,12 +410,15 @@ class Step(NamedTuple):
     case: Case
     dropped: float
     tf32: bool = False
+    fused: bool = True
 
 
 def measure_roofline(setup: Setup) -> list[Row]:
     """Prediction for an H100 and, on a GPU, the measured time beside it."""
     steps = [Step("training", case, 0.0) for case in TRAINING]
     steps.insert(1, Step("training, TF32", TRAINING[0], 0.0, tf32=True))
+    for case in (TRAINING[0], TRAINING[-1]):
+        steps.insert(0, Step("training without Triton", case, 0.0, fused=False))
     for case in SAMPLING:
         for dropped in DROPPED if not case.config().is_static else DROPPED[:1]:
             steps.append(Step("guided sampling", case, dropped))
@@ -347,15 +427,22 @@ def measure_roofline(setup: Setup) -> list[Row]:
 
 def row_of(step: Step, setup: Setup) -> Row:
     """One row of the table, times in milliseconds."""
-    is_training = step.name.startswith("training")
-    counts = count_training(step.case, step.tf32) if is_training else count_sampling(step.case, step.dropped)
-    measured = measure(step, setup) if setup.device.type == "cuda" else None
+    if step.name.startswith("training"):
+        forward, backward, update = count_phases(step.case, step.tf32, fused=step.fused)
+    else:
+        forward, backward, update = count_sampling(step.case, step.dropped), Counts(), Counts()
+    counts = forward + backward + update
+    measured = measure(step, setup) if setup.device.type == "cuda" and step.fused else None
     return {
         "step": step.name,
         **step.case.columns,
         "dropped": step.dropped,
         "launches": counts.launches,
         "GB": counts.bytes / 1e9,
+        "GB forward": forward.bytes / 1e9,
+        "GB backward": backward.bytes / 1e9,
+        "of them without products, forward": forward.pass_bytes / 1e9,
+        "backward": backward.pass_bytes / 1e9,
         "TFLOP": counts.all_flops / 1e12,
         "memory ms": counts.memory_seconds * 1e3,
         **{f"{name} ms": seconds * 1e3 for name, seconds in counts.product_seconds.items()},
@@ -374,6 +461,6 @@ def measure(step: Step, setup: Setup) -> float:
     if step.name.startswith("training"):
         run: Callable[[], object] = TrainingStep(workload, workload.model)
     else:
-        forward = forward_with(workload.model, budget(step.case, step.dropped))
+        forward = forward_with(workload.sampled_model, budget(step.case, step.dropped))
         run = sampling_step(workload, forward, workload.prob)
     return medians({"step": run}, setup.device, setup.seconds / 2)["step"]

@@ -98,7 +98,7 @@ def training_times(
 
 def sampling_times(workload: Workload, masks: list[torch.Tensor], setup: Setup) -> dict[str, float]:
     """Seconds of a guided sampling step on these masks in turn: in both versions, and with Lite-CFG."""
-    model = workload.model
+    model = workload.sampled_model
     textbook = workload.textbook_forward
     steps = {
         "ours": in_turn([sampling_step(workload, model, mask) for mask in masks]),

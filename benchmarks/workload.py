@@ -17,6 +17,7 @@ from models.flops import TokenCounts
 from models.ops.precision import allow_tf32
 from models.tail_drop import drop_tail, force_ends, keep_top
 from models.types import DenoiserOutput, Routing
+from sampling.half_weights import with_half_weights
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -73,6 +74,12 @@ class Workload:
     def dc_dit(self) -> DCDiT:
         """The model, which must be a DC-DiT."""
         return cast(DCDiT, self.model)
+
+    @property
+    def sampled_model(self) -> nn.Module:
+        """The model as sampling evaluates it."""
+        has_copies = self.bf16 and self.prob.is_cuda
+        return with_half_weights(self.model, torch.bfloat16) if has_copies else self.model
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The precision of the network."""

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from diffusion import schedule
 
+# Table -> its values at the steps of a batch, shaped to broadcast over (B, ...)
+Entries = dict[str, Tensor]
+
 
 class GaussianDiffusion:
     """A diffusion process over the given betas.
@@ -60,35 +63,32 @@ class GaussianDiffusion:
             "log_betas": np.log(betas),
             "fixed_large_log_variance": np.log(np.append(clipped[0], betas[1:])),
         }
-        self._on_device: dict[torch.device, dict[str, Tensor]] = {}
+        self._on_device: dict[torch.device, Tensor] = {}  # (tables, steps)
 
-    def table(self, name: str, i: Tensor, ndim: int) -> Tensor:
-        """Entries i (B,) of a table, float32, shaped to broadcast over (B, ...) with ndim dimensions."""
+    def entries(self, i: Tensor, ndim: int) -> Entries:
+        """Entries i (B,) of all tables, float32, shaped to broadcast over (B, ...) with ndim dimensions.
+
+        One gather serves all: on a GPU each would take a launch.
+        """
         if i.device not in self._on_device:
-            tables = {}
-            for key, values in self.tables.items():
-                tables[key] = torch.as_tensor(values).to(i.device, torch.float32)
-            self._on_device[i.device] = tables
-        entries = self._on_device[i.device][name][i]
-        return entries.view(-1, *[1] * (ndim - 1))
+            tables = np.stack(list(self.tables.values()))
+            self._on_device[i.device] = torch.as_tensor(tables).to(i.device, torch.float32)
+        gathered = self._on_device[i.device].index_select(1, i)  # (tables, B)
+        shaped = gathered.view(len(self.tables), -1, *[1] * (ndim - 1))
+        return dict(zip(self.tables, shaped.unbind()))
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Draw x_t given x_0 (DDPM, equation 4)."""
-        signal = self.table("sqrt_alpha_bar", t, x0.ndim)
-        sigma = self.table("sqrt_one_minus_alpha_bar", t, x0.ndim)
-        return signal * x0 + sigma * noise
+        at = self.entries(t, x0.ndim)
+        return at["sqrt_alpha_bar"] * x0 + at["sqrt_one_minus_alpha_bar"] * noise
 
-    def predict_x0(self, x_t: Tensor, i: Tensor, epsilon: Tensor) -> Tensor:
+    def predict_x0(self, x_t: Tensor, at: Entries, epsilon: Tensor) -> Tensor:
         """The x_0 that an epsilon implies (DDPM, equation 15)."""
-        scale = self.table("sqrt_recip_alpha_bar", i, x_t.ndim)
-        noise_scale = self.table("sqrt_recip_alpha_bar_minus_one", i, x_t.ndim)
-        return scale * x_t - noise_scale * epsilon
+        return at["sqrt_recip_alpha_bar"] * x_t - at["sqrt_recip_alpha_bar_minus_one"] * epsilon
 
-    def posterior_mean(self, x0: Tensor, x_t: Tensor, i: Tensor) -> Tensor:
+    def posterior_mean(self, x0: Tensor, x_t: Tensor, at: Entries) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_0) (DDPM, equation 7)."""
-        x0_share = self.table("posterior_x0", i, x_t.ndim)
-        x_t_share = self.table("posterior_x_t", i, x_t.ndim)
-        return x0_share * x0 + x_t_share * x_t
+        return at["posterior_x0"] * x0 + at["posterior_x_t"] * x_t
 
     def split(self, prediction: Tensor) -> tuple[Tensor, Tensor | None]:
         """Network output -> epsilon or velocity, and variance logits (None without a learned variance)."""
@@ -97,38 +97,32 @@ class GaussianDiffusion:
         value, logits = prediction.chunk(2, dim=1)
         return value, logits
 
-    def predict_epsilon(self, prediction: Tensor, x_t: Tensor, i: Tensor) -> Tensor:
+    def predict_epsilon(self, prediction: Tensor, x_t: Tensor, at: Entries) -> Tensor:
         """The epsilon that a network output implies."""
         value, _ = self.split(prediction)
         if self.predicts == "epsilon":
             return value
-        signal = self.table("sqrt_alpha_bar", i, x_t.ndim)
-        sigma = self.table("sqrt_one_minus_alpha_bar", i, x_t.ndim)
-        return signal * value + sigma * x_t
+        return at["sqrt_alpha_bar"] * value + at["sqrt_one_minus_alpha_bar"] * x_t
 
-    def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def target(self, x0: Tensor, at: Entries, noise: Tensor) -> Tensor:
         """What the network learns to predict: epsilon or velocity."""
         if self.predicts == "epsilon":
             return noise
-        signal = self.table("sqrt_alpha_bar", t, x0.ndim)
-        sigma = self.table("sqrt_one_minus_alpha_bar", t, x0.ndim)
-        return signal * noise - sigma * x0
+        return at["sqrt_alpha_bar"] * noise - at["sqrt_one_minus_alpha_bar"] * x0
 
-    def reverse(self, prediction: Tensor, x_t: Tensor, i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def reverse(self, prediction: Tensor, x_t: Tensor, at: Entries) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and log-variance of p(x_{t-1} | x_t), and the implied x_0; nothing is clipped."""
         _, logits = self.split(prediction)
-        x0 = self.predict_x0(x_t, i, self.predict_epsilon(prediction, x_t, i))
-        return self.posterior_mean(x0, x_t, i), self.log_variance(logits, x_t, i), x0
+        x0 = self.predict_x0(x_t, at, self.predict_epsilon(prediction, x_t, at))
+        return self.posterior_mean(x0, x_t, at), self.log_variance(logits, x_t, at), x0
 
-    def log_variance(self, logits: Tensor | None, x_t: Tensor, i: Tensor) -> Tensor:
+    def log_variance(self, logits: Tensor | None, x_t: Tensor, at: Entries) -> Tensor:
         """Log-variance of the model: learned (improved DDPM, equation 15), or the fixed large one."""
         if logits is None:
-            return self.table("fixed_large_log_variance", i, x_t.ndim).expand_as(x_t)
+            return at["fixed_large_log_variance"].expand_as(x_t)
         # Interpolate between log beta-tilde and log beta
-        low = self.table("posterior_log_variance", i, x_t.ndim)
-        high = self.table("log_betas", i, x_t.ndim)
         share = (logits + 1) / 2
-        return share * high + (1 - share) * low
+        return share * at["log_betas"] + (1 - share) * at["posterior_log_variance"]
 
     def losses(
         self, prediction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
@@ -140,29 +134,31 @@ class GaussianDiffusion:
             bound in bits per dimension, with a gradient to the variance alone (improved DDPM, equation 16 with
             weight 1).
         """
+        at = self.entries(t, x0.ndim)
         value, logits = self.split(prediction)
-        terms = {"mse": _mean((self.target(x0, t, noise) - value) ** 2)}
+        terms = {"mse": _mean((self.target(x0, at, noise) - value) ** 2)}
         if logits is not None:
             only_variance = torch.cat([value.detach(), logits], dim=1)
-            terms["vb"] = self.variational_bound(only_variance, x0, x_t, t)
+            terms["vb"] = self.variational_bound(only_variance, x0, x_t, t == 0, at)
         return terms
 
-    def variational_bound(self, prediction: Tensor, x0: Tensor, x_t: Tensor, i: Tensor) -> Tensor:
+    def variational_bound(
+        self, prediction: Tensor, x0: Tensor, x_t: Tensor, is_first: Tensor, at: Entries
+    ) -> Tensor:
         """The variational bound: (B,) bits per dimension.
 
-        It is the KL divergence of the posterior to the model at i > 0, and the negative log-likelihood of an
-        8-bit x_0 at i = 0.
+        It is the KL divergence of the posterior to the model, and at the first step, where `is_first` (B,), the
+        negative log-likelihood of an 8-bit x_0.
         """
-        mean, log_variance, _ = self.reverse(prediction, x_t, i)
+        mean, log_variance, _ = self.reverse(prediction, x_t, at)
 
-        # i > 0
-        true_mean = self.posterior_mean(x0, x_t, i)
-        true_log_variance = self.table("posterior_log_variance", i, x_t.ndim)
-        kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
+        # All steps but the first
+        true_mean = self.posterior_mean(x0, x_t, at)
+        kl = normal_kl(true_mean, at["posterior_log_variance"], mean, log_variance)
 
-        # i = 0
+        # The first
         likelihood = discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance)
-        return torch.where(i == 0, -_mean(likelihood), _mean(kl)) / math.log(2)
+        return torch.where(is_first, -_mean(likelihood), _mean(kl)) / math.log(2)
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.gaussian import GaussianDiffusion
+from diffusion.gaussian import Entries, GaussianDiffusion
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,8 +32,8 @@ def ddpm(
 ) -> Iterator[Step]:
     """Ancestral sampling (DDPM, algorithm 2). `noise()` returns the next standard normal draw, shaped like x."""
     for i in reversed(range(diffusion.steps)):
-        t, index, prediction = _evaluate(diffusion, denoise, x, i)
-        mean, log_variance, x0_hat = diffusion.reverse(prediction, x, index)
+        t, at, prediction = _evaluate(diffusion, denoise, x, i)
+        mean, log_variance, x0_hat = diffusion.reverse(prediction, x, at)
         # The last step adds no noise
         x_next = mean
         if i > 0:
@@ -47,11 +47,11 @@ def ddim(
 ) -> Iterator[Step]:
     """Deterministic sampling (DDIM, arXiv 2010.02502, equation 12 with eta = 0); `noise` is not called."""
     for i in reversed(range(diffusion.steps)):
-        t, index, prediction = _evaluate(diffusion, denoise, x, i)
-        epsilon = diffusion.predict_epsilon(prediction, x, index)
-        x0_hat = diffusion.predict_x0(x, index, epsilon)
+        t, at, prediction = _evaluate(diffusion, denoise, x, i)
+        epsilon = diffusion.predict_epsilon(prediction, x, at)
+        x0_hat = diffusion.predict_x0(x, at, epsilon)
         # Move to the previous noise level along the same epsilon
-        previous = diffusion.table("alpha_bar_previous", index, x.ndim)
+        previous = at["alpha_bar_previous"]
         x_next = previous.sqrt() * x0_hat + (1 - previous).sqrt() * epsilon
         yield Step(i, t, x, x0_hat, x_next)
         x = x_next
@@ -71,9 +71,9 @@ def dpm_solver(
     solver = DPMSolverMultistepScheduler(num_train_timesteps=diffusion.steps, trained_betas=betas)
     solver.set_timesteps(timesteps=list(reversed(range(diffusion.steps))))
     for i in reversed(range(diffusion.steps)):
-        t, index, prediction = _evaluate(diffusion, denoise, x, i)
-        epsilon = diffusion.predict_epsilon(prediction, x, index)
-        x0_hat = diffusion.predict_x0(x, index, epsilon)
+        t, at, prediction = _evaluate(diffusion, denoise, x, i)
+        epsilon = diffusion.predict_epsilon(prediction, x, at)
+        x0_hat = diffusion.predict_x0(x, at, epsilon)
         # First order to t = 0: the signal-to-noise ratio jumps too far there to extrapolate
         if i == 1:
             solver.lower_order_nums = 0
@@ -84,12 +84,12 @@ def dpm_solver(
 
 def _evaluate(
     diffusion: GaussianDiffusion, denoise: Denoise, x: Tensor, i: int
-) -> tuple[int, Tensor, Tensor]:
-    """The prediction at step i: the original timestep, i as a tensor (B,), and the network's output in float32."""
+) -> tuple[int, Entries, Tensor]:
+    """The prediction at step i: the original timestep, the tables' entries, and the network's output in float32."""
     index = torch.full((len(x),), i, device=x.device)
     t = int(diffusion.timesteps[i])
     prediction = denoise(x, torch.full((len(x),), t))
-    return t, index, prediction.float()
+    return t, diffusion.entries(index, x.ndim), prediction.float()
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}

@@ -4,17 +4,14 @@ A small batch waits for the host, which launches hundreds of kernels per evaluat
 in a static DiT, every evaluation launches the same ones: they are recorded once and then launched together.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from models.dc_dit import CHUNKING, DCDiT
-from models.dit import DiT
+from models.dc_dit import DCDiT
 from models.types import DenoiserOutput, Routing
+from sampling.half_weights import with_half_weights
 
 # Evaluations before the recording: kernels are chosen, and compiled, in the first ones
 WARM_UP = 3
@@ -29,9 +26,8 @@ class GraphedDenoiser(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.half_weights: dict[
-            str, Tensor
-        ] = {}  # made when the first recording in half precision asks for them
+        # Made when the first recording in half precision asks for it
+        self.half_model: nn.Module | None = None
         self.recordings: dict[tuple, Recording] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream()
@@ -52,24 +48,14 @@ class GraphedDenoiser(nn.Module):
         shapes = (len(x_t), torch.is_autocast_enabled("cuda"), *(tokens or ()))
         if shapes not in self.recordings:
             inputs = (x_t, t, labels)
-            if torch.is_autocast_enabled("cuda") and not self.half_weights:
-                self.half_weights = cast_weights(self.model, torch.get_autocast_dtype("cuda"))
-            network = functools.partial(functional_call, self.model, self.half_weights)
+            network = self.model
+            if torch.is_autocast_enabled("cuda"):
+                if self.half_model is None:
+                    self.half_model = with_half_weights(self.model, torch.get_autocast_dtype("cuda"))
+                network = self.half_model
             options = {"tokens": tokens, "conditions": conditions or {}}
             self.recordings[shapes] = Recording(network, inputs, options, self.pool, self.stream)
         return self.recordings[shapes].replay((x_t, t, labels), conditions or {})
-
-
-def cast_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copies of the weights that autocast would cast in every evaluation, by name: the same values, cast once."""
-    assert isinstance(model, DCDiT | DiT)
-    in_float32 = CHUNKING if isinstance(model, DCDiT) and model.fp32_chunking else ()
-    copies = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and not prefix.startswith(in_float32):
-            for name, parameter in module.named_parameters():
-                copies[f"{prefix}.{name}"] = parameter.detach().to(dtype)
-    return copies
 
 
 class Recording:
@@ -77,7 +63,7 @@ class Recording:
 
     def __init__(
         self,
-        network: Callable[..., DenoiserOutput],
+        network: nn.Module,
         inputs: tuple[Tensor, ...],
         options: dict[str, Any],
         pool: Any,
@@ -92,12 +78,12 @@ class Recording:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
-                    network(self.inputs, options)
+                    network(*self.inputs, **options)
             torch.cuda.current_stream().wait_stream(stream)
             # "thread_local": other threads may write images meanwhile.
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
-                self.output = network(self.inputs, options)
+                self.output = network(*self.inputs, **options)
 
     def replay(self, inputs: tuple[Tensor, ...], conditions: dict[str, Tensor]) -> DenoiserOutput:
         """Evaluate the network on other values; the results are copies, which later replays leave alone."""

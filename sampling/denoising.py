@@ -23,6 +23,7 @@ from models.types import Routing
 from sampling.accounting import StepCounts
 from sampling.budgets import Budget
 from sampling.conditions import condition_values
+from sampling.half_weights import with_half_weights
 from sampling.load import TrainedModel
 from sampling.options import SamplingOptions
 
@@ -115,13 +116,17 @@ def sampling_steps(
     prepare_arithmetic(trained, options.bf16)
     # Of the current step: one entry if both branches ran as one batch, otherwise two
     routings: list[Routing] = []
+    model = trained.model
+    if options.bf16 and trained.device.type == "cuda":
+        # On a CPU this gains nothing
+        model = with_half_weights(model, torch.bfloat16)
 
     def network(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
         autocast: contextlib.AbstractContextManager = contextlib.nullcontext()
         if options.bf16:
             autocast = torch.autocast(x.device.type, torch.bfloat16)
         with autocast:
-            output = trained.model(x, t, **conditioning)
+            output = model(x, t, **conditioning)
         routings.append(output.routing)
         return output.prediction.float()  # guidance takes differences, which bfloat16 would round away
 

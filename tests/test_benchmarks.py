@@ -19,6 +19,7 @@ from benchmarks.step_functions import TrainingStep, sampling_step
 from benchmarks.workload import Case, Setup, build_workload, varied_masks
 from config import UserError, config_from_dict
 from models import architecture, build_model, flops
+from models.ops.rows import modulate
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -273,6 +274,17 @@ def test_bytes_of_an_operation():
         assert counter.counts.bytes == 12000 + 2 * 200 + 40
         x + x[:1].expand(100, 10)
         assert counter.counts.launches == 3
+
+
+def test_bytes_of_a_triton_kernel():
+    """By hand: one launch that reads tokens, modulators and the sample of each token, and writes tokens."""
+    pytest.importorskip("triton")
+    with roofline.fake_gpu(), roofline.Counter(tf32=False) as counter:
+        x, modulators = torch.empty(100, 64, device="cuda"), torch.empty(2, 64, device="cuda")
+        sample = torch.empty(100, dtype=torch.int64, device="cuda")
+        modulate(x, modulators, modulators, sample, 1e-6, torch.bfloat16)
+    assert counter.counts.launches == 1
+    assert counter.counts.bytes == counter.counts.pass_bytes == 25600 + 2 * 512 + 800 + 12800
 
 
 def test_products_count_as_the_formulas_say():

@@ -17,8 +17,7 @@ def test_each_value_goes_to_its_tenth():
     values = torch.tensor([1.0, 2.0, 4.0, 8.0])
     averages.add_by_timestep({"loss": values}, torch.tensor([0, 99, 100, 999]), 1000)
     averages.add_by_timestep({"loss": values}, torch.tensor([0, 0, 0, 999]), 1000)
-    for name in ("kept_natural", "kept_effective"):
-        averages.add(name, values)
+    averages.add({"kept_natural": values, "kept_effective": values})
     statistics = averages.reduce()
     assert statistics["loss_t0"]["mean"] == pytest.approx((1 + 2 + 1 + 2 + 4) / 5)
     assert (statistics["loss_t0"]["min"], statistics["loss_t0"]["max"]) == (1.0, 4.0)

@@ -6,15 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import steps, workload
 from benchmarks.workload import Case, Setup
 from config import config_from_dict
-from models import attention, build_model
-from sampling.cuda_graph import GraphedDenoiser, cast_weights
+from models import attention, build_model, compile_parts
+from sampling.cuda_graph import GraphedDenoiser
+from sampling.half_weights import with_half_weights
 
 BATCH, SIDE = 2, 8
 BUDGETS = ([20, 20], [30, 9])  # the second is that of Lite-CFG
@@ -112,14 +112,23 @@ def test_replays_equal_evaluations(tapes, patch):
 @torch.inference_mode()
 def test_weights_cast_once_give_what_autocast_gives(patch):
     model = small_model(patch)
-    copies = cast_weights(model, torch.bfloat16)
-    assert not any(name.startswith(("router", "residual_proj")) for name in copies)
+    half = with_half_weights(model, torch.bfloat16)
+    kept = {name for name, parameter in half.named_parameters() if parameter.dtype == torch.float32}
+    assert "blocks.0.mlp.fc1.weight" not in kept and "y_embedder.table.weight" in kept
+    assert patch or {"router.proj.weight", "residual_proj.bias"} <= kept
+    assert half.pos_embed is model.pos_embed and model.blocks[0].attn.qkv.weight.dtype == torch.float32
     tokens = None if patch else [20, 9]
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(*inputs(0), tokens=tokens)
-        ours = functional_call(model, copies, inputs(0), {"tokens": tokens})
+        ours = half(*inputs(0), tokens=tokens)
     assert torch.equal(ours.prediction, expected.prediction)
     assert torch.equal(ours.routing.prob, expected.routing.prob)
+
+
+def test_a_compiled_network_keeps_its_weights():
+    model = small_model()
+    compile_parts(model, "eager")
+    assert with_half_weights(model, torch.bfloat16) is model
 
 
 @torch.inference_mode()

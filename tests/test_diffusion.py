@@ -55,7 +55,7 @@ def test_reverse_steps(golden):
         }
         assert diffusion.timesteps.tolist() == case["timestep_map"].tolist()
         x_t, i, prediction = want["out.x_t"], case["in.t"], want["in.model_output"]
-        mean, log_variance, x0 = diffusion.reverse(prediction, x_t, i)
+        mean, log_variance, x0 = diffusion.reverse(prediction, x_t, diffusion.entries(i, x_t.ndim))
         close(mean, case["out.mean"])
         close(log_variance, case["out.log_variance"])
         close(log_variance.exp(), case["out.variance"], rtol=1e-5)
@@ -68,7 +68,7 @@ def test_reverse_steps(golden):
 def ddim_step(diffusion, x_t, i, prediction):
     """The single step i of the DDIM sampler, by giving it a process that ends there."""
     one = gaussian.GaussianDiffusion(np.array([0.5]), diffusion.learn_sigma)
-    one.table = lambda name, index, ndim: diffusion.table(name, index + i, ndim)
+    one.entries = lambda index, ndim: diffusion.entries(index + i, ndim)
     return next(samplers.ddim(one, lambda x, t: prediction, x_t, None)).x_next
 
 
@@ -96,7 +96,8 @@ def test_samplers_return_what_a_perfect_network_sees(sampler, steps):
     target = torch.linspace(-1, 1, 32).view(1, 2, 4, 4)
 
     def denoise(x, t):
-        signal, sigma = full.table("sqrt_alpha_bar", t, 4), full.table("sqrt_one_minus_alpha_bar", t, 4)
+        at = full.entries(t, 4)
+        signal, sigma = at["sqrt_alpha_bar"], at["sqrt_one_minus_alpha_bar"]
         return (x - signal * target) / sigma
 
     generator = torch.Generator().manual_seed(0)
@@ -207,7 +208,8 @@ def test_the_fast_solver_is_nearer_to_the_exact_path(steps):
     mean, variance = torch.randn(4, 8, 8) * 2, 0.25
 
     def denoise(x, t):
-        signal, sigma = full.table("sqrt_alpha_bar", t, 4), full.table("sqrt_one_minus_alpha_bar", t, 4)
+        at = full.entries(t, 4)
+        signal, sigma = at["sqrt_alpha_bar"], at["sqrt_one_minus_alpha_bar"]
         epsilon = sigma * (x - signal * mean) / (signal**2 * variance + sigma**2)
         return torch.cat([epsilon, epsilon], dim=1)
 
@@ -230,12 +232,12 @@ def test_velocity_and_epsilon_describe_one_process():
     epsilon_process = create_diffusion()
     velocity_process = create_diffusion(predicts="velocity")
     x_t = epsilon_process.add_noise(x0, t, noise)
-    signal = epsilon_process.table("sqrt_alpha_bar", t, 4)
-    sigma = epsilon_process.table("sqrt_one_minus_alpha_bar", t, 4)
+    at = epsilon_process.entries(t, 4)
+    signal, sigma = at["sqrt_alpha_bar"], at["sqrt_one_minus_alpha_bar"]
     velocity = signal * noise - sigma * x0
 
-    by_epsilon = epsilon_process.reverse(torch.cat([noise, logits], dim=1), x_t, t)
-    by_velocity = velocity_process.reverse(torch.cat([velocity, logits], dim=1), x_t, t)
+    by_epsilon = epsilon_process.reverse(torch.cat([noise, logits], dim=1), x_t, at)
+    by_velocity = velocity_process.reverse(torch.cat([velocity, logits], dim=1), x_t, at)
     for ours, want in zip(by_velocity, by_epsilon, strict=True):
         torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-4)
 
@@ -253,11 +255,13 @@ def test_samplers_take_the_same_steps_by_velocity(name):
     mean, variance = torch.randn(4, 3, 3), 0.25
 
     def epsilon(x, t):
-        signal, sigma = full.table("sqrt_alpha_bar", t, 4), full.table("sqrt_one_minus_alpha_bar", t, 4)
+        at = full.entries(t, 4)
+        signal, sigma = at["sqrt_alpha_bar"], at["sqrt_one_minus_alpha_bar"]
         return sigma * (x - signal * mean) / (signal**2 * variance + sigma**2)
 
     def velocity(x, t):
-        signal, sigma = full.table("sqrt_alpha_bar", t, 4), full.table("sqrt_one_minus_alpha_bar", t, 4)
+        at = full.entries(t, 4)
+        signal, sigma = at["sqrt_alpha_bar"], at["sqrt_one_minus_alpha_bar"]
         return (epsilon(x, t) - sigma * x) / signal
 
     start, noise = torch.randn(2, 2, 4, 3, 3)

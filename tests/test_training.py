@@ -380,14 +380,14 @@ def test_averages_against_numpy():
     averages, seen = Averages(one_process()), []
     for _ in range(5):
         seen.append(torch.rand(7) * 3 - 1)
-        averages.add("x", seen[-1])
-        averages.add("scalar", seen[-1].sum())
+        averages.add({"x": seen[-1]})
+        averages.add({"scalar": seen[-1].sum()[None]})
     values = torch.cat(seen).double().numpy()
     reduced = averages.reduce()
     want = {"mean": values.mean(), "std": values.std(), "min": values.min(), "max": values.max()}
     assert reduced["x"] == pytest.approx(want, rel=1e-5)
     assert reduced["scalar"]["mean"] == pytest.approx(values.sum() / 5, rel=1e-5)
-    averages.add("x", torch.tensor([2.0]))
+    averages.add({"x": torch.tensor([2.0])})
     assert averages.reduce() == {"x": {"mean": 2, "std": 0, "min": 2, "max": 2}}  # it started anew
 
 
@@ -395,17 +395,17 @@ def test_averages_over_processes():
     """Two processes with different values report what one with all of them reports."""
     values = torch.rand(2, 6)
     single, rows = Averages(one_process()), []
-    single.add("x", values.flatten())
+    single.add({"x": values.flatten()})
     for part in values:
         other = Averages(one_process())
-        other.add("x", part)
+        other.add({"x": part})
         rows.append(torch.stack(other.rows["x"]))  # (1, 5)
 
     def gather(own):
         return torch.stack(rows).to(own)  # (world, names, 5)
 
     pair = Averages(one_process(num_processes=2, gather=gather))
-    pair.add("x", values[0])
+    pair.add({"x": values[0]})
     assert pair.reduce()["x"] == pytest.approx(single.reduce()["x"], rel=1e-6)
 
 
@@ -414,16 +414,16 @@ def test_averages_continue_after_a_resume(world):
     """Also on another number of processes, and there every process has as many rows as the others."""
     whole, first = Averages(one_process()), Averages(one_process())
     for averages in (whole, first):
-        averages.add("x", torch.tensor([1.0, 5.0]))
-        averages.add("x", torch.tensor([-2.0]))
+        averages.add({"x": torch.tensor([1.0, 5.0])})
+        averages.add({"x": torch.tensor([-2.0])})
     state = first.state_dict()
     assert state["x"].shape == (1, 2, 5)
-    whole.add("x", torch.tensor([3.0, 4.0]))
+    whole.add({"x": torch.tensor([3.0, 4.0])})
     rows = []
     for rank in range(world):
         resumed = Averages(one_process(num_processes=world, process_index=rank))
         resumed.load_state_dict(state)
-        resumed.add("x", torch.tensor([3.0, 4.0]).chunk(world)[rank])
+        resumed.add({"x": torch.tensor([3.0, 4.0]).chunk(world)[rank]})
         rows.append(torch.stack(resumed.rows["x"]))
     assert len({len(part) for part in rows}) == 1
     together = Averages(one_process())

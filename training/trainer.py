@@ -240,7 +240,7 @@ class Trainer:
         parameters = [*self.model.parameters(), *self.terms.modules.parameters()]
         norm = full_tensor(self.accelerator.clip_grad_norm_(parameters, training.longest_gradient))
         local_batch = training.global_batch_size // self.accelerator.num_processes
-        self.averages.add("grad_norm", norm.expand(local_batch))
+        self.averages.add({"grad_norm": norm.expand(local_batch)})
         self.guard.update(self.optimizer, norm, self.step)
         self.optimizer.zero_grad()
         self.ema.decay = ema_decay(self.step, training)
@@ -297,10 +297,9 @@ class Trainer:
         batch = Batch(x0, noise, t, labels, batch.images, columns)
         losses = total_loss(parts, self.terms(out, batch, self.step))
 
-        # Log all terms
-        for name, values in {**losses, **kept_fractions(out.routing)}.items():
-            # A scalar is repeated per sample, so that all averages have the same weights
-            self.averages.add(name, values.expand(len(x0)))
+        # Log all terms. A scalar is repeated per sample, so that all averages have the same weights
+        terms = {**losses, **kept_fractions(out.routing)}
+        self.averages.add({name: values.expand(len(x0)) for name, values in terms.items()})
         # An average loss hides where it is made: layout is decided in the noisiest tenths, detail in the others
         timesteps = self.config.diffusion.diffusion_steps
         by_timestep = {"loss": losses["diffusion_loss"], "kept": out.routing.boundary.float().mean(1)}
