@@ -450,7 +450,19 @@ def validate_processes(config: Config, processes: int) -> int:
             f"training.ratio_batch_size: {group} does not divide the local batch of {local} "
             f"({batch} over {processes} processes); try {largest_divisor(local, group)}"
         )
+    _check_groups(config, local)
     return local
+
+
+def _check_groups(config: Config, local: int) -> None:
+    """One group of the ratio loss holds all timesteps, and only the mean of its targets counts."""
+    training = config.training
+    is_one_group = (training.ratio_batch_size or local) >= local
+    if training.downsample_factor_points and training.ratio_loss_weight > 0 and is_one_group:
+        raise UserError(
+            "training.downsample_factor_points: needs groups of similar timesteps, and the local batch of "
+            f"{local} is one group; set training.ratio_batch_size to {largest_divisor(local, max(1, local // 8))}"
+        )
 
 
 def largest_divisor(number: int, most: int) -> int:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -226,3 +227,17 @@ def run(one_cpu_thread, tiny_config, tmp_path):
         return codes, (tmp_path / "printed").read_text()
 
     return run
+
+
+@pytest.fixture
+def with_tokens(tiny_config, tmp_path):
+    """An override for features with a column `dino`, 4 x 4 tokens of an encoder, 5 wide."""
+    from config import load_config
+    from data.columns import add_column
+
+    shutil.copytree(load_config(tiny_config).data.feature_path, tmp_path / "features")
+    tokens = np.random.default_rng(0).normal(size=(2, 10, 16, 5)).astype(np.float16)
+    for view in range(2):
+        np.save(tmp_path / f"{view}.npy", tokens[view])
+    add_column(tmp_path / "features", "dino", tmp_path / "0.npy", tmp_path / "1.npy")
+    return f"data.feature_path={tmp_path / 'features'}"

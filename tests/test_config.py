@@ -824,6 +824,16 @@ def test_batches_and_processes():
         assert validate_processes(config_from_dict(to_dict(config), [harmless]), 4) == 24
 
 
+def test_targets_by_timestep_need_groups():
+    points = "training.downsample_factor_points=0:2,1000:8"
+    changes = [points, "training.global_batch_size=64", "training.ratio_batch_size=16"]
+    config = load_config(None, changes)
+    assert validate_processes(config, 2) == 32
+    assert "set training.ratio_batch_size to 2" in refusal(validate_processes, config, 4)
+    without_groups = load_config(None, [*changes, "training.ratio_batch_size=null"])
+    assert "set training.ratio_batch_size to 8" in refusal(validate_processes, without_groups, 1)
+
+
 def test_a_file_without_its_ending(tmp_path):
     write(tmp_path, "a.yaml", "data: {image_size: 128}\n")
     assert f"did you mean '{tmp_path / 'a.yaml'}'?" in refusal(load_config, tmp_path / "a")

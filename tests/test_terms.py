@@ -18,19 +18,8 @@ from training.batches import Batch
 from training.losses import Terms
 from weights.checkpoint import load_checkpoint, save_weights
 
-TOKENS, WIDTH = 16, 5
+TOKENS, WIDTH = 16, 5  # of the column of `with_tokens`
 ALIGN = "training.terms.align={weight: 0.5, block: 0, column: dino, hidden: 8}"
-
-
-@pytest.fixture
-def with_tokens(tiny_config, tmp_path):
-    """An override for features with 4 x 4 tokens of an encoder."""
-    shutil.copytree(load_config(tiny_config).data.feature_path, tmp_path / "features")
-    tokens = np.random.default_rng(0).normal(size=(2, 10, TOKENS, WIDTH)).astype(np.float16)
-    for view in range(2):
-        np.save(tmp_path / f"{view}.npy", tokens[view])
-    add_column(tmp_path / "features", "dino", tmp_path / "0.npy", tmp_path / "1.npy")
-    return f"data.feature_path={tmp_path / 'features'}"
 
 
 @pytest.fixture

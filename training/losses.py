@@ -71,7 +71,7 @@ class Term(nn.Module):
         store: the features, whose opened columns are in every batch.
 
     Raises:
-        UserError: settings that do not fit the network or the features.
+        UserError: a setting does not fit the network or the features; the text begins with its name, "block: ".
     """
 
     # A dataclass, whose fields are the settings. A field `column` names a column of the features to open
@@ -181,10 +181,7 @@ class AlignTerm(Term):
         super().__init__(settings, config, store)
         blocks = len(parse_layout(config.model.hnet.arch_layout).main_blocks)
         if settings.block >= blocks:
-            raise UserError(
-                f"training.terms.align.block: {settings.block} is no block of the network; "
-                f"use 0 to {blocks - 1}"
-            )
+            raise UserError(f"block: {settings.block} is no block of the network; use 0 to {blocks - 1}")
         self.blocks = (settings.block,)
         self.column = settings.column
         self.cells = config.token_grid
@@ -211,9 +208,13 @@ class AlignTerm(Term):
         target = cells.index_select(0, packing.token_index)  # (T, W)
 
         # The mean over the kept tokens of each sample
-        similarity = F.cosine_similarity(projected.float(), target, dim=1)
-        per_cell = unpack(similarity[:, None], packing, self.cells.cells)  # (B, L, 1)
-        return -per_cell.sum((1, 2)) / packing.cu_seqlens.diff()
+        distance = self.distance(projected.float(), target)
+        per_cell = unpack(distance[:, None], packing, self.cells.cells)  # (B, L, 1)
+        return per_cell.sum((1, 2)) / packing.cu_seqlens.diff()
+
+    def distance(self, projected: Tensor, target: Tensor) -> Tensor:
+        """What is minimised for each token (T,): here minus the cosine of projected and target (T, W)."""
+        return -F.cosine_similarity(projected, target, dim=1)
 
 
 def encoder_grid(name: str, shape: tuple[int, ...], cells: Grid) -> tuple[int, int, int]:
@@ -233,7 +234,7 @@ def encoder_grid(name: str, shape: tuple[int, ...], cells: Grid) -> tuple[int, i
         if rows * columns == tokens and rows * cells.columns == columns * cells.rows:
             return rows, columns, width
     raise UserError(
-        f"training.terms.align.column: {name} holds {shape} per image, not the tokens of a grid over the image; "
+        f"column: {name} holds {shape} per image, not the tokens of a grid over the image; "
         "give (tokens, width) without a class token, or (rows, columns, width)"
     )
 
@@ -262,7 +263,10 @@ class Terms:
         for name, raw in config.active_terms.items():
             kind = TERMS[name]
             settings = build_complete(kind.settings_type, raw, f"training.terms.{name}.")
-            term = kind(settings, config, store)
+            try:
+                term = kind(settings, config, store)
+            except UserError as error:
+                raise UserError(f"training.terms.{name}.{error}") from None
             self.modules[name] = term
             self.weights[name] = settings.weight
             blocks |= set(term.blocks)
