@@ -100,7 +100,7 @@ def plain_conditions(conditions: Mapping[str, ArrayLike] | None) -> dict[str, An
     for name, value in conditions.items():
         array = np.asarray(value)
         if array.ndim:
-            digest = hashlib.sha256(array.tobytes()).hexdigest()
+            digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
             plain[name] = f"{array.dtype} {array.shape}, SHA-256 {digest}"
         else:
             plain[name] = array.item()

@@ -258,6 +258,9 @@ def test_trains_resumes_and_samples(run, scored, evaluated, tmp_path):
     np.save(tmp_path / "rows.npy", rows[:2])
     with pytest.raises(UserError, match="--condition clip: has 2 rows for 3 samples; give one value, or"):
         sample_ddp.main(many)
+    few = [*argv, *many[-2:], "--tflops-per-image", "1", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="--condition clip: has 2 rows for 3 samples; give one value, or"):
+        sample.main([*few, "--classes", "0", "1", "2"])
 
     # The pipeline takes them too, and the card names them
     pipe = DCDiTPipeline(whole)
@@ -353,6 +356,12 @@ def test_words_that_do_not_fit_are_one_line(word, message):
     with pytest.raises(UserError, match=message) as raised:
         read_conditions([word], model_config(score="scalar", text="vector-2"))
     assert "\n" not in str(raised.value)
+
+
+def test_a_kind_has_a_number_for_every_n():
+    known = config_keys.kind_among(["mine-N-N", "text-NEW"])
+    accepted = [kind for kind in ("mine-3-4", "mine-3-N", "mine-N-4", "text-NEW") if known.holds(kind)]
+    assert accepted == ["mine-3-4", "text-NEW"]
 
 
 def test_without_dropout_every_condition_is_needed():
