@@ -443,3 +443,5 @@ def test_captions_become_a_column_and_a_condition(tiny_config, tmp_path, monkeyp
         assert np.array_equal(told["caption"], rows)
         SamplingOptions(conditions=told).check(config)
     assert np.square(column).mean() == pytest.approx(1)
+    with pytest.raises(UserError, match=r"caption=no.txt: cannot be read \(FileNotFoundError.* 'no.txt'\)$"):
+        read_conditions(["caption=no.txt"], config)
