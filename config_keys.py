@@ -79,7 +79,7 @@ def kind_among(names: list[str]) -> Constraint:
     """One of a list of names that can grow, with a number in place of each N."""
 
     def is_known(value: str) -> bool:
-        return not value.endswith("-N") and (value in names or form_of_kind(value) in names)
+        return "N" not in value.split("-") and (value in names or form_of_kind(value) in names)
 
     known = one_of(names)
     return Constraint(f"{known.text}, with a number for N", is_known, known.remedy)

@@ -100,17 +100,13 @@ def build_page(gradio: ModuleType, drawing: SideBySide, told: list[str]) -> Any:
     slider = gradio.Slider
     picture = functools.partial(gradio.Image, interactive=False, format="png", width=PIXELS)
     budget = "share of the kept tokens to drop"
+    title = f"## {markdown(config.model.name)}: one checkpoint, any budget"
     facts = [f"{drawing.steps} steps of {drawing.sampler}", f"step {trained.step} of training"]
     facts += [markdown(word) for word in told]
     last_t = config.diffusion.diffusion_steps - 1
 
     with gradio.Blocks(title=short_name(config.model.name)) as page:
-        gradio.Markdown(
-            f"## {markdown(config.model.name)}: one checkpoint, any budget\n"
-            + ", ".join(
-                [f"{drawing.steps} steps of {drawing.sampler}, step {trained.step} of training", *told]
-            )
-        )
+        gradio.Markdown(f"{title}\n{', '.join(facts)}")
         with gradio.Row():
             inputs = [
                 gradio.Dropdown(list(labels), label="class", interactive=scale > 0, elem_id="label"),

@@ -31,6 +31,7 @@ from sampling.arguments import (
     print_classes,
     read_arguments,
 )
+from sampling.conditions import check_rows
 from sampling.denoising import network_timesteps
 from sampling.generate import describe_choice, generate, replace_cost_limits, summarise_run
 from sampling.pictures import check_is_no_sample_folder, save_grid
@@ -78,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     options, trained = read_arguments(args, group.default_device())
     labels = chosen_labels(args, trained, options, default_labels(trained.config))
+    check_rows(options.conditions or {}, trained.config, len(labels))
     if args.dry_run:
         print(
             f"{describe(trained.config)}\nsamples       {describe_labels(labels, options)}, {options.plain()}"

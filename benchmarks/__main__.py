@@ -76,7 +76,9 @@ def chosen_jobs(args: argparse.Namespace, done: set[tuple[str, str]]) -> list[Jo
 
 def with_steps_of(sizes: Sizes, case: Case) -> Sizes:
     """Sizes with the steps of one configuration."""
-    return replace(sizes, steps=(case,), compiled=(case,), precisions=(case,))
+    # On a GPU the precisions are not measured
+    precisions = (case,) if sizes.precisions else ()
+    return replace(sizes, steps=(case,), compiled=(case,), precisions=precisions)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -235,8 +235,8 @@ def read(folder: Path) -> Evidence:
                 if row.get(name) != settings.setdefault(name, row.get(name)):
                     problem = f"has {name} {row.get(name)}, and others {settings[name]}"
                     raise UserError(f"'{path}': {problem}; measure it again, or keep it in another folder")
-            # Only where all points of a run took turns, their times can be compared
-            if not summary.get("times"):
+            # Only times of points that took turns can be compared
+            if row.get("point") not in summary.get("times", {}):
                 row.pop("ms_per_image", None)
         runs.append(summary)
     if not runs:

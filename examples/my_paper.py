@@ -53,7 +53,7 @@ class MeanSettings(AverageSettings):
 
 
 class MeanAverage(Average):
-    """The mean of the weights after every step from `start` on (SWA, arXiv 1803.05407)."""
+    """The mean of the weights after every step beyond `start` (SWA, arXiv 1803.05407)."""
 
     settings_type = MeanSettings
 

@@ -259,7 +259,7 @@ INTRODUCTION = """# What was measured
 
 Written by `python -m figures.evidence` from the summaries of the runs. A ± is the standard deviation over
 seeds. TFLOP and milliseconds are those of denoising one image; milliseconds depend on the machine, and are
-missing where the points of a run did not take turns.
+missing for points that did not take turns.
 """
 
 

@@ -81,7 +81,7 @@ class Condition(nn.Module):
         Here text is the name of a .npy file or, where the shape is (), a number.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: it is neither. A kind that opens other files may raise OSError.
         """
         if not shape:
             with contextlib.suppress(ValueError):

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from config import Config, UserError
+from config import Config, UserError, one_line
 from data.features import Features
 from data.streams import rng
 from models.embeddings import ConditionKind, find_kind, forms_of_value
@@ -40,6 +40,8 @@ def read_conditions(words: list[str], config: Config) -> dict[str, ArrayLike]:
             values[name] = kind.condition.read(text, kind.shape)
         except ValueError as error:
             raise UserError(f"--condition {word}: {error}") from None
+        except OSError as error:
+            raise UserError(f"--condition {word}: cannot be read ({one_line(error)})") from None
     return values
 
 
@@ -100,7 +102,7 @@ def plain_conditions(conditions: Mapping[str, ArrayLike] | None) -> dict[str, An
     for name, value in conditions.items():
         array = np.asarray(value)
         if array.ndim:
-            digest = hashlib.sha256(array.tobytes()).hexdigest()
+            digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
             plain[name] = f"{array.dtype} {array.shape}, SHA-256 {digest}"
         else:
             plain[name] = array.item()

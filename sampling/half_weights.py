@@ -27,7 +27,8 @@ def replace_weights(module: nn.Module, weights: dict[str, Tensor], prefix: str) 
     for name in module._parameters:
         if prefix + name in weights:
             twin._parameters[name] = nn.Parameter(weights[prefix + name], requires_grad=False)
-    twin._modules = {}
+    # A child of two names has one entry in `named_children`, and one that is None has none
+    twin._modules = dict(module._modules)
     for name, child in module.named_children():
         twin._modules[name] = replace_weights(child, weights, f"{prefix}{name}.")
     return twin

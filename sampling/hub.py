@@ -127,8 +127,8 @@ def model_card(trained: TrainedModel, data_note: str = "") -> str:
     data = config.data
     batch = config.training.global_batch_size * config.training.gradient_accumulation_steps
     parameters = sum(p.numel() for p in trained.model.parameters())
-    names = {"ema": "EMA", "model": "Trained"}
-    weights = names.get(trained.weights, f"Average `{trained.weights}`:")
+    kinds = {"ema": "EMA weights", "model": "Trained weights"}
+    weights = kinds.get(trained.weights, f"Weights of the average `{trained.weights}`")
     autoencoder = short_name(Path(trained.autoencoder.name).name).replace("`", "'")
     scale = possible_scale(DEFAULT_SCALE, config)
     kind = "Class-conditional diffusion" if scale else "Unconditional diffusion"
@@ -143,7 +143,7 @@ tags: [diffusion, model_hub_mixin]
 # {markdown(config.model.name)}
 
 {kind} transformer with {parameters / 1e6:.1f} M parameters.
-{weights} weights after {trained.step:,} steps.
+{weights} after {trained.step:,} steps.
 
 ```bash
 python sample.py --ckpt FOLDER --cfg-scale {scale:g}

@@ -1,20 +1,32 @@
 """An average of one's own: by its definition, resumed, started late, and used in place of the EMA."""
 
+import importlib
 import shutil
 
 import kills
 import pytest
 import torch
+from torch import nn
 
-import examples.my_paper  # noqa: F401
+import plugins
 import sample
 from config import UserError, load_config
+from sampling import hub
 from sampling.load import load_trained
 from weights import convert
-from weights.averages import AVERAGES, read_settings
+from weights.averages import AVERAGES, WeightAverages, read_settings
 from weights.checkpoint import load_checkpoint
 
 MEAN = ["training.averages.mean.start=5", "logging.ckpt_every=1"]
+
+
+@pytest.fixture(autouse=True)
+def example(monkeypatch):
+    """Knows the average of the example in one test alone; other tests list what the repository has."""
+    for name in ("add_router", "add_term", "add_objective", "add_average"):
+        monkeypatch.setattr(plugins, name, lambda *_: None)
+    module = importlib.import_module("examples.my_paper")
+    monkeypatch.setitem(AVERAGES, "mean", module.MeanAverage)
 
 
 def test_trains_resumes_and_samples(run, tmp_path, monkeypatch):
@@ -39,11 +51,16 @@ def test_trains_resumes_and_samples(run, tmp_path, monkeypatch):
     last = str(checkpoints / "0000008.pt")
     trained = load_trained(last, weights="mean")
     assert all(torch.equal(value, average[name]) for name, value in trained.model.named_parameters())
+    assert "Weights of the average `mean` after 8 steps." in hub.model_card(trained)
     few = ["--num-sampling-steps", "2", "--classes", "0"]
     sample.main(["--ckpt", last, "--weights", "mean", *few, "--output", str(tmp_path / "out")])
     assert (tmp_path / "out" / "sample.png").is_file()
     convert.main([last, str(tmp_path / "mean.safetensors"), "--weights", "mean"])
     assert load_trained(tmp_path / "mean.safetensors").fingerprint == trained.fingerprint
+    with pytest.raises(
+        UserError, match="holds the 'mean' weights only, so --weights model has nothing to take"
+    ):
+        load_trained(tmp_path / "mean.safetensors", weights="model")
     with pytest.raises(UserError, match="has no average 'mean'; --weights takes one of ema, model"):
         load_trained(checkpoints / "0000005.pt", weights="mean")
 
@@ -60,6 +77,22 @@ def test_starts_in_a_run_that_resumes_before_its_first_step(run, tmp_path):
     again = f"training.resume_from_ckpt={first}"
     codes, printed = run("other", again, "training.averages.mean.start=7", "training.max_steps=9")
     assert codes == [2] and "is not in the checkpoint with these settings" in printed
+    # The remedy in a run's own folder is a command that works: with the step, too, it would not
+    for folder, *changes in (
+        ("early", start, "training.averages.mean.start=5"),
+        ("before", "training.posthoc_ema_stds=[0.1]"),
+    ):
+        codes, printed = run(folder, *changes, "training.max_steps=9")
+        assert codes == [2] and "start at step 0 from its weights with" in printed
+
+
+def test_what_has_not_begun_writes_nothing(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(AVERAGES["mean"], "save_snapshot", lambda self, run, step: written.append(step))
+    averages = WeightAverages(load_config(None, MEAN), nn.Linear(2, 2))
+    for step in (5, 6):
+        averages.save_snapshots(tmp_path, step)
+    assert written == [6]
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,12 @@ def test_bytes_of_an_operation():
         assert counter.counts.launches == 3
 
 
+def test_a_chosen_model_has_no_precisions_on_a_gpu():
+    case = Case("DCDiT-S-N4", 1)
+    assert command.with_steps_of(plan.CPU, case).precisions == (case,)
+    assert command.with_steps_of(plan.CUDA, case).precisions == ()
+
+
 def test_bytes_of_a_triton_kernel():
     """By hand: one launch that reads tokens, modulators and the sample of each token, and writes tokens."""
     pytest.importorskip("triton")

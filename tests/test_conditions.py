@@ -258,6 +258,9 @@ def test_trains_resumes_and_samples(run, scored, evaluated, tmp_path):
     np.save(tmp_path / "rows.npy", rows[:2])
     with pytest.raises(UserError, match="--condition clip: has 2 rows for 3 samples; give one value, or"):
         sample_ddp.main(many)
+    few = [*argv, *many[-2:], "--tflops-per-image", "1", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="--condition clip: has 2 rows for 3 samples; give one value, or"):
+        sample.main([*few, "--classes", "0", "1", "2"])
 
     # The pipeline takes them too, and the card names them
     pipe = DCDiTPipeline(whole)
@@ -355,6 +358,12 @@ def test_words_that_do_not_fit_are_one_line(word, message):
     assert "\n" not in str(raised.value)
 
 
+def test_a_kind_has_a_number_for_every_n():
+    known = config_keys.kind_among(["mine-N-N", "text-NEW"])
+    accepted = [kind for kind in ("mine-3-4", "mine-3-N", "mine-N-4", "text-NEW") if known.holds(kind)]
+    assert accepted == ["mine-3-4", "text-NEW"]
+
+
 def test_without_dropout_every_condition_is_needed():
     raw = to_dict(model_config(score="scalar"))
     config = config_from_dict(raw, ["training.class_dropout_prob=0"])
@@ -434,3 +443,5 @@ def test_captions_become_a_column_and_a_condition(tiny_config, tmp_path, monkeyp
         assert np.array_equal(told["caption"], rows)
         SamplingOptions(conditions=told).check(config)
     assert np.square(column).mean() == pytest.approx(1)
+    with pytest.raises(UserError, match=r"caption=no.txt: cannot be read \(FileNotFoundError.* 'no.txt'\)$"):
+        read_conditions(["caption=no.txt"], config)

@@ -14,7 +14,7 @@ from benchmarks.workload import Case, Setup
 from config import config_from_dict
 from models import attention, build_model, compile_parts
 from sampling.cuda_graph import GraphedDenoiser
-from sampling.half_weights import with_half_weights
+from sampling.half_weights import replace_weights, with_half_weights
 
 BATCH, SIDE = 2, 8
 BUDGETS = ([20, 20], [30, 9])  # the second is that of Lite-CFG
@@ -123,6 +123,16 @@ def test_weights_cast_once_give_what_autocast_gives(patch):
         ours = half(*inputs(0), tokens=tokens)
     assert torch.equal(ours.prediction, expected.prediction)
     assert torch.equal(ours.routing.prob, expected.routing.prob)
+
+
+def test_a_copy_has_every_child_of_its_module():
+    """Also a layer of two names, and a name without a layer."""
+    layer = torch.nn.Linear(2, 2)
+    module = torch.nn.Module()
+    for name, child in {"first": layer, "second": layer, "none": None}.items():
+        module.register_module(name, child)
+    twin = replace_weights(module, {}, "")
+    assert twin.none is None and twin.second.weight is twin.first.weight is layer.weight
 
 
 def test_a_compiled_network_keeps_its_weights():

@@ -169,7 +169,15 @@ def test_floors(tiny_images, tiny_vae, tiny_extractor, tmp_path):
 
 def row(distance: float, scale: float = 1.0, drop: float = 0.0, **more: float) -> dict:
     cost = scale * (1 - drop / 2)
-    point = {"cfg_scale": scale, "budget": drop, "images": 64.0, "steps": 20.0, "seed": 0.0, "features": "f"}
+    point = {
+        "point": f"{scale} {drop}",
+        "cfg_scale": scale,
+        "budget": drop,
+        "images": 64.0,
+        "steps": 20.0,
+        "seed": 0.0,
+        "features": "f",
+    }
     point |= {"tflop_per_image": cost, "ms_per_image": 10 * cost, "kept_share": (1 - drop) / 4}
     return {**point, "frechet_distance": distance, "kid": distance / 10, "class_accuracy": 0.5, **more}
 
@@ -181,7 +189,7 @@ def write_run(folder: Path, config: str, seed: int, rows: list[dict], losses: li
         "run": f"{config}-{seed}", "model": shape.model.name, "step": 50 * len(losses), "seed": seed,
         "parameters": 1_500_000, "config": measuring.shaping_keys(shape), "command": f"train {config} {seed}",
         "hardware": "a processor", "training seconds": 600.0, "measured by": "measure", "rows": rows, "routing": [],
-        "times": {"a point": 1.0},
+        "times": {point["point"]: point["ms_per_image"] for point in rows},
         "loss": [[50 * (k + 1), loss] for k, loss in enumerate(losses)], **more,
     }  # fmt: skip
     path = folder / f"{config}-{seed}" / "summary.json"
@@ -311,10 +319,11 @@ def test_the_stored_tables_are_those_of_the_stored_summaries(tmp_path):
 
 
 def test_times_of_points_that_did_not_take_turns_are_left_out(tmp_path):
-    write_run(tmp_path, "dc", 0, [row(3.0)], [1.0])
+    write_run(tmp_path, "dc", 0, [row(3.0), row(4.0, drop=0.4)], [1.0], times={"1.0 0.0": 10.0})
     write_run(tmp_path, "dit2", 0, [row(3.0)], [1.0], times={})
     dynamic, static = evidence.read(tmp_path).models
     assert dynamic.at(evidence.Point(1.0), "ms_per_image").mean == 10
+    assert dynamic.at(evidence.Point(1.0, 0.4), "ms_per_image") is None
     assert static.at(evidence.Point(1.0), "ms_per_image") is None
 
 

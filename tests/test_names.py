@@ -298,7 +298,7 @@ def build_page(trained, changes=None, error=None):
         skip=lambda: None,
         Error=error,
     )
-    demo.build_page(gradio, SideBySide(trained, 2, "ddim"), [])
+    demo.build_page(gradio, SideBySide(trained, 2, "ddim"), ["my_score=0.7"])
     return seen
 
 
@@ -307,7 +307,7 @@ def test_page(odd):
     seen = build_page(load_trained(odd))
     repr(seen).encode()
     text = next(args[0] for args, _ in seen if args and str(args[0]).startswith("##"))
-    assert text.startswith(r"## \_DiT \$1\_\<b\>: one checkpoint")
+    assert text.startswith(r"## \_DiT \$1\_\<b\>: one checkpoint") and text.endswith(r", my\_score=0.7")
     choices = next(args[0] for args, options in seen if options.get("label") == "class")
     assert choices[:2] == ["$5_to_$x^{", r"caf\xe9 <b>"]
     "".join(choices).encode()

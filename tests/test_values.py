@@ -92,7 +92,7 @@ RUNS = {
         },
     ),
 }
-# Key -> the values that exist. Those of a user's own modules come later than this line
+# Key -> the values that this repository has
 CHOICES = {
     "model.router": set(ROUTERS),
     "model.init": set(get_args(get_type_hints(ModelConfig)["init"])),

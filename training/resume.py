@@ -306,7 +306,11 @@ def use_of_checkpoint(
     # Other groups of parameters do not fit the optimizer
     is_regrouped = any(key.startswith("training.lr_scales") for key in changed)
     is_regrouped = is_regrouped or settings_of_terms(config) != settings_of_terms(saved)
-    weights_only = is_reshaped or is_regrouped or not same_labels
+    # An average that the run does not track cannot start in the middle
+    new_averages = config.training.averages.keys() - same_averages(config, saved)
+    new_stds = set(config.training.posthoc_ema_stds) - set(saved.training.posthoc_ema_stds)
+    is_new_average = bool(new_averages or new_stds)
+    weights_only = is_reshaped or is_regrouped or is_new_average or not same_labels
     if not weights_only and not is_late:
         return "training"
     # Weights alone start no network that computes something else
@@ -434,13 +438,16 @@ def load_fitting_checkpoint(config: Config, path: Path | str, option: str) -> Ch
             f"see {', '.join(keys)}"
         )
     check_finite(state, f"{option} '{path}'")
-    # An average with other settings is another one
-    own = config.training.averages
-    same = {name for name, settings in saved.training.averages.items() if own.get(name) == settings}
-    state["weight_averages"] = {
-        name: average for name, average in state.get("weight_averages", {}).items() if name in same
-    }
+    same = same_averages(config, saved)
+    averages = state.get("weight_averages", {})
+    state["weight_averages"] = {name: average for name, average in averages.items() if name in same}
     return state
+
+
+def same_averages(config: Config, saved: Config) -> set[str]:
+    """Names of `training.averages` that both have: an average with other settings is another one."""
+    own = config.training.averages
+    return {name for name, settings in saved.training.averages.items() if own.get(name) == settings}
 
 
 def settings_of_terms(config: Config) -> dict[str, dict]:

@@ -151,18 +151,20 @@ class WeightAverages:
         for name, settings in read_settings(config).items():
             self.averages[name] = AVERAGES[name](settings, parameters)
 
+    def begun(self, step: int) -> dict[str, Average]:
+        """The averages that have begun by this step, by name."""
+        return {name: average for name, average in self.averages.items() if step > average.first_step}
+
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Follow the weights after optimizer step number `step`, counted from 1."""
         parameters = {name: value.detach() for name, value in model.named_parameters()}
-        for average in self.averages.values():
-            if step > average.first_step:
-                average.update(parameters, step)
+        for average in self.begun(step).values():
+            average.update(parameters, step)
 
     def state_dict(self, step: int) -> dict[str, dict[str, Any]]:
         """The states of those that have begun by this step, by name."""
-        begun = {name: average for name, average in self.averages.items() if step > average.first_step}
-        return {name: average.state_dict() for name, average in begun.items()}
+        return {name: average.state_dict() for name, average in self.begun(step).items()}
 
     def load_state_dict(self, states: Mapping[str, Any], step: int) -> None:
         """Continue from `state_dict` of this step. Raises UserError for an average that is missing there."""
@@ -177,6 +179,6 @@ class WeightAverages:
             )
 
     def save_snapshots(self, run: Path, step: int) -> None:
-        """Write what averages keep beside the checkpoint of this step."""
-        for average in self.averages.values():
+        """Write what averages that have begun keep beside the checkpoint of this step."""
+        for average in self.begun(step).values():
             average.save_snapshot(run, step)

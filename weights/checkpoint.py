@@ -42,9 +42,8 @@ class Checkpoint(TypedDict, total=False):
     autoencoder: dict | None  # `Autoencoder.describe()` of the one that made the features
     features: str | None  # fingerprint of the feature store
     class_names: list[str] | None
-    weights: (
-        str | None
-    )  # in a weights file that has others in place of the EMA: "model", or the name of an average
+    # In a weights file that has others in place of the EMA: "model", or the name of an average
+    weights: str | None
     ema: dict[str, Tensor]
     model: dict[str, Tensor]
     optimizer: dict
@@ -263,8 +262,10 @@ def chosen_weights(state: Checkpoint, which: str, source: str) -> dict[str, Tens
         return state["ema"]
     # A checkpoint that was converted has the EMA as "model", too
     if "optimizer" not in state:
+        own = state.get("weights")
+        held = f"'{own}'" if own else "EMA"
         raise UserError(
-            f"{source} holds the EMA weights only, so --weights {which} has nothing to take; "
+            f"{source} holds the {held} weights only, so --weights {which} has nothing to take; "
             "leave it out, or give the checkpoint that training wrote"
         )
     if which == "model":
