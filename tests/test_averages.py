@@ -2,6 +2,7 @@
 
 import importlib
 import shutil
+import sys
 
 import kills
 import pytest
@@ -23,10 +24,14 @@ MEAN = ["training.averages.mean.start=5", "logging.ckpt_every=1"]
 @pytest.fixture(autouse=True)
 def example(monkeypatch):
     """Knows the average of the example in one test alone; other tests list what the repository has."""
+    monkeypatch.delitem(sys.modules, "examples.my_paper", raising=False)
     for name in ("add_router", "add_term", "add_objective", "add_average"):
         monkeypatch.setattr(plugins, name, lambda *_: None)
     module = importlib.import_module("examples.my_paper")
     monkeypatch.setitem(AVERAGES, "mean", module.MeanAverage)
+    yield
+    # Whoever imports it next has it registered
+    sys.modules.pop("examples.my_paper")
 
 
 def test_trains_resumes_and_samples(run, tmp_path, monkeypatch):
