@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import UserError
+from config import ROLES, Config, UserError, load_config, to_dict
 from config_keys import CONTROL_ROUTERS
 from evaluation.comparison import METRIC_NAMES
 
@@ -238,6 +238,8 @@ def read(folder: Path) -> Evidence:
             # Only times of points that took turns can be compared
             if row.get("point") not in summary.get("times", {}):
                 row.pop("ms_per_image", None)
+        # A key that is newer than the summary had no other value than its default
+        summary["config"] = {**shaping_keys(load_config()), **summary["config"]}
         runs.append(summary)
     if not runs:
         raise UserError(f"'{folder}': has no summary.json of a run; make one with scripts.evidence")
@@ -252,6 +254,23 @@ def read_summary(path: Path) -> Row:
     except (OSError, ValueError, AttributeError, TypeError):
         pass
     raise UserError(f"'{path}': is no summary of scripts.evidence; remove it, or name another folder")
+
+
+def shaping_keys(config: Config) -> dict[str, Any]:
+    """The keys that shape a model, as `section.key`; whether it starts from another one, and not from which."""
+    keys = {}
+    for key, role in ROLES.items():
+        if role != "free":
+            keys[key] = value_of(config, key)
+    return {**keys, "training.init_from": config.training.init_from is not None}
+
+
+def value_of(config: Config, key: str) -> Any:
+    """Value of `section.key` as plain data."""
+    value: Any = to_dict(config)
+    for name in key.split("."):
+        value = value[name]
+    return value
 
 
 def group_by_model(runs: list[Row]) -> list[Model]:

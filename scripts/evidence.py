@@ -24,13 +24,14 @@ from PIL import Image
 from torch import Tensor
 
 import cli
-from config import ROLES, Config, UserError, load_config, to_dict
+from config import ROLES, Config, UserError, load_config
 from data.autoencoder import Autoencoder
 from data.files import write_json
 from data.images import ImageFolder
 from data.names import renamed_label
 from diffusion import OBJECTIVES
 from evaluation.comparison import FeatureSet, check_source, compare, measure_source
+from evaluation.evidence import shaping_keys, value_of
 from evaluation.extractors import Extractor, load_extractor
 from evaluation.feature_cache import CHUNK, FeatureChunks, as_arrays, run_extractor
 from evaluation.image_sets import Source, open_source
@@ -207,23 +208,6 @@ def describe_run(run: Path, trained: TrainedModel) -> Row:
 def finite(values: np.ndarray) -> list[float | None]:
     """NaN, where no sample fell, becomes null."""
     return [None if np.isnan(value) else float(value) for value in values]
-
-
-def shaping_keys(config: Config) -> dict[str, Any]:
-    """The keys that shape a model, as `section.key`; whether it starts from another one, and not from which."""
-    keys = {}
-    for key, role in ROLES.items():
-        if role != "free":
-            keys[key] = value_of(config, key)
-    return {**keys, "training.init_from": config.training.init_from is not None}
-
-
-def value_of(config: Config, key: str) -> Any:
-    """Value of `section.key` as plain data."""
-    value: Any = to_dict(config)
-    for name in key.split("."):
-        value = value[name]
-    return value
 
 
 def training_command(config: Config, run: Path) -> str:

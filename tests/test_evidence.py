@@ -225,6 +225,15 @@ def section(text: str, title: str) -> list[str]:
     return [line for line in part.splitlines() if line.startswith("| ")][2:]
 
 
+def test_a_key_that_is_newer_than_a_summary_has_its_default(results):
+    labels = [model.label for model in evidence.read(results).models]
+    path = results / "dc-1" / "summary.json"
+    summary = json.loads(path.read_text())
+    del summary["config"]["training.averages"]
+    path.write_text(json.dumps(summary))
+    assert [model.label for model in evidence.read(results).models] == labels
+
+
 def test_every_table_and_figure(results, tmp_path):
     figures.main([str(results), "--output", str(tmp_path / "assets")])
     names = {path.name for path in (tmp_path / "assets").iterdir()}
