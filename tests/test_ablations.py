@@ -1,13 +1,9 @@
 """Ablations by keys: a floor of kept tokens, no smoothing, no residual projection, a ratio target by timestep."""
 
-import shutil
-
-import kills
 import numpy as np
 import pytest
 import torch
 
-import sample
 from config import load_config
 from models import architecture, build_model, reference
 from models.flops import TokenCounts, forward_flops
@@ -18,7 +14,6 @@ from sampling.budgets import Budget
 from sampling.cost_limit import CostModel
 from training import schedules
 from training.losses import ratio_loss, ratio_loss_by_timestep
-from weights.checkpoint import load_checkpoint
 
 SMALL = ["arch_layout=[c1,[D1],c1]", "d_model=[32,32]", "num_heads=[2,2]"]
 SMALL = [*[f"model.hnet.{change}" for change in SMALL], "data.image_size=64", "data.num_classes=3"]
@@ -155,18 +150,3 @@ def test_the_points_and_the_warm_up():
     half = schedules.downsample_factors(5, t, training).tolist()
     assert half == pytest.approx([(1.5 + factor) / 2 for factor in expected])
     assert schedules.downsample_factors(99, t, training).tolist() == pytest.approx(expected)
-
-
-def test_all_together_train_resume_and_sample(run, tmp_path):
-    changes = [NO_SMOOTHING, NO_RESIDUAL, FLOOR, POINTS]
-    assert run("whole", *changes)[0] == [0]
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    (tmp_path / "parts" / "checkpoints" / "0000008.pt").unlink()
-    codes, printed = run("parts", *changes)
-    assert codes == [0] and "resuming from step 6" in printed
-    kills.assert_same_training(tmp_path / "whole", tmp_path / "parts")
-    checkpoint = tmp_path / "whole" / "checkpoints" / "0000008.pt"
-    assert not any(name.startswith("residual_proj") for name in load_checkpoint(checkpoint)["ema"])
-    argv = ["--ckpt", checkpoint, "--num-sampling-steps", "2", "--output", tmp_path / "out"]
-    sample.main([str(word) for word in [*argv, "--tail-dropping-fraction", "0.5"]])
-    assert (tmp_path / "out" / "sample.png").is_file()
