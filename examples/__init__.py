@@ -1,1 +1,1 @@
-"""Modules that --import takes: what a paper that builds on this repository may look like."""
+"""What papers that build on this repository may look like: modules for --import, and programs."""

@@ -1,0 +1,133 @@
+"""Autoguidance (Karras et al., arXiv 2406.02507): guidance away from a weaker model instead of away from no class.
+
+    python -m examples.autoguidance --ckpt results/B-N4/checkpoints/0400000.pt \\
+        --guide results/S-N4/checkpoints/0400000.pt --cfg-scale 2 --output results/guided.npz
+
+writes a file of samples for evaluate.py, and prints what they cost. Their noise and classes are those of
+sample_ddp.py. The guide may be a static DiT or a DC-DiT, also the model itself with fewer tokens (`--guide-drop`).
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cli
+from config import UserError
+from data.files import write_file
+from diffusion import OBJECTIVES
+from models import architecture
+from models.flops import TokenCounts, total_flops
+from models.types import DenoiserOutput
+from processes import group
+from sampling.budgets import Budget
+from sampling.generate import draw_labels, generate
+from sampling.load import TrainedModel, load_trained
+from sampling.options import SamplingOptions
+
+
+class GuidedModel(torch.nn.Module):
+    """Computes the unconditional half of a batch by a guide, with the labels of the other half or without labels.
+
+    Guidance joins both branches to one batch, the conditional half first.
+    """
+
+    def __init__(self, trained: TrainedModel, guide: TrainedModel, tell_class: bool):
+        super().__init__()
+        self.model = trained.model
+        self.guide = guide.model
+        self.tell_class = tell_class
+        self.architectures = [architecture(trained.config), architecture(guide.config)]
+        self.flops = 0.0  # of both, summed over images and steps
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, **others: Any) -> DenoiserOutput:
+        half = len(x) // 2
+        first, second = slice(half), slice(half, None)
+        guide_labels = labels[first if self.tell_class else second]
+        own = self.model(x[first], t[first], labels[first], **rows_of(others, first))
+        other = self.guide(x[second], t[second], guide_labels, **rows_of(others, second))
+
+        for network, output in zip(self.architectures, (own, other)):
+            kept = output.routing.keep.sum(1).double()
+            counts = TokenCounts(kept.mean().item(), kept.square().mean().item())
+            self.flops += half * total_flops(network, counts)
+        prediction = torch.cat([own.prediction, other.prediction])
+        return DenoiserOutput(prediction, own.routing, own.packing)
+
+
+def rows_of(values: Any, rows: slice) -> Any:
+    """Some rows of a tensor or list, or of all that a dictionary holds."""
+    if isinstance(values, dict):
+        return {name: rows_of(value, rows) for name, value in values.items()}
+    return values[rows]
+
+
+def load_pair(ckpt: str, guide: str, tell_class: bool) -> tuple[TrainedModel, GuidedModel]:
+    """A trained model that is guided by another; UserError if the two do not denoise the same latents."""
+    device = group.default_device()
+    trained, weaker = load_trained(ckpt, device), load_trained(guide, device)
+    ours, theirs = trained.config, weaker.config
+    fits = (ours.process, ours.latent_shape) == (theirs.process, theirs.latent_shape)
+    if not fits or ours.data.num_classes != theirs.data.num_classes:
+        raise UserError(
+            f"--guide '{guide}': has another diffusion process, latent size or number of classes than --ckpt; "
+            "give a model that was trained on the same features with the same keys of diffusion"
+        )
+    model = GuidedModel(trained, weaker, tell_class)
+    return trained._replace(model=model), model
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    trained, model = load_pair(args.ckpt, args.guide, args.tell_class)
+    options = SamplingOptions(
+        cfg_scale=args.cfg_scale,
+        num_sampling_steps=args.num_sampling_steps,
+        sampler=OBJECTIVES[trained.config.diffusion.objective].fast,
+        seed=args.seed,
+        bf16=args.bf16,
+        uncond=Budget.fraction(args.guide_drop) if args.guide_drop else None,
+    )
+    indices = list(range(args.num_samples))
+    labels = draw_labels(args.seed, indices, trained.config.data.num_classes)
+    images = []
+    with tqdm(total=len(indices), unit="sample") as bar:
+        for batch in generate(trained, indices, labels, options, args.batch_size):
+            images.append(batch.images.permute(0, 2, 3, 1).numpy())
+            bar.update(len(batch.indices))
+    write_file(
+        args.output,
+        lambda stream: np.savez(stream, arr_0=np.concatenate(images), arr_1=np.array(labels)),
+    )
+    tflops = model.flops / len(indices) / 1e12
+    print(f"{args.output}: {len(indices)} samples, {tflops:.4f} TFLOP per image")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--ckpt", required=True, help="the model")
+    add("--guide", required=True, help="a weaker model, or the same one")
+    add("--tell-class", action="store_true", help="tell the guide the class too")
+    add("--guide-drop", type=float, default=0.0, help="share of its kept tokens that a DC-DiT drops as guide")
+    add("--cfg-scale", type=float, default=2.0, help="guidance scale (default: %(default)s)")
+    add("--num-samples", type=int, default=2048, help="(default: %(default)s)")
+    add("--num-sampling-steps", type=int, default=20, help="(default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="of noise and classes (default: %(default)s)")
+    add("--bf16", action="store_true", help="run the networks in bfloat16")
+    add("--output", type=Path, default=Path("guided.npz"), help="file of samples (default: %(default)s)")
+    args = parser.parse_args(argv)
+    cli.check_at_least(args, 1, "num_samples", "batch_size")
+    cli.check_output_file("--output", args.output)
+    if args.cfg_scale <= 1:
+        raise UserError(f"--cfg-scale {args.cfg_scale:g}: 1 is no guidance; give a greater number")
+    return args
+
+
+if __name__ == "__main__":
+    cli.run(main)
