@@ -1,4 +1,4 @@
-"""A web page on which one checkpoint serves any budget: class, seed, guidance, and a slider for the budget.
+"""A web page on which one checkpoint serves any budget: class, seed, guidance, and sliders for the budgets.
 
     python demo.py
     python demo.py --ckpt quickstart/run/checkpoints/0000800.pt
@@ -27,7 +27,7 @@ from sampling.conditions import read_conditions
 from sampling.hub import shipped_models
 from sampling.options import SamplingOptions, possible_scale
 
-# Right end of the slider
+# Right end of the sliders of shares
 LARGEST_FRACTION = 0.95
 
 
@@ -98,8 +98,8 @@ def build_page(gradio: ModuleType, drawing: SideBySide, told: list[str]) -> Any:
     # A model without a null label can do scale 1 only, and one without classes scale 0
     scale = possible_scale(2.0, config)
     slider = gradio.Slider
+    share = functools.partial(slider, 0, LARGEST_FRACTION, step=0.05)
     picture = functools.partial(gradio.Image, interactive=False, format="png", width=PIXELS)
-    budget = "share of the kept tokens to drop"
     title = f"## {markdown(config.model.name)}: one checkpoint, any budget"
     facts = [f"{drawing.steps} steps of {drawing.sampler}", f"step {trained.step} of training"]
     facts += [markdown(word) for word in told]
@@ -120,7 +120,13 @@ def build_page(gradio: ModuleType, drawing: SideBySide, told: list[str]) -> Any:
                     interactive=scale > 1,
                     elem_id="guidance",
                 ),
-                slider(0, LARGEST_FRACTION, 0.5, step=0.05, label=budget, elem_id="dropped"),
+                share(0.2, label="share of the kept tokens to drop", elem_id="dropped"),
+                share(
+                    0.8 if scale > 1 else 0,
+                    label="the same without the class (Lite-CFG)",
+                    interactive=scale > 1,
+                    elem_id="uncond_dropped",
+                ),
             ]
         progress = gradio.HTML(label="progress", elem_id="progress")
         # One output for each picture and text of `PageCalls.outputs`
@@ -168,10 +174,11 @@ class PageCalls:
         seed: int | None,
         guidance: float | None,
         dropped: float | None,
+        uncond_dropped: float | None,
         t: float | None,
     ) -> Iterator[list]:
         """A sample at a budget and with nothing dropped, what both cost, and the chunk map at timestep t."""
-        choice = self.choice(class_name, seed, guidance, dropped)
+        choice = self.choice(class_name, seed, guidance, dropped, uncond_dropped)
         if choice is None or t is None:
             return
         with self.errors_on_the_page():
@@ -184,22 +191,28 @@ class PageCalls:
         seed: int | None,
         guidance: float | None,
         dropped: float | None,
+        uncond_dropped: float | None,
         t: float | None,
     ) -> list:
         """Boundary probability and kept tokens of a sample at timestep t, both over the sample."""
-        choice = self.choice(class_name, seed, guidance, dropped)
+        choice = self.choice(class_name, seed, guidance, dropped, uncond_dropped)
         if choice is None or t is None:
             return self.unless_none(None, None, None)
         with self.errors_on_the_page():
             return list(self.drawing.chunk_map(choice, int(t)))
 
     def choice(
-        self, class_name: str, seed: int | None, guidance: float | None, dropped: float | None
+        self,
+        class_name: str,
+        seed: int | None,
+        guidance: float | None,
+        dropped: float | None,
+        uncond_dropped: float | None,
     ) -> Choice | None:
         """What the inputs ask for; None while a number is being typed, because its field is empty then."""
-        if seed is None or guidance is None or dropped is None:
+        if seed is None or guidance is None or dropped is None or uncond_dropped is None:
             return None
-        return Choice(self.labels[class_name], int(seed), guidance, dropped)
+        return Choice(self.labels[class_name], int(seed), guidance, dropped, uncond_dropped)
 
     def outputs(self, view: View) -> list:
         """A value for each output of the page."""

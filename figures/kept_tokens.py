@@ -6,6 +6,7 @@ writes one picture: three rows per model, a column per class. `--classes` is giv
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from figures.canvas import SMALL, figure_name, save_figure
 from figures.chunking import Trace, draw_maps
 from grid import Grid
 from processes import group
+from sampling.budgets import Budget
 from sampling.classes import choose_labels, shown_name
 from sampling.denoising import network_timesteps
 from sampling.generate import generate
@@ -51,6 +53,8 @@ def draw_samples(trained: TrainedModel, labels: list[int], args: argparse.Namesp
         sampler=args.sampler or OBJECTIVES[config.diffusion.objective].fast,
         seed=args.seed,
     )
+    if options.has_guidance:
+        options = replace(options, uncond=Budget.fraction(args.uncond_tail_dropping_fraction))
     trace = Trace(len(network_timesteps(config, options)), columns=2, samples=len(labels))
     indices = list(range(len(labels)))
     (batch,) = generate(trained, indices, labels, options, len(labels), trace.record)
@@ -98,6 +102,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="of each model in turn (default: eight)",
     )
     add("--cfg-scale", type=float, default=2.0, help="guidance scale (default: %(default)s)")
+    add(
+        "--uncond-tail-dropping-fraction",
+        type=float,
+        default=0.8,
+        metavar="F",
+        help="share that the unconditional branch drops, which is Lite-CFG (default: %(default)s)",
+    )
     add("--num-sampling-steps", type=int, default=50, help="(default: %(default)s)")
     add("--sampler", help="(default: the fast one of the diffusion process)")
     add("--seed", type=int, default=1, help="(default: %(default)s)")

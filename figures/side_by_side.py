@@ -35,6 +35,7 @@ class Choice(NamedTuple):
     seed: int
     guidance: float
     dropped: float  # share of the kept tokens
+    uncond_dropped: float  # the same without the class: Lite-CFG
 
 
 class RoutedStep(NamedTuple):
@@ -114,12 +115,14 @@ class SideBySide:
         if choice in self.remembered:
             yield self.remembered[choice]
             return
+        uncond = Budget.fraction(choice.uncond_dropped) if choice.guidance > 1 else None
         options = SamplingOptions(
             cfg_scale=choice.guidance,
             num_sampling_steps=self.steps,
             sampler=self.sampler,
             seed=choice.seed,
             budget=Budget.fraction(choice.dropped),
+            uncond=uncond,
             conditions=self.conditions,
         )
         # Each thread of a server has caches of its own to fill, which is no cost of the sample
@@ -133,7 +136,7 @@ class SideBySide:
 
     def views(self, choice: Choice, t: int) -> Iterator[View]:
         """What to show while the two samples are drawn, and at last both, with the chunk map at t."""
-        undropped = choice._replace(dropped=0.0)
+        undropped = choice._replace(dropped=0.0, uncond_dropped=0.0)
         if undropped not in self.remembered:
             yield View(full_cost="not drawn yet")
 

@@ -12,7 +12,9 @@ def machine(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
     else:
         capability = torch.backends.cpu.get_cpu_capability()
-        name = f"{processor_name()}, {torch.get_num_threads()} threads, {capability}"
+        count = torch.get_num_threads()
+        threads = "1 thread" if count == 1 else f"{count} threads"
+        name = f"{processor_name()}, {threads}, {capability}"
     return f"{name}; torch {torch.__version__}"
 
 

@@ -305,7 +305,7 @@ def test_the_demo_tells_all_samples(tiny_config, scored, tmp_path):
     trained = load_trained(save_random(load_config(tiny_config, scored), tmp_path))
     images = []
     for clip in (np.ones(3), -np.ones(3)):
-        *_, drawn = SideBySide(trained, 3, "ddim", {"clip": clip}).draw(Choice(0, 0, 2.0, 0.5))
+        *_, drawn = SideBySide(trained, 3, "ddim", {"clip": clip}).draw(Choice(0, 0, 2.0, 0.5, 0.8))
         images.append(drawn.image)
     assert not np.array_equal(*images)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from data.features import open_features
 from figures.side_by_side import Choice, SideBySide
 from models import build_model
 from sampling import hub
+from sampling.budgets import Budget
 from sampling.generate import SamplingOptions, generate_images
 from sampling.load import load_trained
 from weights.checkpoint import save_checkpoint
@@ -51,7 +53,7 @@ def test_pictures_and_costs(tiny_config, tmp_path):
     """Of what is behind the page, without a page: half of the tokens against all of them."""
     trained = load_trained(save_random(load_config(tiny_config), tmp_path))
     drawing = SideBySide(trained, 3, "ddim")
-    *_, last = drawing.views(Choice(1, 0, 2.0, 0.5), 0)
+    *_, last = drawing.views(Choice(1, 0, 2.0, 0.5, 0.8), 0)
     assert last.image.shape == last.full_image.shape == last.chunk_map.probability.shape == (288, 288, 3)
     assert not np.array_equal(last.image, last.full_image)
     assert float(last.cost.split()[0]) < float(last.full_cost.split()[0])
@@ -59,8 +61,10 @@ def test_pictures_and_costs(tiny_config, tmp_path):
 
     # The same as sampling without a page
     options = SamplingOptions(cfg_scale=2.0, num_sampling_steps=3, sampler="ddim")
-    (image,) = generate_images(trained, [1], options)
-    assert np.array_equal(last.full_image[::9, ::9], image.permute(1, 2, 0).numpy())
+    budgets = {"budget": Budget.fraction(0.5), "uncond": Budget.fraction(0.8)}
+    for shown, own in ((last.full_image, options), (last.image, replace(options, **budgets))):
+        (image,) = generate_images(trained, [1], own)
+        assert np.array_equal(shown[::9, ::9], image.permute(1, 2, 0).numpy())
 
 
 def test_the_first_sight_of_a_sample_comes_early(tiny_config, tmp_path, monkeypatch):
@@ -68,7 +72,7 @@ def test_the_first_sight_of_a_sample_comes_early(tiny_config, tmp_path, monkeypa
     monkeypatch.setattr(side_by_side, "PAUSE", 0.0)
     monkeypatch.setattr(side_by_side, "PATIENCE", 0.0)
     trained = load_trained(save_random(load_config(tiny_config), tmp_path))
-    choice = Choice(1, 0, 2.0, 0.5)
+    choice = Choice(1, 0, 2.0, 0.5, 0.8)
     drawing = SideBySide(trained, 4, "ddim")
     views = list(drawing.views(choice, 999))
     seen = [(view.progress[0], len(view.progress[1].steps)) for view in views if view.progress]
@@ -240,7 +244,8 @@ def test_the_api_takes_what_it_documents(page):
                 parameter["type"]["enum"][1] if is_class else parameter["parameter_default"]
             )
         assert (
-            list(given) == ["class_name", "seed", "guidance", "dropped", "t"] and given["class_name"] == "b"
+            list(given) == ["class_name", "seed", "guidance", "dropped", "uncond_dropped", "t"]
+            and given["class_name"] == "b"
         )
         assert len(client.predict(**given, api_name=name)) == number_of_outputs
     assert [output["label"] for output in documented["/sample"]["returns"]][2:] == [

@@ -326,9 +326,9 @@ def test_the_page_shows_an_error_in_a_line(odd):
     (_, sample, *_), (_, chunk_map, *_) = changes
     name = "$5_to_$x^{"
     with pytest.raises(Error, match="--seed -1: must be 0 or greater"):
-        list(sample(name, -1, 2.0, 0.0, 0))
+        list(sample(name, -1, 2.0, 0.0, 0.0, 0))
     with pytest.raises(Error, match="--cfg-scale 0.5: must be a number of at least 1"):
-        chunk_map(name, 0, 0.5, 0.0, 0)
+        chunk_map(name, 0, 0.5, 0.0, 0.0, 0)
 
 
 @pytest.mark.parametrize("dropped_labels, scale", [(0.0, 1), (1.0, 0), (0.5, 2)])
@@ -338,7 +338,7 @@ def test_the_page_offers_a_scale_that_the_model_can_do(tiny_config, tmp_path, dr
     seen = build_page(trained)
     (lowest, _, shown), options = next(part for part in seen if part[1].get("label") == "guidance")
     assert shown == scale and lowest == min(scale, 1) and options["interactive"] == (scale == 2)
-    *_, last = SideBySide(trained, 2, "ddim").views(Choice(1, 0, shown, 0.5), 0)
+    *_, last = SideBySide(trained, 2, "ddim").views(Choice(1, 0, shown, 0.5, 0.8), 0)
     assert last.image.shape == (288, 288, 3)
 
 

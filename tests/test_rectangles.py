@@ -296,7 +296,7 @@ def test_from_images_to_samples(tiny_config, tiny_images, tiny_vae, tiny_extract
     if patch == "null":
         elastic_grid.main([*few, "--fractions", "0", "0.5", "--output", str(tmp_path / "elastic.png")])
         pictures = SideBySide(load_trained(checkpoint), 2, "ddim")
-        *_, drawn = pictures.draw(Choice(0, 0, 2.0, 0.5))
+        *_, drawn = pictures.draw(Choice(0, 0, 2.0, 0.5, 0.8))
         assert drawn.image.shape == drawn.chunk_map(0).probability.shape == (7 * 24, 7 * 40, 3)
     hub.main(["--ckpt", str(checkpoint), "--output", str(tmp_path / "hub")])
     assert "24 x 40 pixels" in (tmp_path / "hub" / "README.md").read_text()

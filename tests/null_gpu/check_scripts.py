@@ -171,5 +171,5 @@ def test_toy_classifier(tmp_path):
 def test_demo(checkpoint):
     """The function behind the page."""
     drawing = SideBySide(load_trained(checkpoint, "cuda"), 2, "ddim")
-    *_, last = drawing.views(Choice(0, 0, 2.0, 0.5), 0)
+    *_, last = drawing.views(Choice(0, 0, 2.0, 0.5, 0.8), 0)
     assert last.image.shape == (288, 288, 3)
