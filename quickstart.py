@@ -20,6 +20,7 @@ import extract_features
 import sample
 import train
 from data.files import write_text
+from figures import kept_tokens
 from processes import group
 from processes.threads import leave_busy_cores
 from sampling.generate import load_trained
@@ -30,6 +31,8 @@ from weights.checkpoint import list_checkpoints
 CONFIG = "configs/shapes.yaml"
 # Pixels, as in CONFIG.
 IMAGE_SIZE = 64
+# A larger model of the same classes, which comes with the repository
+SHIPPED = Path("assets/shapes")
 TRAIN_IMAGES = 2048
 HELD_OUT_IMAGES = 64
 
@@ -60,9 +63,12 @@ def run_workflow(out: Path) -> str:
     checkpoint = list_checkpoints(run / "checkpoints")[-1]
 
     with timed("samples", seconds):
-        sample.main(
-            command_line(ckpt=checkpoint, output=out, cfg_scale=2, num_sampling_steps=25, sampler="dpm++")
+        options = command_line(
+            ckpt=checkpoint, output=out, cfg_scale=2, num_sampling_steps=25, sampler="dpm++"
         )
+        sample.main([*options, "--lite-cfg", *command_line(uncond_tail_dropping_fraction=0.8)])
+        models = [str(checkpoint), str(SHIPPED)]
+        kept_tokens.main([*models, *command_line(output=out / "kept_tokens.png", num_sampling_steps=25)])
 
     with timed("measurement", seconds):
         stats = measure_on_held_out_images(checkpoint)
@@ -134,7 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     table = run_workflow(out)
     write_text(table_path, f"{table}\n")
     print(
-        f"\n{table}\n\n{out}/sample.png and {out}/chunk_maps.png show the samples and what the router kept."
+        f"\n{table}\n\n{out}/sample.png and {out}/chunk_maps.png show the samples and what the router kept.\n"
+        f"{out}/kept_tokens.png: above samples of this model, below those of {SHIPPED}, which trained longer."
     )
 
 

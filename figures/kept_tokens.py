@@ -31,20 +31,22 @@ from sampling.pictures import check_picture
 
 # Columns where no classes are named
 COLUMNS = 8
-# Characters of a name above a column
+# Characters of a name above a column, and of the line above a model
 LONGEST_NAME = 16
+LONGEST_TITLE = 100
 
 
 class Samples(NamedTuple):
     """What the picture shows of a model."""
 
+    title: str
     images: np.ndarray  # (B, H, W, 3) uint8
     names: list[str]  # of the classes
     trace: Trace  # of the first and the last step
     tokens: Grid
 
 
-def draw_samples(trained: TrainedModel, labels: list[int], args: argparse.Namespace) -> Samples:
+def draw_samples(ckpt: str, trained: TrainedModel, labels: list[int], args: argparse.Namespace) -> Samples:
     """One sample per label, from the first noise of a seed."""
     config = trained.config
     options = SamplingOptions(
@@ -60,7 +62,8 @@ def draw_samples(trained: TrainedModel, labels: list[int], args: argparse.Namesp
     (batch,) = generate(trained, indices, labels, options, len(labels), trace.record)
     images = batch.images.permute(0, 2, 3, 1).numpy()
     names = [figure_name(shown_name(label, trained.class_names), LONGEST_NAME) for label in labels]
-    return Samples(images, names, trace, config.token_grid)
+    title = f"{ckpt}: {config.model.name}, {trained.step:,} training steps"
+    return Samples(figure_name(title, LONGEST_TITLE), images, names, trace, config.token_grid)
 
 
 def default_labels(config: Config) -> list[int]:
@@ -76,11 +79,12 @@ def draw(models: list[Samples], path: Path) -> None:
     heights = []
     for model in models:
         panel = 0.15 + 1.2 * model.tokens.rows / model.tokens.columns
-        heights.append(3 * panel + 0.2)
+        heights.append(3 * panel + 0.4)
     figure = Figure(figsize=(1.2 * columns + 0.4, sum(heights)), dpi=120, layout="constrained")
     parts = figure.subfigures(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, model in zip(parts, models):
         panels = part.subplots(3, columns, squeeze=False)
+        part.suptitle(model.title)
         used = len(model.images)
         draw_maps(panels[:, :used], model.trace.steps, model.images, model.tokens)
         for panel, name in zip(panels[0], model.names):
@@ -134,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         labels = default_labels(trained.config)
         if args.classes:
             labels = choose_labels([args.classes[number]], trained.class_names)
-        models.append(draw_samples(trained, labels, args))
+        models.append(draw_samples(ckpt, trained, labels, args))
     draw(models, args.output)
     print(f"written to {args.output.resolve()}")
 
