@@ -86,7 +86,7 @@ def timed(part: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[part] = time.perf_counter() - start
 
 
-def command_line(**options: str | int | Path) -> list[str]:
+def command_line(**options: str | float | Path) -> list[str]:
     """Options of a command line: image_size=64 becomes --image-size 64."""
     words = []
     for name, value in options.items():

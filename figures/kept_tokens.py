@@ -33,7 +33,7 @@ from sampling.pictures import check_picture
 COLUMNS = 8
 # Characters of a name above a column, and of the line above a model
 LONGEST_NAME = 16
-LONGEST_TITLE = 100
+LONGEST_TITLE = 140
 
 
 class Samples(NamedTuple):

@@ -19,6 +19,7 @@ from figures import elastic_grid, kept_tokens
 from figures.chunking import as_pixels
 from models import build_model
 from sampling import accounting, hub
+from sampling.budgets import Budget
 from sampling.generate import SamplingOptions, generate_images, load_trained
 from sampling.load import warn_of_untrained_labels
 from sampling.pipeline import DCDiTPipeline
@@ -237,6 +238,12 @@ def test_the_picture_of_kept_tokens(checkpoint, many_classes, tmp_path, monkeypa
         assert all(len(step.keep) == len(model.images) == len(model.names) for step in model.trace.steps)
     width, height = Image.open(tmp_path / "kept.png").size
     assert height > 1.5 * width
+
+    # The unconditional branch drops 80% of its tokens
+    assert str(checkpoint) in drawn[0].title and "100 training steps" in drawn[0].title
+    lite = SamplingOptions(2.0, num_sampling_steps=3, sampler="ddim", seed=1, uncond=Budget.fraction(0.8))
+    images = generate_images(load_trained(checkpoint), [0, 2], lite)
+    assert np.array_equal(drawn[0].images, images.permute(0, 2, 3, 1).numpy())
     with pytest.raises(UserError, match="1 lists for 2 models"):
         kept_tokens.main([*argv, "--classes", "a"])
 
