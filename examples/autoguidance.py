@@ -1,4 +1,5 @@
-"""Autoguidance (Karras et al., arXiv 2406.02507): guidance away from a weaker model instead of away from no class.
+"""Autoguidance (Karras et al., arXiv 2406.02507): guidance by a weaker model instead of the
+model without its class.
 
     python -m examples.autoguidance --ckpt results/B-N4/checkpoints/0400000.pt \\
         --guide results/S-N4/checkpoints/0400000.pt --cfg-scale 2 --output results/guided.npz
@@ -46,16 +47,19 @@ class GuidedModel(torch.nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor, **others: Any) -> DenoiserOutput:
         half = len(x) // 2
-        first, second = slice(half), slice(half, None)
-        guide_labels = labels[first if self.tell_class else second]
-        own = self.model(x[first], t[first], labels[first], **rows_of(others, first))
-        other = self.guide(x[second], t[second], guide_labels, **rows_of(others, second))
+        conditional, unconditional = slice(half), slice(half, None)
+        guide_labels = labels[conditional if self.tell_class else unconditional]
+        own = self.model(x[conditional], t[conditional], labels[conditional], **rows_of(others, conditional))
+        guiding = self.guide(
+            x[unconditional], t[unconditional], guide_labels, **rows_of(others, unconditional)
+        )
 
-        for network, output in zip(self.architectures, (own, other)):
+        for network, output in zip(self.architectures, (own, guiding)):
             kept = output.routing.keep.sum(1).double()
             counts = TokenCounts(kept.mean().item(), kept.square().mean().item())
             self.flops += half * total_flops(network, counts)
-        prediction = torch.cat([own.prediction, other.prediction])
+        # Only the routing of the model is reported
+        prediction = torch.cat([own.prediction, guiding.prediction])
         return DenoiserOutput(prediction, own.routing, own.packing)
 
 
@@ -66,24 +70,26 @@ def rows_of(values: Any, rows: slice) -> Any:
     return values[rows]
 
 
-def load_pair(ckpt: str, guide: str, tell_class: bool) -> tuple[TrainedModel, GuidedModel]:
+def load_pair(args: argparse.Namespace) -> tuple[TrainedModel, GuidedModel]:
     """A trained model that is guided by another; UserError if the two do not denoise the same latents."""
     device = group.default_device()
-    trained, weaker = load_trained(ckpt, device), load_trained(guide, device)
-    ours, theirs = trained.config, weaker.config
-    fits = (ours.process, ours.latent_shape) == (theirs.process, theirs.latent_shape)
-    if not fits or ours.data.num_classes != theirs.data.num_classes:
+    trained, guide = load_trained(args.ckpt, device), load_trained(args.guide, device)
+    config, guide_config = trained.config, guide.config
+    fits = (config.process, config.latent_shape) == (guide_config.process, guide_config.latent_shape)
+    if not fits or config.data.num_classes != guide_config.data.num_classes:
         raise UserError(
-            f"--guide '{guide}': has another diffusion process, latent size or number of classes than --ckpt; "
+            f"--guide '{args.guide}': has another diffusion process, latent size or number of classes than --ckpt; "
             "give a model that was trained on the same features with the same keys of diffusion"
         )
-    model = GuidedModel(trained, weaker, tell_class)
+    if args.guide_drop and (config.is_static or guide_config.is_static):
+        raise UserError(f"--guide-drop {args.guide_drop:g}: a static DiT has no router; leave it out")
+    model = GuidedModel(trained, guide, args.tell_class)
     return trained._replace(model=model), model
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    trained, model = load_pair(args.ckpt, args.guide, args.tell_class)
+    trained, model = load_pair(args)
     options = SamplingOptions(
         cfg_scale=args.cfg_scale,
         num_sampling_steps=args.num_sampling_steps,

@@ -1,6 +1,6 @@
 """Tables and figures of the evidence from stored summaries alone.
 
-    python -m figures.evidence results/evidence --output assets/evidence
+    python -m figures.evidence results/evidence --output docs/evidence
 
 reads every summary.json of scripts.evidence below the folder, and writes tables.md and the figures. Runs that
 differ in their seed only are one model: its numbers are means with the standard deviation over seeds. What has no
@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 import cli
 from data.files import write_text
 from evaluation.comparison import METRIC_NAMES
-from evaluation.evidence import Evidence, Model, Point, Row, losses, read
+from evaluation.evidence import Evidence, Model, Point, losses, read
 from figures import evidence_tables as tables
 from figures.canvas import SMALL, figure_name, save_figure
 
@@ -58,9 +58,9 @@ def kind_of(model: Model) -> str:
     return "learned" if model.has_learned_router else "control"
 
 
-def styles_of(models: Sequence[Model]) -> list[Row]:
+def styles_of(models: Sequence[Model]) -> list[dict[str, Any]]:
     """Marker and colour of each model; the colours of a kind repeat when there are too few."""
-    styles: list[Row] = []
+    styles: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
     for model in models:
         kind = kind_of(model)
@@ -150,12 +150,12 @@ def draw_points(axis: Axes, model: Model, metric: str, points: Sequence[Point], 
     if len(costs) > 1:
         text = f"{points[-1].drop:.0%} "
         end = {"ha": "right", "va": "center", "fontsize": 7, "color": style["color"]}
-        axis.annotate(text, (costs[-1], means[-1]), textcoords="offset points", xytext=(-4, 0), **end)
+        axis.annotate(text, (costs[-1], means[-1]), textcoords="offset points", xytext=(-4, 5), **end)
     return costs
 
 
 def draw_floors(axis: Axes, evidence: Evidence) -> None:
-    """A line for each floor: what no model can beat."""
+    """A line for each floor: what real images score."""
     for line, (name, row) in zip((":", "--"), evidence.floors.items()):
         value = row.get(evidence.distance)
         if value is not None:
@@ -258,8 +258,8 @@ SECTIONS = (
 INTRODUCTION = """# What was measured
 
 Written by `python -m figures.evidence` from the summaries of the runs. A ± is the standard deviation over
-seeds. TFLOP and milliseconds are those of denoising one image; milliseconds depend on the machine, and are
-missing for points that did not take turns.
+seeds. TFLOP and milliseconds are those of denoising one image. Milliseconds depend on the machine; runs whose
+points did not take turns are left out of them.
 """
 
 
@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("results", type=Path, help="folder with the summaries of scripts.evidence")
-    add("--output", type=Path, default=Path("assets/evidence"), help="folder (default: %(default)s)")
+    add("--output", type=Path, default=Path("docs/evidence"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
     cli.check_output("--output", args.output)
     evidence = read(args.results)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from data.names import MARKUP, short_name
+from evaluation.comparison import METRIC_NAMES
 from evaluation.evidence import Evidence, Model, Number, Point, Row, losses
 
 # Costs within this factor count as equal
@@ -13,10 +14,18 @@ LOSSES_TO_REACH = (0.25, 0.5, 1.0)
 # Characters of a model's name
 LONGEST = 80
 # Formats of columns of a point
-STYLES = {"kept_share": ".1%", "ms_per_image": ".1f", "class_accuracy": ".1%", "kid": ".3g"}
+STYLES = {
+    "kept_share": ".1%",
+    "ms_per_image": ".1f",
+    "precision": ".2f",
+    "recall": ".2f",
+    "class_accuracy": ".1%",
+    "kid": ".3g",
+}
 OTHER_STYLE = ".1f"
 
 QUALITY_COSTS = ("kept_share", "tflop_per_image", "ms_per_image")
+QUALITY_SHARES = ("precision", "recall", "class_accuracy")
 QUALITY_START = ["model", "guidance", "dropped", "kept", "TFLOP per image", "ms per image"]
 
 Line = list[str]
@@ -139,7 +148,7 @@ def quality_and_cost(evidence: Evidence) -> str | None:
     lines = []
     for name, row in evidence.floors.items():
         line = [f"floor: {name}", *[""] * (len(QUALITY_START) - 1)]
-        for column in (*evidence.metrics, "class_accuracy"):
+        for column in (*evidence.metrics, *QUALITY_SHARES):
             line.append(floor_value(row, column))
         lines.append([*line, ""])
     for model in evidence.models:
@@ -149,7 +158,8 @@ def quality_and_cost(evidence: Evidence) -> str | None:
 
 
 def quality_header(evidence: Evidence) -> Line:
-    return [*QUALITY_START, *evidence.metric_names, "class accuracy", "seeds"]
+    shares = [METRIC_NAMES[column] for column in QUALITY_SHARES]
+    return [*QUALITY_START, *evidence.metric_names, *shares, "seeds"]
 
 
 def quality_line(evidence: Evidence, model: Model, point: Point) -> Line:
@@ -162,7 +172,7 @@ def quality_line(evidence: Evidence, model: Model, point: Point) -> Line:
     if model.is_static:
         costs[0] = ""
         dropped = ""
-    quality = values(model, point, (*evidence.metrics, "class_accuracy"))
+    quality = values(model, point, (*evidence.metrics, *QUALITY_SHARES))
     return [name_of(model), guided, dropped, *costs, *quality, seeds(model, point)]
 
 
@@ -331,7 +341,10 @@ def runs(evidence: Evidence) -> str | None:
 
 def measuring_commands(evidence: Evidence) -> str | None:
     """A list of the commands that measured the points."""
-    commands = {row["measured by"] for row in evidence.floors.values()}
+    commands = set()
+    for row in evidence.floors.values():
+        commands.update(row["measured by"])
     for model in evidence.models:
-        commands |= {run["measured by"] for run in model.runs}
+        for run in model.runs:
+            commands.update(run["measured by"])
     return "".join(f"- `{command}`\n" for command in sorted(commands))

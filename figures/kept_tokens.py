@@ -43,7 +43,7 @@ class Samples(NamedTuple):
     images: np.ndarray  # (B, H, W, 3) uint8
     names: list[str]  # of the classes
     trace: Trace  # of the first and the last step
-    tokens: Grid
+    token_grid: Grid
 
 
 def draw_samples(ckpt: str, trained: TrainedModel, labels: list[int], args: argparse.Namespace) -> Samples:
@@ -78,7 +78,7 @@ def draw(models: list[Samples], path: Path) -> None:
     columns = max(len(model.images) for model in models)
     heights = []
     for model in models:
-        panel = 0.15 + 1.2 * model.tokens.rows / model.tokens.columns
+        panel = 0.15 + 1.2 * model.token_grid.rows / model.token_grid.columns
         heights.append(3 * panel + 0.4)
     figure = Figure(figsize=(1.2 * columns + 0.4, sum(heights)), dpi=120, layout="constrained")
     parts = figure.subfigures(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -86,7 +86,7 @@ def draw(models: list[Samples], path: Path) -> None:
         panels = part.subplots(3, columns, squeeze=False)
         part.suptitle(model.title)
         used = len(model.images)
-        draw_maps(panels[:, :used], model.trace.steps, model.images, model.tokens)
+        draw_maps(panels[:, :used], model.trace.steps, model.images, model.token_grid)
         for panel, name in zip(panels[0], model.names):
             panel.set_title(name)
         for panel in panels[:, used:].flat:

@@ -4,7 +4,7 @@
         --features evidence/classifier.pt --images evidence/real --masks shapes --floors evidence/autoencoder
 
 Every run is sampled without guidance and with it; a DC-DiT also with budgets and Lite-CFG. All samples have the
-same noise and classes. Run it again to resume: what is measured stays. Under torchrun the processes share the
+same noise and classes. Run it again to resume: measured points stay. Under torchrun the processes share the
 work.
 """
 
@@ -82,7 +82,7 @@ def measure_run(run: Path, args: argparse.Namespace) -> None:
     device = group.start_processes().device
     trained = load_trained(checkpoint, device, weights=args.weights)
     summary = describe_run(run, trained)
-    summary["measured by"] = args.command
+    summary["measured by"] = commands(path, args.command)
     summary["routing"] = group.on_first(lambda: routing_by_timestep(trained, args))
     times = earlier_times(path)
     chosen = plans(checkpoint, trained.config, path.parent, args)
@@ -104,6 +104,15 @@ def measure_run(run: Path, args: argparse.Namespace) -> None:
 
     group.on_first(time_and_write)
     group.print_once(f"{len(rows)} points of {run}: {path}")
+
+
+def commands(path: Path, command: str) -> list[str]:
+    """The commands that measured the points of a summary, this one included."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))["measured by"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return [command]
+    return [*(other for other in earlier if other != command), command]
 
 
 def earlier_times(path: Path) -> dict[str, float]:
@@ -324,7 +333,7 @@ def read_mask(name: str, pixels: np.ndarray, masks: str) -> np.ndarray:
 
 
 def measure_floors(args: argparse.Namespace) -> None:
-    """What no model can beat: other real images against the reference, and these through the autoencoder."""
+    """What real images score against the reference: as they are, and through the autoencoder."""
     source = open_source(args.images, "--images")
     reference_source = open_source(args.reference, "--reference")
     count = len(source.images) if source.images is not None else 0
@@ -348,7 +357,7 @@ def measure_floors(args: argparse.Namespace) -> None:
             row = {"images": float(count), **compare(own, reference, extractor)}
             path = args.output / f"floor-{name.replace(' ', '-')}" / "summary.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"floor": name, "measured by": args.command, "rows": [row]})
+            write_json(path, {"floor": name, "measured by": [args.command], "rows": [row]})
             print(f"{name}: {path}")
 
 

@@ -131,6 +131,13 @@ def test_a_run_becomes_a_summary(
     measuring.main([str(word) for word in argv])
     again = json.loads((tmp_path / "results" / "run" / "summary.json").read_text())
     assert again == summary
+
+    # A part of it keeps the other points, and the command that measured them
+    measuring.main([*(str(word) for word in argv), "--cfg-scale", "1", "--budgets", "0"])
+    part = json.loads((tmp_path / "results" / "run" / "summary.json").read_text())
+    assert part["rows"] == summary["rows"]
+    (first,) = summary["measured by"]
+    assert part["measured by"] == [first, f"{first} --cfg-scale 1 --budgets 0"]
     figures.main([str(tmp_path / "results"), "--output", str(tmp_path / "assets")])
     assert "1 runs of 1 models: tables.md, pareto.png, routing.png" in capsys.readouterr().out
 
@@ -179,7 +186,8 @@ def row(distance: float, scale: float = 1.0, drop: float = 0.0, **more: float) -
         "features": "f",
     }
     point |= {"tflop_per_image": cost, "ms_per_image": 10 * cost, "kept_share": (1 - drop) / 4}
-    return {**point, "frechet_distance": distance, "kid": distance / 10, "class_accuracy": 0.5, **more}
+    quality = {"frechet_distance": distance, "kid": distance / 10, "precision": 0.75, "recall": 0.25}
+    return {**point, **quality, "class_accuracy": 0.5, **more}
 
 
 def write_run(folder: Path, config: str, seed: int, rows: list[dict], losses: list[float], **more) -> None:
@@ -188,7 +196,8 @@ def write_run(folder: Path, config: str, seed: int, rows: list[dict], losses: li
     summary = {
         "run": f"{config}-{seed}", "model": shape.model.name, "step": 50 * len(losses), "seed": seed,
         "parameters": 1_500_000, "config": measuring.shaping_keys(shape), "command": f"train {config} {seed}",
-        "hardware": "a processor", "training seconds": 600.0, "measured by": "measure", "rows": rows, "routing": [],
+        "hardware": "a processor", "training seconds": 600.0, "measured by": ["measure"], "rows": rows,
+        "routing": [],
         "times": {point["point"]: point["ms_per_image"] for point in rows},
         "loss": [[50 * (k + 1), loss] for k, loss in enumerate(losses)], **more,
     }  # fmt: skip
@@ -259,6 +268,8 @@ def test_every_table_and_figure(results, tmp_path):
         "10.0 ± 0.0",
         "105.0 ± 7.1",
         "10.5 ± 0.707",
+        "0.75 ± 0.00",
+        "0.25 ± 0.00",
         "50.0% ± 0.0%",
         "2",
     ]

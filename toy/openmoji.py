@@ -23,15 +23,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 import cli
 from config import UserError
 from data.files import write_file, write_json, write_text
-from data.images import ImageFolder, is_whole_png
+from data.images import is_whole_png
 from data.streams import rng
 from toy.shapes import gradient
 
@@ -248,11 +246,11 @@ def read_drawing(path: Path) -> Drawing:
     return Drawing(svg, box, np.stack([rim, whole]))
 
 
-def place(draw: np.random.Generator, box: Box) -> Placement:
+def place(generator: np.random.Generator, box: Box) -> Placement:
     """A random size, turn and place, such that the image shows the whole glyph."""
-    length = draw.uniform(*GLYPH_LENGTH)
-    angle = np.deg2rad(draw.uniform(-MAX_TURN, MAX_TURN))
-    shift_x, shift_y = draw.uniform(-1, 1, size=2)
+    length = generator.uniform(*GLYPH_LENGTH)
+    angle = np.deg2rad(generator.uniform(-MAX_TURN, MAX_TURN))
+    shift_x, shift_y = generator.uniform(-1, 1, size=2)
     scale = length / max(box.width, box.height)
 
     # Half of what the turned glyph needs along each axis, and the room that this leaves
@@ -278,14 +276,14 @@ def draw_glyph(drawing: Drawing, placement: Placement, image_size: int) -> np.nd
     return rasterize(svg, image_size)
 
 
-def plain_background(draw: np.random.Generator, colours: np.ndarray, image_size: int) -> np.ndarray:
+def plain_background(generator: np.random.Generator, colours: np.ndarray, image_size: int) -> np.ndarray:
     """One colour or a soft gradient, (H, W, 3) float32: of a few random ones that furthest from `colours`."""
-    angle = draw.uniform(0, 2 * np.pi)
-    is_gradient = draw.random() < GRADIENT_SHARE
+    angle = generator.uniform(0, 2 * np.pi)
+    is_gradient = generator.random() < GRADIENT_SHARE
     pairs = []
     distances = []
     for _ in range(BACKGROUNDS):
-        pair = similar_colours(draw)
+        pair = similar_colours(generator)
         if not is_gradient:
             pair[1] = pair[0]
         pairs.append(pair)
@@ -294,27 +292,29 @@ def plain_background(draw: np.random.Generator, colours: np.ndarray, image_size:
     return gradient(angle, first, second, image_size)
 
 
-def similar_colours(draw: np.random.Generator) -> np.ndarray:
+def similar_colours(generator: np.random.Generator) -> np.ndarray:
     """Two light colours of similar hue: (2, 3) float32."""
-    hue = draw.random()
+    hue = generator.random()
     pair = []
     for _ in range(2):
-        near = (hue + draw.uniform(-HUE_SPREAD, HUE_SPREAD)) % 1
-        saturation = draw.uniform(*SATURATION)
-        value = draw.uniform(*VALUE)
+        near = (hue + generator.uniform(-HUE_SPREAD, HUE_SPREAD)) % 1
+        saturation = generator.uniform(*SATURATION)
+        value = generator.uniform(*VALUE)
         pair.append(colorsys.hsv_to_rgb(near, saturation, value))
     return np.array(pair, dtype=np.float32)
 
 
-def compose(draw: np.random.Generator, drawing: Drawing, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+def compose(
+    generator: np.random.Generator, drawing: Drawing, image_size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """One image of a glyph.
 
     Returns:
         image: (H, W, 3) uint8.
         coverage: (H, W) uint8, 255 where the glyph covers the pixel completely.
     """
-    placement = place(draw, drawing.box)
-    background = plain_background(draw, drawing.colours, image_size)
+    placement = place(generator, drawing.box)
+    background = plain_background(generator, drawing.colours, image_size)
     glyph = draw_glyph(drawing, placement, image_size)
     coverage = glyph[:, :, 3:]
     image = glyph[:, :, :3] * coverage + background * (1 - coverage)
@@ -369,7 +369,7 @@ def write_images(folder: Path, num_images: int, settings: Settings) -> None:
     for label, of_class in enumerate(split_glyphs(list_glyphs(source), settings.held_out)):
         # Neighbours in the order of Unicode look alike; few images would show no others
         order = rng(settings.seed, "openmoji order", label).permutation(len(of_class))
-        glyphs.append([of_class[place] for place in order])
+        glyphs.append([of_class[number] for number in order])
     check_settings(folder, settings)
     write_text(folder / "README.md", CARD)
     for kind in ("images", "masks"):
@@ -377,8 +377,8 @@ def write_images(folder: Path, num_images: int, settings: Settings) -> None:
             (folder / kind / name).mkdir(parents=True, exist_ok=True)
     for index in tqdm(range(num_images), desc="images", unit="img"):
         label = index % len(CLASS_NAMES)
-        turn = index // len(CLASS_NAMES)
-        glyph = glyphs[label][turn % len(glyphs[label])]
+        round_number = index // len(CLASS_NAMES)
+        glyph = glyphs[label][round_number % len(glyphs[label])]
         write_image(folder, source, glyph, index, settings)
 
 
@@ -388,40 +388,16 @@ def write_image(folder: Path, source: Path, glyph: Glyph, index: int, settings: 
     paths = (folder / "images" / name, folder / "masks" / name)
     if all(path.exists() and is_whole_png(path) for path in paths):
         return
-    draw = rng(settings.seed, "openmoji held out" if settings.held_out else "openmoji", index)
-    version = glyph.versions[draw.integers(len(glyph.versions))]
+    generator = rng(settings.seed, "openmoji held out" if settings.held_out else "openmoji", index)
+    version = glyph.versions[generator.integers(len(glyph.versions))]
     drawing = read_drawing(source / f"{version}.svg")
-    for path, pixels in zip(paths, compose(draw, drawing, settings.image_size)):
+    for path, pixels in zip(paths, compose(generator, drawing, settings.image_size)):
         save_png(path, pixels)
 
 
 def save_png(path: Path, pixels: np.ndarray) -> None:
     image = Image.fromarray(pixels)
     write_file(path, lambda stream: image.save(stream, format="PNG"), durable=False)
-
-
-def read_images(folder: Path, count: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Read images and masks that this module has written, `count` of them evenly spread over the classes.
-
-    Returns:
-        images: (count, 3, H, W) uint8.
-        masks: (count, H, W) bool, true where the glyph covers at least half of the pixel.
-        labels: class numbers.
-    """
-    settings = read_settings(folder)
-    if settings is None:
-        raise UserError(f"{folder}: holds no images of `python -m toy.openmoji`")
-    source = ImageFolder(folder / "images", settings.image_size)
-    images = []
-    masks = []
-    labels = []
-    for index in np.linspace(0, len(source) - 1, count).round().astype(int):
-        pixels, label = source[index]
-        with Image.open(folder / "masks" / source.paths[index]) as mask:
-            masks.append(np.asarray(mask) >= 128)
-        images.append(pixels)
-        labels.append(label)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(masks)), labels
 
 
 def main(argv: list[str] | None = None) -> None:
