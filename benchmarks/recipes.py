@@ -27,8 +27,16 @@ SAMPLES = 50_000
 SAMPLING_STEPS = 250
 SAMPLING_BATCH = 32
 
-# FID-50K without guidance, read off the paper's figure of FID against FLOPs
-PAPER_FID = {"DCDiT-S-N4": 56.8, "DiT-S-2": 68.4, "DCDiT-B-N4": 31.6, "DiT-B-2": 43.5}
+# FID-50K without guidance, read off the paper's figure of FID against FLOPs;
+# of L and XL from Table 4 of DiT (arXiv 2212.09748)
+PAPER_FID = {
+    "DCDiT-S-N4": 56.8,
+    "DCDiT-B-N4": 31.6,
+    "DiT-S-2": 68.4,
+    "DiT-B-2": 43.5,
+    "DiT-L-2": 23.3,
+    "DiT-XL-2": 19.5,
+}
 
 # The tables are the end of the page; what stands above them is written by hand
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
@@ -78,9 +86,9 @@ def recipe(name: str) -> Row:
         "M parameters": parameters(config) / 1e6,
         "tokens, kept / all": f"{kept:.0f} / {network.tokens}",
         "GFLOP": evaluation / 1e9,
-        "memory, GB per GPU": count_memory(case) / 1e9,
-        "training, GPU-hours": training_hours(case),
-        "sampling, GPU-hours": sampling_seconds / 3600,
+        "memory, GB per GPU, estimated": count_memory(case) / 1e9,
+        "training, GPU-hours, at least": training_hours(case),
+        "sampling, GPU-hours, at least": sampling_seconds / 3600,
         "paper's FID": "" if fid is None else str(fid),
     }
 
