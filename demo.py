@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import cli
-from config import UserError
+from config import Config, UserError
 from data.names import markdown, short_name
 from diffusion import OBJECTIVES
 from figures.side_by_side import PIXELS, Choice, ChunkMap, Drawn, SideBySide, View
@@ -95,10 +95,6 @@ def build_page(gradio: ModuleType, drawing: SideBySide, told: list[str]) -> Any:
     labels = class_choices(config.data.num_classes, trained.class_names)
     calls = PageCalls(gradio, drawing, labels)
 
-    # A model without a null label can do scale 1 only, and one without classes scale 0
-    scale = possible_scale(2.0, config)
-    slider = gradio.Slider
-    share = functools.partial(slider, 0, LARGEST_FRACTION, step=0.05)
     picture = functools.partial(gradio.Image, interactive=False, format="png", width=PIXELS)
     title = f"## {markdown(config.model.name)}: one checkpoint, any budget"
     facts = [f"{drawing.steps} steps of {drawing.sampler}", f"step {trained.step} of training"]
@@ -108,26 +104,7 @@ def build_page(gradio: ModuleType, drawing: SideBySide, told: list[str]) -> Any:
     with gradio.Blocks(title=short_name(config.model.name)) as page:
         gradio.Markdown(f"{title}\n{', '.join(facts)}")
         with gradio.Row():
-            inputs = [
-                gradio.Dropdown(list(labels), label="class", interactive=scale > 0, elem_id="label"),
-                gradio.Number(0, label="seed", precision=0, minimum=0, elem_id="seed"),
-                slider(
-                    min(scale, 1),
-                    8,
-                    scale,
-                    step=0.5,
-                    label="guidance",
-                    interactive=scale > 1,
-                    elem_id="guidance",
-                ),
-                share(0.2, label="share of the kept tokens to drop", elem_id="dropped"),
-                share(
-                    0.8 if scale > 1 else 0,
-                    label="the same without the class (Lite-CFG)",
-                    interactive=scale > 1,
-                    elem_id="uncond_dropped",
-                ),
-            ]
+            inputs = build_inputs(gradio, config, list(labels))
         progress = gradio.HTML(label="progress", elem_id="progress")
         # One output for each picture and text of `PageCalls.outputs`
         with gradio.Row():
@@ -140,7 +117,7 @@ def build_page(gradio: ModuleType, drawing: SideBySide, told: list[str]) -> Any:
                 gradio.Textbox(label="cost", elem_id="cost"),
                 gradio.Textbox(label="cost, nothing dropped", elem_id="full_cost"),
             ]
-        timestep = slider(
+        timestep = gradio.Slider(
             0, last_t, 0, step=1, label="t: from noise (right) to image (left)", elem_id="timestep"
         )
         with gradio.Row():
@@ -158,6 +135,34 @@ def build_page(gradio: ModuleType, drawing: SideBySide, told: list[str]) -> Any:
         moved = [timestep.change]
         gradio.on(moved, calls.chunk_map, [*inputs, timestep], chunk_map, api_name="chunk_map", **together)
     return page
+
+
+def build_inputs(gradio: ModuleType, config: Config, classes: list[str]) -> list[Any]:
+    """Class, seed, guidance, and the share of tokens to drop in each branch of guidance."""
+    # A model without a null label can do scale 1 only, and one without classes scale 0
+    scale = possible_scale(2.0, config)
+    has_guidance = scale > 1
+    share = functools.partial(gradio.Slider, 0, LARGEST_FRACTION, step=0.05)
+    return [
+        gradio.Dropdown(classes, label="class", interactive=scale > 0, elem_id="label"),
+        gradio.Number(0, label="seed", precision=0, minimum=0, elem_id="seed"),
+        gradio.Slider(
+            min(scale, 1),
+            8,
+            scale,
+            step=0.5,
+            label="guidance",
+            interactive=has_guidance,
+            elem_id="guidance",
+        ),
+        share(value=0.2, label="share of the kept tokens to drop", elem_id="dropped"),
+        share(
+            value=0.8 if has_guidance else 0,
+            label="the same without the class (Lite-CFG)",
+            interactive=has_guidance,
+            elem_id="uncond_dropped",
+        ),
+    ]
 
 
 class PageCalls:
