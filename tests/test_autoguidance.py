@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_demo import save_random
 
+from config import UserError, load_config
 from examples import autoguidance
 from sampling.budgets import Budget
 from sampling.generate import draw_labels, generate, summarise_run
@@ -47,3 +49,14 @@ def test_a_guide_that_knows_what_the_model_knows_changes_nothing(tmp_path):
     samples = sample(tmp_path, "--cfg-scale", "3", "--tell-class")
     images, _, _ = expected()
     torch.testing.assert_close(torch.from_numpy(samples["arr_0"]), images, rtol=0, atol=1)
+
+
+def test_what_cannot_guide_is_refused(tiny_config, tmp_path):
+    static = str(save_random(load_config(tiny_config, ["model.patch_size=2"]), tmp_path))
+    with pytest.raises(UserError, match="--guide .* has another diffusion process, latent size or number"):
+        sample(tmp_path, "--guide", static)
+    with pytest.raises(UserError, match="--guide-drop 0.5: a static DiT has no router"):
+        sample(tmp_path, "--ckpt", static, "--guide", static, "--guide-drop", "0.5")
+    with pytest.raises(UserError, match="--cfg-scale 1: 1 is no guidance"):
+        sample(tmp_path, "--cfg-scale", "1")
+    assert not (tmp_path / "guided.npz").exists()
