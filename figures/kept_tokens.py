@@ -1,4 +1,4 @@
-"""Samples of one or several models, each above the tokens that the network kept for it at a noisy and a clean step.
+"""Samples of one or several models, each above the tokens that the network kept for it at pure noise and halfway.
 
     python -m figures.kept_tokens assets/shapes --output results/kept_tokens.png
 
@@ -42,7 +42,7 @@ class Samples(NamedTuple):
     title: str
     images: np.ndarray  # (B, H, W, 3) uint8
     names: list[str]  # of the classes
-    trace: Trace  # of the first and the last step
+    trace: Trace  # of the first, the middle and the last step
     token_grid: Grid
 
 
@@ -57,7 +57,7 @@ def draw_samples(ckpt: str, trained: TrainedModel, labels: list[int], args: argp
     )
     if options.has_guidance:
         options = replace(options, uncond=Budget.fraction(args.uncond_tail_dropping_fraction))
-    trace = Trace(len(network_timesteps(config, options)), columns=2, samples=len(labels))
+    trace = Trace(len(network_timesteps(config, options)), columns=3, samples=len(labels))
     indices = list(range(len(labels)))
     (batch,) = generate(trained, indices, labels, options, len(labels), trace.record)
     images = batch.images.permute(0, 2, 3, 1).numpy()
@@ -86,7 +86,7 @@ def draw(models: list[Samples], path: Path) -> None:
         panels = part.subplots(3, columns, squeeze=False)
         part.suptitle(model.title)
         used = len(model.images)
-        draw_maps(panels[:, :used], model.trace.steps, model.images, model.token_grid)
+        draw_maps(panels[:, :used], model.trace.steps[:2], model.images, model.token_grid)
         for panel, name in zip(panels[0], model.names):
             panel.set_title(name)
         for panel in panels[:, used:].flat:

@@ -91,6 +91,7 @@ class DCDiTPipeline:
         num_inference_steps: int = 50,
         generator: Generators | None = None,
         conditions: Mapping[str, ArrayLike] | None = None,
+        uncond_drop_fraction: float | None = None,
     ) -> PipelineOutput:
         """One image per label.
 
@@ -101,6 +102,8 @@ class DCDiTPipeline:
             drop_fraction: share of the kept tokens to drop, in [0, 1).
             generator: of the noise, as everywhere in diffusers.
             conditions: name -> what the model is told beside the class, one value or a row per image.
+            uncond_drop_fraction: share that the unconditional branch of guidance drops, which is Lite-CFG; default:
+                `drop_fraction` there too.
 
         Raises:
             UserError: a value out of range, an unknown label, an attention kernel that needs bfloat16 (the
@@ -113,6 +116,7 @@ class DCDiTPipeline:
             cfg_scale=guidance_scale,
             num_sampling_steps=num_inference_steps,
             budget=Budget.fraction(drop_fraction) if drop_fraction else ALL,
+            uncond=None if uncond_drop_fraction is None else Budget.fraction(uncond_drop_fraction),
             conditions=conditions,
         )
         options.check(config)

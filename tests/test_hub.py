@@ -182,17 +182,28 @@ def test_an_autoencoder_of_the_hub_is_not_copied(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "scale, drop, steps, predicts",
-    [(1.0, 0.0, 4, "epsilon"), (2.0, 0.5, 7, "epsilon"), (2.0, 0.5, 4, "velocity")],
+    "scale, drop, uncond_drop, steps, predicts",
+    [
+        (1.0, 0.0, None, 4, "epsilon"),
+        (2.0, 0.5, None, 7, "epsilon"),
+        (2.0, 0.5, None, 4, "velocity"),
+        (2.0, 0.0, 0.8, 4, "velocity"),
+    ],
 )
-def test_the_pipeline_samples_what_our_sampler_does(checkpoint, scale, drop, steps, predicts):
+def test_the_pipeline_samples_what_our_sampler_does(checkpoint, scale, drop, uncond_drop, steps, predicts):
     """DDPM with learned variances on the same noise: the same pictures, and the same tokens kept."""
     run, labels = load_trained(checkpoint), [0, 1, 2]
     run.config.diffusion.prediction = predicts
-    output = DCDiTPipeline(run)(labels, scale, drop, steps, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    output = DCDiTPipeline(run)(labels, scale, drop, steps, generator, uncond_drop_fraction=uncond_drop)
 
     generator = torch.Generator().manual_seed(3)
-    options = SamplingOptions(cfg_scale=scale, num_sampling_steps=steps, budget=Budget.fraction(drop))
+    options = SamplingOptions(
+        cfg_scale=scale,
+        num_sampling_steps=steps,
+        budget=Budget.fraction(drop),
+        uncond=None if uncond_drop is None else Budget.fraction(uncond_drop),
+    )
 
     def draw():
         return torch.randn(3, 4, 8, 8, generator=generator)
