@@ -4,7 +4,7 @@
     python demo.py --ckpt quickstart/run/checkpoints/0000800.pt
 
 The page shows a sample beside the same sample with nothing dropped, what each of them costs, and which tokens are
-kept at any timestep. Without a checkpoint it shows the first model of `assets/`. Needs `pip install gradio`.
+kept at any timestep. Without a checkpoint it shows `assets/shapes`. Needs `pip install gradio`.
 """
 
 import argparse
@@ -48,8 +48,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def default_model() -> str:
-    """The first model that comes with the repository; UserError if there is none."""
-    models = shipped_models()
+    """A model that comes with the repository, `shapes` if it is there; UserError if there is none."""
+    models = sorted(shipped_models(), key=lambda folder: folder.name != "shapes")
     if not models:
         raise UserError(
             "--ckpt is missing, and assets/ holds no model; run `bash scripts/quickstart.sh`, then give "
@@ -217,6 +217,8 @@ class PageCalls:
         """What the inputs ask for; None while a number is being typed, because its field is empty then."""
         if seed is None or guidance is None or dropped is None or uncond_dropped is None:
             return None
+        # Without guidance there is one branch
+        uncond_dropped = uncond_dropped if guidance > 1 else 0.0
         return Choice(self.labels[class_name], int(seed), guidance, dropped, uncond_dropped)
 
     def outputs(self, view: View) -> list:

@@ -31,7 +31,7 @@ from weights.checkpoint import list_checkpoints
 CONFIG = "configs/shapes.yaml"
 # Pixels, as in CONFIG.
 IMAGE_SIZE = 64
-# A larger model of the same classes, which comes with the repository
+# The same network, trained for longer on larger images; it comes with the repository
 SHIPPED = Path("assets/shapes")
 TRAIN_IMAGES = 2048
 HELD_OUT_IMAGES = 64

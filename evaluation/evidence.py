@@ -247,11 +247,15 @@ def read(folder: Path) -> Evidence:
 
 
 def read_summary(path: Path) -> Row:
+    """A summary.json of scripts.evidence; UserError if it is none."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(summary["measured by"], str):
+            # Of an older version, which kept the last command only
+            summary["measured by"] = [summary["measured by"]]
         if "floor" in summary or {"run", "config", "rows"} <= summary.keys():
             return summary
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
         pass
     raise UserError(f"'{path}': is no summary of scripts.evidence; remove it, or name another folder")
 

@@ -19,16 +19,17 @@ from tqdm import tqdm
 
 import cli
 from config import UserError
+from data.autoencoder import is_same_autoencoder
 from data.files import write_file
 from diffusion import OBJECTIVES
-from models import architecture
+from models import architecture, draws_at_random
 from models.flops import TokenCounts, total_flops
 from models.types import DenoiserOutput
 from processes import group
 from sampling.budgets import Budget
 from sampling.generate import draw_labels, generate
 from sampling.load import TrainedModel, load_trained
-from sampling.options import SamplingOptions
+from sampling.options import SamplingOptions, possible_scale
 
 
 class GuidedModel(torch.nn.Module):
@@ -71,20 +72,31 @@ def rows_of(values: Any, rows: slice) -> Any:
 
 
 def load_pair(args: argparse.Namespace) -> tuple[TrainedModel, GuidedModel]:
-    """A trained model that is guided by another; UserError if the two do not denoise the same latents."""
+    """A trained model that is guided by another; UserError if the guide does not fit it."""
     device = group.default_device()
     trained, guide = load_trained(args.ckpt, device), load_trained(args.guide, device)
-    config, guide_config = trained.config, guide.config
-    fits = (config.process, config.latent_shape) == (guide_config.process, guide_config.latent_shape)
-    if not fits or config.data.num_classes != guide_config.data.num_classes:
+    if what_models_share(trained) != what_models_share(guide) or not is_same_autoencoder(
+        trained.autoencoder.describe(), guide.autoencoder.describe()
+    ):
         raise UserError(
-            f"--guide '{args.guide}': has another diffusion process, latent size or number of classes than --ckpt; "
-            "give a model that was trained on the same features with the same keys of diffusion"
+            f"--guide '{args.guide}': has other classes, another diffusion process, latent size or autoencoder "
+            "than --ckpt; give a model that was trained on the same features with the same keys of diffusion"
         )
-    if args.guide_drop and (config.is_static or guide_config.is_static):
-        raise UserError(f"--guide-drop {args.guide_drop:g}: a static DiT has no router; leave it out")
+    for option, config in (("--ckpt", trained.config), ("--guide", guide.config)):
+        if possible_scale(2.0, config) != 2.0:
+            raise UserError(f"{option}: was trained only with classes, or only without; give another model")
+        if draws_at_random(config):
+            raise UserError(f"{option}: has a router that draws at random; give a model with another router")
+        if args.guide_drop and config.is_static:
+            raise UserError(f"--guide-drop: {option} is a static DiT, which drops nothing; leave it out")
     model = GuidedModel(trained, guide, args.tell_class)
     return trained._replace(model=model), model
+
+
+def what_models_share(trained: TrainedModel) -> tuple:
+    """What a model and its guide must have in common, the autoencoder aside."""
+    config = trained.config
+    return config.process, config.latent_shape, config.data.num_classes, trained.class_names
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         bf16=args.bf16,
         uncond=Budget.fraction(args.guide_drop) if args.guide_drop else None,
     )
+    options.check(trained.config)
     indices = list(range(args.num_samples))
     labels = draw_labels(args.seed, indices, trained.config.data.num_classes)
     images = []
@@ -132,6 +145,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     cli.check_output_file("--output", args.output)
     if args.cfg_scale <= 1:
         raise UserError(f"--cfg-scale {args.cfg_scale:g}: 1 is no guidance; give a greater number")
+    if not 0 <= args.guide_drop < 1:
+        raise UserError(f"--guide-drop {args.guide_drop:g}: must be at least 0 and below 1")
     return args
 
 

@@ -258,8 +258,8 @@ SECTIONS = (
 INTRODUCTION = """# What was measured
 
 Written by `python -m figures.evidence` from the summaries of the runs. A ± is the standard deviation over
-seeds. TFLOP and milliseconds are those of denoising one image. Milliseconds depend on the machine; runs whose
-points did not take turns are left out of them.
+seeds. TFLOP and milliseconds are those of denoising one image. Milliseconds depend on the machine; points
+that did not take turns with the others of their run have none.
 """
 
 

@@ -34,6 +34,8 @@ COLUMNS = 8
 # Characters of a name above a column, and of the line above a model
 LONGEST_NAME = 16
 LONGEST_TITLE = 140
+# Parts of a path in that line
+LAST_PARTS = 4
 
 
 class Samples(NamedTuple):
@@ -62,7 +64,8 @@ def draw_samples(ckpt: str, trained: TrainedModel, labels: list[int], args: argp
     (batch,) = generate(trained, indices, labels, options, len(labels), trace.record)
     images = batch.images.permute(0, 2, 3, 1).numpy()
     names = [figure_name(shown_name(label, trained.class_names), LONGEST_NAME) for label in labels]
-    title = f"{ckpt}: {config.model.name}, {trained.step:,} training steps"
+    place = "/".join(Path(ckpt).parts[-LAST_PARTS:])
+    title = f"{place}: {config.model.name}, {trained.step:,} training steps"
     return Samples(figure_name(title, LONGEST_TITLE), images, names, trace, config.token_grid)
 
 
@@ -118,7 +121,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=1, help="(default: %(default)s)")
     add("--output", type=Path, default=Path("kept_tokens.png"), help="picture (default: %(default)s)")
     args = parser.parse_args(argv)
-    cli.check_at_least(args, 2, "num_sampling_steps")
+    cli.check_at_least(args, 3, "num_sampling_steps")
+    fraction = args.uncond_tail_dropping_fraction
+    if not 0 <= fraction < 1:
+        raise UserError(f"--uncond-tail-dropping-fraction {fraction:g}: must be at least 0 and below 1")
     cli.check_output_file("--output", args.output)
     check_picture("--output", args.output)
     if args.classes and len(args.classes) != len(args.models):

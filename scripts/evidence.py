@@ -31,7 +31,7 @@ from data.images import ImageFolder
 from data.names import renamed_label
 from diffusion import OBJECTIVES
 from evaluation.comparison import FeatureSet, check_source, compare, measure_source
-from evaluation.evidence import shaping_keys, value_of
+from evaluation.evidence import read_summary, shaping_keys, value_of
 from evaluation.extractors import Extractor, load_extractor
 from evaluation.feature_cache import CHUNK, FeatureChunks, as_arrays, run_extractor
 from evaluation.image_sets import Source, open_source
@@ -108,10 +108,7 @@ def measure_run(run: Path, args: argparse.Namespace) -> None:
 
 def commands(path: Path, command: str) -> list[str]:
     """The commands that measured the points of a summary, this one included."""
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))["measured by"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return [command]
+    earlier = read_summary(path)["measured by"] if path.is_file() else []
     return [*(other for other in earlier if other != command), command]
 
 

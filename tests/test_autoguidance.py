@@ -8,6 +8,7 @@ import torch
 from test_demo import save_random
 
 from config import UserError, load_config
+from diffusion.guidance import guide
 from examples import autoguidance
 from sampling.budgets import Budget
 from sampling.generate import draw_labels, generate, summarise_run
@@ -51,12 +52,47 @@ def test_a_guide_that_knows_what_the_model_knows_changes_nothing(tmp_path):
     torch.testing.assert_close(torch.from_numpy(samples["arr_0"]), images, rtol=0, atol=1)
 
 
+def test_guidance_goes_from_the_guide_to_the_model(tiny_config, tmp_path):
+    """In a step of a random DC-DiT and a random static DiT of the same latents: g + scale * (m - g)."""
+    config = load_config(tiny_config)
+    model = load_trained(save_random(config, tmp_path / "model"))
+    static = load_config(tiny_config, ["model.patch_size=2"])
+    weaker = load_trained(save_random(static, tmp_path / "guide"))
+    pair = autoguidance.GuidedModel(model, weaker, tell_class=True)
+    x, t, labels = torch.randn(2, *config.latent_shape), torch.tensor([500, 500]), torch.tensor([0, 1])
+    null = torch.full_like(labels, config.data.num_classes)
+    with torch.inference_mode():
+        guided = guide_by(pair, {"labels": labels}, {"labels": null}, 3.0, channels=4)(x, t)
+        own, other = model.model(x, t, labels).prediction, weaker.model(x, t, labels).prediction
+    expected = other[:, :4] + 3 * (own[:, :4] - other[:, :4])
+    torch.testing.assert_close(guided[:, :4], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(guided[:, 4:], own[:, 4:], rtol=1e-4, atol=1e-5)
+
+
+def guide_by(pair, conditional, unconditional, scale, channels):
+    """Guidance as the sampler does it."""
+
+    def denoise(x, t, **conditioning):
+        return pair(x, t, **conditioning).prediction
+
+    return guide(denoise, conditional, unconditional, scale, channels)
+
+
 def test_what_cannot_guide_is_refused(tiny_config, tmp_path):
     static = str(save_random(load_config(tiny_config, ["model.patch_size=2"]), tmp_path))
-    with pytest.raises(UserError, match="--guide .* has another diffusion process, latent size or number"):
+    with pytest.raises(UserError, match="--guide .* has other classes, another diffusion process"):
         sample(tmp_path, "--guide", static)
-    with pytest.raises(UserError, match="--guide-drop 0.5: a static DiT has no router"):
+    with pytest.raises(UserError, match="--guide-drop: --ckpt is a static DiT, which drops nothing"):
         sample(tmp_path, "--ckpt", static, "--guide", static, "--guide-drop", "0.5")
+    for change, reason in (
+        ("training.class_dropout_prob=0", "--ckpt: was trained only with classes, or only without"),
+        ("model.router=random", "--ckpt: has a router that draws at random"),
+    ):
+        other = str(save_random(load_config(tiny_config, [change]), tmp_path / change))
+        with pytest.raises(UserError, match=reason):
+            sample(tmp_path, "--ckpt", other, "--guide", other)
+    with pytest.raises(UserError, match="--guide-drop 1.5: must be at least 0 and below 1"):
+        sample(tmp_path, "--guide-drop", "1.5")
     with pytest.raises(UserError, match="--cfg-scale 1: 1 is no guidance"):
         sample(tmp_path, "--cfg-scale", "1")
     assert not (tmp_path / "guided.npz").exists()

@@ -36,7 +36,7 @@ def save_random(config, folder: Path) -> Path:
     """Checkpoint of a random model; a router keeps half of its tokens."""
     model = build_model(config)
     with torch.no_grad():
-        if not config.is_static:
+        if not config.is_static and config.model.router == "learned":
             model.router.residual_scorer[-1].bias.zero_()
         for parameter in (*model.final_layer.parameters(), *model.blocks[0].adaLN_modulation.parameters()):
             parameter.add_(torch.randn_like(parameter) * 0.1)  # they start at zero: no budget would show
@@ -89,15 +89,15 @@ def test_the_first_sight_of_a_sample_comes_early(tiny_config, tmp_path, monkeypa
     assert drawing.chunk_map(choice, 0).sentence.startswith(f"t = {step.t}: {kept} of 64 tokens kept")
 
 
-def test_without_a_checkpoint_the_first_shipped_model_is_shown(tmp_path, monkeypatch, capsys):
+def test_without_a_checkpoint_a_shipped_model_is_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hub, "ASSETS", tmp_path)
     with pytest.raises(UserError, match="--ckpt is missing, and assets/ holds no model; run `bash scripts/"):
         demo.parse([])
     for name in ("shapes", "emoji"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").touch()
-    assert demo.parse([]).ckpt == str(tmp_path / "emoji")
-    assert capsys.readouterr().out == f"--ckpt {tmp_path / 'emoji'}; or {tmp_path / 'shapes'}\n"
+    assert demo.parse([]).ckpt == str(tmp_path / "shapes")
+    assert capsys.readouterr().out == f"--ckpt {tmp_path / 'shapes'}; or {tmp_path / 'emoji'}\n"
     assert demo.parse(["--ckpt", "other.pt"]).ckpt == "other.pt"
 
 

@@ -240,7 +240,7 @@ def test_the_picture_of_kept_tokens(checkpoint, many_classes, tmp_path, monkeypa
     assert height > 1.5 * width
 
     # The unconditional branch drops 80% of its tokens
-    assert str(checkpoint) in drawn[0].title and "100 training steps" in drawn[0].title
+    assert checkpoint.name in drawn[0].title and "100 training steps" in drawn[0].title
     lite = SamplingOptions(2.0, num_sampling_steps=3, sampler="ddim", seed=1, uncond=Budget.fraction(0.8))
     images = generate_images(load_trained(checkpoint), [0, 2], lite)
     assert np.array_equal(drawn[0].images, images.permute(0, 2, 3, 1).numpy())
