@@ -155,10 +155,10 @@ def build_inputs(gradio: ModuleType, config: Config, classes: list[str]) -> list
             interactive=has_guidance,
             elem_id="guidance",
         ),
-        share(value=0.2, label="share of the kept tokens to drop", elem_id="dropped"),
+        share(value=0.2, label="tokens to drop", elem_id="dropped"),
         share(
             value=0.8 if has_guidance else 0,
-            label="the same without the class (Lite-CFG)",
+            label="without class (Lite-CFG)",
             interactive=has_guidance,
             elem_id="uncond_dropped",
         ),
