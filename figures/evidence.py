@@ -75,7 +75,12 @@ def styles_of(models: Sequence[Model]) -> list[dict[str, Any]]:
 
 def draw_pareto(evidence: Evidence) -> Figure | None:
     """DC-DiT with its budgets, control routers and static DiTs: a panel per guidance scale."""
-    return draw_against_cost(evidence, evidence.main_models())
+    return draw_against_cost(evidence, evidence.main_models(), trained_points)
+
+
+def trained_points(model: Model) -> list[Point]:
+    """The points of a model without budgets that it was not trained for."""
+    return [point for point in model.points() if model.has_many_budgets or not point.drop]
 
 
 def draw_budgets(evidence: Evidence) -> Figure | None:
@@ -88,17 +93,20 @@ def draw_budgets(evidence: Evidence) -> Figure | None:
     if not models:
         return None
     # Each model once, in the order of the other figures
-    return draw_against_cost(evidence, [model for model in evidence.models if model in models])
+    return draw_against_cost(evidence, [model for model in evidence.models if model in models], Model.points)
 
 
-def draw_against_cost(evidence: Evidence, models: Sequence[Model]) -> Figure:
+def draw_against_cost(
+    evidence: Evidence, models: Sequence[Model], points_of: Callable[[Model], list[Point]]
+) -> Figure:
     """The Fréchet distance against TFLOP per image, a panel per guidance scale, with one legend."""
+    points = [points_of(model) for model in models]
     columns = len(evidence.scales)
     legend_height = 0.07 * (len(models) + len(evidence.floors))
     figure = Figure(figsize=(WIDTH * columns, HEIGHT + legend_height), dpi=120, layout="constrained")
     panels = figure.subplots(1, columns, squeeze=False)[0]
     for scale, axis in zip(evidence.scales, panels):
-        draw_panel(axis, models, evidence.distance, scale)
+        draw_panel(axis, models, points, evidence.distance, scale)
         draw_floors(axis, evidence)
     figure.suptitle(NOTE, fontsize=7)
     # A model may have no point in the first panel
@@ -112,11 +120,13 @@ def draw_against_cost(evidence: Evidence, models: Sequence[Model]) -> Figure:
     return figure
 
 
-def draw_panel(axis: Axes, models: Sequence[Model], metric: str, scale: float) -> None:
+def draw_panel(
+    axis: Axes, models: Sequence[Model], points_by_model: Sequence[list[Point]], metric: str, scale: float
+) -> None:
     """The dropped shares of each model as a curve; Lite-CFG as a star beside it."""
     costs = []
-    for model, style in zip(models, styles_of(models)):
-        points = [point for point in model.points() if point.scale == scale]
+    for model, own, style in zip(models, points_by_model, styles_of(models)):
+        points = [point for point in own if point.scale == scale]
         plain = [point for point in points if point.lite is None]
         lite = [point for point in points if point.lite is not None]
         costs += draw_points(axis, model, metric, plain, **style, ms=4, label=short(model))
