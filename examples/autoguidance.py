@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         for batch in generate(trained, indices, labels, options, args.batch_size):
             images.append(batch.images.permute(0, 2, 3, 1).numpy())
             bar.update(len(batch.indices))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     write_file(
         args.output,
         lambda stream: np.savez(stream, arr_0=np.concatenate(images), arr_1=np.array(labels)),

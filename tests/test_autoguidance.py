@@ -21,7 +21,7 @@ SMALL = ["--num-samples", str(SAMPLES), "--num-sampling-steps", "4", "--batch-si
 
 
 def sample(tmp_path, *options):
-    file = tmp_path / "guided.npz"
+    file = tmp_path / "new" / "guided.npz"
     autoguidance.main(["--ckpt", MODEL, "--guide", MODEL, *SMALL, *options, "--output", str(file)])
     return np.load(file)
 
@@ -95,4 +95,4 @@ def test_what_cannot_guide_is_refused(tiny_config, tmp_path):
         sample(tmp_path, "--guide-drop", "1.5")
     with pytest.raises(UserError, match="--cfg-scale 1: 1 is no guidance"):
         sample(tmp_path, "--cfg-scale", "1")
-    assert not (tmp_path / "guided.npz").exists()
+    assert not (tmp_path / "new").exists()

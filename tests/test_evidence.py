@@ -243,6 +243,14 @@ def test_a_key_that_is_newer_than_a_summary_has_its_default(results):
     assert [model.label for model in evidence.read(results).models] == labels
 
 
+def test_a_summary_with_one_command(tmp_path):
+    """Of an older version: the command is a text."""
+    write_run(tmp_path, "dc", 0, [row(100.0)], [0.5], **{"measured by": "one command"})
+    (path,) = tmp_path.rglob("summary.json")
+    assert measuring.commands(path, "another") == ["one command", "another"]
+    assert tables.measuring_commands(evidence.read(tmp_path)) == "- `one command`\n"
+
+
 def test_every_table_and_figure(results, tmp_path):
     figures.main([str(results), "--output", str(tmp_path / "assets")])
     names = {path.name for path in (tmp_path / "assets").iterdir()}
