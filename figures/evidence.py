@@ -43,7 +43,7 @@ NOTE = (
 # Marker and colours of each kind of model
 KINDS = {
     "learned": ("o", ("tab:blue", "tab:purple", "tab:cyan", "navy", "tab:pink", "slateblue", "deepskyblue")),
-    "control": ("^", ("tab:green", "tab:olive", "darkgreen")),
+    "control": ("^", ("tab:green", "tab:olive", "darkgreen", "limegreen")),
     "static": ("s", ("tab:orange", "tab:red", "tab:brown", "black", "goldenrod")),
 }
 
