@@ -231,7 +231,8 @@ def add_config_arguments(parser: Parser) -> None:
         "--import",
         action=ImportModule,
         metavar="MODULE",
-        help="import a module of yours first, which registers a router, an objective, a condition or a loss term",
+        help="import a module of yours first, which registers a router, an objective, a condition, a loss term "
+        "or an average",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
 

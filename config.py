@@ -312,10 +312,15 @@ def _check_widths(config: Config) -> None:
     parse_layout(hnet.arch_layout)
     width = config.d_model
     heads = hnet.num_heads[1]
-    factor = width if config.encoder_width == 0 else (hnet.enc_dec_dim_factor or [1])[0] or 1
+    # The factor of the scaffold; one that leaves the encoder no width counts as the whole width
+    factors = hnet.enc_dec_dim_factor or [1]
+    factor = width if config.encoder_width == 0 else factors[0] or 1
     # What the width must be a multiple of
-    unit, part = (4, "positions") if config.is_static else (32, "GroupNorms")
-    nearest = _round_to(math.lcm(unit * (1 if config.is_static else factor), heads), width)
+    if config.is_static:
+        unit, part, multiple = 4, "positions", 4
+    else:
+        unit, part, multiple = 32, "GroupNorms", 32 * factor
+    nearest = _round_to(math.lcm(multiple, heads), width)
     require(
         hnet.d_model == [width, width],
         f"model.hnet.d_model: {hnet.d_model} must be equal at both entries; try {[nearest, nearest]}",

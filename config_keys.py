@@ -337,7 +337,7 @@ class DataConfig:
     latent_channels: PositiveInt = network(4, "channels of a latent; must agree with the features")
     conditions: dict[str, Annotated[str, kind_among(CONDITIONS)]] = network(
         {},
-        "columns of the features that the network is told beside the class, e.g. {aesthetic: scalar, caption: "
+        "columns of the features that condition the network beside the class, e.g. {aesthetic: scalar, caption: "
         "vector-768}; they are dropped with the class",
         spellings.no_pairs,
     )

@@ -1,7 +1,9 @@
-"""FID, sFID, KID, Inception Score, precision and recall. Under torchrun the processes share the work.
+"""FID, sFID, KID, Inception Score, precision and recall.
 
-python evaluate.py samples/B-N4.npz VIRTUAL_imagenet256_labeled.npz
-python evaluate.py --make-reference IMAGES OUT.npz --image-size 256
+    python evaluate.py samples/B-N4.npz VIRTUAL_imagenet256_labeled.npz
+    python evaluate.py --make-reference IMAGES OUT.npz --image-size 256
+
+Under torchrun the processes share the work.
 """
 
 import argparse

@@ -1,10 +1,12 @@
 """For modules of your own that --import names: add a router, an objective, a condition, a loss term or an average.
 
-# my_paper.py
-import plugins
-plugins.add_router("mine", MyRouter)
+    # my_paper.py
+    import plugins
+    plugins.add_router("mine", MyRouter)
 
-python train.py --import my_paper --config configs/shapes.yaml --set model.router=mine
+    python train.py --import my_paper --config configs/shapes.yaml --set model.router=mine
+
+docs/extending.md has an example of each.
 """
 
 import config_keys

@@ -1,4 +1,4 @@
-"""The whole workflow on the embedded data set, in minutes on two CPU cores: from images to samples.
+"""The whole workflow on drawn shapes, in minutes on two CPU cores: from images to samples.
 
     bash scripts/quickstart.sh
 

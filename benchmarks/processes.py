@@ -21,7 +21,7 @@ STEPS = 4
 
 
 @dataclass(frozen=True)
-class Job:
+class ProcessRun:
     """What every process trains, and the folder where they meet."""
 
     case: Case  # its batch is that of one process
@@ -41,7 +41,7 @@ def measure_processes(case: Case, setup: Setup) -> list[Row]:
         if world > most:
             break
         with tempfile.TemporaryDirectory() as folder:
-            job = Job(case, setup, world, folder)
+            job = ProcessRun(case, setup, world, folder)
             torch.multiprocessing.spawn(run_process, (job,), nprocs=world)
             seconds = float((Path(folder) / "seconds").read_text())
         rate = world * case.batch / seconds
@@ -50,7 +50,7 @@ def measure_processes(case: Case, setup: Setup) -> list[Row]:
     return rows
 
 
-def run_process(rank: int, job: Job) -> None:
+def run_process(rank: int, job: ProcessRun) -> None:
     """Train a few steps; the first process writes the seconds of one step into the folder."""
     torch.set_num_threads(1)
     on_cuda = job.setup.device.type == "cuda"

@@ -403,7 +403,7 @@ def fit(gradient: Tensor | None, like: Any) -> Tensor | None:
 # ------------------------------------------------------------------------------------------------- table
 
 
-class Step(NamedTuple):
+class CountedStep(NamedTuple):
     """One row before it is measured."""
 
     name: str
@@ -415,17 +415,17 @@ class Step(NamedTuple):
 
 def measure_roofline(setup: Setup) -> list[Row]:
     """Prediction for an H100 and, on a GPU, the measured time beside it."""
-    steps = [Step("training", case, 0.0) for case in TRAINING]
-    steps.insert(1, Step("training, TF32", TRAINING[0], 0.0, tf32=True))
+    steps = [CountedStep("training", case, 0.0) for case in TRAINING]
+    steps.insert(1, CountedStep("training, TF32", TRAINING[0], 0.0, tf32=True))
     for case in (TRAINING[0], TRAINING[-1]):
-        steps.insert(0, Step("training without Triton", case, 0.0, fused=False))
+        steps.insert(0, CountedStep("training without Triton", case, 0.0, fused=False))
     for case in SAMPLING:
         for dropped in DROPPED if not case.config().is_static else DROPPED[:1]:
-            steps.append(Step("guided sampling", case, dropped))
+            steps.append(CountedStep("guided sampling", case, dropped))
     return [row_of(step, setup) for step in steps]
 
 
-def row_of(step: Step, setup: Setup) -> Row:
+def row_of(step: CountedStep, setup: Setup) -> Row:
     """One row of the table, times in milliseconds."""
     if step.name.startswith("training"):
         forward, backward, update = count_phases(step.case, step.tf32, fused=step.fused)
@@ -454,7 +454,7 @@ def row_of(step: Step, setup: Setup) -> Row:
     }
 
 
-def measure(step: Step, setup: Setup) -> float:
+def measure(step: CountedStep, setup: Setup) -> float:
     """Seconds of the step on this GPU."""
     fixed = Setup(setup.device, setup.bf16, setup.seconds, step.tf32)
     workload = build_workload(step.case.config(), step.case.batch, fixed)

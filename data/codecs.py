@@ -136,7 +136,7 @@ def shift_and_scale(config: Any, channels: int) -> tuple[list[float], list[float
     return [float(value) for value in shift], scale
 
 
-def decoder_flops(codec: Codec, grid: Grid) -> float:
+def counted_decoder_flops(codec: Codec, grid: Grid) -> float:
     """FLOPs to decode a latent of this grid, as PyTorch counts them: products and convolutions."""
     on_meta = copy.copy(codec)
     on_meta.model = copy.deepcopy(codec.model).to("meta")

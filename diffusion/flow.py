@@ -53,8 +53,10 @@ class FlowMatching:
         """(step, timestep, sigma before, sigma after) of every reverse step, from noise to image."""
         levels = []
         for i in reversed(range(self.steps)):
-            after = self.sigmas[self.timesteps[i - 1]] if i > 0 else 0.0
-            levels.append((i, int(self.timesteps[i]), float(self.sigmas[self.timesteps[i]]), float(after)))
+            t = int(self.timesteps[i])
+            before = float(self.sigmas[t])
+            after = float(self.sigmas[self.timesteps[i - 1]]) if i > 0 else 0.0
+            levels.append((i, t, before, after))
         return levels
 
 
@@ -80,6 +82,7 @@ def heun(flow: FlowMatching, denoise: Denoise, x: Tensor, noise: Callable[[], Te
     for i, t, before, after in flow.levels():
         velocity = _velocity(denoise, x, t)
         trial = x + (after - before) * velocity
+        # Evaluations count down to 0: two per step, one in the last
         yield Step(2 * i, t, x, x - before * velocity, trial)
         if i == 0:
             return

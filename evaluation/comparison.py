@@ -29,9 +29,8 @@ METRIC_NAMES = {
     "class_accuracy": "class accuracy",
 }
 INCEPTION_WIDTHS = {"features": 2048, "spatial": 2023}
-PR_REFERENCE_IMAGES = (
-    10_000  # precision and recall use at most this number of reference images, as in the ADM suite
-)
+# Reference images that precision and recall use at most, as in the ADM suite
+PR_REFERENCE_IMAGES = 10_000
 
 
 class FeatureSet:

@@ -138,7 +138,7 @@ class FolderImages:
         return Grid(height, width)
 
     @functools.cached_property
-    def _headers(self) -> "list[Header]":
+    def _headers(self) -> list[Header]:
         with ThreadPoolExecutor(READERS) as readers:
             return list(readers.map(self._header, self.paths))
 
@@ -150,7 +150,7 @@ class FolderImages:
             image, _ = self.dataset[index]
             return image
 
-    def _header(self, path: Path) -> "Header":
+    def _header(self, path: Path) -> Header:
         """What can be said without decoding the image."""
         with self._naming(path), Image.open(path, formats=readable_formats()) as image:
             return Header(image.size, is_lossy(path, image.format))

@@ -53,9 +53,8 @@ class ParetoPlan:
     weights: str  # "ema", "model" or the name of an average
     cfg_scales: list[float] | None  # None: without guidance, at the scale that each model can do
     budgets: list[float]  # dropped fractions
-    lite_budgets: list[
-        float
-    ]  # dropped fractions of the unconditional branch, besides guidance without Lite-CFG
+    # Dropped fractions of the unconditional branch, measured besides guidance without Lite-CFG
+    lite_budgets: list[float]
 
     # The samples of each point
     num_samples: int
@@ -74,7 +73,7 @@ class ParetoPlan:
 
 
 @dataclass(frozen=True)
-class Point:
+class ParetoPoint:
     """One way to sample one model."""
 
     trained: TrainedModel
@@ -246,7 +245,7 @@ def measure(plan: ParetoPlan) -> list[dict[str, str]]:
         return table.rows
 
 
-def points_of(trained: TrainedModel, plan: ParetoPlan) -> list[Point]:
+def points_of(trained: TrainedModel, plan: ParetoPlan) -> list[ParetoPoint]:
     """All points of one model; a static DiT has no budgets, and scale 1 has no unconditional branch."""
     static = trained.config.is_static
     budgets = [0.0] if static else plan.budgets
@@ -257,7 +256,7 @@ def points_of(trained: TrainedModel, plan: ParetoPlan) -> list[Point]:
             lites += plan.lite_budgets
         for lite in lites:
             for budget in budgets:
-                points.append(Point(trained, scale, budget, lite))
+                points.append(ParetoPoint(trained, scale, budget, lite))
     return points
 
 
@@ -278,7 +277,7 @@ def check_models(models: Mapping[str, TrainedModel], source: Source) -> None:
     check_sizes(expected.image_grid, source.size)
 
 
-def settings_of(plan: ParetoPlan, source: Source, point: Point, extractor: Extractor) -> dict[str, str]:
+def settings_of(plan: ParetoPlan, source: Source, point: ParetoPoint, extractor: Extractor) -> dict[str, str]:
     """The columns that all points share, and in which all rows of a table must be equal."""
     kind, content = extractor.name.split(":")[:2]
     if source.path.is_dir() and source.images is not None:
@@ -307,7 +306,7 @@ def warn_of_few_images(plan: ParetoPlan, reference: FeatureSet) -> None:
 
 
 def measure_point(
-    point: Point, plan: ParetoPlan, yardstick: Yardstick, folder: Path, processes: Processes
+    point: ParetoPoint, plan: ParetoPlan, yardstick: Yardstick, folder: Path, processes: Processes
 ) -> dict[str, str]:
     """Sample and compare. Returns the columns of cost and metrics on the first process, nothing on the others.
 

@@ -6,12 +6,9 @@ recall.
 """
 
 import json
-import zipfile
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from numpy.lib import format as npy
 
 from data.files import write_file
 from data.streams import rng
@@ -20,7 +17,7 @@ from evaluation.comparison import PR_REFERENCE_IMAGES
 from evaluation.extractors import Extractor
 from evaluation.feature_cache import FeatureChunks
 from evaluation.image_sets import FolderImages
-from sampling.npz import CLASS_NAMES
+from sampling.npz import CLASS_NAMES, write_archive
 
 BATCH = 256  # images in memory at a time
 
@@ -51,7 +48,10 @@ def write_reference(path: Path, images: FolderImages, chunks: FeatureChunks, ext
         "content": images.digest(),
     }
     arrays[META] = np.array(json.dumps(meta))
-    write_file(path, lambda stream: _write(stream, images, chosen, arrays))
+
+    shape = (len(chosen), *images.size, 3)
+    parts = (images.read(chosen[start : start + BATCH]) for start in range(0, len(chosen), BATCH))
+    write_file(path, lambda stream: write_archive(stream, shape, parts, arrays))
     return len(chosen)
 
 
@@ -65,16 +65,3 @@ def is_reference_of(path: Path, images: FolderImages, extractor: Extractor) -> b
     if any(meta[key] != value for key, value in own.items()):
         return False
     return meta.get("content") in (None, images.digest())
-
-
-def _write(stream: BinaryIO, images: FolderImages, chosen: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(chosen), *images.size, 3)}
-            npy.write_array_header_1_0(file, header)
-            for start in range(0, len(chosen), BATCH):
-                pixels = images.read(chosen[start : start + BATCH])
-                file.write(pixels.tobytes())
-        for name, values in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                npy.write_array(file, values, allow_pickle=False)

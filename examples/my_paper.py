@@ -1,6 +1,8 @@
-"""A router, an objective, a loss term and an average of the weights of one's own. Try them:
+"""A router, an objective, a loss term and an average of the weights of one's own.
 
-python train.py --import examples.my_paper --config configs/shapes.yaml --set model.router=centre
+    python train.py --import examples.my_paper --config configs/shapes.yaml --set model.router=centre
+
+tries the router. docs/extending.md explains them all.
 """
 
 from collections.abc import Mapping

@@ -38,7 +38,7 @@ LONGEST_TITLE = 140
 LAST_PARTS = 4
 
 
-class Samples(NamedTuple):
+class ModelSamples(NamedTuple):
     """What the picture shows of a model."""
 
     title: str
@@ -48,7 +48,9 @@ class Samples(NamedTuple):
     token_grid: Grid
 
 
-def draw_samples(ckpt: str, trained: TrainedModel, labels: list[int], args: argparse.Namespace) -> Samples:
+def draw_samples(
+    ckpt: str, trained: TrainedModel, labels: list[int], args: argparse.Namespace
+) -> ModelSamples:
     """One sample per label, from the first noise of a seed."""
     config = trained.config
     options = SamplingOptions(
@@ -66,7 +68,7 @@ def draw_samples(ckpt: str, trained: TrainedModel, labels: list[int], args: argp
     names = [figure_name(shown_name(label, trained.class_names), LONGEST_NAME) for label in labels]
     place = "/".join(Path(ckpt).parts[-LAST_PARTS:])
     title = f"{place}: {config.model.name}, {trained.step:,} training steps"
-    return Samples(figure_name(title, LONGEST_TITLE), images, names, trace, config.token_grid)
+    return ModelSamples(figure_name(title, LONGEST_TITLE), images, names, trace, config.token_grid)
 
 
 def default_labels(config: Config) -> list[int]:
@@ -76,7 +78,7 @@ def default_labels(config: Config) -> list[int]:
 
 
 @rc_context(SMALL)
-def draw(models: list[Samples], path: Path) -> None:
+def draw(models: list[ModelSamples], path: Path) -> None:
     """The samples of each model above their kept tokens."""
     columns = max(len(model.images) for model in models)
     heights = []

@@ -1,7 +1,7 @@
 """The static DiT (arXiv 2212.09748): a Diffusion Transformer over fixed patches, the baseline of DC-DiT.
 
-It has the interface of models/dc_dit.py, with a routing that keeps every patch. Its parameters have the names
-of the published checkpoints, apart from `x_embedder` and `y_embedder` (see weights/foreign.py).
+It has the interface of models/dc_dit.py without `draw`, and a routing that keeps every patch. Its parameters
+have the names of the published checkpoints, apart from `x_embedder` and `y_embedder` (see weights/foreign.py).
 """
 
 from collections.abc import Mapping

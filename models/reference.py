@@ -240,9 +240,8 @@ def attention(module: Attention, x: Tensor, chunks: Chunks) -> Tensor:
         return module.proj(attend(qkv, chunks.packing).flatten(1))
 
     padded = unpack(qkv.flatten(1), chunks)  # (B, M, 3D)
-    q, k, v = padded.unflatten(2, (3, module.heads, -1)).permute(
-        2, 0, 3, 1, 4
-    )  # (B, heads, M, D / heads) each
+    split = padded.unflatten(2, (3, module.heads, -1))  # (B, M, 3, heads, D / heads)
+    q, k, v = split.permute(2, 0, 3, 1, 4)  # (B, heads, M, D / heads) each
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=chunks.valid[:, None, None])
     merged = attended.transpose(1, 2).flatten(2)  # (B, M, D)
     return module.proj(merged[chunks.valid])

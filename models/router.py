@@ -1,8 +1,9 @@
 """Routers: which tokens are chunk boundaries, and in which order a budget drops them. `ROUTERS` names them all.
 
-A router turns the encoder's output into a probability and a score for every token. The probability decides and is
-the gate that dechunk uses. The score is the order of importance. `learned` is the paper's router. `hnet` compares
-neighbours, as H-Net does. The others learn nothing: they show what choosing tokens well is worth.
+A router gives every token two numbers. `prob` decides: above 1/2 the token is kept, and dechunk weighs the
+token's own value against the smoothed one by it. `order` is the importance, by which budgets drop tokens.
+`learned` is the paper's router. `hnet` compares neighbours, as H-Net does. The others learn nothing: they show
+what choosing tokens well is worth.
 """
 
 import math
@@ -25,6 +26,11 @@ INITIAL_BIAS = -1.1  # sigmoid(-1.1) is about 0.25
 SILU_MEAN = 0.2066
 SILU_STD = 0.5596
 
+# splitmix64's constants 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB as signed numbers
+STEP = -7046029254386353131
+FIRST_MIX = -4658895280553007687
+SECOND_MIX = -7723592293110705685
+
 
 class Scores(NamedTuple):
     """What a router thinks of every token."""
@@ -34,18 +40,20 @@ class Scores(NamedTuple):
 
 
 class Router(nn.Module):
-    """Encoder output (B, D, S, S) -> Routing over its L tokens. A router defines `score`, and `flops`.
+    """Encoder output (B, D, S, S) -> Routing over its L tokens. A subclass defines `score` and `flops`.
+
+    `start` and `balance` are optional. docs/extending.md lists what else a new router needs.
 
     Args:
         width: D.
         factor: N; a router that learns nothing keeps 1 token in N.
     """
 
-    # Whether the ratio loss can move what it keeps
+    # Whether training can change what it keeps; if not, there is no ratio loss
     is_learned = True
-    # Whether `score` needs numbers to draw from
+    # Whether `score` uses `draw`
     is_random = False
-    # Tokens that every sample keeps at least, the first by `order`; a number of tokens from outside comes before it
+    # Every sample keeps at least this many tokens, the most important by `order`; `forward`'s `tokens` overrides it
     min_tokens: int | None = None
 
     def __init__(self, width: int, factor: float):
@@ -62,10 +70,10 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def start(self) -> None:
-        """Initialise what should not start as PyTorch starts it."""
+        """Set the first weights that should differ from PyTorch's and from those of `init_transformer`."""
 
     def balance(self, factor: float) -> list[str]:
-        """Keep about 1 token in `factor` from the first step on, if that is possible. Names the changed weights."""
+        """Make it keep about 1 token in `factor` from the first step on. Returns the names of changed weights."""
         return []
 
     def forward(
@@ -81,15 +89,17 @@ class Router(nn.Module):
             features: (B, D, S, S).
             drop: fraction of the boundary tokens to drop, in [0, 1): one number, one per sample (B,), or None.
             tokens: keep exactly this number instead, in [2, L]: one number, one per sample, or None.
-            draw: (B,) int64, what a random router draws from; None: the row of the batch.
+            draw: (B,) int64, the seeds of a random router; None: 0 to B - 1.
         """
         if draw is None:
             draw = torch.arange(len(features), device=features.device)
         prob, order = self.score(features, draw)
         prob = force_ends(prob)
 
-        # Without a budget every boundary token is kept
+        # The router's own decision, as an argmax over (1 - p, p) takes it
         boundary = prob > 1 - prob
+
+        # A budget changes which tokens are kept, not which are boundaries
         if tokens is not None:
             keep = keep_top(order, tokens)
         elif drop is not None:
@@ -188,7 +198,10 @@ class HNetRouter(Router):
 
 
 class ControlRouter(Router):
-    """Keeps the 1 token in N with the highest score, whatever is trained. The gate is 1 there and 0 elsewhere."""
+    """Keeps the 1 token in N of the highest `importance`; nothing is learned.
+
+    The probability is 1 at these tokens and 0 elsewhere, so dechunk hardly smooths them.
+    """
 
     is_learned = False
 
@@ -240,7 +253,7 @@ class ContrastRouter(ControlRouter):
         return 2 * cells * width
 
 
-# The names of `model.router`
+# The names of `model.router`. config_keys.py lists them too, and in CONTROL_ROUTERS those that learn nothing
 ROUTERS: dict[str, type[Router]] = {
     "learned": LearnedRouter,
     "hnet": HNetRouter,
@@ -269,7 +282,9 @@ def ordered_dither(grid: Grid, device: torch.device) -> Tensor:
     corner = torch.tensor([[0.0, 2.0], [3.0, 1.0]], device=device)
     ranks = torch.zeros(1, 1, device=device)
     for _ in range(levels):
-        ranks = torch.kron(torch.ones_like(corner), 4 * ranks) + torch.kron(corner, torch.ones_like(ranks))
+        repeated = torch.kron(torch.ones_like(corner), 4 * ranks)
+        quadrant = torch.kron(corner, torch.ones_like(ranks))
+        ranks = repeated + quadrant
     return ranks[: grid.rows, : grid.columns] / 4**levels
 
 
@@ -278,11 +293,11 @@ def hash_to_unit(seed: Tensor, position: Tensor) -> Tensor:
 
     The mixing steps are those of splitmix64, by Steele, Lea and Flood (2014).
     """
-    x = seed * -7046029254386353131 + position * -4658895280553007687
-    x = (x ^ shift_right(x, 30)) * -4658895280553007687
-    x = (x ^ shift_right(x, 27)) * -7723592293110705685
+    x = seed * STEP + position * FIRST_MIX
+    x = (x ^ shift_right(x, 30)) * FIRST_MIX
+    x = (x ^ shift_right(x, 27)) * SECOND_MIX
     x = x ^ shift_right(x, 31)
-    return shift_right(x, 40).float() / 2**24
+    return shift_right(x, 40).float() / 2**24  # the upper 24 bits
 
 
 def shift_right(x: Tensor, bits: int) -> Tensor:

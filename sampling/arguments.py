@@ -126,7 +126,7 @@ def add_sampling_arguments(parser: cli.Parser, cfg_scale: float, seed: int) -> N
 
 
 def add_condition_argument(parser: argparse.ArgumentParser) -> None:
-    """What samples are told beside their class."""
+    """Add --condition: values that samples have beside their class."""
     parser.add_argument(
         "--condition",
         action="append",

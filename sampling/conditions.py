@@ -1,7 +1,7 @@
-"""What samples are told beside their class: values by the names of the model's conditions.
+"""Values of the conditions that samples have beside their class, by name.
 
 A value is a number, or an array of the condition's shape; an array with a further dimension in front has a row per
-sample, and sample i is told row i.
+sample, and sample i gets row i.
 """
 
 import hashlib
@@ -84,7 +84,7 @@ def check_rows(conditions: Mapping[str, ArrayLike], config: Config, count: int) 
 def condition_values(
     conditions: Mapping[str, ArrayLike], config: Config, indices: Sequence[int], device: torch.device
 ) -> dict[str, Tensor]:
-    """What the network is told of the samples with these indices: by name (B, ...), NaN for no condition."""
+    """The conditions of the samples with these indices, by name: (B, ...), NaN for no condition."""
     values = {}
     for name, kind_name in config.data.conditions.items():
         shape = find_kind(kind_name).shape
@@ -110,7 +110,7 @@ def plain_conditions(conditions: Mapping[str, ArrayLike] | None) -> dict[str, An
 
 
 def conditions_of_images(store: Features, config: Config, labels: list[int]) -> dict[str, np.ndarray]:
-    """For samples that a run draws by itself: what it is trained to be told of images of the same classes.
+    """Conditions for samples that a run draws by itself: those of training images of the same classes.
 
     The image of sample i is a function of i and its label; if the features have none of the class, any image.
 

@@ -132,20 +132,29 @@ def sampling_steps(
 
     on_device = torch.tensor(labels, device=trained.device)
     timesteps = []
-    finite = []  # a value per sample, of each step; they are read after the last step, so that no step waits
+    # A value per sample of each step. They are read after the last step, so that no step waits for the device
+    finite = []
     indices = indices or range(len(labels))
-    common: Conditioning = {}
-    if draws_at_random(trained.config):
-        common["draw"] = router_draws(options.seed, indices, trained.device)
-    if trained.config.data.conditions:
-        given = options.conditions or {}
-        common["conditions"] = condition_values(given, trained.config, indices, trained.device)
+    common = common_conditioning(trained, options, indices)
     for step in sampler(guided_denoiser(network, trained.config, on_device, options, common)):
         timesteps.append(step.t)
         finite.append(step.x_next.isfinite().flatten(1).all(1))
         yield step, split_branches(routings, len(labels), has_classes=options.cfg_scale > 0)
         routings.clear()
     check_finite_samples(torch.stack(finite), timesteps, indices)
+
+
+def common_conditioning(
+    trained: TrainedModel, options: SamplingOptions, indices: Sequence[int]
+) -> Conditioning:
+    """What both branches get beside labels and budgets: the seeds of a random router, and further conditions."""
+    common: Conditioning = {}
+    if draws_at_random(trained.config):
+        common["draw"] = router_draws(options.seed, indices, trained.device)
+    if trained.config.data.conditions:
+        given = options.conditions or {}
+        common["conditions"] = condition_values(given, trained.config, indices, trained.device)
+    return common
 
 
 def check_finite_samples(finite: Tensor, timesteps: Sequence[int], indices: Sequence[int]) -> None:
@@ -208,7 +217,7 @@ def guided_denoiser(
     """Bind labels and budgets: one branch at scale 1, and at 0 without labels; two branches above.
 
     Args:
-        common: what both branches get beside them, except that the unconditional one is told no condition.
+        common: what both branches get beside them, except that the unconditional branch gets no condition.
     """
     budget = options.budget
     uncond = budget if options.uncond is None else options.uncond
@@ -229,11 +238,11 @@ def guided_denoiser(
 
 def without_conditions(common: Conditioning) -> Conditioning:
     """The same with every condition replaced by NaN, which is none."""
-    untold = dict(common)
+    result = dict(common)
     if "conditions" in common:
         values: dict[str, Tensor] = common["conditions"]
-        untold["conditions"] = {name: torch.full_like(told, math.nan) for name, told in values.items()}
-    return untold
+        result["conditions"] = {name: torch.full_like(value, math.nan) for name, value in values.items()}
+    return result
 
 
 def branch_conditioning(labels: Tensor, budget: Budget, pass_drop: bool) -> Conditioning:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from config import Config, UserError
-from data.codecs import KLCodec, decoder_flops
+from data.codecs import KLCodec, counted_decoder_flops
 from data.streams import rng
 from models import architecture, flops
 from processes.memory import peak_memory, reset_peak_memory
@@ -134,7 +134,7 @@ def summarise_run(trained: TrainedModel, options: SamplingOptions, record: Sampl
     if isinstance(codec, KLCodec):
         decoding = sum(flops.decoder_flops(codec.model.config, grid).values())
     else:
-        decoding = decoder_flops(codec, grid)
+        decoding = counted_decoder_flops(codec, grid)
     account = summarise(trained.config, decoding, trained.class_names, record)
     return {"options": options.plain(), **account}
 

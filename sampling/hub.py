@@ -175,7 +175,7 @@ Autoencoder: `{autoencoder}`, SHA-256 of its weights `{trained.autoencoder.sha25
 
 
 def conditions_note(config: Config) -> str:
-    """Markdown: what samples can be told beside the class; nothing for a model without conditions."""
+    """Markdown: what conditions samples can have beside the class; nothing for a model without conditions."""
     conditions = config.data.conditions
     if not conditions:
         return ""
@@ -184,7 +184,7 @@ def conditions_note(config: Config) -> str:
     script = f"--condition {name}=VALUE"
     pipeline = f"conditions={{'{name}': value}}"
     return (
-        f"Samples can be told, beside the class: {kinds}.\n"
+        f"Samples can have conditions beside the class: {kinds}.\n"
         f"The script takes `{script}`, and the pipeline `{pipeline}`.\n\n"
     )
 

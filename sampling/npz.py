@@ -6,6 +6,7 @@ of all classes where they are known. The suite ignores the last.
 
 import json
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,21 +27,24 @@ def write_npz(path: Path, pngs: list[Path], labels: list[int] | None, class_name
         arrays["arr_1"] = np.array(labels, dtype=np.int64)
     if labels is not None and class_names:
         arrays[CLASS_NAMES] = np.array(json.dumps(class_names))
-    write_file(path, lambda stream: _write(stream, pngs, arrays))
+    # The header needs the shape of all images
+    with Image.open(pngs[0]) as first:
+        width, height = first.size
+    shape = (len(pngs), height, width, 3)
+    pixels = (np.asarray(Image.open(png).convert("RGB")) for png in pngs)
+    write_file(path, lambda stream: write_archive(stream, shape, pixels, arrays))
 
 
-def _write(stream: BinaryIO, pngs: list[Path], arrays: dict[str, np.ndarray]) -> None:
+def write_archive(
+    stream: BinaryIO, shape: tuple[int, ...], parts: Iterable[np.ndarray], arrays: dict[str, np.ndarray]
+) -> None:
+    """Write `arr_0`, images (N, H, W, 3) uint8 of this shape from its parts in order, and the other arrays."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        # The header, which needs the shape of all images, and then one image after the other
-        with Image.open(pngs[0]) as first:
-            width, height = first.size
-        shape = (len(pngs), height, width, 3)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             npy.write_array_header_1_0(file, header)
-            for png in pngs:
-                pixels = np.asarray(Image.open(png).convert("RGB"))
-                file.write(pixels.tobytes())
+            for part in parts:
+                file.write(part.tobytes())
         for name, values in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 npy.write_array(file, values, allow_pickle=False)

@@ -101,7 +101,7 @@ class DCDiTPipeline:
                 can do.
             drop_fraction: share of the kept tokens to drop, in [0, 1).
             generator: of the noise, as everywhere in diffusers.
-            conditions: name -> what the model is told beside the class, one value or a row per image.
+            conditions: name -> a condition beside the class: one value, or a row per image.
             uncond_drop_fraction: share that the unconditional branch of guidance drops, which is Lite-CFG; default:
                 `drop_fraction` there too.
 

@@ -153,7 +153,8 @@ class SampleFolder:
     def _is_done(self, start: int) -> bool:
         """Whether a batch, whose files are whole, has a record of all its images and the images."""
         images = self.batch(start)
-        return count_recorded(self.record(start)) >= len(images) and all(self.png(i).exists() for i in images)
+        has_record = count_recorded(self.record(start)) >= len(images)
+        return has_record and all(self.png(i).exists() for i in images)
 
     def _damaged_files(self, start: int) -> list[Path]:
         """Files of a batch that exist and cannot be read; a power cut may leave empty ones."""

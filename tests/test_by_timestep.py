@@ -9,11 +9,11 @@ import torch
 
 from config import UserError
 from figures import by_timestep
-from training.tracking import Averages, flatten_statistics
+from training.tracking import LogSums, flatten_statistics
 
 
 def test_each_value_goes_to_its_tenth():
-    averages = Averages(SimpleNamespace(num_processes=1))
+    averages = LogSums(SimpleNamespace(num_processes=1))
     values = torch.tensor([1.0, 2.0, 4.0, 8.0])
     averages.add_by_timestep({"loss": values}, torch.tensor([0, 99, 100, 999]), 1000)
     averages.add_by_timestep({"loss": values}, torch.tensor([0, 0, 0, 999]), 1000)

@@ -7,7 +7,7 @@ import torch
 
 from config import UserError
 from data.autoencoder import Autoencoder
-from data.codecs import KLCodec, decoder_flops
+from data.codecs import KLCodec, counted_decoder_flops
 from grid import Grid
 from models import flops
 
@@ -71,7 +71,7 @@ def test_counted_flops_are_the_formula(tiny_vae):
     codec = Autoencoder.load(str(tiny_vae), "cpu").codec
     assert isinstance(codec, KLCodec)
     formula = sum(flops.decoder_flops(codec.model.config, Grid(8, 8)).values())
-    assert decoder_flops(codec, Grid(8, 8)) == pytest.approx(formula, rel=0.01)
+    assert counted_decoder_flops(codec, Grid(8, 8)) == pytest.approx(formula, rel=0.01)
 
 
 def test_names_of_no_codec(tmp_path):

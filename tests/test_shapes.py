@@ -1,4 +1,4 @@
-"""The embedded data set: a function of (seed, index), masks that fit, and a writer that continues."""
+"""The drawn shapes: a function of (seed, index), masks that fit, and a writer that continues."""
 
 import numpy as np
 import pytest

@@ -16,7 +16,7 @@ from models.types import Routing
 from training import launch, schedules
 from training.batches import Order, Samples, collate, make_loader, read_batches
 from training.losses import Terms, Weighted, ratio_loss, total_loss
-from training.tracking import Averages, RunLog, kept_fractions
+from training.tracking import LogSums, RunLog, kept_fractions
 from weights import checkpoint
 from weights.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from weights.ema import ema_decay, initial_share
@@ -369,7 +369,7 @@ def test_unreadable_checkpoints(tmp_path):
 
 
 def one_process(**changes) -> SimpleNamespace:
-    """What Averages and RunLog need of an accelerator."""
+    """What LogSums and RunLog need of an accelerator."""
     logged = []
     place = {"num_processes": 1, "process_index": 0, "device": torch.device("cpu"), "is_main_process": True}
     functions = {"gather": lambda x: x, "log": lambda scalars, step: logged.append((step, scalars))}
@@ -377,7 +377,7 @@ def one_process(**changes) -> SimpleNamespace:
 
 
 def test_averages_against_numpy():
-    averages, seen = Averages(one_process()), []
+    averages, seen = LogSums(one_process()), []
     for _ in range(5):
         seen.append(torch.rand(7) * 3 - 1)
         averages.add({"x": seen[-1]})
@@ -394,17 +394,17 @@ def test_averages_against_numpy():
 def test_averages_over_processes():
     """Two processes with different values report what one with all of them reports."""
     values = torch.rand(2, 6)
-    single, rows = Averages(one_process()), []
+    single, rows = LogSums(one_process()), []
     single.add({"x": values.flatten()})
     for part in values:
-        other = Averages(one_process())
+        other = LogSums(one_process())
         other.add({"x": part})
         rows.append(torch.stack(other.rows["x"]))  # (1, 5)
 
     def gather(own):
         return torch.stack(rows).to(own)  # (world, names, 5)
 
-    pair = Averages(one_process(num_processes=2, gather=gather))
+    pair = LogSums(one_process(num_processes=2, gather=gather))
     pair.add({"x": values[0]})
     assert pair.reduce()["x"] == pytest.approx(single.reduce()["x"], rel=1e-6)
 
@@ -412,7 +412,7 @@ def test_averages_over_processes():
 @pytest.mark.parametrize("world", [1, 2])
 def test_averages_continue_after_a_resume(world):
     """Also on another number of processes, and there every process has as many rows as the others."""
-    whole, first = Averages(one_process()), Averages(one_process())
+    whole, first = LogSums(one_process()), LogSums(one_process())
     for averages in (whole, first):
         averages.add({"x": torch.tensor([1.0, 5.0])})
         averages.add({"x": torch.tensor([-2.0])})
@@ -421,12 +421,12 @@ def test_averages_continue_after_a_resume(world):
     whole.add({"x": torch.tensor([3.0, 4.0])})
     rows = []
     for rank in range(world):
-        resumed = Averages(one_process(num_processes=world, process_index=rank))
+        resumed = LogSums(one_process(num_processes=world, process_index=rank))
         resumed.load_state_dict(state)
         resumed.add({"x": torch.tensor([3.0, 4.0]).chunk(world)[rank]})
         rows.append(torch.stack(resumed.rows["x"]))
     assert len({len(part) for part in rows}) == 1
-    together = Averages(one_process())
+    together = LogSums(one_process())
     together.rows["x"] = list(torch.cat(rows))
     assert together.reduce()["x"] == pytest.approx(whole.reduce()["x"])
 

@@ -1,1 +1,1 @@
-"""The small world of the quickstart: drawn images, autoencoder, classifier and routing statistics."""
+"""Small data sets (shapes, OpenMoji glyphs), and an autoencoder, a classifier and routing statistics for them."""

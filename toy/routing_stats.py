@@ -26,9 +26,7 @@ class RoutingStats(NamedTuple):
     overall: float
 
 
-def measure_routing(
-    trained: TrainedModel, images: Tensor, masks: Tensor, labels: list[int], seed: int = 0
-) -> RoutingStats:
+def measure_routing(trained: TrainedModel, images: Tensor, masks: Tensor, labels: list[int]) -> RoutingStats:
     """Noise held-out images to timesteps 50, 150, ..., 950 (of 1000) and count what the router keeps.
 
     Args:
@@ -36,11 +34,10 @@ def measure_routing(
         images: (B, 3, H, W) uint8.
         masks: (B, H, W) bool, true on the object.
         labels: B class numbers.
-        seed: of the noise.
     """
     diffusion_steps = trained.config.diffusion.diffusion_steps
     timesteps = [round((k + 0.5) / TIMESTEPS * diffusion_steps) for k in range(TIMESTEPS)]
-    kept = kept_tokens(trained, images, labels, timesteps, seed)
+    kept = kept_tokens(trained, images, labels, timesteps, seed=0)
     on_object = cells_on_object(masks, trained.config)
     t_of_1000 = torch.tensor(timesteps) * 1000 / diffusion_steps
     return RoutingStats(

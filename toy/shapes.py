@@ -1,4 +1,4 @@
-"""The embedded data set: textured objects on smooth backgrounds, drawn by formula, nothing to download.
+"""A data set drawn by formula, with nothing to download: textured objects on smooth backgrounds.
 
     python -m toy.shapes --output DIR --image-size 64 --num-images 4096 --seed 0 --start 0
 
@@ -286,7 +286,7 @@ def write_images(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = cli.Parser("Write the embedded data set as an image folder.")
+    parser = cli.Parser("Draw the shapes as an image folder.")
     parser.add_argument("--output", required=True, help="folder that gets one sub-folder per class")
     parser.add_argument("--image-size", type=int, default=64, help="pixels per side (default: %(default)s)")
     parser.add_argument("--num-images", type=int, default=4096, help="(default: %(default)s)")

@@ -174,7 +174,10 @@ def check_installed_trackers(accelerator: Accelerator, config: Config) -> None:
 
 
 def check_unsharded(config: Config) -> None:
-    """Raise a UserError for what needs the whole model: samples (unequal numbers of batches hang), and averages."""
+    """Raise a UserError for what FSDP does not support: samples and metrics in training, loss terms, averages.
+
+    Processes with unequal numbers of batches of samples would wait for each other for ever.
+    """
     intervals = {
         "logging.sample_every": config.logging.sample_every,
         "evaluation.every": config.evaluation.every,

@@ -129,7 +129,7 @@ def ratio_loss(routing: Routing, downsample_factor: float, group_size: int | Non
     # F and G of each group (groups,)
     kept = routing.boundary.float().view(groups, -1).mean(1)
     prob = routing.prob.float().view(groups, -1).mean(1)
-    return (n / (n - 1) * ((n - 1) * kept * prob + (1 - kept) * (1 - prob))).mean()
+    return ratio_of_groups(n, kept, prob)
 
 
 def ratio_loss_by_timestep(
@@ -153,7 +153,13 @@ def ratio_loss_by_timestep(
     n = 1 / downsample_factors[order].reciprocal().view(-1, size).mean(1)
     kept = routing.boundary.float().mean(1)[order].view(-1, size).mean(1)
     prob = routing.prob.float().mean(1)[order].view(-1, size).mean(1)
-    return (n / (n - 1) * ((n - 1) * kept * prob + (1 - kept) * (1 - prob))).mean()
+    return ratio_of_groups(n, kept, prob)
+
+
+def ratio_of_groups(n: Tensor | float, kept: Tensor, prob: Tensor) -> Tensor:
+    """N / (N - 1) * ((N - 1) F G + (1 - F)(1 - G)), averaged over groups: F and G (groups,) -> scalar."""
+    balance = (n - 1) * kept * prob + (1 - kept) * (1 - prob)
+    return (n / (n - 1) * balance).mean()
 
 
 # ------------------------------------------------------------------------------------------------- alignment

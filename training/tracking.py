@@ -32,7 +32,7 @@ NO_VALUES = [0.0, 0.0, math.inf, -math.inf, 0.0]  # the row of an empty batch
 # --------------------------------------------------------------------------------------------------- averages
 
 
-class Averages:
+class LogSums:
     """Running sums of per-sample values between two log lines, kept on the device: adding never waits for it.
 
     A batch adds one row per name: (sum, sum of squares, minimum, maximum, count) over its samples.

@@ -34,7 +34,7 @@ from training.losses import Terms, total_loss
 from training.optimizer import load_optimizer, make_optimizer, set_learning_rate
 from training.sample_grids import grid_path
 from training.tracking import (
-    Averages,
+    LogSums,
     RunLog,
     flatten_statistics,
     kept_fractions,
@@ -106,12 +106,12 @@ class Trainer:
         # Model, EMA, optimizer and the counters of the log, as in the checkpoint if there is one
         self.step = 0 if state is None else state["step"]
         self.last_step = schedules.total_steps(config, len(store))
-        self.averages = Averages(accelerator)
+        self.log_sums = LogSums(accelerator)
         self.guard = FiniteGuard(training.max_skipped_steps, self.report_skipped, self.report_stop)
         self.build(state)
         if state is not None and "optimizer" in state:
             load_optimizer(self.optimizer, state["optimizer"])
-            self.averages.load_state_dict(state["averages"])
+            self.log_sums.load_state_dict(state["averages"])
             self.guard.load_state_dict(state["skipped"])
         # Data order, log, signals and watch
         self.order = self.make_order()
@@ -188,12 +188,12 @@ class Trainer:
             self.profiler() as profiler,
         ):
             while self.step < self.last_step and not self.stop.requested():
-                complete_rows = self.averages.sizes()
+                complete_rows = self.log_sums.sizes()
                 try:
                     self.optimizer_step(batches)
                 except NoBatch as error:
                     # Forget the part of the step that was done
-                    self.averages.cut(complete_rows)
+                    self.log_sums.cut(complete_rows)
                     failure = error
                     break
                 bar.update()
@@ -240,7 +240,7 @@ class Trainer:
         parameters = [*self.model.parameters(), *self.terms.modules.parameters()]
         norm = full_tensor(self.accelerator.clip_grad_norm_(parameters, training.longest_gradient))
         local_batch = training.global_batch_size // self.accelerator.num_processes
-        self.averages.add({"grad_norm": norm.expand(local_batch)})
+        self.log_sums.add({"grad_norm": norm.expand(local_batch)})
         self.guard.update(self.optimizer, norm, self.step)
         self.optimizer.zero_grad()
         self.ema.decay = ema_decay(self.step, training)
@@ -299,15 +299,15 @@ class Trainer:
 
         # Log all terms. A scalar is repeated per sample, so that all averages have the same weights
         terms = {**losses, **kept_fractions(out.routing)}
-        self.averages.add({name: values.expand(len(x0)) for name, values in terms.items()})
+        self.log_sums.add({name: values.expand(len(x0)) for name, values in terms.items()})
         # An average loss hides where it is made: layout is decided in the noisiest tenths, detail in the others
         timesteps = self.config.diffusion.diffusion_steps
         by_timestep = {"loss": losses["diffusion_loss"], "kept": out.routing.boundary.float().mean(1)}
-        self.averages.add_by_timestep(by_timestep, t, timesteps)
+        self.log_sums.add_by_timestep(by_timestep, t, timesteps)
         return losses["loss"]
 
     def conditions(self, columns: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """What the network is told beside the labels (B,): by name (B, ...), NaN where the label was dropped."""
+        """The conditions beside the labels (B,), by name: (B, ...), NaN where the label was dropped."""
         is_dropped = labels == self.config.data.num_classes
         conditions = {}
         for name in self.config.data.conditions:
@@ -400,7 +400,7 @@ class Trainer:
 
     def report(self) -> str:
         """Write what was measured since the last report to every log; return a short summary. Collective."""
-        statistics = self.averages.reduce()
+        statistics = self.log_sums.reduce()
         self.guard.read_pending_flags()
         kept = statistics["kept_effective"]
         tflop = training_tflop(self.config, kept)
@@ -483,15 +483,19 @@ class Trainer:
                 "that, or predict epsilon"
             )
 
-    def warn_of_late_ema(self, holds: str) -> None:
-        """Log a warning if the run is too short for its EMA to forget the first weights."""
+    def warn_of_late_ema(self, verb: str) -> None:
+        """Log a warning if the run is too short for its EMA to forget the first weights.
+
+        Args:
+            verb: "will hold" before the last step, "holds" after it.
+        """
         share = initial_share(self.last_step, self.config.training)
         if share <= MAX_INITIAL_SHARE:
             return
         # This decay leaves e^-5 = 0.7 %
         decay = max(1 - 5 / self.last_step, 0)
         self.log.line(
-            f"warning: after {self.last_step} steps the EMA, which samples are drawn from, {holds} {share:.0%} of "
+            f"warning: after {self.last_step} steps the EMA, which samples are drawn from, {verb} {share:.0%} of "
             f"the initial weights; use training.ema_warmup=true or training.ema_decay={decay:.4g} in a new run, "
             "or sample with --weights model"
         )
@@ -543,7 +547,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint from the main process. Collective."""
         # Gather what is spread over the processes
-        averages = self.averages.state_dict()
+        averages = self.log_sums.state_dict()
         skipped = self.guard.state_dict()
         weights = {
             "model": self.accelerator.unwrap_model(self.model).state_dict(),

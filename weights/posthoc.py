@@ -48,18 +48,23 @@ def overlap(one: Snapshot, other: Snapshot) -> float:
     return float(np.exp(logarithm))
 
 
-def mixture(snapshots: Sequence[Snapshot], target: Snapshot) -> np.ndarray:
-    """Weights of the snapshots whose sum comes nearest to the target profile: (n,) float64."""
+def overlaps(snapshots: Sequence[Snapshot], target: Snapshot) -> tuple[np.ndarray, np.ndarray]:
+    """Overlaps of the snapshots with each other (n, n), and with the target (n,)."""
     products = np.array([[overlap(one, other) for other in snapshots] for one in snapshots])
     with_target = np.array([overlap(one, target) for one in snapshots])
+    return products, with_target
+
+
+def mixture(snapshots: Sequence[Snapshot], target: Snapshot) -> np.ndarray:
+    """Weights of the snapshots whose sum comes nearest to the target profile: (n,) float64."""
+    products, with_target = overlaps(snapshots, target)
     return np.linalg.lstsq(products, with_target, rcond=1e-12)[0]
 
 
 def residual(snapshots: Sequence[Snapshot], target: Snapshot) -> float:
     """Distance of the best mixture to the target profile, relative to the target's norm."""
     weights = mixture(snapshots, target)
-    products = np.array([[overlap(one, other) for other in snapshots] for one in snapshots])
-    with_target = np.array([overlap(one, target) for one in snapshots])
+    products, with_target = overlaps(snapshots, target)
     norm = overlap(target, target)
     square = norm - 2 * weights @ with_target + weights @ products @ weights
     return float(max(square, 0) / norm) ** 0.5

@@ -58,9 +58,8 @@ LABEL_TABLE = "y_embedder.table.weight"
 
 Network = DiT | DCDiT
 
-Origins = dict[
-    str, str
-]  # for each tensor, where its values come from: "copied", "resampled: how" or "new: how"
+# For each tensor, where its values come from: "copied", "resampled: how" or "new: how"
+Origins = dict[str, str]
 
 
 def initial_state(config: Config, class_names: Sequence[str] | None = None) -> tuple[Checkpoint, Origins]:

@@ -141,18 +141,19 @@ def largest_difference(kernels: ModuleType, device: torch.device, width: int) ->
     shift, scale = rows.to(half).chunk(2)
     y, half_grad = y.to(half), half_grad.to(half)
 
-    pairs = [
-        (kernels.modulate(x, shift, scale, sample, eps, half),),
-        (plain_modulate(x, shift, scale, sample, eps, half),),
-        kernels.modulate_backward(half_grad, x, shift, scale, pieces, eps),
-        plain_modulate_backward(half_grad, x, shift, scale, sample, pieces, eps),
-        (kernels.gate(x, shift, y, sample),),
-        (plain_gate(x, shift, y, sample),),
-        kernels.gate_backward(grad, shift, y, pieces),
-        plain_gate_backward(grad, shift, y, sample, pieces),
+    fused = [
+        kernels.modulate(x, shift, scale, sample, eps, half),
+        *kernels.modulate_backward(half_grad, x, shift, scale, pieces, eps),
+        kernels.gate(x, shift, y, sample),
+        *kernels.gate_backward(grad, shift, y, pieces),
+    ]
+    plain = [
+        plain_modulate(x, shift, scale, sample, eps, half),
+        *plain_modulate_backward(half_grad, x, shift, scale, sample, pieces, eps),
+        plain_gate(x, shift, y, sample),
+        *plain_gate_backward(grad, shift, y, sample, pieces),
     ]
     differences = []
-    for fused, plain in zip(pairs[::2], pairs[1::2]):
-        for one, other in zip(fused, plain):
-            differences.append((one.float() - other.float()).abs().max())
+    for one, other in zip(fused, plain, strict=True):
+        differences.append((one.float() - other.float()).abs().max())
     return torch.stack(differences).max().item()
