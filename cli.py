@@ -227,6 +227,12 @@ def add_config_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key; repeatable"
     )
+    add_import_argument(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+
+
+def add_import_argument(parser: Parser) -> None:
+    """Add --import; for all scripts that read a configuration or a checkpoint."""
     parser.add_argument(
         "--import",
         action=ImportModule,
@@ -234,7 +240,6 @@ def add_config_arguments(parser: Parser) -> None:
         help="import a module of yours first, which registers a router, an objective, a condition, a loss term "
         "or an average",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
 
 
 def add_tf32_argument(parser: Parser) -> None:
@@ -300,6 +305,13 @@ def check_at_least(args: argparse.Namespace, least: float, *attributes: str) -> 
         value = getattr(args, attribute)
         if value < least:
             raise UserError(f"{option_name(attribute)} {value}: must be at least {least}")
+
+
+def check_seed(args: argparse.Namespace, attribute: str = "seed") -> None:
+    """UserError unless the option with this attribute is a seed that random streams take."""
+    seed = getattr(args, attribute)
+    if not 0 <= seed < 2**63:
+        raise UserError(f"{option_name(attribute)} {seed}: must be 0 or greater, and below 2**63")
 
 
 def check_output(option: str, folder: Path | str) -> None:

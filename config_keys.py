@@ -238,9 +238,8 @@ class TrainingConfig:
     gradient_checkpointing: bool = training(False, "recompute blocks in the backward pass to save memory")
     precision: Literal["auto", "bf16", "fp32"] = training(
         "auto",
-        "auto: as accelerate launch says, which is no unless --mixed_precision is given; "
-        "without a launcher, as the checkpoint says that training resumes from; "
-        "in a new run bf16 on CUDA and on CPUs with AMX or AVX512-BF16 (there from a width of 128)",
+        "auto: as the checkpoint says that training resumes from; in a new run as accelerate launch says, which is "
+        "no unless --mixed_precision is given; without a launcher bf16 on CUDA and on CPUs with AMX or AVX512-BF16 (there from a width of 128)",
         spellings.precision,
     )
     tf32: bool | Literal["auto"] = training(
@@ -301,11 +300,13 @@ class TrainingConfig:
         None, "start with the weights of this model; a static DiT is upcycled as model.upcycle says"
     )
     frozen: list[str] = training(
-        [], "parameters whose names begin with these do not change for frozen_steps", spellings.no_entries
+        [],
+        "parameters whose names begin with these parts do not change for frozen_steps",
+        spellings.no_entries,
     )
     frozen_steps: NonNegativeInt = training(0, "optimizer steps until the frozen parameters change")
     lr_scales: dict[str, PositiveFloat] = training(
-        {}, "factors on the learning rate, by beginning of the parameter's name", spellings.no_pairs
+        {}, "factors on the learning rate, by the first parts of a parameter's name", spellings.no_pairs
     )
     max_skipped_steps: PositiveInt = free(10, "number of non-finite steps in a row that ends training")
     rank_timeout: PositiveFloat = free(

@@ -67,7 +67,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.image_size = cli.image_size(args)
     cli.check_at_least(args, 1, "global_batch_size")
-    cli.check_at_least(args, 0, "num_workers", "global_seed", "max_bad")
+    cli.check_at_least(args, 0, "num_workers", "max_bad")
+    cli.check_seed(args, "global_seed")
     if args.shard_size is not None:
         cli.check_at_least(args, 1, "shard_size")
     cli.check_output("--features-path", args.features_path)

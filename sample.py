@@ -21,7 +21,7 @@ from figures.cost import draw_kept
 from models import describe
 from models.types import Routing
 from processes import group
-from sampling.accounting import report, save_summary
+from sampling.accounting import check_summary, report, save_summary
 from sampling.arguments import (
     add_class_arguments,
     add_cuda_graph_argument,
@@ -34,7 +34,7 @@ from sampling.arguments import (
 from sampling.conditions import check_rows
 from sampling.denoising import network_timesteps
 from sampling.generate import describe_choice, generate, replace_cost_limits, summarise_run
-from sampling.pictures import check_is_no_sample_folder, save_grid
+from sampling.pictures import check_is_no_sample_folder, check_picture, save_grid
 
 # The classes of the DiT paper's figures
 IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
@@ -67,6 +67,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.profile_trace_path = Path("sampling_trace.json")
     cli.check_output("--output", args.output)
     check_is_no_sample_folder("--output", args.output)
+    check_picture("--output", args.output / "sample.png")
+    check_summary("--output", args.output / "summary.json")
     if args.profile_trace_path is not None:
         check_trace_file("--profile-trace-path", args.profile_trace_path)
     return args

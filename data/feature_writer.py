@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import UserError
+from config import OneProcessError, UserError
 from data.autoencoder import Autoencoder
 from data.features import MAX_OPEN_SHARDS
 from data.files import write_file, write_json
@@ -132,16 +132,19 @@ def encode_images(
         (B, views, C or 2C, h, w) in the store's dtype.
 
     Raises:
-        UserError: a number is not finite in this dtype.
+        OneProcessError: a number is not finite in this dtype.
     """
     if settings.kind == "moments":
         features = encode_moments(autoencoder, images, settings.views)
     else:
         features = draw_latents(autoencoder, images, indices, settings)
     array = features.to(getattr(torch, settings.dtype)).cpu().numpy()
-    if not np.isfinite(array).all():
-        where = f"non-finite {settings.dtype} latents near image {indices[0]}"
-        raise UserError(f"--vae {autoencoder.name}: {where}; try --dtype float32")
+    finite = np.isfinite(array.reshape(len(array), -1)).all(1)
+    if not finite.all():
+        image = indices[int(finite.argmin())]
+        where = f"non-finite {settings.dtype} latents of image {image}"
+        # Another process may have none
+        raise OneProcessError(f"--vae {autoencoder.name}: {where}; try --dtype float32")
     return array
 
 

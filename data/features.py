@@ -319,6 +319,8 @@ def main() -> None:
     verify_help = "a feature store (the official layout has no checksums)"
     parser.add_argument("--verify", required=True, metavar="PATH", help=verify_help)
     folder = Path(parser.parse_args().verify)
+    if not folder.is_dir():
+        raise UserError(f"--verify '{folder}': does not exist; give the folder of extract_features.py")
     lines = damaged_files(folder)
     if not lines:
         lines = non_finite_images(folder)

@@ -17,7 +17,7 @@ from evaluation.comparison import METRIC_NAMES
 Row = dict[str, Any]
 
 # Columns in which all points must agree to be compared
-SETTINGS = ("images", "steps", "seed", "features", "reference", "image_size", "bf16")
+SETTINGS = ("images", "steps", "seed", "features", "reference", "image_size", "bf16", "weights")
 # The Fréchet distance by the name that it has for the features
 DISTANCES = ("fid", "frechet_distance")
 # Beginnings of keys that models of one comparison may differ in
@@ -231,6 +231,8 @@ def read(folder: Path) -> Evidence:
             floors[summary["floor"]] = {**summary["rows"][0], "measured by": summary["measured by"]}
             continue
         for row in summary["rows"]:
+            # The only weights before the column was added
+            row.setdefault("weights", "ema")
             for name in SETTINGS:
                 if row.get(name) != settings.setdefault(name, row.get(name)):
                     problem = f"has {name} {row.get(name)}, and others {settings[name]}"
@@ -240,6 +242,7 @@ def read(folder: Path) -> Evidence:
                 row.pop("ms_per_image", None)
         # A key that is newer than the summary had no other value than its default
         summary["config"] = {**shaping_keys(load_config()), **summary["config"]}
+        summary["path"] = path
         runs.append(summary)
     if not runs:
         raise UserError(f"'{folder}': has no summary.json of a run; make one with scripts.evidence")
@@ -285,6 +288,7 @@ def group_by_model(runs: list[Row]) -> list[Model]:
         groups.setdefault(json.dumps([shape, run["step"]], sort_keys=True), []).append(run)
     by_name: dict[str, list[list[Row]]] = {}
     for group in groups.values():
+        check_seeds(group)
         by_name.setdefault(group[0]["model"], []).append(group)
     models = []
     for name, same in by_name.items():
@@ -292,6 +296,21 @@ def group_by_model(runs: list[Row]) -> list[Model]:
             models.append(Model(name + differences(group[0], [other[0] for other in same]), group))
     models.sort(key=lambda model: (model.is_static, model.label))
     return models
+
+
+def check_seeds(runs: list[Row]) -> None:
+    """Raise a UserError unless runs of one model differ in their seed, and are sampled alike."""
+    first = runs[0]["rows"][0]["sampler"]
+    paths: dict[int, Path] = {}
+    for run in runs:
+        path = run["path"]
+        other = paths.setdefault(run["seed"], path)
+        if other != path:
+            raise UserError(f"'{path}': is of the same model and seed as '{other}'; remove one of them")
+        for row in run["rows"]:
+            if row["sampler"] != first:
+                problem = f"has samples by {row['sampler']}, and others of the same model by {first}"
+                raise UserError(f"'{path}': {problem}; measure it again, or keep it in another folder")
 
 
 def differences(run: Row, others: list[Row]) -> str:

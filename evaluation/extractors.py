@@ -6,7 +6,7 @@ import json
 import pickle
 import warnings
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.error import URLError
 
 import torch
@@ -198,6 +198,7 @@ class TorchScriptModel:
             raise UserError(
                 f"--features '{path}': is not a TorchScript file ({reason}); torch.jit.save writes one"
             ) from None
+        self.path = path
         self.network = network.eval()
         self.class_names = parse_class_names(extra[CLASS_NAMES_FILE])
         self.name = f"torchscript:{hashlib.sha256(data).hexdigest()}"
@@ -205,11 +206,32 @@ class TorchScriptModel:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> ExtractorOutput:
-        output = self.network(images)
-        features, logits = output if isinstance(output, tuple) else (output, None)
-        if logits is not None:
-            logits = logits.float()
-        return ExtractorOutput(features.flatten(1).float(), logits, None)
+        try:
+            output = self.network(images)
+        except RuntimeError as error:
+            size = f"{images.shape[2]} x {images.shape[3]}"
+            raise UserError(
+                f"--features '{self.path}': fails on uint8 images of {size} pixels ({last_line(error)}); "
+                "give a network for this size"
+            ) from None
+        parts = output if isinstance(output, tuple) else (output,)
+        if len(parts) > 2 or not all(is_batch_of(part, len(images)) for part in parts):
+            raise UserError(
+                f"--features '{self.path}': returns neither features (B, D) nor (features, logits (B, K)); "
+                "give a network that does"
+            )
+        logits = parts[1].float() if len(parts) == 2 else None
+        return ExtractorOutput(parts[0].flatten(1).float(), logits, None)
+
+
+def is_batch_of(value: Any, count: int) -> bool:
+    """Whether a value is a tensor with this many rows."""
+    return isinstance(value, Tensor) and value.ndim > 1 and len(value) == count
+
+
+def last_line(error: Exception) -> str:
+    """The last line of a message that begins with a trace."""
+    return str(error).strip().splitlines()[-1][:120]
 
 
 class TimmModel:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,7 +85,9 @@ class FolderImages:
         listing = list_dataset(folder, option) if self.dataset is None else self.dataset.listing
         self.paths = [folder / path for path in listing.paths]
         # The folder of sample_ddp.py is no class, and the other files in it are known
-        if not (folder / SETTINGS).is_file():
+        if (folder / SETTINGS).is_file():
+            self.notes = sample_notes(folder, len(self.paths))
+        else:
             self.notes = listing.notes
             self.labels = np.array(listing.labels)
             self.class_names = listing.class_names
@@ -173,6 +176,19 @@ class FolderImages:
         except Exception as error:  # Pillow raises nearly every built-in error on damaged files
             reason = f"{path}: {one_line(error, 300)}"
             raise UserError(f"'{self.folder}': unreadable image {reason}; remove it") from None
+
+
+def sample_notes(folder: Path, count: int) -> list[str]:
+    """A line if a folder of sample_ddp.py has other images than those of its last call."""
+    try:
+        last = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["images"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return [f"note: '{folder}': sampling is unfinished; the {count} images so far are compared"]
+    if last == count:
+        return []
+    return [
+        f"note: '{folder}': all {count} images are compared; '{folder}.npz' has the {last} of the last call"
+    ]
 
 
 @dataclass(frozen=True, eq=False)

@@ -117,6 +117,8 @@ class ParetoPoint:
             "model": self.trained.fingerprint[:12],
             "name": config.model.name,
             "step": str(self.trained.step),
+            "weights": self.trained.weights,
+            "training_seed": str(config.training.seed),
             "static": str(config.is_static),
             "cfg_scale": str(self.cfg_scale),
             "budget": str(self.budget),

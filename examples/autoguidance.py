@@ -141,9 +141,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of noise and classes (default: %(default)s)")
     add("--bf16", action="store_true", help="run the networks in bfloat16")
     add("--output", type=Path, default=Path("guided.npz"), help="file of samples (default: %(default)s)")
+    cli.add_import_argument(parser)
     args = parser.parse_args(argv)
     cli.check_at_least(args, 1, "num_samples", "batch_size")
     cli.check_output_file("--output", args.output)
+    if args.output.exists():
+        raise UserError(f"--output '{args.output}': exists; give another file")
     if args.cfg_scale <= 1:
         raise UserError(f"--cfg-scale {args.cfg_scale:g}: 1 is no guidance; give a greater number")
     if not 0 <= args.guide_drop < 1:

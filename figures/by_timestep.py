@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 
 import cli
 from config import UserError
-from data.names import short_name
-from figures.canvas import SMALL, save_figure
+from figures.canvas import SMALL, check_format, figure_name, save_figure
 from training.tracking import TIMESTEP_BINS
 
 LAST = 0.1  # share of the log lines that the picture averages
@@ -30,10 +29,12 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
     """Two charts beside each other. runs: label -> rows of its metrics.jsonl."""
     figure = Figure(figsize=(8, 3), dpi=120, layout="constrained")
     for axes, (name, title) in zip(figure.subplots(1, 2), TITLES.items()):
-        for label, rows in runs.items():
+        for rows in runs.values():
             centres = (np.arange(TIMESTEP_BINS) + 0.5) / TIMESTEP_BINS
-            axes.plot(centres, last_means(rows, name), marker="o", markersize=3, label=short_name(label))
+            axes.plot(centres, last_means(rows, name), marker="o", markersize=3)
         style(axes, title)
+        # With all labels: by itself, a legend leaves out those that begin with "_"
+        axes.legend(axes.lines, [figure_name(label) for label in runs], fontsize=7)
     save_figure(figure, path)
 
 
@@ -42,7 +43,6 @@ def style(axes: Axes, title: str) -> None:
     axes.set_xlim(1, 0)
     axes.set_ylim(0, None)
     axes.set_xlabel("timestep / number of timesteps (noise at the left)")
-    axes.legend(fontsize=7)
 
 
 def last_means(rows: list[dict], name: str) -> np.ndarray:
@@ -64,10 +64,21 @@ def read_rows(folder: Path) -> list[dict]:
         raise UserError(
             f"'{folder}' has no readable metrics.jsonl; give the folder of a run of train.py"
         ) from None
-    rows = [row for row in rows if any(key.startswith("loss_t") for key in row)]
+    rows = [row for row in rows if isinstance(row, dict) and any(key.startswith("loss_t") for key in row)]
     if not rows:
         raise UserError(f"'{folder}' has no losses by timestep yet; train it to its first log line")
     return rows
+
+
+def distinct_ending(path: Path, paths: list[Path]) -> str:
+    """The last parts of a path, as many as tell it from the others."""
+    own = path.resolve()
+    others = {other.resolve() for other in paths} - {own}
+    for count in range(1, len(own.parts)):
+        ending = own.parts[-count:]
+        if all(other.parts[-count:] != ending for other in others):
+            return "/".join(ending)
+    return str(own)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,7 +89,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     cli.check_output_file("--output", args.output)
-    runs = {str(folder): read_rows(folder) for folder in args.runs}
+    check_format("--output", args.output)
+    runs = {}
+    for folder in args.runs:
+        runs[distinct_ending(folder, args.runs)] = read_rows(folder)
     draw(runs, args.output)
     # The numbers, for who wants them exactly
     for label, rows in runs.items():

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import cli
 from config import UserError
 from diffusion.samplers import Step
-from figures.canvas import SMALL, figure_name, save_figure
+from figures.canvas import SMALL, check_format, figure_name, save_figure
 from models import describe
 from models.types import Routing
 from processes import group
@@ -86,6 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     cli.check_output_file("--output", args.output)
+    check_format("--output", args.output)
     check_picture("--output", args.output)
     return args
 

@@ -28,7 +28,7 @@ from figures.pareto import (
     plan_of,
 )
 from processes import group
-from weights.checkpoint import list_checkpoints, load_checkpoint, save_weights
+from weights.checkpoint import load_checkpoint, newest_checkpoint, save_weights
 from weights.posthoc import LONGEST
 from weights.reconstruct import average_of_length
 
@@ -39,8 +39,8 @@ NAME = "std "
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     group.start_processes()
+    checkpoint = newest_checkpoint(args.run)
     averages = group.on_first(lambda: write_averages(args.run, args.stds, args.output))
-    checkpoint = list_checkpoints(args.run / "checkpoints")[-1]
     args.ckpt = [str(path) for path in (checkpoint, *averages)]
     rows = measure(plan_of(args))
     picture = args.output / "ema_lengths.png"
@@ -66,7 +66,7 @@ def write_averages(run: Path, stds: list[float], folder: Path) -> list[Path]:
             print(f"{file}: {average}")
             state = average.state
         else:
-            state = load_checkpoint(list_checkpoints(run / "checkpoints")[-1])
+            state = load_checkpoint(newest_checkpoint(run))
             state["ema"] = state["model"]
             state["weights"] = "model"
         state["config"]["model"]["name"] = f"{NAME}{std:g}"

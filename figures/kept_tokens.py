@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import cli
 from config import Config, UserError
 from diffusion import OBJECTIVES
-from figures.canvas import SMALL, figure_name, save_figure
+from figures.canvas import SMALL, check_format, figure_name, save_figure
 from figures.chunking import Trace, draw_maps
 from grid import Grid
 from processes import group
@@ -122,12 +122,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sampler", help="(default: the fast one of the diffusion process)")
     add("--seed", type=int, default=1, help="(default: %(default)s)")
     add("--output", type=Path, default=Path("kept_tokens.png"), help="picture (default: %(default)s)")
+    cli.add_import_argument(parser)
     args = parser.parse_args(argv)
     cli.check_at_least(args, 3, "num_sampling_steps")
     fraction = args.uncond_tail_dropping_fraction
     if not 0 <= fraction < 1:
         raise UserError(f"--uncond-tail-dropping-fraction {fraction:g}: must be at least 0 and below 1")
     cli.check_output_file("--output", args.output)
+    check_format("--output", args.output)
     check_picture("--output", args.output)
     if args.classes and len(args.classes) != len(args.models):
         raise UserError(

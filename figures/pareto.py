@@ -28,6 +28,9 @@ DRAWN = ("fid", "frechet_distance")
 # Titles of the panels of the scales that are no guidance
 TITLES = {0.0: "without classes", 1.0: "without guidance"}
 
+# Columns that tell models of one name apart, in this order, and their names in a legend
+DISTINCTIONS = {"training_seed": "seed", "weights": "weights", "model": "model"}
+
 Row = dict[str, str]
 
 
@@ -107,7 +110,7 @@ def read_curves(rows: list[Row], scale: str, cost: str = "tflop_per_image") -> l
         lite = row["lite_cfg"]
         key = (row["name"], row["step"], row["static"], lite, row["model"])
         if key not in curves:
-            label = f"{figure_name(row['name'])}, {int(row['step']):,} steps"
+            label = curve_label(row) + distinction(row, rows)
             if lite:
                 label += f", Lite-CFG {float(lite):.0%}"
             curves[key] = Curve(label, row["static"] == "True", lite, [])
@@ -116,6 +119,24 @@ def read_curves(rows: list[Row], scale: str, cost: str = "tflop_per_image") -> l
     for curve in curves.values():
         curve.marks.sort()
     return list(curves.values())
+
+
+def curve_label(row: Row) -> str:
+    return f"{figure_name(row['name'])}, {int(row['step']):,} steps"
+
+
+def distinction(row: Row, rows: list[Row]) -> str:
+    """What tells a model from others with the same label: seed, weights, or else its fingerprint in the table."""
+    others = [
+        other for other in rows if other["model"] != row["model"] and curve_label(other) == curve_label(row)
+    ]
+    text = ""
+    for column, title in DISTINCTIONS.items():
+        own = row.get(column)
+        if own and any(other.get(column) != own for other in others):
+            text += f", {title} {own}"
+            others = [other for other in others if other.get(column) == own]
+    return text
 
 
 def compare_curves(curves: list[Curve]) -> list[tuple[Comparison, Curve, Mark]]:
@@ -261,6 +282,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def add_measuring_arguments(parser: cli.Parser) -> None:
     """How points are sampled, and what they are compared with."""
+    cli.add_import_argument(parser)
     parser.add_argument(
         "--reference",
         required=True,

@@ -3,6 +3,7 @@
 Each image's cost follows from its own kept counts, so attention is counted for its own token pairs.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import Config
+from config import Config, UserError
 from data.files import write_file, write_json
 from models import architecture, flops
 
@@ -273,6 +274,18 @@ def read_records(paths: Sequence[Path], labels: Sequence[int]) -> SamplingRecord
         counts.append(used)
         missing -= len(used)
     return SamplingRecord(timesteps, np.concatenate(counts), labels, Seconds(*seconds.tolist()), peak_memory)
+
+
+def check_summary(option: str, path: Path) -> None:
+    """UserError if writing this summary.json would replace a file of another program."""
+    if not path.exists():
+        return
+    try:
+        is_ours = "options" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        is_ours = False
+    if not is_ours:
+        raise UserError(f"{option} '{path}': exists and is no summary of samples; give another folder")
 
 
 def save_summary(summary: dict, path: Path) -> None:

@@ -259,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--push-to-hub", metavar="USER/NAME", help="upload it to this repository as well")
     add_weights_argument(parser)
+    cli.add_import_argument(parser)
     args = parser.parse_args(argv)
     cli.check_output("--output", args.output)
     model = Pretrained(load_trained(args.ckpt, "cpu", args.vae, weights=args.weights), args.data_note)

@@ -23,7 +23,7 @@ from weights.checkpoint import (
     shape_difference,
     tensor_shapes,
 )
-from weights.ema import MAX_INITIAL_SHARE, initial_share
+from weights.ema import young_ema
 
 
 class TrainedModel(NamedTuple):
@@ -122,21 +122,16 @@ def load_network(state: Checkpoint, config: Config, weights: str, ckpt: str) -> 
             f"--ckpt '{ckpt}' has non-finite values in its weights {bad}; give an earlier checkpoint"
         )
     model.load_state_dict(values)
-    if weights == "ema" and state.get("weights") is None:
+    if weights == "ema":
         warn_of_young_ema(state)
     return model
 
 
 def warn_of_young_ema(state: Checkpoint) -> None:
-    """Warn if much of the EMA is still what training started with. Converted weights were not trained here."""
-    training = config_from_dict(state["config"]).training
-    steps = state["step"]
-    share = initial_share(steps, training)
-    if steps and share > MAX_INITIAL_SHARE:
-        group.print_once(
-            f"warning: {share:.0%} of the EMA weights is still what training started with (training.ema_decay "
-            f"{training.ema_decay} over {steps:,} steps); --weights model takes the trained weights"
-        )
+    """Warn if much of the EMA is still what training started with."""
+    problem = young_ema(state)
+    if problem:
+        group.print_once(f"warning: {problem}; --weights model takes the trained weights")
 
 
 def warn_of_unguided_channels(config: Config) -> None:

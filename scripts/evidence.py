@@ -46,7 +46,7 @@ from sampling.generate import draw_labels, generate
 from sampling.load import TrainedModel, load_trained
 from toy import shapes
 from toy.routing_stats import TIMESTEPS, cells_on_object, kept_tokens
-from weights.checkpoint import list_checkpoints
+from weights.checkpoint import newest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 # Where the command of a run is looked for
@@ -57,7 +57,7 @@ ROUTING_IMAGES = 128
 TIMED_IMAGES = 16
 TIMED_ROUNDS = 3
 # Columns of a point that hold text; the others are numbers
-TEXTS = ("point", "model", "name", "static", "sampler", "bf16", "features", "reference")
+TEXTS = ("point", "model", "name", "weights", "static", "sampler", "bf16", "features", "reference")
 
 Row = dict[str, Any]
 
@@ -77,11 +77,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure_run(run: Path, args: argparse.Namespace) -> None:
     """Measure the points of one run that are missing, and write its summary after each group of them."""
-    checkpoint = newest_checkpoint(run)
+    checkpoint = str(newest_checkpoint(run))
     path = args.output / run.resolve().name / "summary.json"
     device = group.start_processes().device
     trained = load_trained(checkpoint, device, weights=args.weights)
     summary = describe_run(run, trained)
+    check_summary(path, summary)
     summary["measured by"] = commands(path, args.command)
     summary["routing"] = group.on_first(lambda: routing_by_timestep(trained, args))
     times = earlier_times(path)
@@ -104,6 +105,17 @@ def measure_run(run: Path, args: argparse.Namespace) -> None:
 
     group.on_first(time_and_write)
     group.print_once(f"{len(rows)} points of {run}: {path}")
+
+
+def check_summary(path: Path, summary: Row) -> None:
+    """Raise a UserError if the file is the summary of another run."""
+    if not path.is_file():
+        return
+    earlier = read_summary(path)
+    for name in ("model", "seed"):
+        if earlier.get(name) != summary[name]:
+            problem = f"is of a run with {name} {earlier.get(name)}, and this one has {summary[name]}"
+            raise UserError(f"'{path}': {problem}; give another --output")
 
 
 def commands(path: Path, command: str) -> list[str]:
@@ -138,13 +150,6 @@ def time_points(trained: TrainedModel, chosen: list[ParetoPlan], rows: list[Row]
             (batch,) = generate(trained, indices, labels, own, TIMED_IMAGES)
             times[key].append(batch.ms_per_image)
     return {key: min(found) for key, found in times.items()}
-
-
-def newest_checkpoint(run: Path) -> str:
-    checkpoints = list_checkpoints(run / "checkpoints")
-    if not checkpoints:
-        raise UserError(f"'{run}': has no checkpoint; give the folder of a run of train.py")
-    return str(checkpoints[-1])
 
 
 def plans(checkpoint: str, config: Config, folder: Path, args: argparse.Namespace) -> list[ParetoPlan]:
@@ -405,11 +410,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of noise and classes (default: %(default)s)")
     add("--bf16", action="store_true", help="run the network in bfloat16")
     add_weights_argument(parser)
+    cli.add_import_argument(parser)
     add("--output", type=Path, default=Path("results/evidence"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
     cli.check_at_least(args, 4, "num_samples")
     cli.check_at_least(args, 1, "batch_size")
     cli.check_output("--output", args.output)
+    names = [run.resolve().name for run in args.runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"RUN: two folders are called {name}, as their summaries would be; rename one")
+    if not (args.runs or args.floors):
+        raise UserError("RUN: is missing; give the folder of a run of train.py, or --floors")
     if args.floors and not args.images:
         raise UserError("--floors: needs --images, other real images; add them")
     return args

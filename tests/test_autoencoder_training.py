@@ -44,6 +44,17 @@ def test_command_saves_a_diffusers_model_once(tmp_path):
         autoencoder.main(["--images", str(tmp_path / "images"), "--output", str(tmp_path / "model")])
 
 
+@pytest.mark.parametrize("steps", [1, 2, 9, 10])
+def test_any_number_of_steps_trains(steps):
+    images = torch.from_numpy(np.stack([shapes.render(index, 16)[0] for index in range(4)])).permute(
+        0, 3, 1, 2
+    )
+    model = autoencoder.build_autoencoder(seed=0)
+    before = model.decoder.conv_out.weight.clone()
+    autoencoder.train(model, images, steps, batch_size=2, seed=0)
+    assert not torch.equal(model.decoder.conv_out.weight, before)
+
+
 def test_decorrelated_latents_are_white_and_decode_to_the_same_picture():
     pixels = np.stack([shapes.render(index, 16)[0] for index in range(32)])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)

@@ -44,3 +44,27 @@ def test_a_finished_run_has_the_numbers_and_the_picture(whole_run, tmp_path, cap
     assert "diffusion loss, t rising: " in capsys.readouterr().out
     with pytest.raises(UserError, match="no readable metrics.jsonl"):
         by_timestep.main([str(tmp_path)])
+    with pytest.raises(
+        UserError, match=r"--output 'both.jpg': must end in one of .png, .pdf, .svg; try both.png"
+    ):
+        by_timestep.main([str(whole_run), "--output", "both.jpg"])
+
+
+def test_every_run_is_in_the_legend(tmp_path, monkeypatch):
+    """By what tells its folder from the others; matplotlib by itself leaves out names that begin with "_"."""
+    figures = []
+    monkeypatch.setattr(by_timestep, "save_figure", lambda figure, path: figures.append(figure))
+    folders = [tmp_path / ("long" * 20) / "a" / "run", tmp_path / "b" / "run", tmp_path / "_other"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text('{"loss_t0": 1.0, "kept_t0": 0.5}\n')
+    by_timestep.main([*map(str, folders), "--output", str(tmp_path / "picture.png")])
+    for axes in figures[0].axes:
+        texts = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert texts == ["a/run", "b/run", "_other"]
+
+
+def test_the_ending_of_a_figure_is_its_format(tmp_path):
+    for ending, start in ((".pdf", b"%PDF"), (".svg", b"<?xml"), (".png", b"\x89PNG")):
+        by_timestep.draw({"run": [{"loss_t0": 1.0, "kept_t0": 0.5}]}, tmp_path / f"picture{ending}")
+        assert (tmp_path / f"picture{ending}").read_bytes().startswith(start)

@@ -327,6 +327,14 @@ def test_weights_of_other_trainers(trainer, save, tmp_path):
     assert config_from_dict(state["config"]).data.num_classes == 8
 
 
+def test_a_sit_is_no_dit(save, tmp_path):
+    """Its tensors have the names and shapes of a DiT's; the options of its training tell them apart."""
+    options = argparse.Namespace(path_type="Linear", prediction="velocity")
+    path = save({"ema": small_dit(), "args": options})
+    with pytest.raises(UserError, match="it holds a SiT, whose times and velocities are not those of"):
+        convert.main([str(path), str(tmp_path / "out.safetensors")])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_in_plain_safetensors(dtype, tmp_path):
     half = {name: tensor.to(dtype) for name, tensor in small_dit().items()}

@@ -137,6 +137,12 @@ TRAIN = [
      "in the configured network; see model.mlp_ratio"),
     ("--config {config} --set training.resume_from_ckpt={ckpt} --set training.class_dropout_prob=0",
      "see training.class_dropout_prob"),
+    ("--config {config} --set training.resume_from_ckpt={ckpt} --set model.hnet.num_heads=[4,4]",
+     "'{ckpt}' was trained with another model.hnet.num_heads; add --set 'model.hnet.num_heads=[2, 2]'"),
+    ("--config {config} --set training.resume_from_ckpt={ckpt} --set model.timestep_divisor=2",
+     "'{ckpt}' was trained with another model.timestep_divisor; add --set model.timestep_divisor="),
+    ("--config {config} --output {place}/run --set model.hnet.num_heads=[4,4]",
+     "was started with a different model.hnet.num_heads; choose another folder"),
 ]  # fmt: skip
 
 # What both samplers refuse.

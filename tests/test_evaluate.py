@@ -12,6 +12,7 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -720,3 +721,35 @@ def test_a_file_that_ends_early(place, tmp_path):
     pair = [tmp_path / "cut.npz", place / "reference.npz"]
     pair += ["--features", place / "tiny.pt", "--cache", tmp_path / "cache"]
     assert "does not hold the (300, 16, 16, 3) uint8 values that its header claims" in refusal(*pair)
+
+
+class Returning(torch.nn.Module):
+    """A network whose output has another form than features of a batch have."""
+
+    def __init__(self, form: str):
+        super().__init__()
+        self.form = form
+
+    def forward(self, images: torch.Tensor) -> Any:
+        means = images.float().mean((2, 3))
+        if self.form == "tuple of three":
+            return means, means, means
+        if self.form == "list":
+            return [means]
+        if self.form == "number":
+            return means.sum()
+        return means.view(-1, 7)
+
+
+@pytest.mark.parametrize("form", ["tuple of three", "list", "number", "other shape"])
+def test_networks_that_give_no_features(tmp_path, form):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch prefers other formats by now
+        file = tmp_path / "network.pt"
+        example = torch.zeros(7, 3, 16, 16, dtype=torch.uint8)
+        torch.jit.save(torch.jit.trace(Returning(form), example, strict=False), file)
+    extractor = TorchScriptModel(file, CPU)
+    with pytest.raises(
+        UserError, match=f"--features '{file}': (returns neither|fails on uint8 images of 8 x 8)"
+    ):
+        extractor(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,7 @@ def row(distance: float, scale: float = 1.0, drop: float = 0.0, **more: float) -
         "steps": 20.0,
         "seed": 0.0,
         "features": "f",
+        "sampler": "ddim",
     }
     point |= {"tflop_per_image": cost, "ms_per_image": 10 * cost, "kept_share": (1 - drop) / 4}
     quality = {"frechet_distance": distance, "kid": distance / 10, "precision": 0.75, "recall": 0.25}
@@ -382,6 +384,36 @@ def test_summaries_that_cannot_be_compared(tmp_path):
     (tmp_path / "dc-1" / "summary.json").write_text("[]")
     with pytest.raises(UserError, match="is no summary of scripts.evidence"):
         evidence.read(tmp_path)
+
+
+def test_runs_that_are_no_seeds_of_one_model(tmp_path):
+    """The trained weights beside the EMA, another sampler, or the same seed twice would pass for a spread."""
+    write_run(tmp_path, "dc", 0, [row(3.0)], [1.0])
+    write_run(tmp_path, "dc", 1, [row(3.0, weights="model")], [1.0])
+    with pytest.raises(UserError, match="dc-1/summary.json': has weights model, and others ema"):
+        evidence.read(tmp_path)
+    shutil.rmtree(tmp_path / "dc-1")
+    write_run(tmp_path, "dc", 1, [row(3.0, sampler="ddpm")], [1.0])
+    with pytest.raises(UserError, match="has samples by ddpm, and others of the same model by ddim"):
+        evidence.read(tmp_path)
+    shutil.rmtree(tmp_path / "dc-1")
+    shutil.copytree(tmp_path / "dc-0", tmp_path / "copy" / "dc-0")
+    with pytest.raises(UserError, match="is of the same model and seed as '.*'; remove one of them"):
+        evidence.read(tmp_path)
+
+
+def test_a_summary_of_another_run_stays(tmp_path, whole_run, tiny_extractor):
+    argv = ["--reference", "x", "--features", str(tiny_extractor), "--output", str(tmp_path)]
+    with pytest.raises(UserError, match="RUN: two folders are called run, as their summaries would be"):
+        measuring.main([str(whole_run), str(tmp_path / "run"), *argv])
+    with pytest.raises(UserError, match="RUN: is missing"):
+        measuring.main(argv)
+    write_run(tmp_path, "dc", 0, [row(3.0)], [1.0])
+    (tmp_path / "dc-0").rename(tmp_path / "run")
+    before = (tmp_path / "run" / "summary.json").read_bytes()
+    with pytest.raises(UserError, match="is of a run with model DC-DiT, and this one has tiny; give another"):
+        measuring.main([str(whole_run), *argv])
+    assert (tmp_path / "run" / "summary.json").read_bytes() == before
 
 
 def test_models_of_one_name_are_told_apart(tmp_path):

@@ -179,7 +179,7 @@ def test_elastic_grid(odd, tmp_path):
 def test_pictures_replace_pictures_only(odd, tmp_path):
     """A figure is drawn again; a photograph, a trace that is none, and the folder of many samples are kept."""
     argv = ["--ckpt", str(odd), "--num-sampling-steps", "1", "--classes", "0", "--output"]
-    photo, model = tmp_path / "photo.png", tmp_path / "model.pt"
+    photo, model = tmp_path / "photo.png", tmp_path / "model.svg"
     Image.new("RGB", (8, 8)).save(photo)
     model.write_bytes(b"{weights}")
     before = photo.read_bytes()
@@ -188,8 +188,9 @@ def test_pictures_replace_pictures_only(odd, tmp_path):
             elastic_grid.main([*argv, str(file)])
     with pytest.raises(UserError, match="--profile-trace-path .*: exists and is no trace"):
         sample.main([*argv, str(tmp_path), "--profile-trace-path", str(model)])
+    for ending in ("png", "png", "pdf", "pdf", "svg", "svg"):
+        elastic_grid.main([*argv, str(tmp_path / f"grid.{ending}"), "--fractions", "0"])
     for _ in range(2):
-        elastic_grid.main([*argv, str(tmp_path / "grid.png"), "--fractions", "0"])
         sample.main([*argv, str(tmp_path), "--profile-trace-path", str(tmp_path / "trace.json")])
     (tmp_path / "settings.json").write_text("{}")
     (tmp_path / "other").mkdir()

@@ -303,6 +303,27 @@ def test_without_a_static_model_the_first_curve_is_the_baseline():
     assert read_curves(rows, "1.0") == []
 
 
+def test_curves_of_models_with_one_name():
+    """Seeds, and trained weights beside the EMA, are named; tables of earlier versions have the fingerprint."""
+    shared = {"name": "m", "step": "100", "static": "False", "cfg_scale": "1.0", "lite_cfg": "", "budget": "0",
+              "fid": "5", "tflop_per_image": "1"}  # fmt: skip
+    seeds = [
+        {**shared, "model": "a", "training_seed": "0", "weights": "ema"},
+        {**shared, "model": "b", "training_seed": "1", "weights": "ema"},
+        {**shared, "model": "c", "training_seed": "0", "weights": "model"},
+    ]
+    labels = [curve.label for curve in read_curves(seeds, "1.0")]
+    start = "m, 100 steps"
+    assert labels == [
+        f"{start}, seed 0, weights ema",
+        f"{start}, seed 1",
+        f"{start}, seed 0, weights model",
+    ]
+    old = [{**shared, "model": "a"}, {**shared, "model": "b"}]
+    assert [curve.label for curve in read_curves(old, "1.0")] == [f"{start}, model a", f"{start}, model b"]
+    assert [curve.label for curve in read_curves(old[:1], "1.0")] == [start]
+
+
 # --------------------------------------------------------------------------------------------------- training
 
 

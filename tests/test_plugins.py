@@ -6,6 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from config import UserError
+from examples import autoguidance
+from figures import ema_lengths, kept_tokens, pareto
+from scripts import evidence
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -36,6 +43,28 @@ def test_a_module_of_the_user_trains_and_samples(tiny_config, tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["options"]["sampler"] == "steep-euler"
 
+    # Every other program that loads a checkpoint can name it, too
+    hub = ["-m", "sampling.hub", "--ckpt", sample[2], "--output", str(tmp_path / "hub")]
+    published = subprocess.run(
+        [sys.executable, *hub, "--import", "examples.my_paper"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert published.returncode == 0, published.stderr
+
     missing = command(tmp_path, *train, "--import", "my_papers")
     assert missing.returncode == 2
     assert missing.stderr.splitlines()[-1].startswith("error: --import my_papers: ModuleNotFoundError")
+
+
+@pytest.mark.parametrize(
+    "parse, needed",
+    [
+        (pareto.parse, ["--ckpt", "x", "--reference", "x"]),
+        (ema_lengths.parse, ["x", "--reference", "x"]),
+        (kept_tokens.parse, ["x"]),
+        (evidence.parse, ["x", "--reference", "x"]),
+        (autoguidance.parse, ["--ckpt", "x", "--guide", "x"]),
+    ],
+)
+def test_programs_that_load_checkpoints_import_modules(parse, needed):
+    with pytest.raises(UserError, match="--import no_such_module: ModuleNotFoundError"):
+        parse([*needed, "--import", "no_such_module"])

@@ -23,7 +23,7 @@ import torch
 
 import sample_ddp
 import train
-from config import load_config
+from config import UserError, load_config
 from data import files
 from processes import stop
 from training import sample_grids
@@ -485,6 +485,26 @@ def test_bad_steps_are_skipped_counted_and_named(run, poisoned, tmp_path):
     assert codes == [0, 0] and [row["skipped_steps"] for row in others] == [
         row["skipped_steps"] for row in rows
     ]
+
+
+def test_a_file_that_cannot_be_read_costs_no_steps(run, tmp_path, monkeypatch):
+    """The steps since the last checkpoint are saved, and the same command resumes once the file is back."""
+    keys = "logging.ckpt_every=100", "logging.ckpt_keep=1", "data.num_workers=0"
+    assert run("whole", *keys)[0] == [0]
+    draw = Samples.draw
+
+    def fail_late(self, micro_step, image):
+        if micro_step >= 11:  # the second half of step 6
+            raise UserError("shard-00000.npy: cannot be read")
+        return draw(self, micro_step, image)
+
+    monkeypatch.setattr(Samples, "draw", fail_late)
+    codes, printed = run("parts", *keys)
+    assert codes == [2] and "error: shard-00000.npy: cannot be read" in printed and "Traceback" not in printed
+    monkeypatch.undo()
+    codes, printed = run("parts", *keys)
+    assert codes == [0] and "resuming from step 5" in printed
+    kills.assert_same_training(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_too_many_bad_steps_end_the_run(run, poisoned, tmp_path):

@@ -15,6 +15,7 @@ import train
 from config import Config, UserError, config_from_dict, load_config, to_dict
 from data.autoencoder import Autoencoder
 from data.features import open_features
+from evaluation.image_sets import open_source
 from figures import elastic_grid, kept_tokens
 from figures.chunking import as_pixels
 from models import build_model
@@ -302,6 +303,20 @@ def test_fewer_images_than_before_are_said(checkpoint, tmp_path, capsys):
     sample_ddp.main([*argv, "2"])
     assert f"note: {tmp_path / 'set'} holds 3 more images of an earlier" in capsys.readouterr().out
     assert np.load(tmp_path / "set.npz")["arr_1"].shape == (2,)
+    # A comparison of the folder says it again
+    (note,) = open_source(tmp_path / "set", "SAMPLES").notes
+    assert note.endswith(f"all 5 images are compared; '{tmp_path / 'set'}.npz' has the 2 of the last call")
+    (tmp_path / "set" / "summary.json").unlink()
+    (note,) = open_source(tmp_path / "set", "SAMPLES").notes
+    assert "sampling is unfinished" in note
+
+
+@pytest.mark.parametrize("name", ["sample.png", "summary.json"])
+def test_files_of_other_programs_stay(checkpoint, tmp_path, name):
+    (tmp_path / name).write_text('{"rows": []}')
+    with pytest.raises(UserError, match=f"{name}': exists and is no .*; give another"):
+        sample.main(["--ckpt", str(checkpoint), "--output", str(tmp_path)])
+    assert (tmp_path / name).read_text() == '{"rows": []}'
 
 
 def test_the_images_of_a_finite_model_are_images(checkpoint):

@@ -491,6 +491,10 @@ def test_no_limit_on_the_gradient_norm_leaves_gradients_as_they_are():
         ("fast cpu", None, "auto", {"optimizer": {}, "precision": "no"}, "no"),
         ("fast cpu", None, "auto", {"optimizer": {}}, "no"),
         ("cuda", None, "auto", {"optimizer": {}}, "bf16"),
+        # `accelerate launch` names a precision even if nobody asked for one
+        ("cuda", "no", "auto", {"optimizer": {}, "precision": "bf16"}, "bf16"),
+        ("cpu", "bf16", "auto", {"optimizer": {}, "precision": "no"}, "no"),
+        ("cuda", "no", "auto", {"optimizer": {}}, "no"),
         # Weights to start from are no run
         ("fast cpu", None, "auto", {}, "bf16"),
     ],
@@ -506,6 +510,16 @@ def test_the_precision_is_the_configurations_or_the_launchers_or_the_checkpoints
     config = load_config(None, [f"training.precision={precision}"])
     kind = torch.device(device.split()[-1])
     assert launch.choose_precision(config, kind, resumed) == chosen
+
+
+def test_a_launcher_that_compiles_is_refused(monkeypatch):
+    """Its wrapper would rename all weights in checkpoints, and hide parameters from training.frozen."""
+    for backend in ("NO", "no"):
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+        launch.check_dynamo()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(UserError, match="--dynamo_backend INDUCTOR: is not supported; use no .*compile=true"):
+        launch.check_dynamo()
 
 
 def test_narrow_models_train_in_float32_on_a_cpu(monkeypatch):

@@ -14,9 +14,10 @@ from config import UserError, config_from_dict, load_config
 from grid import Grid
 from models import build_model
 from models.embeddings import sincos_positions
-from training.optimizer import parameter_groups
+from training.optimizer import is_part, parameter_groups
+from weights import convert
 from weights.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from weights.upcycle import embed_in_3x3, initial_state, match_labels, upcycle
+from weights.upcycle import check_shared, embed_in_3x3, initial_state, match_labels, upcycle
 
 WIDTH, SIDE = 64, 8
 
@@ -220,6 +221,61 @@ def test_groups_keep_the_order_of_parameters():
     model = build()
     (group,) = parameter_groups(model, {})
     assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
+
+
+def test_the_longest_entry_decides_in_any_order():
+    model = build()
+    for factors in ({"blocks": 0.5, "blocks.0": 0.1}, {"blocks.0": 0.1, "blocks": 0.5}):
+        scales = {}
+        for group in parameter_groups(model, factors):
+            scales |= {id(parameter): group["lr_scale"] for parameter in group["params"]}
+        for name, parameter in model.named_parameters():
+            expected = 0.1 if name.startswith("blocks.0.") else 0.5 if name.startswith("blocks.") else 1.0
+            assert scales[id(parameter)] == expected, name
+    # blocks.1 is not blocks.10
+    assert is_part("blocks.1.attn", "blocks.1") and is_part("blocks.1.attn", "blocks.1.")
+    assert not is_part("blocks.10.attn", "blocks.1")
+
+
+def test_weights_of_another_noise_schedule_are_a_warning(dit_run, tiny_config, capsys):
+    options = [
+        f"training.init_from={dit_run}",
+        "model.patch_size=2",
+        "diffusion.noise_schedule=squaredcos_cap_v2",
+    ]
+    initial_state(load_config(tiny_config, options))
+    assert (
+        "was trained with diffusion.noise_schedule linear, which is another here" in capsys.readouterr().out
+    )
+
+
+def test_an_ema_that_has_not_caught_up_is_said(dit_run, tiny_config, tmp_path, capsys):
+    options = ["model.patch_size=2", "training.max_steps=2"]
+    state = load_checkpoint(dit_run)
+    state["config"]["training"]["ema_decay"] = 0.9999
+    young = save_checkpoint(tmp_path / "young", state, keep=0)
+    initial_state(load_config(tiny_config, [f"training.init_from={young}", *options]))
+    assert "of the EMA weights is still what training started with" in capsys.readouterr().out
+    # As the command that it names makes them, the trained weights are none
+    trained = tmp_path / "trained.safetensors"
+    convert.main([str(young), str(trained), "--weights", "model"])
+    capsys.readouterr()
+    first, _ = initial_state(load_config(tiny_config, [f"training.init_from={trained}", *options]))
+    assert capsys.readouterr().out == ""
+    name = "blocks.0.mlp.fc1.weight"
+    assert torch.equal(first["model"][name], state["model"][name])
+
+
+def test_conditions_of_the_dit(tiny_config):
+    """Equal names need equal kinds, and what the DC-DiT lacks is said."""
+    config = load_config(tiny_config, ["data.conditions={caption: vector-8}"])
+    for kind, is_right in (("vector-8", True), ("vector-16", False), ("scalar", False)):
+        dit = load_config(tiny_config, ["model.patch_size=2", f"data.conditions={{caption: {kind}}}"])
+        if is_right:
+            check_shared(config, dit)
+            continue
+        with pytest.raises(UserError, match="is a DiT with a different data.conditions.caption"):
+            check_shared(config, dit)
 
 
 def test_the_same_network_is_copied(dit_run, tiny_config, tmp_path):

@@ -116,7 +116,11 @@ def train(
     optimizer = torch.optim.AdamW(
         model.parameters(), PEAK_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, steps + 1, pct_start=0.1)
+    # A warm-up of exactly one step would divide by zero
+    warm_up = max(0.1, 2 / (steps + 1))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, PEAK_LEARNING_RATE, steps + 1, pct_start=warm_up
+    )
     image_size = images.shape[-1]
     crop_size = max(image_size // (2 * STRIDE), 1) * STRIDE
     progress = tqdm(range(steps), desc="autoencoder", unit="step")
@@ -264,7 +268,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.image_size < STRIDE or args.image_size % STRIDE:
         raise UserError(f"--image-size {args.image_size}: must be a positive multiple of the stride {STRIDE}")
     cli.check_at_least(args, 1, "steps", "batch_size")
-    cli.check_at_least(args, 0, "seed")
+    cli.check_seed(args)
     return args
 
 

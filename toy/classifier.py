@@ -139,7 +139,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     cli.check_at_least(args, 16, "image_size")
     cli.check_at_least(args, 1, "steps")
-    cli.check_at_least(args, 0, "seed")
+    cli.check_seed(args)
     cli.check_output_file("--output", args.output)
     return args
 

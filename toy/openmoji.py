@@ -412,7 +412,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--held-out", action="store_true", help="other glyphs than without this option, for evaluation")
     args = parser.parse_args(argv)
     cli.check_at_least(args, 1, "image_size", "num_images")
-    cli.check_at_least(args, 0, "seed")
+    cli.check_seed(args)
     cli.check_output("--output", args.output)
     write_images(args.output, args.num_images, Settings(args.image_size, args.seed, args.held_out))
 

@@ -296,7 +296,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     cli.check_at_least(args, 1, "num_images", "image_size")
-    cli.check_at_least(args, 0, "seed", "start")
+    cli.check_at_least(args, 0, "start")
+    cli.check_seed(args)
     cli.check_output("--output", args.output)
     write_images(args.output, args.num_images, args.image_size, args.seed, args.start)
 

@@ -9,6 +9,7 @@ from models import build_model
 from models.embeddings import VectorCondition, find_kind
 from processes import group
 from training.losses import Terms
+from training.optimizer import is_part
 from training.schedules import total_steps
 
 MAX_RANGES = 5  # of labels in a warning
@@ -133,11 +134,11 @@ def check_parameter_names(config: Config) -> None:
         model = build_model(config)
     names = [name for name, _ in model.named_parameters()]
     entries = {"frozen": config.training.frozen, "lr_scales": list(config.training.lr_scales)}
-    for key, prefixes in entries.items():
-        for prefix in prefixes:
-            if not any(name.startswith(prefix) for name in names):
+    for key, chosen in entries.items():
+        for entry in chosen:
+            if not any(is_part(name, entry) for name in names):
                 first_parts = sorted({name.split(".")[0] for name in names})
                 raise UserError(
-                    f"training.{key}: no parameter's name begins with '{prefix}'; "
+                    f"training.{key}: no parameter's name begins with '{entry}'; "
                     f"they begin with {', '.join(first_parts)}"
                 )

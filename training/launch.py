@@ -59,8 +59,9 @@ def check_trackers(config: Config) -> None:
 def choose_precision(config: Config, device: torch.device, state: Checkpoint | None = None) -> str:
     """Accelerate's name of the precision.
 
-    It is that of the configuration, otherwise of the launcher, otherwise of the checkpoint that training resumes
-    from, otherwise bfloat16 where that is faster.
+    It is that of the configuration, otherwise of the checkpoint that training resumes from, otherwise of the
+    launcher, otherwise bfloat16 where that is faster. Without an option of its own, `accelerate launch` names
+    float32, which must not change a run that began in bfloat16.
     """
     if config.training.precision == "bf16":
         return "bf16"
@@ -68,11 +69,15 @@ def choose_precision(config: Config, device: torch.device, state: Checkpoint | N
         return "no"
     # The precision is "auto"
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    is_resumed = state is not None and "optimizer" in state
+    recorded = state.get("precision") if state is not None and is_resumed else None
+    if recorded:
+        return recorded
     if launcher is not None:
         return launcher
-    if state is not None and "optimizer" in state:
+    if is_resumed:
         # Checkpoints without the entry were trained in float32 on CPUs
-        return state.get("precision") or ("bf16" if has_bfloat16(device) else "no")
+        return "bf16" if has_bfloat16(device) else "no"
     if device.type == "cpu":
         return "bf16" if config.d_model >= BF16_WIDTH and has_bf16_products() else "no"
     return "bf16" if has_bfloat16(device) else "no"
@@ -95,6 +100,7 @@ def make_accelerator(config: Config, state: Checkpoint | None = None) -> Acceler
     Args:
         state: the checkpoint to start from, or None.
     """
+    check_dynamo()
     device = group.default_device()
     if config.training.deterministic:
         choose_deterministic_kernels()
@@ -119,14 +125,29 @@ def make_accelerator(config: Config, state: Checkpoint | None = None) -> Acceler
         check_unsharded(config)
     check_precision(accelerator, config)
     allow_tf32(config.allows_tf32(accelerator.mixed_precision == "bf16"))
-    is_slow = has_bfloat16(device) and accelerator.mixed_precision == "no"
-    if is_slow and config.training.precision == "auto":
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    is_auto = config.training.precision == "auto"
+    if is_auto and launcher not in (None, accelerator.mixed_precision):
+        accelerator.print(
+            f"precision: {accelerator.mixed_precision}, as in the checkpoint; the launcher says {launcher}"
+        )
+    elif is_auto and has_bfloat16(device) and accelerator.mixed_precision == "no":
         accelerator.print(
             "precision: float32, as the launcher says; with --mixed_precision bf16 training is faster"
         )
-    if device.type == "cpu" and accelerator.mixed_precision == "bf16" and config.training.precision == "auto":
+    if is_auto and device.type == "cpu" and accelerator.mixed_precision == "bf16":
         accelerator.print("precision: bfloat16; --set training.precision=fp32 trains a new run in float32")
     return accelerator
+
+
+def check_dynamo() -> None:
+    """Raise a UserError if the launcher compiles the model: its wrapper would change all names in checkpoints."""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        raise UserError(
+            f"--dynamo_backend {backend}: is not supported; use no (also in `accelerate config`), and compile with "
+            "--set training.compile=true"
+        )
 
 
 @contextlib.contextmanager

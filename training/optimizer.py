@@ -29,14 +29,19 @@ def make_optimizer(
 def parameter_groups(model: nn.Module, lr_scales: dict[str, float]) -> list[dict]:
     """Optimizer groups by factor on the learning rate, in the order in which the factors first occur.
 
-    The first prefix in `lr_scales` that a parameter's name begins with decides; otherwise the factor is 1.
+    The longest entry of `lr_scales` that a parameter's name begins with decides; otherwise the factor is 1.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        scales = [scale for prefix, scale in lr_scales.items() if name.startswith(prefix)]
-        scale = scales[0] if scales else 1.0
+        entries = [entry for entry in lr_scales if is_part(name, entry)]
+        scale = lr_scales[max(entries, key=len)] if entries else 1.0
         groups.setdefault(scale, []).append(parameter)
     return [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()]
+
+
+def is_part(name: str, entry: str) -> bool:
+    """Whether the dotted name of a parameter begins with the whole parts of an entry: blocks.1, not blocks.10."""
+    return name == entry or name.startswith(entry.rstrip(".") + ".")
 
 
 def load_optimizer(optimizer: AcceleratedOptimizer, state: dict) -> None:

@@ -37,7 +37,7 @@ from weights.checkpoint import (
     shape_difference,
     tensor_shapes,
 )
-from weights.upcycle import LABEL_KEYS, Origins
+from weights.upcycle import LABEL_KEYS, Origins, check_same_meaning, process_changes
 
 LAST_KEY = "ckpt"  # in the order of `Config`, in which config.yaml is written
 DOCUMENT_END = "...\n"  # what PyYAML writes after a single value
@@ -311,11 +311,11 @@ def use_of_checkpoint(
     new_stds = set(config.training.posthoc_ema_stds) - set(saved.training.posthoc_ema_stds)
     is_new_average = bool(new_averages or new_stds)
     weights_only = is_reshaped or is_regrouped or is_new_average or not same_labels
+    # No weights start a network that computes something else
+    if any(key.startswith("model.") for key in process_changes(config, saved)):
+        return None
     if not weights_only and not is_late:
         return "training"
-    # Weights alone start no network that computes something else
-    if any(key.startswith("model.") and role_of(key) == "process" for key in changed):
-        return None
     return "weights" if weights_only else "weights unless longer"
 
 
@@ -437,6 +437,7 @@ def load_fitting_checkpoint(config: Config, path: Path | str, option: str) -> Ch
             f"{option} '{path}' holds another network than the configuration describes: {difference}; "
             f"see {', '.join(keys)}"
         )
+    check_same_meaning(config, saved, f"{option} '{path}'")
     check_finite(state, f"{option} '{path}'")
     same = same_averages(config, saved)
     averages = state.get("weight_averages", {})

@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, UserError, to_dict, validate_processes
+from config import Config, OneProcessError, UserError, to_dict, validate_processes
 from data.features import Features
 from data.streams import rng
 from data.workers import NoBatch
@@ -31,7 +31,7 @@ from training import launch, schedules
 from training.batches import Batch, Order, Samples, make_loader, read_batches, sample_stream
 from training.guard import FiniteGuard, nan_gradients_if_not_finite
 from training.losses import Terms, total_loss
-from training.optimizer import load_optimizer, make_optimizer, set_learning_rate
+from training.optimizer import is_part, load_optimizer, make_optimizer, set_learning_rate
 from training.sample_grids import grid_path
 from training.tracking import (
     LogSums,
@@ -151,7 +151,7 @@ class Trainer:
         # Find the parameters that do not change in the first steps
         self.frozen: list[nn.Parameter] = []
         for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
-            if name.startswith(tuple(training.frozen)):
+            if any(is_part(name, entry) for entry in training.frozen):
                 self.frozen.append(parameter)
 
     # ----------------------------------------------------------------------------------------------- the loop
@@ -172,13 +172,13 @@ class Trainer:
     def run_steps(self) -> None:
         """Steps, each followed by what is due: log line, checkpoint, samples, evaluation.
 
-        If the loader fails, the program exits with one line, after a last checkpoint if no other process waits
-        for this step.
+        If the loader fails or a file of the features cannot be read, the program exits with one line, after a last
+        checkpoint if no other process waits for this step.
         """
         logging = self.config.logging
         evaluation = self.config.evaluation
         saved_step = self.step
-        failure = None
+        failure: NoBatch | OneProcessError | None = None
         self.start_clock()
         self.finish_interrupted_step()
         # Leaving the block ends the loader processes, whatever has happened
@@ -191,7 +191,7 @@ class Trainer:
                 complete_rows = self.log_sums.sizes()
                 try:
                     self.optimizer_step(batches)
-                except NoBatch as error:
+                except (NoBatch, OneProcessError) as error:
                     # Forget the part of the step that was done
                     self.log_sums.cut(complete_rows)
                     failure = error
@@ -212,6 +212,8 @@ class Trainer:
         can_save = failure is None or self.accelerator.num_processes == 1
         if saved_step != self.step and can_save:
             self.save()
+        if isinstance(failure, OneProcessError):
+            raise failure
         if failure is not None:
             print(f"\n{failure}", file=sys.stderr, flush=True)
             sys.exit(128 + self.stop.received if self.stop.received else 1)
@@ -575,7 +577,7 @@ class Trainer:
                 "skipped": skipped,
                 "precision": self.accelerator.mixed_precision,
             }
-            self.weight_averages.save_snapshots(self.folder, self.step)
             path = save_checkpoint(self.folder / "checkpoints", state, self.config.logging.ckpt_keep)
+            self.weight_averages.save_snapshots(self.folder, self.step)
             self.log.line(f"step {self.step:7d}: saved {path}")
         self.accelerator.wait_for_everyone()

@@ -17,6 +17,7 @@ from config import Config, UserError
 from config_keys import EmaStd
 from data.files import write_file
 from schema import build_complete, require
+from weights.checkpoint import exit_unwritten
 from weights.posthoc import FOLDER, exponent
 
 
@@ -113,8 +114,11 @@ class PowerAverages(Average):
         folder.mkdir(exist_ok=True)
         for std, weights in self.tracked.items():
             halves = {name: value.half() for name, value in weights.items()}
-            write = functools.partial(torch.save, halves)
-            write_file(folder / f"{step:07d}-{std}.pt", write)
+            path = folder / f"{step:07d}-{std}.pt"
+            try:
+                write_file(path, functools.partial(torch.save, halves))
+            except (OSError, RuntimeError) as error:
+                exit_unwritten(path, error)
 
 
 # ------------------------------------------------------------------------------------------- all averages

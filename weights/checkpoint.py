@@ -92,7 +92,7 @@ def save_checkpoint(folder: Path, state: Checkpoint, keep: int) -> Path:
 
 
 def exit_unwritten(path: Path, error: OSError | RuntimeError) -> NoReturn:
-    """End the program with the reason why a checkpoint could not be written."""
+    """End the program with the reason why a file of a checkpoint could not be written."""
     # PyTorch's writer hides the system's error behind a RuntimeError
     system = error if isinstance(error, OSError) else error.__context__
     if isinstance(system, OSError) and system.errno is not None:
@@ -137,6 +137,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in a folder, oldest first."""
     checkpoints = [path for path in folder.glob("*.pt") if is_checkpoint_name(path)]
     return sorted(checkpoints, key=lambda path: int(path.stem))
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The last checkpoint of a run; UserError if its folder has none."""
+    checkpoints = list_checkpoints(run / "checkpoints")
+    if not checkpoints:
+        raise UserError(f"'{run}': has no checkpoint; give the folder of a run of train.py")
+    return checkpoints[-1]
 
 
 def is_checkpoint_name(path: Path) -> bool:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import cli
 from config import UserError
-from weights.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_weights
+from weights.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_weights
 from weights.posthoc import LONGEST, Snapshot, list_snapshots, reconstruct, residual
 
 # Above this distance the snapshots cannot represent the profile, and the result is another average
@@ -72,16 +72,15 @@ def average_of_length(run: Path, std: float, step: int | None = None) -> Reconst
     steps = sorted({snapshot.step for snapshot in files})
     if step is not None and step not in steps:
         raise UserError(f"--step {step}: has no snapshot; the nearest earlier one is of step {steps[-1]}")
-    checkpoints = list_checkpoints(run / "checkpoints")
-    if not checkpoints:
-        raise UserError(f"'{run}' has no checkpoints, which hold the configuration; give another run")
+    # The newest checkpoint holds the configuration
+    checkpoint = newest_checkpoint(run)
 
     # Put the weights together, into what else the newest checkpoint holds
     target = Snapshot(steps[-1], std)
-    state = load_checkpoint(checkpoints[-1])
+    state = load_checkpoint(checkpoint)
     state["ema"] = state["ema"] | reconstruct(files, target)
     state["step"] = target.step
-    state["weights"] = None
+    state["weights"] = f"std-{std:g}"
     return Reconstruction(state, std, len(files), residual(list(files), target))
 
 

@@ -172,8 +172,12 @@ def find_weights(content: object) -> Foreign:
     """The networks in what a file holds: the content itself, or entries of it at any depth.
 
     Raises:
-        Refused: two tensors of a network differ in the prefix of their names only.
+        Refused: two tensors of a network differ in the prefix of their names only, or it is a SiT.
     """
+    # Tensors of a SiT have the names and shapes of a DiT's
+    options = content.get("args") if isinstance(content, dict) else None
+    if isinstance(options, dict) and "path_type" in options:
+        raise Refused("it holds a SiT, whose times and velocities are not those of this repository's flows")
     try:
         networks = networks_in(content)
     except ValueError as error:

@@ -18,6 +18,7 @@ from config import (
     config_from_dict,
     differences,
     flatten,
+    is_read,
     parse_layout,
     role_of,
     to_dict,
@@ -27,6 +28,7 @@ from models import build_model
 from models.dc_dit import DCDiT
 from models.dit import DiT
 from models.embeddings import sincos_positions
+from processes import group
 from weights.checkpoint import (
     Checkpoint,
     forget_unknown_keys,
@@ -34,6 +36,7 @@ from weights.checkpoint import (
     shape_difference,
     tensor_shapes,
 )
+from weights.ema import young_ema
 
 # Keys in which a DiT must agree with the DC-DiT that it becomes.
 SHARED = (
@@ -51,6 +54,9 @@ SHARED = (
     "diffusion.noise_schedule",
     "diffusion.diffusion_steps",
 )
+
+# Keys that a resume must not change, although weights mean the same with another value.
+SAME_MEANING = ("model.min_tokens", "model.hnet.fp32_router_dechunk")
 
 # Keys that shape nothing but the table of labels, which is fitted to the new classes.
 LABEL_KEYS = ("data.num_classes", "training.class_dropout_prob")
@@ -82,6 +88,12 @@ def initial_state(config: Config, class_names: Sequence[str] | None = None) -> t
     difference = shape_difference(tensor_shapes(source.state_dict()), tensor_shapes(loaded["ema"]))
     if difference:
         raise UserError(f"training.init_from: '{path}' contradicts its own configuration: {difference}")
+    problem = young_ema(loaded)
+    if problem:
+        group.print_once(
+            f"warning: training.init_from '{path}': {problem}; to start from the trained weights, write them to a "
+            "file with python -m weights.convert --weights model, and give that"
+        )
     source.load_state_dict(loaded["ema"])
     labels = match_labels(config, class_names, source_config, loaded["class_names"])
     labels_origin = fit_label_table(source, source_config, model, config, labels)
@@ -107,11 +119,18 @@ def check_shared(config: Config, dit: Config) -> None:
     blocks = parse_layout(config.model.hnet.arch_layout).main_blocks
     if blocks != parse_layout(dit.model.hnet.arch_layout).main_blocks:
         different.append("model.hnet.arch_layout")
+    own = config.data.conditions
+    for name, kind in dit.data.conditions.items():
+        if own.get(name, kind) != kind:
+            different.append(f"data.conditions.{name}")
     if different:
         raise UserError(
             f"training.init_from: '{config.training.init_from}' is a DiT with a different "
             f"{', '.join(different)}; make them equal"
         )
+    dropped = [name for name in dit.data.conditions if name not in own]
+    if dropped:
+        group.print_once(f"training.init_from: the conditions {', '.join(dropped)} of the DiT are left out")
 
 
 def check_same_network(config: Config, source_config: Config, source: nn.Module, model: nn.Module) -> None:
@@ -123,19 +142,41 @@ def check_same_network(config: Config, source_config: Config, source: nn.Module,
             f"training.init_from: '{path}' holds another network than the configuration describes: "
             f"{difference}; give a model with its shapes, or a static DiT of its width and blocks"
         )
+    check_same_meaning(config, source_config, f"training.init_from: '{path}'")
+
+
+def check_same_meaning(config: Config, source: Config, name: str) -> None:
+    """Raise a UserError if the configured network computes something else from the tensors of a source.
+
+    What only training changes, such as the noise schedule, is a warning.
+
+    Args:
+        source: configuration of the model with these tensors.
+        name: of the model, for messages.
+    """
     # The same number of positions may lie on another grid
-    if config.latent_grid != source_config.latent_grid:
+    if config.latent_grid != source.latent_grid:
         raise UserError(
-            f"training.init_from: '{path}' has latents of {source_config.latent_grid} cells, but data.image_size "
-            f"makes {config.latent_grid}; give a model of the same size"
+            f"{name} has latents of {source.latent_grid} cells, but data.image_size makes {config.latent_grid}; "
+            "give a model of the same size"
         )
     # The same shapes may stand for another network, such as one with other heads
-    for key in differences(to_dict(config), to_dict(source_config)):
-        if key.startswith("model.") and role_of(key) == "process":
-            wanted = shlex.quote(f"{key}={flatten(to_dict(source_config))[key]}")
-            raise UserError(
-                f"training.init_from: '{path}' was trained with another {key}; add --set {wanted}"
-            )
+    for key in process_changes(config, source):
+        value = flatten(to_dict(source))[key]
+        if key.startswith("model."):
+            wanted = shlex.quote(f"{key}={value}")
+            raise UserError(f"{name} was trained with another {key}; add --set {wanted}")
+        group.print_once(f"warning: {name} was trained with {key} {value}, which is another here")
+
+
+def process_changes(config: Config, other: Config) -> list[str]:
+    """Keys that differ, are read, and change what weights of the same shapes mean."""
+    keys = []
+    for key in differences(to_dict(config), to_dict(other)):
+        is_change = role_of(key) == "process" and key not in SAME_MEANING
+        if is_change and (is_read(config, key) or is_read(other, key)):
+            keys.append(key)
+    return keys
 
 
 class MatchedLabels(NamedTuple):
