@@ -239,7 +239,8 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "fp32"] = training(
         "auto",
         "auto: as the checkpoint says that training resumes from; in a new run as accelerate launch says, which is "
-        "no unless --mixed_precision is given; without a launcher bf16 on CUDA and on CPUs with AMX or AVX512-BF16 (there from a width of 128)",
+        "no unless --mixed_precision is given; without a launcher bf16 on CUDA and on CPUs with AMX or AVX512-BF16 "
+        "(there from a width of 128)",
         spellings.precision,
     )
     tf32: bool | Literal["auto"] = training(
