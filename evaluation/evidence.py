@@ -117,6 +117,19 @@ class Model:
                     values.append(row[column])
         return Number(tuple(values)) if values else None
 
+    def at_cost(self, scale: float, tflop: float, column: str) -> float | None:
+        """A column where the model's budgets cost this much, between two of them; None beyond its budgets."""
+        marks = []
+        for point in self.points():
+            cost, number = self.at(point, "tflop_per_image"), self.at(point, column)
+            if point.scale == scale and point.lite is None and cost and number:
+                marks.append((cost.mean, number.mean))
+        marks.sort()
+        for (cost, start), (next_cost, end) in zip(marks, marks[1:]):
+            if cost <= tflop <= next_cost:
+                return start + (tflop - cost) / (next_cost - cost) * (end - start)
+        return None
+
     def routing(self, name: str, low: float = 0.0, high: float = 1.0) -> Number | None:
         """Mean kept share of "object", "background" or "all" between two t of 0 to 1, over all seeds."""
         values = []

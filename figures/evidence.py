@@ -75,7 +75,7 @@ def styles_of(models: Sequence[Model]) -> list[dict[str, Any]]:
 
 def draw_pareto(evidence: Evidence) -> Figure | None:
     """DC-DiT with its budgets, control routers and static DiTs: a panel per guidance scale."""
-    return draw_against_cost(evidence, evidence.main_models(), trained_points)
+    return draw_against_cost(evidence, evidence.scales, evidence.main_models(), trained_points)
 
 
 def trained_points(model: Model) -> list[Point]:
@@ -93,19 +93,25 @@ def draw_budgets(evidence: Evidence) -> Figure | None:
     if not models:
         return None
     # Each model once, in the order of the other figures
-    return draw_against_cost(evidence, [model for model in evidence.models if model in models], Model.points)
+    models = [model for model in evidence.models if model in models]
+    # Scales at which a model has several budgets
+    scales = sorted({point.scale for model in models for point in model.points() if point.drop})
+    return draw_against_cost(evidence, scales, models, Model.points) if scales else None
 
 
 def draw_against_cost(
-    evidence: Evidence, models: Sequence[Model], points_of: Callable[[Model], list[Point]]
+    evidence: Evidence,
+    scales: Sequence[float],
+    models: Sequence[Model],
+    points_of: Callable[[Model], list[Point]],
 ) -> Figure:
     """The Fréchet distance against TFLOP per image, a panel per guidance scale, with one legend."""
     points = [points_of(model) for model in models]
-    columns = len(evidence.scales)
+    columns = len(scales)
     legend_height = 0.07 * (len(models) + len(evidence.floors))
     figure = Figure(figsize=(WIDTH * columns, HEIGHT + legend_height), dpi=120, layout="constrained")
     panels = figure.subplots(1, columns, squeeze=False)[0]
-    for scale, axis in zip(evidence.scales, panels):
+    for scale, axis in zip(scales, panels):
         draw_panel(axis, models, points, evidence.distance, scale)
         draw_floors(axis, evidence)
     figure.suptitle(NOTE, fontsize=7)

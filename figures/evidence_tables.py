@@ -252,30 +252,28 @@ def drop_lines(evidence: Evidence, model: Model, training: str) -> list[Line]:
 
 
 def one_for_many(evidence: Evidence) -> str | None:
-    """One checkpoint at many budgets, each beside a model that was trained for it."""
+    """Models that were trained for one budget, each beside the checkpoint for many at the same cost."""
     lines = []
     for scale in evidence.scales:
-        for many, single, drop in evidence.budget_pairs():
-            points = (Point(scale, drop), Point(scale))
-            if points[0] in many.points() and points[1] in single.points():
-                lines.append(budget_line(evidence, (many, single), points))
+        for many, single, _ in evidence.budget_pairs():
+            lines += budget_lines(evidence, many, single, Point(scale))
     distance = evidence.metric_names[0]
-    header = ["guidance", "dropped"]
-    for name in ("one checkpoint", "its own model"):
-        header += [f"{name}: kept", "TFLOP per image", distance]
-    return table([*header, "difference", "its own model", "seeds"], lines)
+    start = ["guidance", "model for one budget", "kept", "TFLOP per image", distance]
+    many_header = f"{distance} of the checkpoint for many, at this cost"
+    return table([*start, many_header, "difference", "seeds"], lines)
 
 
-def budget_line(evidence: Evidence, models: tuple[Model, Model], points: tuple[Point, Point]) -> Line:
-    """A budget of one checkpoint, and the model that has this budget without dropping."""
-    line = [guidance(points[0].scale), f"{points[0].drop:.0%}"]
-    distances = []
-    counts = []
-    for model, point in zip(models, points):
-        line += values(model, point, ("kept_share", "tflop_per_image", evidence.distance))
-        distances.append(model.at(point, evidence.distance))
-        counts.append(seeds(model, point))
-    return [*line, change(*distances), name_of(models[1]), " and ".join(counts)]
+def budget_lines(evidence: Evidence, many: Model, single: Model, point: Point) -> list[Line]:
+    """A model for one budget, and the other between two of its budgets; nothing if they do not reach this cost."""
+    cost = single.at(point, "tflop_per_image")
+    own = single.at(point, evidence.distance)
+    other = many.at_cost(point.scale, cost.mean, evidence.distance) if cost else None
+    if own is None or other is None:
+        return []
+    line = [guidance(point.scale), name_of(single)]
+    line += values(single, point, ("kept_share", "tflop_per_image", evidence.distance))
+    line += [f"{other:.1f}", f"{other / own.mean - 1:+.1%}"]
+    return [[*line, f"{seeds(single, point)} and {seeds(many, point)}"]]
 
 
 def lite_cfg(evidence: Evidence) -> str | None:
