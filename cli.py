@@ -191,6 +191,9 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except FloatingPointError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)  # the status that shells give to a process ended by this signal
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

@@ -332,8 +332,8 @@ class DataConfig:
     num_workers: NonNegativeInt = free(32, "loader processes per training process")
     vae: str = free(
         "ema",
-        "autoencoder that decodes samples: ema, mse, pixels, pixels-4 for patches of 4 x 4, or a local diffusers "
-        "folder",
+        "autoencoder that decodes samples, unless the features name it: ema, mse, pixels, pixels-4 for patches of "
+        "4 x 4, or a local diffusers folder",
     )
     latent_stride: PositiveInt = network(8, "pixels per latent cell; must agree with the features")
     latent_channels: PositiveInt = network(4, "channels of a latent; must agree with the features")

@@ -78,7 +78,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     drawing = SideBySide(trained, steps, sampler, conditions)
     page = build_page(gradio, drawing, args.condition)
-    page.launch(server_name="127.0.0.1", server_port=args.port)
+    try:
+        page.launch(server_name="127.0.0.1", server_port=args.port)
+    except OSError as error:
+        # Gradio's own; the system's have a number
+        if error.errno is not None:
+            raise
+        raise UserError(f"--port {args.port}: is in use; give another, or leave it out") from None
 
 
 # ------------------------------------------------------------------------------------------------------- page

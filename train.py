@@ -8,6 +8,7 @@ The same command again, with the same --output, resumes from the newest checkpoi
 
 import argparse
 import contextlib
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -139,6 +140,8 @@ def main(argv: list[str] | None = None) -> None:
         if is_finished and accelerator.is_main_process:
             draw_last_losses(folder)
         trainer.log.line(f"{end} at step {trainer.step} of {trainer.last_step}: {folder}")
+        if not is_finished:
+            trainer.log.line(f"to resume: python train.py --resume {shlex.quote(str(folder))}")
     if not is_finished:
         sys.exit(128 + trainer.stop.number)  # the status that shells give to a process ended by the signal
 

@@ -117,18 +117,24 @@ class Model:
                     values.append(row[column])
         return Number(tuple(values)) if values else None
 
-    def at_cost(self, scale: float, tflop: float, column: str) -> float | None:
-        """A column where the model's budgets cost this much, between two of them; None beyond its budgets."""
-        marks = []
-        for point in self.points():
-            cost, number = self.at(point, "tflop_per_image"), self.at(point, column)
-            if point.scale == scale and point.lite is None and cost and number:
-                marks.append((cost.mean, number.mean))
-        marks.sort()
-        for (cost, start), (next_cost, end) in zip(marks, marks[1:]):
-            if cost <= tflop <= next_cost:
-                return start + (tflop - cost) / (next_cost - cost) * (end - start)
-        return None
+    def at_cost(self, scale: float, tflop: float, column: str) -> Number | None:
+        """A column where the budgets of each seed cost this much; None if they all cost more, or all less."""
+        values = []
+        for run in self.runs:
+            rows = [row for row in run["rows"] if row["cfg_scale"] == scale and row.get("lite_cfg") is None]
+            found = interpolate([(row["tflop_per_image"], row[column]) for row in rows], tflop)
+            if found is not None:
+                values.append(found)
+        return Number(tuple(values)) if values else None
+
+    def relative(self, point: Point, base: Point, column: str) -> Number | None:
+        """A column at a point relative to another one, of each seed that has both."""
+        values = []
+        for run in self.runs:
+            found = {point_of(row): row[column] for row in run["rows"] if column in row}
+            if point in found and base in found:
+                values.append(found[point] / found[base])
+        return Number(tuple(values)) if values else None
 
     def routing(self, name: str, low: float = 0.0, high: float = 1.0) -> Number | None:
         """Mean kept share of "object", "background" or "all" between two t of 0 to 1, over all seeds."""
@@ -146,6 +152,15 @@ class Model:
             if not key.startswith(may_differ) and self.config.get(key) != other.config.get(key):
                 return True
         return False
+
+
+def interpolate(marks: Sequence[tuple[float, float]], x: float) -> float | None:
+    """The value between two marks (x, value); None beyond them."""
+    ordered = sorted(marks)
+    for (left, start), (right, end) in zip(ordered, ordered[1:]):
+        if left <= x <= right:
+            return start + (x - left) / (right - left) * (end - start)
+    return None
 
 
 def point_of(row: Row) -> Point:

@@ -119,6 +119,8 @@ PICTURES = {
 
 def read_summary(path: Path) -> Summary:
     """The file's content. Raises UserError unless it has what the pictures show."""
+    if not path.is_file():
+        raise UserError(f"'{path}': does not exist; sample.py writes one")
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         check_summary(summary)

@@ -8,7 +8,7 @@ from evaluation.comparison import METRIC_NAMES
 from evaluation.evidence import Evidence, Model, Number, Point, Row, losses
 
 # Costs within this factor count as equal
-EQUAL_COST = 1.2
+EQUAL_COST = 1.1
 # Points of the loss curve from scratch, as shares of its steps, that an upcycled model has to reach
 LOSSES_TO_REACH = (0.25, 0.5, 1.0)
 # Characters of a model's name
@@ -235,19 +235,19 @@ def tail_dropping(evidence: Evidence) -> str | None:
         lines += drop_lines(evidence, other, "no")
         lines += drop_lines(evidence, trained, "yes")
     start = ["model", "multi-budget training", "guidance", "dropped", "TFLOP per image"]
-    return table([*start, *evidence.metric_names, "to 0%"], lines)
+    return table([*start, *evidence.metric_names, "to 0%", "seeds"], lines)
 
 
 def drop_lines(evidence: Evidence, model: Model, training: str) -> list[Line]:
-    """A line per dropped share; the last cell is the change of the distance against nothing dropped."""
+    """A line per dropped share; the change is that of the distance against nothing dropped, with the same seeds."""
     lines = []
     for point in model.points():
         if point.lite is not None:
             continue
         line = [name_of(model), training, guidance(point.scale), f"{point.drop:.0%}"]
         line += values(model, point, ("tflop_per_image", *evidence.metrics))
-        whole = model.at(Point(point.scale), evidence.distance)
-        lines.append([*line, change(model.at(point, evidence.distance), whole)])
+        ratio = model.relative(point, Point(point.scale), evidence.distance)
+        lines.append([*line, f"{ratio.mean - 1:+.1%}" if ratio else "", seeds(model, point)])
     return lines
 
 
@@ -272,8 +272,8 @@ def budget_lines(evidence: Evidence, many: Model, single: Model, point: Point) -
         return []
     line = [guidance(point.scale), name_of(single)]
     line += values(single, point, ("kept_share", "tflop_per_image", evidence.distance))
-    line += [f"{other:.1f}", f"{other / own.mean - 1:+.1%}"]
-    return [[*line, f"{seeds(single, point)} and {seeds(many, point)}"]]
+    line += [other.text(OTHER_STYLE), change(other, own)]
+    return [[*line, f"{seeds(single, point)} and {len(other.values)}"]]
 
 
 def lite_cfg(evidence: Evidence) -> str | None:

@@ -213,6 +213,7 @@ def add_class_arguments(parser: argparse.ArgumentParser, one_per_class: str) -> 
     """Which classes: by name or by label. `one_per_class` says what is drawn, and for which by default."""
     parser.add_argument(
         "--classes",
+        action="extend",
         nargs="+",
         metavar="CLASS",
         help=f"names or labels, also joined by commas; {one_per_class}",

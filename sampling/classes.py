@@ -75,7 +75,7 @@ def no_such_name(name: str, known: list[str]) -> str:
     """Why a name was refused, with the most similar one."""
     if not known:
         return "the checkpoint has no class names; give labels, which are numbers"
-    similar = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    similar = difflib.get_close_matches(name, known, 1, cutoff=0.6)
     guess = f"did you mean '{short_name(similar[0])}'? " if similar else ""
     if [short_name(other) for other in known].count(name) > 1:
         return "several classes are called so where names are cut; --list-classes prints whole names"

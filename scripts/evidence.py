@@ -390,6 +390,11 @@ def reconstructions(read: Any, ranges: list[range], autoencoder: Autoencoder) ->
 # ----------------------------------------------------------------------------------------------------- options
 
 
+def shares(text: str) -> list[float]:
+    """ "0.5,0.8" -> [0.5, 0.8], and "none" -> []."""
+    return [] if text == "none" else numbers(text)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
@@ -405,7 +410,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--cfg-scale", type=numbers, default=[1.0, 2.0], help="guidance scales (default: 1,2)")
     add("--budgets", type=numbers, default=[0.2, 0.4, 0.6], help="dropped shares (default: 0.2,0.4,0.6)")
     add("--budgets-at-scale", type=numbers, help="scales at which they are measured (default: all)")
-    add("--lite-cfg", type=numbers, default=[0.8], help="dropped shares of Lite-CFG (default: 0.8)")
+    add("--lite-cfg", type=shares, default=[0.8], help="dropped shares of Lite-CFG, or none (default: 0.8)")
     add("--batch-size", type=int, default=64, help="(default: %(default)s)")
     add("--seed", type=int, default=0, help="of noise and classes (default: %(default)s)")
     add("--bf16", action="store_true", help="run the network in bfloat16")

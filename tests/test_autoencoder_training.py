@@ -38,6 +38,13 @@ def test_command_saves_a_diffusers_model_once(tmp_path):
     assert weights.stat().st_mtime_ns == written
     assert list(tmp_path.glob("*unfinished*")) == []
 
+    # A trial of few steps does not pass for the whole training
+    longer = ["--images", str(tmp_path / "images"), "--output", str(tmp_path / "model"), "--image-size", "16"]
+    with pytest.raises(
+        UserError, match="holds an autoencoder of --steps 4, --batch-size 2; give another folder"
+    ):
+        autoencoder.main([*longer, "--steps", "6", "--batch-size", "8"])
+
     # Emptied by a power cut
     weights.write_bytes(b"")
     with pytest.raises(UserError, match="its autoencoder is damaged .*; remove the folder to train it again"):

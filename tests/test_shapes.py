@@ -84,6 +84,11 @@ def test_images_of_another_size_or_seed_are_not_mixed(tmp_path):
             shapes.write_images(tmp_path, 12, image_size, seed)
     shapes.write_images(tmp_path, 12, image_size=16, seed=1)
     assert len(list(tmp_path.rglob("*.png"))) == 12
+    # Nor do images from another number on: they may be those that were held out
+    with pytest.raises(
+        UserError, match="holds images from number 0 on; add --start 0, or give another folder"
+    ):
+        shapes.write_images(tmp_path, 3, 16, start=2)
 
 
 @pytest.mark.parametrize("keep", [0, 100])

@@ -8,6 +8,7 @@ channel.
 """
 
 import argparse
+import json
 import shutil
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 import cli
 from config import UserError, one_line
+from data.files import write_json
 from data.images import ImageFolder
 from data.loading import read_all
 from data.streams import rng
@@ -33,6 +35,9 @@ CHANNELS = (16, 16, 32)
 # Pixels per latent cell and side: two of the three blocks halve the size.
 STRIDE = 4
 LATENT_CHANNELS = 4
+# A finished model's options, which decide it together with the images
+SETTINGS_FILE = "training.json"
+OPTIONS = ("image_size", "steps", "batch_size", "seed", "all_channels")
 # Groups of each group normalization; with one channel per group, every channel would lose its level.
 GROUPS = 8
 
@@ -223,11 +228,31 @@ def reconstruction_psnr(model: AutoencoderKL, images: Tensor) -> float:
     return 10 * float(np.log10(peak_to_peak**2 / mean_square))
 
 
-def save(model: AutoencoderKL, output: Path) -> None:
+def settings_of(args: argparse.Namespace) -> dict[str, int]:
+    """The options that decide the model, beside the images."""
+    return {option: getattr(args, option) for option in OPTIONS}
+
+
+def check_settings(output: Path, settings: dict[str, int]) -> None:
+    """Raise a UserError if a finished model was trained with other options, as far as its folder says."""
+    try:
+        known = json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
+        changes = [option for option in settings if known[option] != settings[option]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if changes:
+        there = ", ".join(f"{cli.option_name(option)} {known[option]}" for option in changes)
+        raise UserError(
+            f"--output {output}: holds an autoencoder of {there}; give another folder, or remove it"
+        )
+
+
+def save(model: AutoencoderKL, output: Path, settings: dict[str, int]) -> None:
     """Write the model under another name first: a folder with the final name is complete."""
     unfinished = output.with_name(output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
+    write_json(unfinished / SETTINGS_FILE, settings)
     if output.is_dir():
         # `is_complete` has refused a folder that is not empty.
         output.rmdir()
@@ -269,12 +294,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--image-size {args.image_size}: must be a positive multiple of the stride {STRIDE}")
     cli.check_at_least(args, 1, "steps", "batch_size")
     cli.check_seed(args)
+    cli.check_output("--output", args.output)
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if is_complete(args.output):
+        check_settings(args.output, settings_of(args))
         print(f"{args.output}: holds a finished autoencoder")
         return
     start = time.perf_counter()
@@ -308,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     decorrelate_latents(model, statistics_images)
     store_latent_statistics(model, statistics_images)
 
-    save(model, args.output)
+    save(model, args.output, settings_of(args))
     psnr = reconstruction_psnr(model, held_out_images)
     seconds = time.perf_counter() - start
     print(

@@ -253,16 +253,25 @@ def write_image(folder: Path, index: int, image_size: int, seed: int) -> None:
     write_file(path, lambda stream: image.save(stream, format="PNG"), durable=False)
 
 
-def check_first_image(path: Path, index: int, image_size: int, seed: int) -> None:
-    """UserError if the file of an image holds another one."""
-    if not path.exists() or not is_whole_png(path):
+def check_images(folder: Path, image_size: int, seed: int, start: int) -> None:
+    """UserError if a folder holds other images than those from `start` on, of this size and seed."""
+    numbers = [int(path.stem) for path in folder.glob("*/*.png") if path.stem.isdecimal()]
+    if not numbers:
         return
-    pixels, _, _ = render(index, image_size, seed)
+    first = min(numbers)
+    if first != start:
+        raise UserError(
+            f"--output {folder}: holds images from number {first} on; add --start {first}, or give another folder"
+        )
+    path = image_path(folder, first)
+    if not is_whole_png(path):
+        return
+    pixels, _, _ = render(first, image_size, seed)
     with Image.open(path) as image:
         is_same = np.array_equal(np.asarray(image), pixels)
     if not is_same:
         raise UserError(
-            f"--output {path.parent.parent}: holds images of another --image-size or --seed, such as {path.name}; "
+            f"--output {folder}: holds images of another --image-size or --seed, such as {path.name}; "
             "give another folder"
         )
 
@@ -275,10 +284,10 @@ def write_images(
     Finished images are kept, so the same call again continues an interrupted one.
 
     Raises:
-        UserError: the folder holds images of another size or seed.
+        UserError: the folder holds images of another size, seed or start.
     """
     folder = Path(folder)
-    check_first_image(image_path(folder, start), start, image_size, seed)
+    check_images(folder, image_size, seed, start)
     for name in CLASS_NAMES:
         (folder / name).mkdir(parents=True, exist_ok=True)
     for index in tqdm(range(start, start + num_images), desc="images", unit="img"):
