@@ -208,6 +208,8 @@ class TorchScriptModel:
     def __call__(self, images: Tensor) -> ExtractorOutput:
         try:
             output = self.network(images)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             size = f"{images.shape[2]} x {images.shape[3]}"
             raise UserError(

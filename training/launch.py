@@ -129,7 +129,8 @@ def make_accelerator(config: Config, state: Checkpoint | None = None) -> Acceler
     is_auto = config.training.precision == "auto"
     if is_auto and launcher not in (None, accelerator.mixed_precision):
         accelerator.print(
-            f"precision: {accelerator.mixed_precision}, as in the checkpoint; the launcher says {launcher}"
+            f"precision: {accelerator.mixed_precision}, as in the checkpoint; the launcher says {launcher}; "
+            "--set training.precision decides in a new run"
         )
     elif is_auto and has_bfloat16(device) and accelerator.mixed_precision == "no":
         accelerator.print(
