@@ -133,14 +133,13 @@ def main(argv: list[str] | None = None) -> None:
         was_finished = trainer.step == trainer.last_step
         is_finished = trainer.train()
         accelerator.end_training()
+        where = f"at step {trainer.step} of {trainer.last_step}: {folder}"
         if is_finished:
-            end = "already finished" if was_finished else "finished"
+            if accelerator.is_main_process:
+                draw_last_losses(folder)
+            trainer.log.line(f"{'already finished' if was_finished else 'finished'} {where}")
         else:
-            end = f"stopped by {signal.Signals(trainer.stop.number).name}"
-        if is_finished and accelerator.is_main_process:
-            draw_last_losses(folder)
-        trainer.log.line(f"{end} at step {trainer.step} of {trainer.last_step}: {folder}")
-        if not is_finished:
+            trainer.log.line(f"stopped by {signal.Signals(trainer.stop.number).name} {where}")
             trainer.log.line(f"to resume: python train.py --resume {shlex.quote(str(folder))}")
     if not is_finished:
         sys.exit(128 + trainer.stop.number)  # the status that shells give to a process ended by the signal

@@ -71,7 +71,24 @@ def add_sampling_arguments(parser: cli.Parser, cfg_scale: float, seed: int) -> N
         help="guide at LO <= t <= HI only (default: always)",
     )
     add_condition_argument(parser)
-    # At most one budget, for both branches of guidance or, with --lite-cfg, for the conditional one
+    add_budget_arguments(parser)
+    add_lite_cfg_arguments(parser)
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="of the network (default: auto, which is bf16 on CUDA and fp32 elsewhere)",
+    )
+    parser.add_argument(
+        "--vae-precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the autoencoder that decodes (default: %(default)s)",
+    )
+
+
+def add_budget_arguments(parser: cli.Parser) -> None:
+    """At most one budget, for both branches of guidance or, with --lite-cfg, for the conditional one."""
     parser.add_argument(
         "--tail-dropping-fraction", type=float, metavar="F", help="budget: share of the kept tokens to drop"
     )
@@ -89,7 +106,10 @@ def add_sampling_arguments(parser: cli.Parser, cfg_scale: float, seed: int) -> N
         metavar="T:F,...",
         help="budget: fraction to drop at each t, linear between the points, e.g. 1000:0.6,300:0.2,0:0",
     )
-    # Lite-CFG: at most one budget for the unconditional branch, which without one keeps what the router keeps
+
+
+def add_lite_cfg_arguments(parser: cli.Parser) -> None:
+    """At most one budget for the unconditional branch, which without one keeps what the router keeps."""
     parser.add_argument(
         "--lite-cfg", action="store_true", help="give the unconditional branch of guidance its own budget"
     )
@@ -110,18 +130,6 @@ def add_sampling_arguments(parser: cli.Parser, cfg_scale: float, seed: int) -> N
     )
     parser.add_argument(
         "--uncond-budget-schedule", metavar="T:F,...", help="with --lite-cfg: share to drop there at each t"
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="of the network (default: auto, which is bf16 on CUDA and fp32 elsewhere)",
-    )
-    parser.add_argument(
-        "--vae-precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="of the autoencoder that decodes (default: %(default)s)",
     )
 
 
