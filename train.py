@@ -139,8 +139,8 @@ def main(argv: list[str] | None = None) -> None:
                 draw_last_losses(folder)
             trainer.log.line(f"{'already finished' if was_finished else 'finished'} {where}")
         else:
-            trainer.log.line(f"stopped by {signal.Signals(trainer.stop.number).name} {where}")
-            trainer.log.line(f"to resume: python train.py --resume {shlex.quote(str(folder))}")
+            remedy = f"resume by python train.py --resume {shlex.quote(str(folder))}"
+            trainer.log.line(f"stopped by {signal.Signals(trainer.stop.number).name} {where}; {remedy}")
     if not is_finished:
         sys.exit(128 + trainer.stop.number)  # the status that shells give to a process ended by the signal
 

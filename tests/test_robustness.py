@@ -145,7 +145,10 @@ def signalled(number: int, *delays: float):
 def test_a_signal_leaves_a_checkpoint_and_its_status(run, tmp_path, number):
     codes, printed = run("run", plans=[partial(signalled, number, 0.1)])
     assert codes == [128 + number]
-    assert printed.splitlines()[-1].endswith(f"stopped by {number.name} at step 2 of 8: {tmp_path / 'run'}")
+    last = printed.splitlines()[-1]
+    folder = tmp_path / "run"
+    assert f"stopped by {number.name} at step 2 of 8: {folder}; resume by python train.py" in last
+    assert last.endswith(f" --resume {folder}")
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["0000002.pt"]
 
 
