@@ -343,11 +343,12 @@ def test_a_point_of_one_seed_among_several_says_so(tmp_path):
     assert [(line[2], line[6], line[-1]) for line in cells] == [("0%", "4.0 ± 1.4", "2"), ("40%", "4.0", "1")]
 
 
-def test_the_stored_tables_are_those_of_the_stored_summaries(tmp_path):
-    stored = ROOT / "docs" / "evidence"
+@pytest.mark.parametrize("name", ["evidence", "openmoji"])
+def test_the_stored_tables_are_those_of_the_stored_summaries(name, tmp_path):
+    stored = ROOT / "docs" / name
     files = figures.write(evidence.read(stored), tmp_path)
     assert (tmp_path / "tables.md").read_text() == (stored / "tables.md").read_text(), (
-        "python -m figures.evidence docs/evidence --output docs/evidence writes them again"
+        f"python -m figures.evidence docs/{name} --output docs/{name} writes them again"
     )
     assert all((stored / name).is_file() for name in files)
 
