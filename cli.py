@@ -183,8 +183,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-        if is_first or isinstance(error, OneProcessError):
+        if is_first_of_machine() or isinstance(error, OneProcessError):
             # The names that a message quotes may hold line breaks
             line = str(error).replace("\n", r"\n")
             print(f"error: {line}", file=sys.stderr)
@@ -192,7 +191,8 @@ def run(main: Callable[[], None]) -> None:
     except FloatingPointError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr)
+        if is_first_of_machine():
+            print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)  # the status that shells give to a process ended by this signal
     except OSError as error:
         if error.errno not in DISK_ERRORS:
@@ -203,6 +203,10 @@ def run(main: Callable[[], None]) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def is_first_of_machine() -> bool:
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 # ------------------------------------------------------------------------------------------------- options

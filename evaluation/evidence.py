@@ -108,10 +108,12 @@ class Model:
             found |= {point_of(row) for row in run["rows"]}
         return sorted(found, key=lambda point: (point.scale, point.lite or 0, point.drop))
 
-    def at(self, point: Point, column: str) -> Number | None:
-        """A column at a point over all seeds; None if no run has it."""
+    def at(self, point: Point, column: str, also: Point | None = None) -> Number | None:
+        """A column at a point over all seeds, or those that have another point, too; None if no run has it."""
         values = []
         for run in self.runs:
+            if also is not None and also not in map(point_of, run["rows"]):
+                continue
             for row in run["rows"]:
                 if point_of(row) == point and column in row:
                     values.append(row[column])
@@ -259,7 +261,7 @@ def read(folder: Path) -> Evidence:
             floors[summary["floor"]] = {**summary["rows"][0], "measured by": summary["measured by"]}
             continue
         for row in summary["rows"]:
-            # The only weights before the column was added
+            # Summaries without the column are taken to be of the EMA
             row.setdefault("weights", "ema")
             for name in SETTINGS:
                 if row.get(name) != settings.setdefault(name, row.get(name)):

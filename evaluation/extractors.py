@@ -217,6 +217,8 @@ class TorchScriptModel:
                 "give a network for this size"
             ) from None
         parts = output if isinstance(output, tuple) else (output,)
+        if len(parts) == 2 and parts[1] is None:
+            parts = parts[:1]
         if len(parts) > 2 or not all(is_batch_of(part, len(images)) for part in parts):
             raise UserError(
                 f"--features '{self.path}': returns neither features (B, D) nor (features, logits (B, K)); "
@@ -233,7 +235,8 @@ def is_batch_of(value: Any, count: int) -> bool:
 
 def last_line(error: Exception) -> str:
     """The last line of a message that begins with a trace."""
-    return str(error).strip().splitlines()[-1][:120]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1][:120]
 
 
 class TimmModel:

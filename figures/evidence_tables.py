@@ -291,10 +291,12 @@ def lite_cfg(evidence: Evidence) -> str | None:
 def lite_line(evidence: Evidence, model: Model, point: Point) -> Line:
     full = Point(point.scale)
     line = [name_of(model), f"{point.scale:g}", f"{point.lite:.0%}"]
+    # Of the seeds that have both
     for column in ("tflop_per_image", "ms_per_image", *evidence.metrics):
-        line.append(change(model.at(point, column), model.at(full, column)))
-    for own in (full, point):
-        line.append(value(model, own, "class_accuracy"))
+        ratio = model.relative(point, full, column)
+        line.append(f"{ratio.mean - 1:+.1%}" if ratio else "")
+    for own, other in ((full, point), (point, full)):
+        line.append(share(model.at(own, "class_accuracy", also=other)))
     return [*line, seeds(model, point)]
 
 

@@ -82,7 +82,7 @@ def measure_run(run: Path, args: argparse.Namespace) -> None:
     device = group.start_processes().device
     trained = load_trained(checkpoint, device, weights=args.weights)
     summary = describe_run(run, trained)
-    check_summary(path, summary)
+    check_summary(path, summary, trained.weights)
     summary["measured by"] = commands(path, args.command)
     summary["routing"] = group.on_first(lambda: routing_by_timestep(trained, args))
     times = earlier_times(path)
@@ -107,8 +107,8 @@ def measure_run(run: Path, args: argparse.Namespace) -> None:
     group.print_once(f"{len(rows)} points of {run}: {path}")
 
 
-def check_summary(path: Path, summary: Row) -> None:
-    """Raise a UserError if the file is the summary of another run."""
+def check_summary(path: Path, summary: Row, weights: str) -> None:
+    """Raise a UserError if the file is the summary of another run, or of other weights of this one."""
     if not path.is_file():
         return
     earlier = read_summary(path)
@@ -116,6 +116,9 @@ def check_summary(path: Path, summary: Row) -> None:
         if earlier.get(name) != summary[name]:
             problem = f"is of a run with {name} {earlier.get(name)}, and this one has {summary[name]}"
             raise UserError(f"'{path}': {problem}; give another --output")
+    others = {row.get("weights", "ema") for row in earlier["rows"]} - {weights}
+    if others:
+        raise UserError(f"'{path}': has points of the weights {', '.join(others)}; give another --output")
 
 
 def commands(path: Path, command: str) -> list[str]:

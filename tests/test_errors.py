@@ -396,3 +396,14 @@ def test_a_command_line_bounds_the_code_that_onednn_keeps(given, kept, monkeypat
     seen = []
     cli.run(lambda: seen.append(os.environ[name]))
     assert seen == [kept]
+
+
+def test_an_interrupted_program_is_one_line(capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    for rank, printed in (("0", "\nstopped by Ctrl-C\n"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as caught:
+            cli.run(interrupted)
+        assert caught.value.code == 130 and capsys.readouterr().err == printed

@@ -395,6 +395,7 @@ def test_numbers_of_unequal_seeds_are_not_mixed(tmp_path):
     (model,) = evidence.read(tmp_path).models
     ratio = model.relative(evidence.Point(1.0, 0.4), evidence.Point(1.0), "frechet_distance")
     assert ratio.values == (1.5,)
+    assert model.at(evidence.Point(1.0), "frechet_distance", also=evidence.Point(1.0, 0.4)).values == (40.0,)
     # Costs 1 and 0.8
     between = model.at_cost(1.0, 0.9, "frechet_distance")
     assert between.values == (pytest.approx(50.0),)
@@ -429,6 +430,11 @@ def test_a_summary_of_another_run_stays(tmp_path, whole_run, tiny_extractor):
     with pytest.raises(UserError, match="is of a run with model DC-DiT, and this one has tiny; give another"):
         measuring.main([str(whole_run), *argv])
     assert (tmp_path / "run" / "summary.json").read_bytes() == before
+    # Nor are the trained weights measured into the summary of the EMA
+    summary = json.loads(before) | {"model": "tiny"}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError, match="has points of the weights ema; give another --output"):
+        measuring.main([str(whole_run), *argv, "--weights", "model"])
 
 
 def test_models_of_one_name_are_told_apart(tmp_path):

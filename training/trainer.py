@@ -577,7 +577,8 @@ class Trainer:
                 "skipped": skipped,
                 "precision": self.accelerator.mixed_precision,
             }
-            path = save_checkpoint(self.folder / "checkpoints", state, self.config.logging.ckpt_keep)
+            # Before the checkpoint: a run that is killed between the two writes the snapshots again
             self.weight_averages.save_snapshots(self.folder, self.step)
+            path = save_checkpoint(self.folder / "checkpoints", state, self.config.logging.ckpt_keep)
             self.log.line(f"step {self.step:7d}: saved {path}")
         self.accelerator.wait_for_everyone()
