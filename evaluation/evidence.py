@@ -207,7 +207,7 @@ class Evidence:
         return self._many_and_one(MULTI_BUDGET)
 
     def budget_pairs(self) -> list[tuple[Model, Model, float]]:
-        """(one model for many budgets, a model for one budget, the dropped share that makes them equal).
+        """(one model for many budgets, a model for one budget, the dropped share that makes their N equal).
 
         They differ in N and multi-budget training only. A model of the same N is for the budget at which the other
         drops nothing, and shown only beside models of another N.

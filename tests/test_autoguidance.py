@@ -46,6 +46,12 @@ def test_the_model_as_its_own_guide_is_guidance(tmp_path, capsys, drop):
     assert f"{SAMPLES} samples, {tflop:.4f} TFLOP per image" in capsys.readouterr().out
 
 
+def test_samples_are_not_replaced(tmp_path):
+    (tmp_path / "keep.npz").write_bytes(b"others")
+    with pytest.raises(UserError, match="keep.npz': exists; give another file"):
+        autoguidance.parse(["--ckpt", "x", "--guide", "x", "--output", str(tmp_path / "keep.npz")])
+
+
 def test_a_guide_that_knows_what_the_model_knows_changes_nothing(tmp_path):
     samples = sample(tmp_path, "--cfg-scale", "3", "--tell-class")
     images, _, _ = expected()

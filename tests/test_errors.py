@@ -407,3 +407,18 @@ def test_an_interrupted_program_is_one_line(capsys, monkeypatch):
         with pytest.raises(SystemExit) as caught:
             cli.run(interrupted)
         assert caught.value.code == 130 and capsys.readouterr().err == printed
+
+
+@pytest.mark.parametrize(
+    "command, line",
+    [
+        (["toy.shapes", "--output", "{0}/x", "--seed", str(2**63)], f"--seed {2**63}: must be 0 or greater"),
+        (["data.features", "--verify", "{0}/x"], "--verify '{0}/x': does not exist"),
+        (["figures.cost", "{0}/x.json", "--output", "{0}"], "'{0}/x.json': does not exist"),
+        (["figures.ema_lengths", "{0}", "--reference", "r"], "'{0}': has no checkpoint"),
+    ],
+)  # fmt: skip
+def test_modules_name_what_is_wrong(command, line, tmp_path):
+    words = [word.format(tmp_path) for word in command]
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {line.format(tmp_path)}"), done.stderr

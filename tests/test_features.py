@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from config import UserError
+from config import OneProcessError, UserError
 from data.feature_writer import FeatureWriter, StoreOptions, StoreSettings, encode_images
 from data.features import damaged_files, open_features
 from data.features import main as verify
@@ -113,6 +113,20 @@ def test_without_flips_there_is_one_view(tiny_images, tmp_path):
     shard = np.load(tmp_path / "shard-00001.npy", mmap_mode="r")
     assert shard.shape == (4, 1, 4, 2, 2)
     assert shard.dtype == np.float16
+
+
+def test_latents_that_overflow_are_named_by_image(tiny_images, tmp_path):
+    """By the process that has them: the others know nothing of it."""
+    writer = make_writer(tmp_path, tiny_images, dtype="float16")
+
+    class Overflowing(StandIn):
+        def encode(self, images):
+            mean, std = super().encode(images)
+            mean[1] = 1e6
+            return mean, std
+
+    with pytest.raises(OneProcessError, match="non-finite float16 latents of image 6; try --dtype float32"):
+        encode_images(Overflowing(), pixels_of(tiny_images, [4, 6, 7]), [4, 6, 7], writer.settings)
 
 
 def test_samples_are_frozen_functions_of_seed_and_index(tiny_images, tmp_path):

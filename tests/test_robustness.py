@@ -231,6 +231,13 @@ def test_a_killed_loader_ends_two_processes(run):
 # ------------------------------------------------------------------------------------------------- full disks
 
 
+def test_a_snapshot_that_does_not_fit_ends_the_run_with_one_line(run):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    codes, printed = run("run", "training.posthoc_ema_stds=[0.05]", "logging.ckpt_every=1", plans=[limit])
+    assert codes == [1] and "Traceback" not in printed
+    assert "0000001-0.05.pt could not be written (File too large)" in printed
+
+
 def test_a_write_that_fails_ends_the_run_and_keeps_what_is_there(run, whole_run, tmp_path):
     """A limit on the size of files, which any user may set: the checkpoint of step 3 does not fit."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731

@@ -266,7 +266,7 @@ def test_an_ema_that_has_not_caught_up_is_said(dit_run, tiny_config, tmp_path, c
     assert torch.equal(first["model"][name], state["model"][name])
 
 
-def test_conditions_of_the_dit(tiny_config):
+def test_conditions_of_the_dit(tiny_config, capsys):
     """Equal names need equal kinds, and what the DC-DiT lacks is said."""
     config = load_config(tiny_config, ["data.conditions={caption: vector-8}"])
     for kind, is_right in (("vector-8", True), ("vector-16", False), ("scalar", False)):
@@ -276,6 +276,9 @@ def test_conditions_of_the_dit(tiny_config):
             continue
         with pytest.raises(UserError, match="is a DiT with a different data.conditions.caption"):
             check_shared(config, dit)
+    assert capsys.readouterr().out == ""
+    check_shared(load_config(tiny_config), dit)
+    assert "the conditions caption of the DiT are left out" in capsys.readouterr().out
 
 
 def test_the_same_network_is_copied(dit_run, tiny_config, tmp_path):

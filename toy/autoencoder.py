@@ -35,14 +35,14 @@ CHANNELS = (16, 16, 32)
 # Pixels per latent cell and side: two of the three blocks halve the size.
 STRIDE = 4
 LATENT_CHANNELS = 4
-# A finished model's options, which decide it together with the images
-SETTINGS_FILE = "training.json"
-OPTIONS = ("image_size", "steps", "batch_size", "seed", "all_channels")
 # Groups of each group normalization; with one channel per group, every channel would lose its level.
 GROUPS = 8
 
 # -------------------------------------------------------------------------------------------------- training
 
+# The options that decide a model, beside its images, and the file in its folder that keeps them
+OPTIONS = ("image_size", "steps", "batch_size", "seed", "all_channels")
+SETTINGS_FILE = "training.json"
 PEAK_LEARNING_RATE = 4e-3
 # Gives the posterior a noise of a few per cent of a channel's spread: the decoder then forgives small errors.
 KL_WEIGHT = 5e-5

@@ -69,13 +69,13 @@ def choose_precision(config: Config, device: torch.device, state: Checkpoint | N
         return "no"
     # The precision is "auto"
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    is_resumed = state is not None and "optimizer" in state
-    recorded = state.get("precision") if state is not None and is_resumed else None
+    resumed = state if state is not None and "optimizer" in state else None
+    recorded = resumed.get("precision") if resumed is not None else None
     if recorded:
         return recorded
     if launcher is not None:
         return launcher
-    if is_resumed:
+    if resumed is not None:
         # Checkpoints without the entry were trained in float32 on CPUs
         return "bf16" if has_bfloat16(device) else "no"
     if device.type == "cpu":
