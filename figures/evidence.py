@@ -74,8 +74,12 @@ def styles_of(models: Sequence[Model]) -> list[dict[str, Any]]:
 
 
 def draw_pareto(evidence: Evidence) -> Figure | None:
-    """DC-DiT with its budgets, control routers and static DiTs: a panel per guidance scale."""
-    return draw_against_cost(evidence, evidence.scales, evidence.main_models(), trained_points)
+    """DC-DiT with its budgets, control routers and static DiTs: a panel per guidance scale.
+
+    Models that predict something else than most are left to the tables: they would squeeze the others together.
+    """
+    models = [model for model in evidence.main_models() if model.prediction == evidence.usual_prediction]
+    return draw_against_cost(evidence, evidence.scales, models, trained_points)
 
 
 def trained_points(model: Model) -> list[Point]:
