@@ -123,6 +123,8 @@ def main(argv: list[str] | None = None) -> None:
         group.on_first(lock.acquire)
         if resume.starting_files(folder) != files:
             start = resume.find_start(config, command, store)
+        # Before one writes, all must have looked
+        accelerator.wait_for_everyone()
         config_file = folder / "config.yaml"
         group.on_first(lambda: write_text(config_file, to_yaml(config)))
         start_trackers(accelerator, config, folder, args.same_wandb)

@@ -197,11 +197,6 @@ class Evidence:
     def metric_names(self) -> list[str]:
         return [METRIC_NAMES[metric] for metric in self.metrics]
 
-    @property
-    def usual_prediction(self) -> str:
-        """What most models predict."""
-        return statistics.mode(model.prediction for model in self.models)
-
     def main_models(self) -> list[Model]:
         """All but upcycled models and those for one budget, which are compared with their own kind."""
         apart = [single for _, single, drop in self.budget_pairs() if drop]

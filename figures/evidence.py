@@ -8,6 +8,7 @@ data is left out. A new run is one more folder.
 """
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ PLACES = {"object": "tab:orange", "background": "tab:blue"}
 # Beginning of the names of floors
 FLOOR = "floor: "
 NOTE = (
-    "lines: kept tokens dropped, from none at the right to the named share; "
+    "lines: kept tokens dropped, from none at the right to the named share\n"
     "stars: Lite-CFG; bars: standard deviation over seeds"
 )
 
@@ -76,9 +77,11 @@ def styles_of(models: Sequence[Model]) -> list[dict[str, Any]]:
 def draw_pareto(evidence: Evidence) -> Figure | None:
     """DC-DiT with its budgets, control routers and static DiTs: a panel per guidance scale.
 
-    Models that predict something else than most are left to the tables: they would squeeze the others together.
+    Models whose prediction is not the usual one are in the tables only: they would squeeze the others together.
     """
-    models = [model for model in evidence.main_models() if model.prediction == evidence.usual_prediction]
+    models = evidence.main_models()
+    usual = statistics.multimode(model.prediction for model in models)
+    models = [model for model in models if model.prediction in usual]
     return draw_against_cost(evidence, evidence.scales, models, trained_points)
 
 
@@ -186,7 +189,10 @@ def draw_floors(axis: Axes, evidence: Evidence) -> None:
 
 
 def draw_routing(evidence: Evidence) -> Figure | None:
-    """Kept share on objects and background as bars, and against t as curves."""
+    """Kept share on objects and background as bars, and against t as curves.
+
+    The control routers keep one share at every t, and have no curve.
+    """
     models = [model for model in evidence.models if model.timesteps]
     if not models:
         return None
@@ -194,6 +200,8 @@ def draw_routing(evidence: Evidence) -> Figure | None:
     bars, curves = figure.subplots(1, 2)
     draw_places(bars, models)
     for model in models:
+        if not model.has_learned_router:
+            continue
         means = []
         spreads = []
         for t in model.timesteps:
@@ -206,7 +214,7 @@ def draw_routing(evidence: Evidence) -> Figure | None:
     curves.set_ylim(0, None)
     curves.set_xlabel("t / number of timesteps (noise at the left)")
     curves.set_ylabel("share of tokens kept")
-    curves.legend(fontsize=7)
+    curves.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     return figure
 
 
@@ -223,7 +231,7 @@ def draw_places(axis: Axes, models: Sequence[Model]) -> None:
     axis.set_yticks(middles, [short(model) for model in models])
     axis.invert_yaxis()
     axis.set_xlabel("share of tokens kept, all t")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
 
 
 def draw_upcycling(evidence: Evidence) -> Figure | None:

@@ -7,7 +7,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from config import UserError
-from processes.group import wait_before_end
 
 
 def check_agreement(accelerator: Accelerator, facts: dict[str, Any]) -> None:
@@ -26,7 +25,6 @@ def check_agreement(accelerator: Accelerator, facts: dict[str, Any]) -> None:
     for rank, (host, found) in enumerate(everyone):
         different = [name for name in expected if found[name] != expected[name]]
         if different:
-            wait_before_end()
             raise UserError(
                 f"process {rank} on {host} differs from process 0 on {first_host} in {', '.join(different)}; "
                 "all machines need the same features and configuration, and the run's folder on a file "

@@ -1,6 +1,5 @@
 """This process among those of a launcher: device, process group, and what only the first process does."""
 
-import contextlib
 import os
 import signal
 import sys
@@ -95,17 +94,8 @@ def on_first(function: Callable[[], T]) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(outcome)
     if isinstance(outcome[0], UserError):
-        wait_before_end()
         raise outcome[0]
     return outcome[0]
-
-
-def wait_before_end() -> None:
-    """Wait for the others before this process ends: one that still receives would take it for lost. Collective."""
-    if dist.is_initialized():
-        # Those that have left by now have all they need
-        with contextlib.suppress(RuntimeError):
-            dist.barrier()
 
 
 def print_once(text: str) -> None:

@@ -300,7 +300,7 @@ def test_every_table_and_figure(results, tmp_path):
     # 104 at cost 1 and 108 at cost 0.8; at scale 2 one budget was measured, and nothing lies between
     assert section(text, "One checkpoint at many budgets") == [
         "| none | DC-DiT | 25.0% ± 0.0% | 1 | 105.0 ± 7.1 | 104.0 | -1.0% | 2 and 1 |",
-        "| none | DC-DiT, 15% kept | 15.0% | 0.85 | 107.0 | 107.0 | +0.0% | 1 and 1 |",
+        "| none | DC-DiT, N = 6.7 | 15.0% | 0.85 | 107.0 | 107.0 | +0.0% | 1 and 1 |",
     ]
     assert "| DC-DiT | 50.0% ± 0.0% | 50.0% ± 0.0% | 2 |" in section(text, "Class accuracy")
     # The running means are 0.8, 0.633, ... and 0.433, 0.3, 0.2

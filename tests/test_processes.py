@@ -20,6 +20,7 @@ from config import UserError
 from data.features import FeatureStore
 from processes import lock, threads, watch
 from processes.lock import FolderLock
+from training import resume
 from training.batches import Samples
 from training.trainer import Trainer
 from weights.checkpoint import load_checkpoint
@@ -166,6 +167,9 @@ def test_processes_that_start_unlike_are_refused(run):
         load = train.load_config
         train.load_config = lambda path, overrides=(): load(path, [*overrides, "training.learning_rate=0.5"])
         FeatureStore.fingerprint = lambda store: "others"
+        # The other process must not have written its configuration when this one looks
+        look = resume.starting_files
+        resume.starting_files = lambda folder: (time.sleep(0.5), look(folder))[1]
         torch.manual_seed = lambda seed: torch.default_generator.manual_seed(seed + 1)
 
     codes, printed = run("run", plans=[None, differ])
