@@ -34,6 +34,15 @@ HEIGHT = 3.2
 
 PLACES = {"object": "tab:orange", "background": "tab:blue"}
 
+# A legend above its panel, where it hides nothing
+ABOVE: dict[str, Any] = {
+    "fontsize": 7,
+    "loc": "lower center",
+    "bbox_to_anchor": (0.5, 1),
+    "ncols": 2,
+    "frameon": False,
+}
+
 # Beginning of the names of floors
 FLOOR = "floor: "
 NOTE = (
@@ -199,9 +208,8 @@ def draw_routing(evidence: Evidence) -> Figure | None:
     figure = Figure(figsize=(9, HEIGHT), dpi=120, layout="constrained")
     bars, curves = figure.subplots(1, 2)
     draw_places(bars, models)
-    for model in models:
-        if not model.has_learned_router:
-            continue
+    learned = [model for model in models if model.has_learned_router]
+    for model in learned:
         means = []
         spreads = []
         for t in model.timesteps:
@@ -214,7 +222,8 @@ def draw_routing(evidence: Evidence) -> Figure | None:
     curves.set_ylim(0, None)
     curves.set_xlabel("t / number of timesteps (noise at the left)")
     curves.set_ylabel("share of tokens kept")
-    curves.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    if learned:
+        curves.legend(**ABOVE)
     return figure
 
 
@@ -231,7 +240,7 @@ def draw_places(axis: Axes, models: Sequence[Model]) -> None:
     axis.set_yticks(middles, [short(model) for model in models])
     axis.invert_yaxis()
     axis.set_xlabel("share of tokens kept, all t")
-    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    axis.legend(**ABOVE)
 
 
 def draw_upcycling(evidence: Evidence) -> Figure | None:

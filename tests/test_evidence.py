@@ -332,6 +332,14 @@ def test_the_figure_of_quality_against_cost(results):
     assert curves.keys() == {"DC-DiT", "DC-DiT, many budgets", "DiT, P = 2, equal FLOPs"}
 
 
+def test_control_routers_have_bars_and_no_curve(results):
+    routing = [{"t": 0.25, "object": 0.25, "background": 0.25, "all": 0.25}]
+    write_run(results, "dc-uniform", 0, [row(110)], [1.0], routing=routing)
+    bars, curves = figures.draw_routing(evidence.read(results)).axes
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["DC-DiT", "DC-DiT, uniform router"]
+    assert [curve.get_label() for curve in curves.containers] == ["DC-DiT"]
+
+
 def test_seeds_overlap_when_their_ranges_do():
     two = evidence.Number((1.0, 3.0))
     assert tables.overlap(two, evidence.Number((3.1, 5.0))) == "no"
