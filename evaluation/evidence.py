@@ -5,7 +5,7 @@ scripts/evidence.py writes the summaries, figures/evidence.py shows them.
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ Row = dict[str, Any]
 
 # Columns in which all points must agree to be compared
 SETTINGS = ("images", "steps", "seed", "features", "reference", "image_size", "bf16", "weights")
+# Those of a floor
+FLOOR_SETTINGS = ("images", "features", "reference")
 # The Fréchet distance by the name that it has for the features
 DISTANCES = ("fid", "frechet_distance")
 # Beginnings of keys that models of one comparison may differ in
@@ -108,11 +110,11 @@ class Model:
             found |= {point_of(row) for row in run["rows"]}
         return sorted(found, key=lambda point: (point.scale, point.lite or 0, point.drop))
 
-    def at(self, point: Point, column: str, also: Point | None = None) -> Number | None:
-        """A column at a point over all seeds, or those that have another point, too; None if no run has it."""
+    def at(self, point: Point, column: str, also: Iterable[Point] = ()) -> Number | None:
+        """A column at a point over all seeds, or those that have other points, too; None if no run has it."""
         values = []
         for run in self.runs:
-            if also is not None and also not in map(point_of, run["rows"]):
+            if not {point_of(row) for row in run["rows"]}.issuperset(also):
                 continue
             for row in run["rows"]:
                 if point_of(row) == point and column in row:
@@ -160,7 +162,7 @@ def interpolate(marks: Sequence[tuple[float, float]], x: float) -> float | None:
     """The value between two marks (x, value); None beyond them."""
     ordered = sorted(marks)
     for (left, start), (right, end) in zip(ordered, ordered[1:]):
-        if left <= x <= right:
+        if left <= x <= right and left < right:
             return start + (x - left) / (right - left) * (end - start)
     return None
 
@@ -199,7 +201,7 @@ class Evidence:
 
     def main_models(self) -> list[Model]:
         """All but upcycled models and those for one budget, which are compared with their own kind."""
-        apart = [single for _, single, drop in self.budget_pairs() if drop]
+        apart = [single for _, single, drop in self.budget_pairs() if drop > 0]
         return [model for model in self.models if not (model.is_upcycled or model in apart)]
 
     def multi_budget_pairs(self) -> list[tuple[Model, Model]]:
@@ -218,6 +220,8 @@ class Evidence:
                 other for many, other in self._many_and_one((*MULTI_BUDGET, *DOWNSAMPLE)) if many is one
             ]
             pairs = [(one, other, dropped_share(one, other)) for other in of_one]
+            # A model that keeps more has no budget of the other beside it
+            pairs = [pair for pair in pairs if pair[2] >= 0]
             if any(drop for _, _, drop in pairs):
                 found += sorted(pairs, key=lambda pair: pair[2])
         return found
@@ -258,18 +262,16 @@ def read(folder: Path) -> Evidence:
     for path in sorted(folder.rglob("summary.json")):
         summary = read_summary(path)
         if "floor" in summary:
+            check_settings(path, summary, FLOOR_SETTINGS, settings)
             floors[summary["floor"]] = {**summary["rows"][0], "measured by": summary["measured by"]}
             continue
         for row in summary["rows"]:
             # Summaries without the column are taken to be of the EMA
             row.setdefault("weights", "ema")
-            for name in SETTINGS:
-                if row.get(name) != settings.setdefault(name, row.get(name)):
-                    problem = f"has {name} {row.get(name)}, and others {settings[name]}"
-                    raise UserError(f"'{path}': {problem}; measure it again, or keep it in another folder")
             # Only times of points that took turns can be compared
             if row.get("point") not in summary.get("times", {}):
                 row.pop("ms_per_image", None)
+        check_settings(path, summary, SETTINGS, settings)
         # A key that is newer than the summary had no other value than its default
         summary["config"] = {**shaping_keys(load_config()), **summary["config"]}
         summary["path"] = path
@@ -277,6 +279,15 @@ def read(folder: Path) -> Evidence:
     if not runs:
         raise UserError(f"'{folder}': has no summary.json of a run; make one with scripts.evidence")
     return Evidence(group_by_model(runs), floors)
+
+
+def check_settings(path: Path, summary: Row, names: Sequence[str], settings: Row) -> None:
+    """Raise a UserError unless all rows have the settings of those before, which the first one fills in."""
+    for row in summary["rows"]:
+        for name in names:
+            if row.get(name) != settings.setdefault(name, row.get(name)):
+                problem = f"has {name} {row.get(name)}, and others {settings[name]}"
+                raise UserError(f"'{path}': {problem}; measure it again, or keep it in another folder")
 
 
 def read_summary(path: Path) -> Row:

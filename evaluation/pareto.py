@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import torch.distributed as dist
@@ -233,6 +234,7 @@ def measure(plan: ParetoPlan) -> list[dict[str, str]]:
         if warning:
             group.print_once(warning)
         yardstick = Yardstick(extractor, reference)
+        started = datetime.now().isoformat(timespec="seconds")
         for point in points:
             key = point.key(settings)
             if table.has(key):
@@ -240,7 +242,7 @@ def measure(plan: ParetoPlan) -> list[dict[str, str]]:
             # An interrupted point resumes with batches of the same size
             folder = plan.output / f"{key}-{plan.batch_size}"
             found = measure_point(point, plan, yardstick, folder, processes)
-            table.rows.append({"point": key, **point.columns(), **settings, **found})
+            table.rows.append({"point": key, **point.columns(), **settings, **found, "measured": started})
             if processes.rank == 0:
                 table.write()
                 shutil.rmtree(folder)
@@ -281,11 +283,6 @@ def check_models(models: Mapping[str, TrainedModel], source: Source) -> None:
 
 def settings_of(plan: ParetoPlan, source: Source, point: ParetoPoint, extractor: Extractor) -> dict[str, str]:
     """The columns that all points share, and in which all rows of a table must be equal."""
-    kind, content = extractor.name.split(":")[:2]
-    if source.path.is_dir() and source.images is not None:
-        reference = source.images.digest()
-    else:
-        reference = sha256_of(source.path)
     return {
         "seed": str(plan.seed),
         "images": str(plan.num_samples),
@@ -293,7 +290,19 @@ def settings_of(plan: ParetoPlan, source: Source, point: ParetoPoint, extractor:
         "sampler": plan.sampler,
         "bf16": str(plan.bf16),
         "image_size": str(point.trained.config.data.image_size),
-        "features": f"{kind}:{content[:12]}" + ("+tf32" if plan.tf32 else ""),
+        **yardstick_columns(source, extractor, plan.tf32),
+    }
+
+
+def yardstick_columns(source: Source, extractor: Extractor, tf32: bool = False) -> dict[str, str]:
+    """The columns that say what images are compared with, and by which features."""
+    kind, content = extractor.name.split(":")[:2]
+    if source.path.is_dir() and source.images is not None:
+        reference = source.images.digest()
+    else:
+        reference = sha256_of(source.path)
+    return {
+        "features": f"{kind}:{content[:12]}" + ("+tf32" if tf32 else ""),
         "reference": reference[:12],
         "reference_images": str(source.count(extractor.name) or ""),
     }

@@ -46,7 +46,7 @@ ABOVE: dict[str, Any] = {
 # Beginning of the names of floors
 FLOOR = "floor: "
 NOTE = (
-    "lines: kept tokens dropped, from none at the right to the named share\n"
+    "lines: kept tokens dropped, from none at the right to the named share, with the same seeds\n"
     "stars: Lite-CFG; bars: standard deviation over seeds"
 )
 
@@ -152,7 +152,7 @@ def draw_panel(
         plain = [point for point in points if point.lite is None]
         lite = [point for point in points if point.lite is not None]
         costs += draw_points(axis, model, metric, plain, **style, ms=4, label=short(model))
-        costs += draw_points(axis, model, metric, lite, **{**style, "marker": "*"}, ms=9, linestyle="none")
+        costs += draw_points(axis, model, metric, lite, **{**style, "marker": "*"}, ms=9)
     axis.set_title(f"guidance: {tables.guidance(scale)}")
     axis.set_xlabel("TFLOP per image")
     axis.set_ylabel(METRIC_NAMES[metric])
@@ -165,7 +165,10 @@ def draw_panel(
 
 
 def draw_points(axis: Axes, model: Model, metric: str, points: Sequence[Point], **style: Any) -> list[float]:
-    """Points with their spread over seeds. Returns the costs; points that were not measured are left out."""
+    """Points with their spread over seeds, and a line through them of the seeds that have them all.
+
+    Returns the costs; points that were not measured are left out.
+    """
     costs = []
     means = []
     spreads = []
@@ -178,11 +181,17 @@ def draw_points(axis: Axes, model: Model, metric: str, points: Sequence[Point], 
             # One seed has no bar
             spreads.append(number.std if len(number.values) > 1 else math.nan)
     if costs:
-        axis.errorbar(costs, means, spreads, capsize=3, linewidth=1, **style)
-    if len(costs) > 1:
+        axis.errorbar(costs, means, spreads, capsize=3, **style, linestyle="none")
+    # From one point to the next, other seeds would look like a slope
+    joined = [
+        (model.at(point, "tflop_per_image", points), model.at(point, metric, points)) for point in points
+    ]
+    line = [(cost.mean, number.mean) for cost, number in joined if cost and number]
+    if len(line) > 1:
+        axis.plot(*zip(*line), linewidth=1, color=style["color"])
         text = f"{points[-1].drop:.0%} "
         end = {"ha": "right", "va": "center", "fontsize": 7, "color": style["color"]}
-        axis.annotate(text, (costs[-1], means[-1]), textcoords="offset points", xytext=(-4, 5), **end)
+        axis.annotate(text, line[-1], textcoords="offset points", xytext=(-4, 5), **end)
     return costs
 
 
@@ -295,8 +304,8 @@ SECTIONS = (
 INTRODUCTION = """# What was measured
 
 Written by `python -m figures.evidence` from the summaries of the runs. A ± is the standard deviation over
-seeds. TFLOP and milliseconds are those of denoising one image. Milliseconds depend on the machine; points
-that did not take turns with the others of their run have none.
+seeds. TFLOP and milliseconds are those of denoising one image. Milliseconds depend on the machine, and those
+of two runs cannot be compared.
 """
 
 

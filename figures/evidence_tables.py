@@ -206,7 +206,7 @@ def kept_by_place(evidence: Evidence) -> str | None:
         line = [name_of(model), share(on_object), share(background), Number(tuple(ratios)).text(".2f")]
         line.append(share(model.routing("all", high=0.3)))
         line.append(share(model.routing("all", low=0.7)))
-        lines.append([*line, seeds(model)])
+        lines.append([*line, str(len(ratios))])
     header = ["model", "on objects", "on background", "ratio", "t < 0.3 (clean)", "t > 0.7 (noisy)", "seeds"]
     return table(header, lines)
 
@@ -296,7 +296,7 @@ def lite_line(evidence: Evidence, model: Model, point: Point) -> Line:
         ratio = model.relative(point, full, column)
         line.append(f"{ratio.mean - 1:+.1%}" if ratio else "")
     for own, other in ((full, point), (point, full)):
-        line.append(share(model.at(own, "class_accuracy", also=other)))
+        line.append(share(model.at(own, "class_accuracy", also=[other])))
     return [*line, seeds(model, point)]
 
 
@@ -309,6 +309,9 @@ def upcycling(evidence: Evidence) -> str | None:
     for upcycled, scratch in evidence.upcycled_pairs():
         known = losses(scratch)
         steps = sorted(known)
+        # Runs of a few log lines have no running mean
+        if not (steps and losses(upcycled)):
+            continue
         for part in LOSSES_TO_REACH:
             # The last logged step of this part of the curve
             step = steps[math.ceil(part * len(steps)) - 1]
@@ -336,7 +339,7 @@ def runs(evidence: Evidence) -> str | None:
             size = f"{run['parameters'] / 1e6:.2f} M"
             line = [escaped(run["run"]), name_of(model), size, f"{run['step']:,}", minutes]
             lines.append([*line, run["hardware"], f"`{run['command']}`"])
-    return table(["run", "model", "parameters", "steps", "training", "hardware", "command"], lines)
+    return table(["run", "model", "parameters", "steps", "training", "measured on", "command"], lines)
 
 
 def measuring_commands(evidence: Evidence) -> str | None:

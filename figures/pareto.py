@@ -118,7 +118,8 @@ def read_curves(rows: list[Row], scale: str, cost: str = "tflop_per_image") -> l
         curves[key].marks.append(mark)
     for curve in curves.values():
         curve.marks.sort()
-    return list(curves.values())
+    # With Lite-CFG last a model has its colour in every panel, also where it has no guidance
+    return sorted(curves.values(), key=lambda curve: bool(curve.lite))
 
 
 def curve_label(row: Row) -> str:
@@ -172,8 +173,12 @@ def compare_curves(curves: list[Curve]) -> list[tuple[Comparison, Curve, Mark]]:
 
 
 def compare_times(rows: list[Row], scale: str) -> list[Comparison]:
-    """The comparisons of a panel in milliseconds per image. Tables of earlier versions have no times."""
-    if not all(row.get("ms_per_image") for row in rows):
+    """The comparisons of a panel in milliseconds per image.
+
+    None unless one call has measured all rows: those of another may have had another machine or batch size.
+    """
+    calls = {row.get("measured") for row in rows}
+    if len(calls) > 1 or calls == {None}:
         return []
     found = compare_curves(read_curves(rows, scale, "ms_per_image"))
     return [comparison._replace(cost="time") for comparison, _, _ in found]
@@ -257,14 +262,25 @@ def numbers(text: str) -> list[float]:
     return sorted(values)
 
 
+def fractions(text: str) -> list[float]:
+    """As `numbers`, for dropped shares."""
+    values = numbers(text)
+    if not all(0 <= value < 1 for value in values):
+        raise argparse.ArgumentTypeError(f"'{text}' has a number that is not in [0, 1)")
+    return values
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("--ckpt", action="append", required=True, help="checkpoint of train.py; repeatable")
     parser.add_argument(
-        "--budgets", type=numbers, default=[0.0], help="tail-dropping fractions, e.g. 0,0.2,0.4 (default: 0)"
+        "--budgets",
+        type=fractions,
+        default=[0.0],
+        help="tail-dropping fractions, e.g. 0,0.2,0.4 (default: 0)",
     )
     parser.add_argument(
-        "--lite-cfg", type=numbers, default=[], help="also drop these fractions in the unconditional branch"
+        "--lite-cfg", type=fractions, default=[], help="also drop these fractions in the unconditional branch"
     )
     add_weights_argument(parser)
     add_measuring_arguments(parser)

