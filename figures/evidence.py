@@ -46,7 +46,8 @@ ABOVE: dict[str, Any] = {
 # Beginning of the names of floors
 FLOOR = "floor: "
 NOTE = (
-    "lines: kept tokens dropped, from none at the right to the named share, with the same seeds\n"
+    "lines: kept tokens dropped, from none at the right\n"
+    "to the named share, with the same seeds\n"
     "stars: Lite-CFG; bars: standard deviation over seeds"
 )
 
