@@ -153,6 +153,7 @@ def draw_panel(
         plain = [point for point in points if point.lite is None]
         lite = [point for point in points if point.lite is not None]
         costs += draw_points(axis, model, metric, plain, **style, ms=4, label=short(model))
+        draw_line(axis, model, metric, plain, style["color"])
         costs += draw_points(axis, model, metric, lite, **{**style, "marker": "*"}, ms=9)
     axis.set_title(f"guidance: {tables.guidance(scale)}")
     axis.set_xlabel("TFLOP per image")
@@ -166,10 +167,7 @@ def draw_panel(
 
 
 def draw_points(axis: Axes, model: Model, metric: str, points: Sequence[Point], **style: Any) -> list[float]:
-    """Points with their spread over seeds, and a line through them of the seeds that have them all.
-
-    Returns the costs; points that were not measured are left out.
-    """
+    """Points with their spread over seeds. Returns the costs; points that were not measured are left out."""
     costs = []
     means = []
     spreads = []
@@ -182,18 +180,20 @@ def draw_points(axis: Axes, model: Model, metric: str, points: Sequence[Point], 
             # One seed has no bar
             spreads.append(number.std if len(number.values) > 1 else math.nan)
     if costs:
-        axis.errorbar(costs, means, spreads, capsize=3, **style, linestyle="none")
-    # From one point to the next, other seeds would look like a slope
+        axis.errorbar(costs, means, spreads, capsize=3, elinewidth=1, linestyle="none", **style)
+    return costs
+
+
+def draw_line(axis: Axes, model: Model, metric: str, points: Sequence[Point], colour: str) -> None:
+    """A line through the points, by the seeds that have them all: other seeds would look like a slope."""
     joined = [
         (model.at(point, "tflop_per_image", points), model.at(point, metric, points)) for point in points
     ]
     line = [(cost.mean, number.mean) for cost, number in joined if cost and number]
     if len(line) > 1:
-        axis.plot(*zip(*line), linewidth=1, color=style["color"])
-        text = f"{points[-1].drop:.0%} "
-        end = {"ha": "right", "va": "center", "fontsize": 7, "color": style["color"]}
-        axis.annotate(text, line[-1], textcoords="offset points", xytext=(-4, 5), **end)
-    return costs
+        axis.plot(*zip(*line), linewidth=1, color=colour)
+        end: dict[str, Any] = {"ha": "right", "va": "center", "fontsize": 7, "color": colour}
+        axis.annotate(f"{points[-1].drop:.0%} ", line[-1], textcoords="offset points", xytext=(-4, 5), **end)
 
 
 def draw_floors(axis: Axes, evidence: Evidence) -> None:

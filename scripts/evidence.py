@@ -96,7 +96,7 @@ def measure_run(run: Path, args: argparse.Namespace) -> None:
     if args.masks:
         summary["routing"] = group.on_first(lambda: routing_by_timestep(trained, args))
     else:
-        summary["routing"] = read_summary(path)["routing"] if path.is_file() else []
+        summary["routing"] = earlier_routing(path, trained.step)
     times = earlier_times(path)
     for plan in plans(checkpoint, trained.config, path.parent, args):
         points = measure(plan)
@@ -137,6 +137,12 @@ def commands(path: Path, command: str) -> list[str]:
     """The commands that measured the points of a summary, this one included."""
     earlier = read_summary(path)["measured by"] if path.is_file() else []
     return [*(other for other in earlier if other != command), command]
+
+
+def earlier_routing(path: Path, step: int) -> list[Row]:
+    """The routing that an earlier call has measured at the same step."""
+    earlier = read_summary(path) if path.is_file() else {}
+    return earlier["routing"] if earlier.get("step") == step else []
 
 
 def earlier_times(path: Path) -> dict[str, float]:
@@ -287,10 +293,14 @@ def routing_by_timestep(trained: TrainedModel, args: argparse.Namespace) -> list
     if trained.config.is_static:
         return []
     images, masks, labels = read_masked_images(trained, args.images, args.masks)
+    on_object = cells_on_object(masks, trained.config)
+    if on_object.all() or not on_object.any():
+        raise UserError(
+            f"--masks '{args.masks}': no cell is on an object, or none is on background; give masks that have both"
+        )
     steps = trained.config.diffusion.diffusion_steps
     timesteps = [round((k + 0.5) / TIMESTEPS * steps) for k in range(TIMESTEPS)]
     kept = kept_tokens(trained, images, labels, timesteps, args.seed)
-    on_object = cells_on_object(masks, trained.config)
     rows = []
     for t, own in zip(timesteps, kept):
         shares = {"object": own[on_object], "background": own[~on_object], "all": own}
@@ -324,10 +334,7 @@ def read_masked_images(trained: TrainedModel, folder: Path, masks: str) -> tuple
         found.append(read_mask(source.paths[index], pixels, masks))
         labels.append(label)
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    on_object = np.stack(found)
-    if on_object.all() or not on_object.any():
-        raise UserError(f"--masks '{masks}': have no object or no background; give masks that have both")
-    return stacked, torch.from_numpy(on_object), labels
+    return stacked, torch.from_numpy(np.stack(found)), labels
 
 
 def read_mask(name: str, pixels: np.ndarray, masks: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,10 @@ def test_more_points_of_a_run(whole_run, masks, tiny_images, tiny_extractor, tmp
     assert [row["cfg_scale"] for row in summary["rows"]] == [1, 2]
     assert summary["times"] == {row["point"]: row["ms_per_image"] for row in summary["rows"]}
     assert max(summary["times"].values()) < 1e9
+    # That of an earlier checkpoint is not the model's
+    path.write_text(json.dumps({**summary, "step": 4}))
+    measuring.main([str(word) for word in [*argv, "--cfg-scale", 2]])
+    assert json.loads(path.read_text())["routing"] == []
 
 
 @pytest.mark.parametrize(
@@ -202,13 +207,17 @@ def test_masks_must_belong_to_the_images(tmp_path):
         measuring.read_mask("wide.png", pixels, str(tmp_path))
 
 
-@pytest.mark.parametrize("value", [0, 255])
-def test_masks_need_objects_and_background(value, whole_run, masks, tiny_images):
+@pytest.mark.parametrize("columns", [0, 1, 32])
+def test_masks_need_objects_and_background(columns, whole_run, masks, tiny_images):
+    """A column of pixels is less than half of every cell."""
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, :columns] = 255
     for file in masks.rglob("*.png"):
-        Image.fromarray(np.full((32, 32), value, np.uint8)).save(file)
+        Image.fromarray(mask).save(file)
     trained = load_trained(newest_checkpoint(whole_run))
-    with pytest.raises(UserError, match="--masks '.*': have no object or no background"):
-        measuring.read_masked_images(trained, tiny_images, str(masks))
+    args = Namespace(images=tiny_images, masks=str(masks), seed=0)
+    with pytest.raises(UserError, match="--masks '.*': no cell is on an object, or none is on background"):
+        measuring.routing_by_timestep(trained, args)
 
 
 def test_floors(tiny_images, tiny_vae, tiny_extractor, tmp_path):
