@@ -63,10 +63,13 @@ class Autoencoder:
         codec.model.requires_grad_(False).eval().to(device, memory_format=layout)
 
     @classmethod
-    def load(cls, name_or_path: str, device: torch.device | str) -> "Autoencoder":
+    def load(cls, name_or_path: str, device: torch.device | str, option: str = "--vae") -> "Autoencoder":
         """Load "ema" or "mse" (stabilityai/sd-vae-ft-*, from local cache or hub), a diffusers folder, or "pixels".
 
         The full names of these two on the hub mean the same, unless folders of these names are there.
+
+        Args:
+            option: names the autoencoder in error messages.
 
         Raises:
             UserError: the name is unknown, or loading fails.
@@ -85,7 +88,7 @@ class Autoencoder:
             remedy = "give a folder that save_pretrained of diffusers wrote"
         else:
             raise UserError(
-                f"--vae {name_or_path}: is neither ema, mse nor the folder of a diffusers autoencoder "
+                f"{option} {name_or_path}: is neither ema, mse nor the folder of a diffusers autoencoder "
                 "(with config.json)"
             )
 
@@ -93,7 +96,7 @@ class Autoencoder:
             codec = read_codec(source)
         except Exception as error:  # the hub client, safetensors and diffusers raise a dozen kinds
             reason = one_line(error, 200)
-            raise UserError(f"--vae {name_or_path}: cannot load {source} ({reason}); {remedy}") from None
+            raise UserError(f"{option} {name_or_path}: cannot load {source} ({reason}); {remedy}") from None
         return cls(codec, name, device)
 
     def describe(self) -> dict[str, Any]:

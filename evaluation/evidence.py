@@ -201,7 +201,7 @@ class Evidence:
 
     def main_models(self) -> list[Model]:
         """All but upcycled models and those for one budget, which are compared with their own kind."""
-        apart = [single for _, single, drop in self.budget_pairs() if drop > 0]
+        apart = [single for _, single, drop in self.budget_pairs() if drop]
         return [model for model in self.models if not (model.is_upcycled or model in apart)]
 
     def multi_budget_pairs(self) -> list[tuple[Model, Model]]:

@@ -75,10 +75,7 @@ def load_pair(args: argparse.Namespace) -> tuple[TrainedModel, GuidedModel]:
     """A trained model that is guided by another; UserError if the guide does not fit it."""
     device = group.default_device()
     trained = load_trained(args.ckpt, device)
-    try:
-        guide = load_trained(args.guide, device)
-    except UserError as error:
-        raise UserError(str(error).replace("--ckpt", "--guide")) from None
+    guide = load_trained(args.guide, device, option="--guide")
     if what_models_share(trained) != what_models_share(guide) or not is_same_autoencoder(
         trained.autoencoder.describe(), guide.autoencoder.describe()
     ):

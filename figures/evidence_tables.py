@@ -330,7 +330,7 @@ def upcycling_line(upcycled: Model, step: int, loss: float) -> Line:
 
 
 def runs(evidence: Evidence) -> str | None:
-    """How every run was made, on what, and how long it took."""
+    """How every run was made, how long it took, and what measured it."""
     lines = []
     for model in evidence.models:
         for run in model.runs:

@@ -49,6 +49,7 @@ def load_trained(
     config: Config | None = None,
     overrides: Sequence[str] = (),
     weights: str = "ema",
+    option: str = "--ckpt",
 ) -> TrainedModel:
     """Load a checkpoint for sampling.
 
@@ -58,13 +59,15 @@ def load_trained(
         config: default: the checkpoint's own. It must agree with that in what shapes the network or the process.
         overrides: `section.key=value` for the checkpoint's own configuration.
         weights: "ema"; of a run's checkpoint also "model", the trained weights, or a name of `training.averages`.
+        option: names the checkpoint in error messages.
 
     Raises:
         UserError: unreadable checkpoint, non-finite weights, contradicting configuration, or another autoencoder
             than in training.
     """
-    state = load_checkpoint(ckpt)
-    forget_unknown_keys(state, f"--ckpt '{ckpt}'")
+    state = load_checkpoint(ckpt, option)
+    name = f"{option} '{ckpt}'"
+    forget_unknown_keys(state, name)
     config = config or config_from_dict(state["config"], overrides)
     check_agreement(config, config_from_dict(state["config"]))
 
@@ -72,7 +75,7 @@ def load_trained(
     warn_of_untrained_labels(state["class_names"], config)
 
     # The network with its weights
-    model = load_network(state, config, weights, str(ckpt))
+    model = load_network(state, config, weights, name)
     identity = fingerprint(model.state_dict(), config)
 
     # The autoencoder: the one asked for, else the checkpoint's
@@ -107,20 +110,18 @@ def load_known_autoencoder(known: dict | None, config: Config, device: torch.dev
     raise UserError(problem)
 
 
-def load_network(state: Checkpoint, config: Config, weights: str, ckpt: str) -> torch.nn.Module:
+def load_network(state: Checkpoint, config: Config, weights: str, name: str) -> torch.nn.Module:
     """The configured network with the chosen weights; UserError if they do not fit or are not finite."""
-    values = chosen_weights(state, weights, f"--ckpt '{ckpt}'")
+    values = chosen_weights(state, weights, name)
     model = build_model(config)
     difference = shape_difference(tensor_shapes(model.state_dict()), tensor_shapes(values))
     if difference:
         raise UserError(
-            f"--ckpt '{ckpt}': its weights are not those of its configuration ({difference}); give another"
+            f"{name}: its weights are not those of its configuration ({difference}); give another"
         )
     bad = non_finite_tensor(values)
     if bad:
-        raise UserError(
-            f"--ckpt '{ckpt}' has non-finite values in its weights {bad}; give an earlier checkpoint"
-        )
+        raise UserError(f"{name} has non-finite values in its weights {bad}; give an earlier checkpoint")
     model.load_state_dict(values)
     if weights == "ema":
         warn_of_young_ema(state)

@@ -26,14 +26,14 @@ import cli
 from config import ROLES, Config, UserError, load_config
 from data.autoencoder import Autoencoder
 from data.files import write_json
-from data.images import ImageFolder, UnreadableImage, read_rgb
+from data.images import UnreadableImage, read_rgb
 from data.names import renamed_label
 from diffusion import OBJECTIVES
 from evaluation.comparison import FeatureSet, check_sizes, check_source, compare, measure_source
 from evaluation.evidence import read_summary, shaping_keys, value_of
 from evaluation.extractors import Extractor, load_extractor
 from evaluation.feature_cache import CHUNK, FeatureChunks, as_arrays, run_extractor
-from evaluation.image_sets import Source, open_source
+from evaluation.image_sets import FolderImages, Source, open_source
 from evaluation.pareto import ParetoPlan, ParetoPoint, measure, yardstick_columns
 from figures.by_timestep import last_means, read_rows
 from figures.pareto import fractions, numbers
@@ -91,13 +91,15 @@ def measure_run(run: Path, args: argparse.Namespace) -> None:
     device = group.start_processes().device
     trained = load_trained(checkpoint, device, weights=args.weights)
     summary = describe_run(run, trained)
-    check_summary(path, summary, trained.weights)
-    summary["measured by"] = commands(path, args.command)
+    earlier = read_summary(path) if path.is_file() else None
+    if earlier:
+        check_summary(path, earlier, summary, trained.weights)
+    summary["measured by"] = commands(earlier, args.command)
     if args.masks:
         summary["routing"] = group.on_first(lambda: routing_by_timestep(trained, args))
     else:
-        summary["routing"] = earlier_routing(path, trained.step)
-    times = earlier_times(path)
+        # That of an earlier checkpoint is not the model's
+        summary["routing"] = earlier["routing"] if earlier and earlier["step"] == trained.step else []
     for plan in plans(checkpoint, trained.config, path.parent, args):
         points = measure(plan)
         # The table also has the points of earlier checkpoints
@@ -107,23 +109,20 @@ def measure_run(run: Path, args: argparse.Namespace) -> None:
         group.on_first(lambda: write_json(path, summary))
 
     def time_and_write() -> None:
-        own = times
-        if any(row["point"] not in own for row in rows):
+        times = earlier.get("times", {}) if earlier else {}
+        if any(row["point"] not in times for row in rows):
             # Times of another call cannot be compared with those of this one
-            own = time_points(trained, plan, rows)
+            times = time_points(trained, plan, rows)
         for row in rows:
-            row["ms_per_image"] = own[row["point"]]
-        write_json(path, {**summary, "times": own})
+            row["ms_per_image"] = times[row["point"]]
+        write_json(path, {**summary, "times": times})
 
     group.on_first(time_and_write)
     group.print_once(f"{len(rows)} points of {run}: {path}")
 
 
-def check_summary(path: Path, summary: Row, weights: str) -> None:
-    """Raise a UserError if the file is the summary of another run, or of other weights of this one."""
-    if not path.is_file():
-        return
-    earlier = read_summary(path)
+def check_summary(path: Path, earlier: Row, summary: Row, weights: str) -> None:
+    """Raise a UserError if the earlier summary is of another run, or of other weights of this one."""
     for name in ("model", "seed"):
         if earlier.get(name) != summary[name]:
             problem = f"is of a run with {name} {earlier.get(name)}, and this one has {summary[name]}"
@@ -133,24 +132,10 @@ def check_summary(path: Path, summary: Row, weights: str) -> None:
         raise UserError(f"'{path}': has points of the weights {', '.join(others)}; give another --output")
 
 
-def commands(path: Path, command: str) -> list[str]:
+def commands(earlier: Row | None, command: str) -> list[str]:
     """The commands that measured the points of a summary, this one included."""
-    earlier = read_summary(path)["measured by"] if path.is_file() else []
-    return [*(other for other in earlier if other != command), command]
-
-
-def earlier_routing(path: Path, step: int) -> list[Row]:
-    """The routing that an earlier call has measured at the same step."""
-    earlier = read_summary(path) if path.is_file() else {}
-    return earlier["routing"] if earlier.get("step") == step else []
-
-
-def earlier_times(path: Path) -> dict[str, float]:
-    """Milliseconds by point that an earlier call has measured."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["times"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
+    others = earlier["measured by"] if earlier else []
+    return [*(other for other in others if other != command), command]
 
 
 def time_points(trained: TrainedModel, plan: ParetoPlan, rows: list[Row]) -> dict[str, float]:
@@ -315,26 +300,23 @@ def read_masked_images(trained: TrainedModel, folder: Path, masks: str) -> tuple
     Args:
         masks: a folder of masks with the names of the images, or "shapes": they are drawn.
     """
-    size = trained.config.data.image_size
-    source = ImageFolder(folder, size, "--images")
+    source = FolderImages(folder, trained.config.data.image_size, "--images")
+    if source.labels is None:
+        raise UserError(f"--images '{folder}': holds samples, which have no classes; give real images")
     other = renamed_label(source.class_names, trained.class_names)
     if other is not None:
         raise UserError(
             f"--images '{folder}': class {other} is not that of the run; give images of its classes"
         )
-    images = []
+    count = min(ROUTING_IMAGES, len(source))
+    chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
+    images = source.read(chosen)
     found = []
-    labels = []
-    for index in np.linspace(0, len(source) - 1, min(ROUTING_IMAGES, len(source))).round().astype(int):
-        try:
-            pixels, label = source[index]
-        except UnreadableImage as error:
-            raise UserError(f"--images '{folder}': unreadable image {error}; remove it") from None
-        images.append(pixels)
-        found.append(read_mask(source.paths[index], pixels, masks))
-        labels.append(label)
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return stacked, torch.from_numpy(np.stack(found)), labels
+    for index, pixels in zip(chosen, images):
+        name = source.paths[index].relative_to(folder).as_posix()
+        found.append(read_mask(name, pixels, masks))
+    stacked = torch.from_numpy(images).permute(0, 3, 1, 2)
+    return stacked, torch.from_numpy(np.stack(found)), source.labels[chosen].tolist()
 
 
 def read_mask(name: str, pixels: np.ndarray, masks: str) -> np.ndarray:
@@ -373,10 +355,7 @@ def measure_floors(args: argparse.Namespace) -> None:
         )
     check_sizes(source.size, reference_source.size)
     processes = group.start_processes()
-    try:
-        autoencoder = Autoencoder.load(args.floors, processes.device)
-    except UserError as error:
-        raise UserError(str(error).replace("--vae", "--floors")) from None
+    autoencoder = Autoencoder.load(args.floors, processes.device, "--floors")
     extractor = load_extractor(args.features, None, processes.device)
     for side in (source, reference_source):
         check_source(side, extractor)

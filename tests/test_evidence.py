@@ -18,6 +18,7 @@ from figures import evidence_tables as tables
 from models import architecture, build_model
 from models.flops import TokenCounts, total_flops
 from sampling.load import load_trained
+from sampling.sample_folder import SETTINGS
 from scripts import evidence as measuring
 from weights.checkpoint import newest_checkpoint
 
@@ -220,6 +221,19 @@ def test_masks_need_objects_and_background(columns, whole_run, masks, tiny_image
         measuring.routing_by_timestep(trained, args)
 
 
+def test_images_of_the_routing_that_are_none(whole_run, masks, tiny_images, tmp_path):
+    trained = load_trained(newest_checkpoint(whole_run))
+    folder = tmp_path / "images"
+    shutil.copytree(tiny_images, folder)
+    image = next(folder.rglob("*.png"))
+    image.write_bytes(image.read_bytes()[:60])
+    with pytest.raises(UserError, match=f"unreadable image .*{image.name}.*; remove it"):
+        measuring.read_masked_images(trained, folder, str(masks))
+    (folder / SETTINGS).write_text("{}")
+    with pytest.raises(UserError, match="--images '.*': holds samples, which have no classes"):
+        measuring.read_masked_images(trained, folder, str(masks))
+
+
 def test_floors(tiny_images, tiny_vae, tiny_extractor, tmp_path):
     """The images themselves are at no distance, and the autoencoder's are."""
     folder = tmp_path / "real"
@@ -328,7 +342,7 @@ def test_a_summary_with_one_command(tmp_path):
     """Of an older version: the command is a text."""
     write_run(tmp_path, "dc", 0, [row(100.0)], [0.5], **{"measured by": "one command"})
     (path,) = tmp_path.rglob("summary.json")
-    assert measuring.commands(path, "another") == ["one command", "another"]
+    assert measuring.commands(evidence.read_summary(path), "another") == ["one command", "another"]
     assert tables.measuring_commands(evidence.read(tmp_path)) == "- `one command`\n"
 
 
@@ -437,6 +451,14 @@ def test_an_upcycled_run_of_a_few_log_lines_has_no_row(tmp_path):
     write_run(tmp_path, "dc", 0, [row(40.0)], [1.0, 0.5])
     write_run(tmp_path, "dc-upcycled", 0, [row(40.0)], [1.0, 0.5])
     assert tables.upcycling(evidence.read(tmp_path)) is None
+
+
+def test_routing_counts_the_seeds_that_have_it(results):
+    path = results / "dc-1" / "summary.json"
+    summary = json.loads(path.read_text())
+    path.write_text(json.dumps({**summary, "routing": []}))
+    line = "| DC-DiT | 30.0% | 10.0% | 3.00 | 30.0% | 10.0% | 1 |"
+    assert tables.kept_by_place(evidence.read(results)).splitlines()[2:] == [line]
 
 
 def test_control_routers_have_bars_and_no_curve(results):

@@ -124,6 +124,8 @@ def test_table_of_points(place, tiny_extractor, tmp_path, monkeypatch, capsys):
     for row in rows:
         assert (row["seed"], row["images"], row["steps"], row["reference_images"]) == ("0", "6", "2", "20")
         assert float(row["ms_per_image"]) > 0 and float(row["peak_memory_mb"]) > 0
+        # One call has measured them all, and their times can be compared
+        assert row["measured"] == rows[0]["measured"] != ""
         assert 0 <= float(row["precision"]) <= 1 and 0 <= float(row["class_accuracy"]) <= 1
 
     with monkeypatch.context() as patch:
@@ -290,6 +292,9 @@ def test_without_a_static_model_the_first_curve_is_the_baseline():
     ):
         own = {"budget": str(budget), "lite_cfg": lite, "fid": str(fid), "tflop_per_image": str(cost)}
         rows.append({**shared, **own})
+    # Lite-CFG comes last, and each model has one colour in all panels
+    other = {**rows[0], "model": "y", "name": "n"}
+    assert ["Lite-CFG" in curve.label for curve in read_curves([*rows, other], "2.0")] == [False, False, True]
     full, lite = read_curves(rows, "2.0")
     assert full.marks == [Mark(6, 14, 0.5), Mark(8, 10, 0)] and "Lite-CFG 90%" in lite.label
     # Full guidance: 12 at cost 7, and 11 at cost 7.5
