@@ -127,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.wait_for_everyone()
         config_file = folder / "config.yaml"
         group.on_first(lambda: write_text(config_file, to_yaml(config)))
+        group.on_first(lambda: resume.finish_interrupted_save(config, start.state, folder))
         start_trackers(accelerator, config, folder, args.same_wandb)
 
         # Train

@@ -43,6 +43,27 @@ def test_killed_training_is_the_same_training(tiny_config, tmp_path):
     assert kills.training_campaign(tmp_path, tiny_config, 3, [1], seed=1, rounds=3).kills == 3
 
 
+@pytest.mark.parametrize("keep, left", [(2, [6, 8]), (1, [4, 6, 8])])
+def test_a_finished_run_removes_what_a_kill_has_left(run, tmp_path, keep, left):
+    """An old checkpoint, but none if the run is started again with another number to keep."""
+
+    def die_at_the_last():
+        remove = checkpoint.remove_old
+
+        def dying(folder, keep):
+            if (folder / "0000008.pt").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            remove(folder, keep)
+
+        checkpoint.remove_old = dying
+
+    codes, printed = run("run", "logging.ckpt_every=2", "logging.ckpt_keep=2", plans=[die_at_the_last])
+    assert codes == [-signal.SIGKILL], printed
+    codes, printed = run("run", "logging.ckpt_every=2", f"logging.ckpt_keep={keep}")
+    assert codes == [0] and "already finished" in printed
+    assert [int(path.stem) for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == left
+
+
 def test_training_killed_on_two_processes(tiny_config, tmp_path):
     assert kills.training_campaign(tmp_path, tiny_config, 2, [2], seed=1, rounds=2).kills == 2
 

@@ -34,6 +34,7 @@ from weights.checkpoint import (
     load_checkpoint,
     network_shapes,
     non_finite_tensor,
+    remove_old,
     shape_difference,
     tensor_shapes,
 )
@@ -76,6 +77,16 @@ class Start(NamedTuple):
     state: Checkpoint | None  # without "optimizer" it is only the first weights; None: fresh from the seed
     origins: Origins  # where the first weights come from, for `training.init_from`
     warnings: list[str]  # one for each newer checkpoint that cannot be used
+
+
+def finish_interrupted_save(config: Config, state: Checkpoint | None, folder: Path) -> None:
+    """Remove the old checkpoints of a run that was killed between a save and their removal.
+
+    A finished run saves no more. With another `logging.ckpt_keep` they stay until a new checkpoint replaces them.
+    """
+    keep = config.logging.ckpt_keep
+    if keep and state is not None and state["config"].get("logging", {}).get("ckpt_keep") == keep:
+        remove_old(folder / "checkpoints", keep)
 
 
 def find_start(config: Config, command: CommandLine, store: Features) -> Start:
