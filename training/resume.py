@@ -82,10 +82,14 @@ class Start(NamedTuple):
 def finish_interrupted_save(config: Config, state: Checkpoint | None, folder: Path) -> None:
     """Remove the old checkpoints of a run that was killed between a save and their removal.
 
-    A finished run saves no more. With another `logging.ckpt_keep` they stay until a new checkpoint replaces them.
+    A finished run saves no more. With another `logging.ckpt_keep`, or if a newer checkpoint cannot be used, they
+    stay until a new checkpoint replaces them.
     """
+    newest = list_checkpoints(folder / "checkpoints")[-1:]
+    if state is None or [int(path.stem) for path in newest] != [state["step"]]:
+        return
     keep = config.logging.ckpt_keep
-    if keep and state is not None and state["config"].get("logging", {}).get("ckpt_keep") == keep:
+    if keep and state["config"]["logging"].get("ckpt_keep") == keep:
         remove_old(folder / "checkpoints", keep)
 
 
